@@ -1,0 +1,194 @@
+"""Tasks, verdicts and estimators: what a problem is, when an answer is right, and what a set of answers is worth.
+
+    load_task(name)               -> Task(train, dev, test), from JSON-lines files
+    verify(problem, completion)   -> Verdict(reward, feedback): one function for training and evaluation alike
+    avg_at_k, maj_at_k, best_at_k -> estimators over k samples a problem; `interval`, a bootstrap over problems
+
+A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line:
+
+    id        text, unique in the task
+    prompt    the user message
+    answer    what the verifier compares with
+    verifier  a name in VERIFIERS
+    system    the system message (optional)
+
+All other keys are kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, `nano/7` another of its
+worlds (`python nano/make.py world --seed 7`), a path any folder of yours.
+"""
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from math import comb
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import bootstrap
+
+matplotlib.use("Agg")  # figures are files; no screen is needed
+NANO = Path(__file__).resolve().parent / "nano"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. `prompt` is all of it that the student sees, besides the `system` message."""
+
+    id: str
+    prompt: str
+    answer: str
+    verifier: str
+    system: str = ""
+    extra: dict = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The splits of a task. dev is held out of the published training split (a deviation; dev=0 trains on all of it)."""
+
+    name: str
+    train: list[Problem]
+    dev: list[Problem]
+    test: list[Problem]
+
+
+def read_problems(path) -> list[Problem]:
+    """The problems of a JSON-lines file. Raises ValueError naming file and line for whatever is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a task is a folder with train.jsonl and test.jsonl")
+    problems, seen = [], {}
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {n} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {n} is not a JSON object")
+        bad = [k for k in ("id", "prompt", "answer", "verifier") if not isinstance(row.get(k), str) or not row[k]]
+        if bad:
+            raise ValueError(f"{path}, line {n}: {' and '.join(bad)} must be given, as text")
+        if row["verifier"] not in VERIFIERS:
+            raise ValueError(f"{path}, line {n}: no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
+        if row["id"] in seen:
+            raise ValueError(f"{path}, line {n} repeats the id {row['id']!r} of line {seen[row['id']]}")
+        seen[row["id"]] = n
+        known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier")}
+        problems.append(Problem(**known, system=row.pop("system", ""), extra=row))
+    if not problems:
+        raise ValueError(f"{path} holds no problem")
+    return problems
+
+
+def load_task(name, dev=0.1, seed=42) -> Task:
+    """The task `nano`, `nano/SEED` or a folder's path.
+
+    dev: the share of the training split that is held out, by `seed`, to select checkpoints on (the default seed is that
+    of SDPO's own splits). Raises ValueError in one sentence for a task or file that can't be used.
+    """
+    if name == "nano" or name.startswith("nano/"):
+        world = name.partition("/")[2] or "0"
+        folder = NANO / "worlds" / world
+        if not folder.is_dir():
+            raise ValueError(f"there is no task {name!r}: make it with `python nano/make.py world --seed {world}`")
+    else:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise ValueError(f"there is no task {name!r}: give nano, nano/SEED or a folder with train.jsonl and test.jsonl")
+    train, test = read_problems(folder / "train.jsonl"), read_problems(folder / "test.jsonl")
+    if not 0 <= dev < 1:
+        raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
+    held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
+    return Task(name, [p for i, p in enumerate(train) if i not in held], [train[i] for i in sorted(held)], test)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Verdict:
+    """reward: 1.0 or 0.0. answer: what the estimators vote on. feedback: text for the teacher, empty where there is none."""
+
+    reward: float
+    answer: str
+    feedback: str = ""
+
+
+def verify_steps(problem, completion) -> Verdict:
+    """nano: word by word equal to the answer, in which `zo=*` stands for any operation named for zo."""
+    words, wanted = completion.split(), problem.answer.split()
+    right = len(words) == len(wanted) and all(
+        w == a or a.endswith("=*") and w.startswith(a[:-1]) for w, a in zip(words, wanted, strict=True))
+    return Verdict(float(right), " ".join(w for w in words if "=" not in w))
+
+
+def verify_last_word(problem, completion) -> Verdict:
+    """For tasks of your own: the last word, without punctuation around it, equals the answer."""
+    words = completion.split()
+    answer = words[-1].strip(".,;:!?*`'\"()[]") if words else ""
+    return Verdict(float(answer == problem.answer), answer)
+
+
+VERIFIERS = {"steps": verify_steps, "last_word": verify_last_word}
+
+
+def verify(problem, completion) -> Verdict:
+    """The verdict on one completion (text): a pure function of both."""
+    return VERIFIERS[problem.verifier](problem, completion)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Estimators. rewards: (problems, k) of 0 and 1.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def avg_at_k(rewards) -> float:
+    """The mean reward over all problems and samples (the paper's avg@16)."""
+    return float(np.mean(rewards))
+
+
+def best_at_k(rewards, k=None) -> float:
+    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being right."""
+    rewards = np.asarray(rewards)
+    n = rewards.shape[1]
+    k = n if k is None else k
+    return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in rewards.sum(1)]))
+
+
+def maj_at_k(rewards, answers) -> float:
+    """The share of problems whose most frequent answer is right; a tie counts in expectation. answers: (problems, k)."""
+    scores = []
+    for row, said in zip(rewards, answers, strict=True):
+        votes = Counter(said)
+        top = [a for a, n in votes.items() if n == max(votes.values())]
+        right = {a for a, r in zip(said, row, strict=True) if r}
+        scores.append(sum(a in right for a in top) / len(top))
+    return float(np.mean(scores))
+
+
+def interval(per_problem, seed=0, draws=10_000) -> tuple[float, float]:
+    """The 95% percentile-bootstrap interval of a mean over problems: other test questions, not other training seeds."""
+    found = bootstrap((np.asarray(per_problem, dtype=float),), np.mean, n_resamples=draws, method="percentile", rng=seed)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def plot_curves(curves, path, title):
+    """Learning curves with their intervals as a PNG. curves: {name: [(step, value, low, high), ...]}."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, points in curves.items():
+        steps, values, lows, highs = zip(*points, strict=True)
+        line, = axes.plot(steps, values, marker="o", markersize=3, label=name)
+        axes.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="step", ylabel="share of answers that are right", title=title, ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

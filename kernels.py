@@ -1,0 +1,317 @@
+"""The losses over the vocabulary: the definition, and a chunked form that must equal it.
+
+PMD's Eq. 7 sums KL(p || stopgrad(q)) over the tokens the student wrote: p is the student's next-token
+distribution, q the teacher's, which scores the same completion under a richer prompt. The alpha of Table 11
+chooses, in the code of SDPO on which PMD builds, from the family below. D is the divergence at one token and
+z are the student's logits:
+
+    alpha     D                                                dD/dz
+    0         forward KL(q || p)                               p - q
+    between   (1 - alpha) KL(p || m) + alpha KL(q || m),       (1 - alpha) p (d - E_p[d]), d = log p - log m
+              m = (1 - alpha) p + alpha q
+    1         reverse KL(p || q), Eq. 7                        p (d - E_p[d]), d = log p - log q
+
+The ends are KLs by convention, as in SDPO's code; the middle row itself tends to 0 there.
+
+Top-k with tail: p and q are reduced to K + 1 buckets, the student's K most likely tokens and a tail of all
+the others, and D is taken between the buckets. With g = dD/dz of the buckets, a top-k token receives its own
+g, and a token i of the tail g_tail p_i / p_tail. Deviation from SDPO's code: our tail is the logsumexp over
+the logits outside the top-k, which is exact; SDPO forms it as one minus the sum of the top-k, which cancels
+where the student is confident. At K = V there is no tail, and D is the full divergence.
+
+The logits of N tokens are too many to hold, so rows are taken a chunk at a time. While a chunk's logits
+exist, its loss AND its gradient are formed, in closed form and still in the forward pass; gradients add up
+in float32, and the backward pass only scales them. No (N, V) tensor ever exists. Matrix products run in the
+dtype of the inputs (or of autocast); logits are raised to float32 (float64 for float64 inputs) before
+anything else. Do not use float16: its range is too small for gradients formed before a loss scale is known.
+
+Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a chunk. Divergences and entropies are in
+nats. Read `oracle` first, then `distill_loss`, then `_ChunkedLoss`. This file imports torch only and has no
+version attribute, because transformers probes for an unrelated package that is also called `kernels`.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+
+MEMORY_BUDGET = 256 * 2**20  # bytes for the (n, V) tensors of one chunk
+LIVE_TENSORS = 10            # the most (n, V) tensors that exist at once (bfloat16 JSD, measured; K << V)
+
+
+class Distilled(NamedTuple):
+    """From `distill_loss`. All but `loss` are detached, without the weight, and 0 in rows of weight 0."""
+    loss: torch.Tensor             # ()   weighted sum of the divergences
+    divergence: torch.Tensor       # (N,) nats
+    logprobs: torch.Tensor         # (N,) the student's log-probability of token_ids
+    entropy: torch.Tensor          # (N,) nats, the student's, over the full vocabulary even with top_k
+    teacher_entropy: torch.Tensor  # (N,) nats, likewise
+
+
+class PolicyLoss(NamedTuple):
+    """From `policy_loss`. All but `loss` are detached, without the weight, and 0 in rows of weight 0."""
+    loss: torch.Tensor      # ()   weighted sum of the surrogates
+    logprobs: torch.Tensor  # (N,) log-probability of token_ids
+    entropy: torch.Tensor   # (N,) nats
+    clipped: torch.Tensor   # (N,) 1 where the clipped branch is active and the token has no gradient
+
+
+def oracle(student_logits, teacher_logits, alpha, top_k=None):
+    """Divergence of each token (N,) in float64, from logits (N, V), by the definition above.
+
+    Differentiable in student_logits only. Ties for the top-k fall as torch.topk breaks them. ValueError for
+    logits of different shapes, alpha outside [0, 1] and top_k outside [1, V].
+    """
+    student, teacher = student_logits.double(), teacher_logits.detach().double()
+    _require(student.shape == teacher.shape, f"student_logits has shape {tuple(student.shape)}, but "
+             f"teacher_logits has shape {tuple(teacher.shape)}.")
+    _check_divergence(alpha, top_k, student.shape[-1])
+    if top_k is not None and top_k < student.shape[-1]:
+        index = student.topk(top_k, dim=-1).indices                            # (N, K)
+        student, teacher = _buckets(student, index), _buckets(teacher, index)  # (N, K + 1)
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    if alpha == 0:
+        return _kl(log_q, log_p)
+    if alpha == 1:
+        return _kl(log_p, log_q)
+    log_m = _log_mixture(log_p, log_q, alpha)
+    return (1 - alpha) * _kl(log_p, log_m) + alpha * _kl(log_q, log_m)
+
+
+def _kl(log_a, log_b):
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _log_mixture(log_p, log_q, alpha):
+    return torch.logaddexp(log_p + math.log(1 - alpha), log_q + math.log(alpha))
+
+
+def _buckets(logits, index):
+    """Logits (or log-probabilities) of the tokens in index (n, K), then that of the tail: (n, K + 1)."""
+    tail = logits.scatter(-1, index, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, index), tail], dim=-1)
+
+
+def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, token_ids, alpha,
+                 top_k=None, old_logprobs=None, is_clip=None, chunk_size=None, memory_budget=MEMORY_BUDGET):
+    """Weighted sum of per-token divergences from student to teacher (PMD Eq. 7; alpha, top_k: Table 11).
+
+        loss = sum_n weights_n ratio_n D(p_n, q_n),   ratio_n = stopgrad(min(p_n(y_n) / p_old(y_n), is_clip)),
+        p = softmax(student_hidden student_head^T), q = softmax(teacher_hidden teacher_head^T), y = token_ids
+
+    student_hidden (N, H), student_head (V, H): receive gradients, each only if it requires one.
+    teacher_hidden (N, H'), teacher_head (V, H'): never do, even if the two heads are one tensor.
+    weights (N,): of any sign. A row of weight 0 costs nothing and may hold anything (NaN, a padding id).
+    token_ids (N,): the tokens the student sampled, for logprobs and the ratio.
+    alpha in [0, 1]; top_k in [1, V], or None for the full divergence: see the top of this file.
+    old_logprobs (N,): log p_old(y). Without them the ratio is 1 and is_clip has no effect.
+    is_clip: upper bound of the ratio, or None for no bound.
+    chunk_size: rows of a chunk, else as many as fit memory_budget (bytes). Neither changes the result.
+
+    Returns Distilled. Raises ValueError, naming the argument, where shapes, vocabularies or dtypes do not fit
+    together, or a value or token id is out of range. A non-finite loss is returned as it is.
+    """
+    _check("student_", student_hidden, student_head,
+           weights=weights, token_ids=token_ids, old_logprobs=old_logprobs)
+    _check("teacher_", teacher_hidden, teacher_head)
+    vocabulary = len(student_head)
+    _require(len(teacher_head) == vocabulary, f"teacher_head has a vocabulary of {len(teacher_head)}, but "
+             f"student_head has one of {vocabulary}.")
+    _require(len(teacher_hidden) == len(student_hidden),
+             f"teacher_hidden has {len(teacher_hidden)} rows, but student_hidden has {len(student_hidden)}.")
+    _require(is_clip is None or is_clip > 0, f"is_clip is {is_clip}, but must be above 0.")
+    _check_divergence(alpha, top_k, vocabulary)
+
+    # Runs inside _ChunkedLoss.forward, where autograd records nothing: the teacher needs no detaching.
+    def chunk_loss(logits, token_ids, weights, teacher_hidden, old_logprobs):
+        log_p = logits.log_softmax(-1)                                              # (n, V)
+        log_q = (teacher_hidden @ teacher_head.T).to(logits.dtype).log_softmax(-1)  # (n, V)
+        if top_k is None or top_k == vocabulary:
+            divergence, gradient = _divergence_and_gradient(log_p, log_q, alpha)    # (n,), (n, V)
+        else:
+            index = logits.topk(top_k, dim=-1).indices                              # (n, K)
+            divergence, of_buckets = _divergence_and_gradient(                      # (n,), (n, K + 1)
+                _buckets(log_p, index), _buckets(log_q, index), alpha)
+            # p_i / p_tail as a softmax of its own stays finite where p_tail underflows to 0.
+            share = log_p.scatter(-1, index, -math.inf).softmax(-1)                 # (n, V)
+            gradient = (share * of_buckets[:, -1:]).scatter(-1, index, of_buckets[:, :-1])
+        logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
+        if old_logprobs is not None:
+            ratio = (logprobs - old_logprobs.to(logits.dtype)).exp()
+            weights = weights * (ratio if is_clip is None else ratio.clamp(max=is_clip))
+        outputs = divergence, logprobs, _entropy(log_p), _entropy(log_q)
+        return weights * divergence, weights[:, None] * gradient, outputs
+
+    return Distilled(*_sum_over_chunks(student_hidden, student_head, token_ids, weights,
+                                       (teacher_hidden, old_logprobs), chunk_loss, chunk_size, memory_budget))
+
+
+def _divergence_and_gradient(log_p, log_q, alpha):
+    """D (n,) and dD/dz (n, B), from log-probabilities (n, B) over B tokens or buckets.
+
+    Probabilities multiply differences of logarithms, never their infinite ratio, so an underflow gives 0.
+    """
+    p = log_p.exp()
+    if alpha == 0:
+        return _kl(log_q, log_p), p - log_q.exp()
+    log_m = log_q if alpha == 1 else _log_mixture(log_p, log_q, alpha)
+    difference = log_p - log_m
+    student_term = (p * difference).sum(-1)  # E_p[d], which is also KL(p || m)
+    gradient = p * (difference - student_term[:, None])
+    if alpha == 1:
+        return student_term, gradient
+    return (1 - alpha) * student_term + alpha * _kl(log_q, log_m), (1 - alpha) * gradient
+
+
+def _entropy(log_p):
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip_low, clip_high,
+                chunk_size=None):
+    """Clipped policy-gradient surrogate of PPO and GRPO, as a weighted sum to be minimised.
+
+        loss = sum_n weights_n * -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + clip_high) A_n)
+        r_n = p_n(y_n) / p_old(y_n), p = softmax(hidden head^T), y = token_ids, A = advantages
+
+    hidden (N, H), head (V, H): receive gradients, each only if it requires one.
+    token_ids, advantages (N,); weights (N,) and chunk_size as in `distill_loss`.
+    old_logprobs (N,): log p_old(y), or None for the detached log-probabilities of now: the ratio is then
+        exactly 1, and its gradient that of log p(y).
+    clip_low, clip_high: at least 0.
+
+    Returns PolicyLoss. Raises ValueError as `distill_loss`. A non-finite loss is returned as it is.
+    """
+    _check("", hidden, head,
+           token_ids=token_ids, advantages=advantages, weights=weights, old_logprobs=old_logprobs)
+    _require(clip_low >= 0 and clip_high >= 0,
+             f"clip_low is {clip_low} and clip_high is {clip_high}, but both must be at least 0.")
+
+    def chunk_loss(logits, token_ids, weights, advantages, old_logprobs):
+        log_p = logits.log_softmax(-1)  # (n, V)
+        logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
+        advantages = advantages.to(logits.dtype)
+        ratio = (logprobs - (logprobs if old_logprobs is None else old_logprobs.to(logits.dtype))).exp()
+        # The minimum bounds the ratio from above where A is positive, from below where it is negative.
+        # Said this way, an infinite ratio never multiplies an advantage of 0.
+        rewarded = advantages >= 0
+        clipped = torch.where(rewarded, ratio > 1 + clip_high, ratio < 1 - clip_low)
+        bounded = torch.where(rewarded, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low))
+        terms = -weights * bounded * advantages
+        # dr/dz = r (onehot(y) - p). Where the clip is active, the loss does not depend on r.
+        slope = torch.where(clipped, 0.0, terms)[:, None]
+        gradient = (-slope * log_p.exp()).scatter_add(-1, token_ids[:, None], slope)  # (n, V)
+        return terms, gradient, (logprobs, _entropy(log_p), (clipped & (advantages != 0)).to(logits.dtype))
+
+    return PolicyLoss(*_sum_over_chunks(hidden, head, token_ids, weights, (advantages, old_logprobs),
+                                        chunk_loss, chunk_size))
+
+
+@torch.no_grad()
+def score(hidden, head, token_ids, chunk_size=None):
+    """log softmax(hidden head^T)[token_ids], (N,), float32 (float64 for float64 inputs), without gradient.
+
+    hidden (N, H), head (V, H), token_ids (N,); chunk_size and ValueError as in `distill_loss`.
+    """
+    _check("", hidden, head, token_ids=token_ids)
+
+    def chunk_loss(logits, token_ids, weights):
+        logprobs = logits.gather(-1, token_ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return logprobs, None, (logprobs,)
+
+    every_row = torch.ones(len(hidden), device=hidden.device)
+    return _sum_over_chunks(hidden, head, token_ids, every_row, (), chunk_loss, chunk_size)[1]
+
+
+def _sum_over_chunks(hidden, head, token_ids, weights, others, chunk_loss, chunk_size,
+                     memory_budget=MEMORY_BUDGET):
+    """Drop rows of weight 0, sum chunk_loss over the rest, put its outputs back: loss (), then each (N,).
+
+    chunk_loss(logits (n, V), token_ids, weights, *others) returns the terms of the sum (n,), the gradient of
+    the sum with respect to the logits (n, V) or None, and a tuple of outputs (n,). An entry of `others` is a
+    tensor with N rows, or None.
+    """
+    dtype = _logits_dtype(hidden)
+    row_bytes = LIVE_TENSORS * len(head) * dtype.itemsize
+    _require(chunk_size is None or chunk_size >= 1, f"chunk_size is {chunk_size}, but must be at least 1.")
+    _require(chunk_size is not None or memory_budget >= row_bytes, f"memory_budget is {memory_budget} bytes, "
+             f"but one row of a vocabulary of {len(head)} needs {row_bytes}.")
+    keep = weights.detach().nonzero().squeeze(-1)
+    per_row = [None if tensor is None else tensor.detach().index_select(0, keep)
+               for tensor in (token_ids.long(), weights.to(dtype), *others)]
+    if len(keep):  # only now, because padding may carry any id
+        low, high = (int(end) for end in per_row[0].aminmax())
+        _require(0 <= low and high < len(head),
+                 f"token_ids holds ids from {low} to {high}, but the vocabulary has {len(head)}.")
+    if not torch.is_grad_enabled():  # a Function is told which inputs require gradients even under no_grad
+        hidden, head = hidden.detach(), head.detach()
+    # Outside the Function, so that autograd itself gives the dropped rows a gradient of 0.
+    hidden = hidden.index_select(0, keep)
+    loss, outputs = _ChunkedLoss.apply(hidden, head, per_row, chunk_loss,
+                                       chunk_size or int(memory_budget // row_bytes))
+    return loss, *outputs.new_zeros(len(outputs), len(weights)).index_copy(1, keep, outputs)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of a per-token loss of the logits hidden head^T, whose gradient is formed on the way forward."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, per_row, chunk_loss, chunk_size):
+        dtype = _logits_dtype(hidden)
+        hidden_needs, head_needs = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if hidden_needs else None  # (N, H)
+        head_gradient = torch.zeros_like(head, dtype=dtype) if head_needs else None        # (V, H)
+        loss, outputs = torch.zeros((), dtype=dtype, device=hidden.device), []
+        for start in range(0, max(len(hidden), 1), chunk_size):  # no rows at all are one empty chunk
+            rows = slice(start, start + chunk_size)
+            logits = hidden[rows] @ head.T                       # (n, V)
+            terms, gradient, chunk_outputs = chunk_loss(
+                logits.to(dtype), *(None if tensor is None else tensor[rows] for tensor in per_row))
+            loss += terms.sum()
+            outputs.append(torch.stack(chunk_outputs))
+            if hidden_needs:
+                hidden_gradient[rows] = gradient.to(logits.dtype) @ head
+            if head_needs:
+                head_gradient += gradient.to(logits.dtype).T @ hidden[rows]
+            del logits, gradient                                 # or they stay beside those of the next chunk
+        outputs = torch.cat(outputs, dim=1)                      # (number of outputs, N)
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        ctx.mark_non_differentiable(outputs)
+        return loss, outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, _):
+        # The product is still in float32; autograd casts it to the dtype of the input.
+        return *(None if saved is None else scale * saved for saved in ctx.saved_tensors), None, None, None
+
+
+def _logits_dtype(hidden):
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_divergence(alpha, top_k, vocabulary):
+    _require(0 <= alpha <= 1, f"alpha is {alpha}, but must be from 0 to 1.")
+    _require(top_k is None or 1 <= top_k <= vocabulary,
+             f"top_k is {top_k}, but must be from 1 to the vocabulary of {vocabulary}.")
+
+
+def _check(role, hidden, head, **per_row):
+    """Refuse hidden states and a head that do not fit together, or per-token arguments that do not fit."""
+    for name, tensor in ((f"{role}hidden", hidden), (f"{role}head", head)):
+        _require(tensor.dim() == 2, f"{name} has shape {tuple(tensor.shape)}, but must have 2 dimensions.")
+        _require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, but must be floating point.")
+    _require(hidden.shape[1] == head.shape[1],
+             f"{role}hidden has width {hidden.shape[1]}, but {role}head has width {head.shape[1]}.")
+    _require(hidden.dtype == head.dtype or torch.is_autocast_enabled(hidden.device.type),
+             f"{role}hidden is {hidden.dtype}, but {role}head is {head.dtype}.")
+    for name, tensor in per_row.items():
+        if tensor is not None and tensor.shape != (len(hidden),):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {role}hidden has {len(hidden)} "
+                             "rows.")
+        if name == "token_ids" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            raise ValueError(f"token_ids is {tensor.dtype}, but must be an integer type.")

@@ -1,0 +1,900 @@
+"""Procedural Memory Distillation (PMD, arXiv 2607.01480): a policy and a memory that co-evolve.
+
+    python pmd.py                                  all of it on the embedded tiny model, in minutes on a laptop
+    python pmd.py --method sdpo                    a baseline: the same loop, phases switched
+    python pmd.py --compare grpo,sdpo,pmd          several in turn, on equal budgets, in one figure
+
+The memory-free student answers each problem several times and a verifier scores the answers. From those attempts a
+three-tier memory grows (memory.py). A teacher, the same model reading that memory, re-scores the student's own tokens,
+and the student is pulled towards it token by token (kernels.py). At inference there is no memory.
+
+Read `Config`, then `train()`, with Algorithm 1 of the paper beside it. Shape letters: B rows of a micro-batch, T padded
+length, N completion tokens, H hidden, V vocabulary, G group.
+
+Deviations from the paper
+ 1. The divergence is over the full vocabulary and exact (Eq. 7); Table 11's top-k is `--top_k`.
+ 2. The top-k's tail is a logsumexp over the logits outside it; SDPO's expm1 form is wrong where the student is confident.
+ 3. A dev split is held out of train to select checkpoints on (`--dev 0` trains on all, as Table 10 does).
+ 4. Behaviors are written by the policy itself, not by GPT-5.4.
+ 5. A rollout is supervised whenever its teacher prompt differs from its own prompt (PMD; the paper does not say).
+ 6. Insights are written before the step goes on, not by a server that may lag behind (B.1), by the policy of this step.
+ 7. `--ground_insights` (on for nano, off elsewhere): reflection on one attempt at a time, an insight must be contained in
+    its evidence, a contradicting failure ends a strategy, a behavior needs two supports. See memory.Memory.
+ 8. A batch without a single supervised token takes no optimizer step (verl would step on Adam's momentum alone).
+ 9. nano embeds text by hashing its words; the paper uses Qwen3-Embedding-0.6B.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metadata.distributions()):
+    sys.exit("pmd.py: an installed package is named `kernels` like our kernels.py, and transformers would load the wrong "
+             "one; run `pip uninstall kernels` or use a fresh virtual environment")
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import HashingVectorizer
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.utils import logging as transformers_logging
+
+from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, verify
+from kernels import distill_loss, policy_loss, score
+from memory import Memory, compose_within, neutralise
+
+VERSION = "0.1.0"
+HERE = Path(__file__).resolve().parent
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every knob of a run. The defaults are the paper's SciKnowEval run; a task's preset overrides them, a flag both.
+
+    In brackets where a value comes from: Tab. 11, B.1 and the like are the paper's; "SDPO" its authors' code; "ours".
+    """
+
+    # what is run
+    method: Literal["pmd", "sdpo", "grpo"] = option("pmd", "pmd: teacher reads memory. sdpo: teacher sees a successful "
+                                                    "sibling or feedback. grpo: policy gradient, no teacher")
+    model: str = option("nano", "a Hugging Face folder or Hub name; nano is the embedded one")
+    task: str = option("", "nano, nano/SEED or a folder with train.jsonl and test.jsonl (default: nano with nano)")
+    seed: int = option(0, "of everything random in the run")
+    name: str = option("", "the run's folder under --out (default: task-method-seed-date-time)")
+    resume: bool = option(False, "continue the run --name from its last checkpoint; start it if there is none")
+    out: str = option("runs", "where runs are written")
+    compare: str = option("", "methods to run in turn on equal budgets, such as grpo,sdpo,pmd")
+    device: str = option("", "cpu, cuda, ... (default: cuda if there is one)")
+
+    # data and lengths
+    epochs: int = option(20, "passes over the training problems [Tab. 11]")
+    steps: int = option(0, "stop after this many batches; 0 for all epochs [ours]")
+    batch_size: int = option(32, "problems per batch [Tab. 11]")
+    group_size: int = option(8, "rollouts per problem [Tab. 11]")
+    max_prompt: int = option(2048, "tokens; longer problems are dropped and listed [Tab. 11]")
+    max_completion: int = option(8192, "tokens; longer completions are cut and counted [Tab. 11]")
+    max_reprompt: int = option(10240, "tokens of the teacher's prompt; see memory.compose_within [SDPO]")
+    dev: float = option(0.1, "share of the training problems held out to select checkpoints on; 0 for none [ours]")
+
+    # the update
+    lr: float = option(1e-5, "AdamW's learning rate, constant after the warm-up [Tab. 11]")
+    warmup_steps: int = option(10, "updates of linear warm-up [Tab. 11]")
+    beta1: float = option(0.9, "AdamW [SDPO]")
+    beta2: float = option(0.999, "AdamW [SDPO]")
+    weight_decay: float = option(0.01, "AdamW [SDPO]")
+    max_grad_norm: float = option(1.0, "gradient norm clipping [SDPO]")
+    mini_batch_size: int = option(32, "problems per update; at least batch_size: one update per batch [Tab. 11]")
+    micro_tokens: int = option(32768, "padded tokens per forward pass: a memory knob that changes no result [ours]")
+    rollout_clip: float = option(2.0, "bound on the per-token ratio of trainer to sampler [SDPO; Tab. 11: per token]")
+    is_clip: float = option(2.0, "bound on the per-token ratio of this update's policy to the batch's [SDPO]")
+
+    # distillation
+    alpha: float = option(0.5, "0 forward KL, 1 reverse KL (Eq. 7), between a generalized JSD [Tab. 11]")
+    top_k: int = option(0, "the student's k likeliest tokens and a tail; 0 for the full vocabulary, exact "
+                           "[deviation 1; Tab. 11 has 100 and 20]")
+    teacher: Literal["ema", "live"] = option("ema", "ema: a moving average of the student [SDPO; Tab. 11]. live: the "
+                                                    "student's own weights of this update (Eq. 6)")
+    ema_rate: float = option(0.05, "of the teacher, once per batch: 0 keeps the initial policy, 1 follows it [SDPO]")
+
+    # GRPO, as in SDPO's repository: advantages not divided by their deviation, no reference KL, mean over tokens
+    clip_low: float = option(0.2, "lower clip of the ratio [SDPO]")
+    clip_high: float = option(0.28, "upper clip of the ratio [SDPO]")
+
+    # memory
+    max_successes: int = option(5, "experience: successes kept per problem [3.2]")
+    max_failures: int = option(3, "experience: failures kept per problem [3.2]")
+    max_insights: int = option(10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]")
+    max_behaviors: int = option(500, "behavior: entries of the bank [B.4]")
+    retrieve_k: int = option(3, "behaviors shown to the teacher [B.5]")
+    behavior_every: int = option(0, "steps between refreshes of the bank; 0 for once an epoch [Eq. 3; Alg. 1: every batch]")
+    behaviors_refreshed: bool = option(False, "the teacher reads the bank after this step's refresh [Alg. 1] instead of "
+                                              "before it [Eq. 4]")
+    response_novelty: float = option(0.95, "cosine above which an attempt is a near-duplicate [ours]")
+    insight_novelty: float = option(0.85, "cosine above which an insight or behavior is one [ours]")
+    clusters: int = option(16, "clusters of questions that behaviors are abstracted from [ours]")
+    ground_insights: bool = option(False, "write only insights that their evidence contains, and more [deviation 7]")
+    memory_completion: int = option(1024, "tokens of a reflection or abstraction [ours]")
+    memory_temperature: float = option(0.6, "of reflection and abstraction [ours]")
+    embedder: Literal["hashing"] = option("hashing", "embeds questions, attempts and insights; hashing needs no download")
+
+    # evaluation, always without memory
+    eval_every: int = option(5, "steps between evaluations on dev and test; 0 for first and last only [Tab. 11]")
+    eval_k: int = option(16, "samples per problem: avg@k [Tab. 11]")
+    eval_problems: int = option(0, "evaluate on at most this many problems of a split; 0 for all [ours]")
+    eval_temperature: float = option(0.6, "[SDPO]")
+    eval_top_p: float = option(0.95, "[SDPO]")
+
+    # bookkeeping
+    log_every: int = option(10, "steps between printed lines and samples in samples.jsonl [ours]")
+    save_every: int = option(50, "steps between checkpoints; 0 for none [ours]")
+
+
+# The embedded task's preset; see nano/README.md for how the values were found.
+PRESETS = {
+    "nano": dict(steps=80, batch_size=8, group_size=8, max_prompt=64, max_completion=32, max_reprompt=512, lr=6e-4,
+                 warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, memory_completion=96, clusters=20,
+                 eval_every=10, eval_k=8, save_every=40),
+}
+
+
+def train(cfg: Config) -> dict:
+    """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched."""
+    task, tokenizer = check(cfg)
+    policy = load_policy(cfg)  # float32 master weights
+    teacher = policy if cfg.teacher == "live" else copy.deepcopy(policy)  # the same model; it only reads more
+    optimizer = make_optimizer(policy, cfg)
+    sampler = Sampler(policy, tokenizer, cfg)  # the only object that generates text
+    run = Run(cfg, task, tokenizer)
+    memory = make_memory(run, sampler, task, cfg)
+    first = run.restore(policy, teacher, optimizer, memory)
+    if first == 1:
+        run.evaluate(0, sampler)
+
+    for step, problems in batches(task.train, first, cfg):
+        sampler.step = step
+
+        # 1. Attempt: the memory-free student answers, the verifier responds                                   (Eq. 1)
+        with run.phase("attempt"):
+            rollouts = attempt(sampler, problems, cfg)
+
+        # 2. Remember: experience -> insight (per problem) -> behavior (shared)                             (Eq. 2, 3)
+        if cfg.method == "pmd":
+            with run.phase("remember"):
+                memory.record(step, rollouts)
+                memory.reflect(step, problems)
+                if step % refresh_period(task.train, cfg) == 0:
+                    memory.abstract(step)
+
+        # 3. Condition the teacher: same completion, richer prompt                                          (Eq. 4-6)
+        with run.phase("condition"):
+            condition(rollouts, memory, tokenizer, step, cfg)
+
+        # 4. Distill: match the teacher token by token on the student's own text                            (Eq. 7, 8)
+        with run.phase("distill"):
+            sums = Counter()
+            for minibatch in mini_batches(rollouts, policy, cfg):
+                sums.update(update(policy, teacher, optimizer, minibatch, step, cfg))
+            follow(teacher, policy, cfg)
+
+        run.log(step, rollouts, sums, memory)
+        if run.due(step, cfg.eval_every):
+            run.evaluate(step, sampler)
+        if run.due(step, cfg.save_every):
+            run.save(step, policy, teacher, optimizer, memory)
+
+    return run.finish(policy, memory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 1: attempt
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    """One answer of the student to one problem, and all that is learned from it."""
+
+    id: str  # step/problem/sample
+    problem: Problem
+    prompt_ids: list[int]
+    ids: list[int]  # the completion, its EOS included
+    rollout_logprobs: torch.Tensor  # (C,) the sampler's
+    text: str
+    finished: bool  # False if the limit cut it
+    reward: float = 0.0
+    feedback: str = ""
+    advantage: float = 0.0  # group-relative, for GRPO
+    teacher_prompt: str = ""  # the teacher's user message; empty where it has nothing to add
+    teacher_ids: list[int] = field(default_factory=list)
+    old_logprobs: torch.Tensor | None = None  # (C,) the trainer's, before the batch's first update
+
+
+def attempt(sampler, problems, cfg) -> list[Rollout]:
+    """G completions of each problem from its plain prompt, with their verdicts, group by group (Eq. 1)."""
+    samples = sampler.answer(problems, cfg.group_size)
+    rollouts = []
+    for problem, group in zip(problems, samples, strict=True):
+        for g, sample in enumerate(group):
+            verdict = verify(problem, sample.text)
+            rollouts.append(Rollout(f"{sampler.step}/{problem.id}/{g}", problem, sample.prompt_ids, sample.ids,
+                                    sample.logprobs, sample.text, sample.finished, verdict.reward, verdict.feedback))
+    return rollouts
+
+
+@dataclass
+class Sample:
+    """One generated text: its ids (EOS included), the log-probabilities (C,) it was sampled with, and the text."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    logprobs: torch.Tensor
+    text: str
+    finished: bool
+
+
+class KeyedSampling(LogitsProcessor):
+    """Draws each row's next token with that row's own uniform numbers (B, C), so that batching changes no text.
+
+    Token = the inverse of the cumulative distribution at the uniform. The choice is handed to transformers' greedy
+    decoding as the only finite logit; the log-probabilities it was drawn with are kept in `chosen`.
+    """
+
+    def __init__(self, uniforms, temperature, top_p):
+        self.uniforms, self.temperature, self.top_p, self.chosen = uniforms, temperature, top_p, []
+
+    def __call__(self, input_ids, scores):
+        logprobs = torch.log_softmax(scores.float() / self.temperature, -1)  # (B, V)
+        probs, order = logprobs.double().exp(), None
+        if self.top_p < 1:  # the smallest set of likeliest tokens that holds top_p, renormalised
+            probs, order = probs.sort(-1, descending=True)
+            probs = probs * (probs.cumsum(-1) - probs < self.top_p)
+        total = probs.cumsum(-1)
+        target = self.uniforms[:, len(self.chosen), None].to(total) * total[:, -1:]
+        token = torch.searchsorted(total, target, right=True).clamp(max=total.shape[1] - 1)  # (B, 1)
+        self.chosen.append((probs.gather(1, token) / total[:, -1:]).log().float().squeeze(1))
+        token = token if order is None else order.gather(1, token)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class Sampler:
+    """The one seam where text is generated: rollouts, reflection, abstraction and evaluation (transformers' generate).
+
+    Randomness is keyed by the run's seed, the step, what is generated (problem or prompt) and the sample's index, not by
+    batch: batching changes no text beyond floating-point ties.
+    """
+
+    def __init__(self, policy, tokenizer, cfg):
+        self.policy, self.tokenizer, self.cfg, self.step = policy, tokenizer, cfg, 0
+        eos = policy.generation_config.eos_token_id
+        self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+    def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0) -> list[list[Sample]]:
+        """k samples from the plain prompt of each problem. This is the only prompt a student ever sees."""
+        prompts = [encode_prompt(self.tokenizer, p.prompt, p.system) for p in problems]
+        samples = self.generate([ids for ids in prompts for _ in range(k)],
+                                [(split, p.id, j) for p in problems for j in range(k)],
+                                self.cfg.max_completion, temperature, top_p)
+        return [samples[i * k: (i + 1) * k] for i in range(len(problems))]
+
+    def ask(self, prompts) -> list[str]:
+        """The policy's replies to a memory's prompts (user messages): reflection and abstraction."""
+        digests = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
+        samples = self.generate([encode_prompt(self.tokenizer, p) for p in prompts], [("ask", d) for d in digests],
+                                self.cfg.memory_completion, self.cfg.memory_temperature, 0.95)
+        return [s.text for s in samples]
+
+    @torch.no_grad()
+    def generate(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
+        """One sample for each prompt (token ids) with its key (a tuple that JSON can write), batched by length."""
+        samples = [None] * len(prompts)
+        for rows in by_tokens([len(p) + max_new_tokens for p in prompts], self.cfg.micro_tokens):
+            longest = max(len(prompts[i]) for i in rows)
+            ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            for b, i in enumerate(rows):
+                ids[b, longest - len(prompts[i]):] = torch.tensor(prompts[i])
+                mask[b, longest - len(prompts[i]):] = 1
+            uniforms = np.stack([self._uniforms(keys[i], max_new_tokens) for i in rows])
+            draw = KeyedSampling(torch.from_numpy(uniforms).to(self.policy.device), temperature, top_p)
+            config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(self.eos),
+                                      pad_token_id=self.tokenizer.pad_token_id)
+            shipped, self.policy.generation_config = self.policy.generation_config, GenerationConfig()
+            try:  # a model's own generation_config (Qwen3's has top_k 20) would fill whatever ours leaves open
+                out = self.policy.generate(input_ids=ids.to(self.policy.device), attention_mask=mask.to(self.policy.device),
+                                           generation_config=config, logits_processor=LogitsProcessorList([draw]))
+            finally:
+                self.policy.generation_config = shipped
+            logprobs = torch.stack(draw.chosen, 1).cpu()  # (B, C)
+            for b, i in enumerate(rows):
+                new = out[b, longest:].tolist()
+                stop = next((t for t, token in enumerate(new) if token in self.eos), None)
+                new = new if stop is None else new[: stop + 1]
+                samples[i] = Sample(prompts[i], new, logprobs[b, : len(new)],
+                                    self.tokenizer.decode(new, skip_special_tokens=True).strip(), stop is not None)
+        return samples
+
+    def _uniforms(self, key, n):
+        digest = hashlib.sha256(json.dumps([self.cfg.seed, self.step, *key]).encode()).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
+
+
+def encode_prompt(tokenizer, user, system="") -> list[int]:
+    """The ids of a chat prompt, thinking off. The one way text becomes a prompt: control tokens in it are broken here."""
+    control = [t for t in tokenizer.all_special_tokens]
+    messages = [{"role": role, "content": neutralise(text, control)}
+                for role, text in (("system", system), ("user", user)) if text]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def by_tokens(lengths, budget) -> list[list[int]]:
+    """Indices grouped into batches of like length, each of at most `budget` padded tokens (at least one row)."""
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 3: condition the teacher
+# ---------------------------------------------------------------------------------------------------------------------
+
+def condition(rollouts, memory, tokenizer, step, cfg):
+    """Gives each rollout its teacher's prompt (Eq. 4, 5), or for GRPO its advantage.
+
+    SDPO's rules: the first successful sibling of the group is shown, never the rollout's own success; feedback only
+    where there is no such sibling. PMD: what memory.contexts says. Who has nothing to add supervises nothing.
+    """
+    groups = {}
+    for r in rollouts:
+        groups.setdefault(r.problem.id, []).append(r)
+    if cfg.method == "grpo":
+        for group in groups.values():
+            mean = sum(r.reward for r in group) / len(group)
+            for r in group:
+                r.advantage = r.reward - mean
+        return
+    if cfg.method == "sdpo":
+        contexts = []
+        for r in rollouts:
+            siblings = [s.text for s in groups[r.problem.id] if s is not r and s.reward > 0.5]
+            contexts.append({"solution": siblings[0]} if siblings else {"feedback": r.feedback})
+    else:
+        contexts = memory.contexts(rollouts, step, refreshed=cfg.behaviors_refreshed)
+    for r, context in zip(rollouts, contexts, strict=True):
+        prompt = compose_within(cfg.max_reprompt, lambda text, r=r: len(encode_prompt(tokenizer, text, r.problem.system)),
+                                r.problem.prompt, **context)
+        if prompt != r.problem.prompt:
+            r.teacher_prompt, r.teacher_ids = prompt, encode_prompt(tokenizer, prompt, r.problem.system)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phase 4: distill
+# ---------------------------------------------------------------------------------------------------------------------
+
+def mini_batches(rollouts, policy, cfg):
+    """Cuts a batch at problem borders into `mini_batch_size` problems an update.
+
+    The trainer's own log-probabilities of the batch are scored first where a ratio needs them: with several updates a
+    batch, and for GRPO. A single distillation update goes without: its policy IS the one that would be scored.
+    """
+    size = cfg.mini_batch_size * cfg.group_size
+    if len(rollouts) > size or cfg.method == "grpo":
+        with torch.no_grad():
+            head = policy.get_output_embeddings().weight
+            for rows in by_tokens([len(r.prompt_ids) + len(r.ids) for r in rollouts], cfg.micro_tokens):
+                batch = [rollouts[i] for i in rows]
+                scored = score(completion_hidden(policy, [r.prompt_ids for r in batch], batch), head, token_ids(batch, head))
+                for r, logprobs in zip(batch, scored.split([len(r.ids) for r in batch]), strict=True):
+                    r.old_logprobs = logprobs
+    for i in range(0, len(rollouts), size):
+        yield rollouts[i: i + size]
+
+
+def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
+    """(N, H): the hidden states that predict each token of each rollout's completion, rollout after rollout.
+
+    This is the alignment of student and teacher: both predict the same completion ids, each after its own prompt. Rows
+    are padded on the right, where causal attention never looks, and lengths, not pad ids, say what is real.
+    """
+    lengths = [len(p) + len(r.ids) for p, r in zip(prompts, rollouts, strict=True)]
+    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
+    rows, columns = [], []
+    for b, (prompt, r) in enumerate(zip(prompts, rollouts, strict=True)):
+        tokens[b, : lengths[b]] = torch.tensor(prompt + r.ids)
+        rows += [b] * len(r.ids)
+        columns += range(len(prompt) - 1, lengths[b] - 1)
+    hidden = model.get_decoder()(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
+    return hidden[rows, columns]
+
+
+def token_ids(rollouts, like):
+    return torch.tensor([t for r in rollouts for t in r.ids], device=like.device)  # (N,)
+
+
+def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
+    """One optimizer step on a mini-batch (Eq. 7, 8); returns sums over its supervised tokens.
+
+    Tokens are counted over the whole mini-batch before it is cut into micro-batches, so that the cut changes neither
+    loss nor gradient. Raises FloatingPointError on a loss or gradient that is not finite, before it touches the weights.
+    """
+    supervised = rollouts if cfg.method == "grpo" else [r for r in rollouts if r.teacher_ids]
+    total = sum(len(r.ids) for r in supervised)
+    if not total or cfg.method == "grpo" and not any(r.advantage for r in supervised):
+        return Counter(updates_skipped=1)
+    sums = Counter(tokens=total)
+    optimizer.zero_grad()
+    lengths = [max(len(r.prompt_ids), len(r.teacher_ids)) + len(r.ids) for r in supervised]
+    for rows in by_tokens(lengths, cfg.micro_tokens):
+        batch = [supervised[i] for i in rows]
+        head = policy.get_output_embeddings().weight  # (V, H)
+        ids = token_ids(batch, head)
+        counts = torch.tensor([len(r.ids) for r in batch], device=head.device)
+        sampled = torch.cat([r.rollout_logprobs for r in batch]).to(head.device)
+        old = None if batch[0].old_logprobs is None else torch.cat([r.old_logprobs for r in batch])
+        # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout, rollout_clip)
+        weights = torch.full_like(sampled, 1 / total)
+        weights = weights if old is None else weights * (old - sampled).exp().clamp(max=cfg.rollout_clip)
+        hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
+        if cfg.method == "grpo":
+            advantages = torch.tensor([r.advantage for r in batch], device=head.device).repeat_interleave(counts)
+            out = policy_loss(hidden, head, ids, advantages, weights, old, cfg.clip_low, cfg.clip_high)
+            sums.update(clipped=float(out.clipped.sum()))
+        else:
+            with torch.no_grad():
+                teacher_hidden = completion_hidden(teacher, [r.teacher_ids for r in batch], batch)
+            # with one update a batch p_now is p_old, so the rollout correction is the ratio formed inside the kernel
+            reference, clip = (sampled, cfg.rollout_clip) if old is None else (old, cfg.is_clip)
+            out = distill_loss(hidden, head, teacher_hidden, teacher.get_output_embeddings().weight.detach(), weights, ids,
+                               cfg.alpha, cfg.top_k or None, old_logprobs=reference, is_clip=clip)
+            sums.update(divergence=float(out.divergence.sum()), teacher_entropy=float(out.teacher_entropy.sum()))
+        if not torch.isfinite(out.loss):
+            raise FloatingPointError(f"the loss is {out.loss.item()} at step {step}, on {problem_ids(batch)}")
+        out.loss.backward()
+        sums.update(loss=float(out.loss.detach()), entropy=float(out.entropy.sum()),
+                    sampler_gap=float((out.logprobs - sampled).abs().sum()))
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(supervised)}")
+    optimizer.step()
+    optimizer.updates += 1
+    for group in optimizer.param_groups:  # linear warm-up, then constant
+        group["lr"] = cfg.lr * min(1.0, (optimizer.updates + 1) / max(1, cfg.warmup_steps))
+    sums.update(updates=1, grad_norm=float(norm))
+    return sums
+
+
+def problem_ids(rollouts):
+    names = list(dict.fromkeys(r.problem.id for r in rollouts))
+    return f"problems {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
+
+
+def make_optimizer(policy, cfg):
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr / max(1, cfg.warmup_steps), betas=(cfg.beta1, cfg.beta2),
+                                  weight_decay=cfg.weight_decay)
+    optimizer.updates = 0
+    return optimizer
+
+
+@torch.no_grad()
+def follow(teacher, policy, cfg):
+    """Moves an EMA teacher once, after the batch's last update: teacher += rate * (policy - teacher)."""
+    if cfg.teacher == "ema" and cfg.method != "grpo":
+        for t, p in zip(teacher.parameters(), policy.parameters(), strict=True):
+            t.lerp_(p, cfg.ema_rate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is made of
+# ---------------------------------------------------------------------------------------------------------------------
+
+def check(cfg):
+    """(task, tokenizer), or a ValueError that says in one sentence what is wrong, before any work is lost."""
+    for name, low, high in (("alpha", 0, 1), ("ema_rate", 0, 1), ("eval_top_p", 0, 1), ("response_novelty", -1, 1),
+                            ("insight_novelty", -1, 1)):
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"--{name} {getattr(cfg, name)} is outside [{low}, {high}]")
+    for name in ("batch_size", "group_size", "mini_batch_size", "micro_tokens", "max_prompt", "max_completion", "eval_k",
+                 "clusters", "log_every", "lr", "eval_temperature", "memory_temperature", "eval_top_p"):
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"--{name} {getattr(cfg, name)} must be above 0")
+    if cfg.group_size == 1 and cfg.method in ("grpo", "sdpo"):
+        raise ValueError(f"--group_size 1 leaves {cfg.method} nothing to learn from: it compares the answers of a group; "
+                         "use 2 or more")
+    if cfg.resume and not cfg.name:
+        raise ValueError("--resume continues the run given by --name; name it")
+    folder = Path(cfg.out) / cfg.name
+    if cfg.name and not cfg.resume and folder.exists():
+        raise ValueError(f"{folder} exists; add --resume to continue it or choose another --name")
+    if not cfg.task:
+        raise ValueError(f"--model {cfg.model} needs a --task: a folder with train.jsonl and test.jsonl")
+    task = load_task(cfg.task, cfg.dev)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id  # only fills the left of a batch; masks come from lengths
+    splits = {}
+    for split in ("train", "dev", "test"):
+        problems = getattr(task, split)
+        splits[split] = [p for p in problems if len(encode_prompt(tokenizer, p.prompt, p.system)) <= cfg.max_prompt]
+        dropped = [p.id for p in problems if p not in splits[split]]
+        if dropped:
+            print(f"{split}: {len(dropped)} problems dropped, longer than {cfg.max_prompt} tokens: {', '.join(dropped)}")
+        if problems and not splits[split]:
+            raise ValueError(f"no {split} problem of {cfg.task} is left within --max_prompt {cfg.max_prompt} tokens")
+    if len(splits["train"]) < cfg.batch_size:
+        raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(splits['train'])} training problems of "
+                         f"{cfg.task}")
+    return replace(task, **splits), tokenizer
+
+
+def model_folder(cfg):
+    return HERE / "nano" if cfg.model == "nano" else cfg.model
+
+
+def load_policy(cfg):
+    """The model with float32 weights, whatever it was stored in: at lr 1e-6 an Adam step moves 2% of bfloat16 weights.
+
+    It stays in eval mode, so that sampling and training see one and the same distribution. Raises ValueError for an
+    architecture whose logits are not its head times its last hidden state, which is what kernels.py takes them for.
+    """
+    policy = AutoModelForCausalLM.from_pretrained(model_folder(cfg), dtype=torch.float32).eval()
+    policy.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if policy.device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
+        torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
+    with torch.no_grad():
+        probe = torch.arange(1, 9, device=policy.device)[None]
+        logits = policy.get_decoder()(input_ids=probe).last_hidden_state @ policy.get_output_embeddings().weight.T
+        if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{cfg.model} transforms its logits after the head, which the losses here do not support")
+    return policy
+
+
+def make_embedder(cfg):
+    """embed(texts) -> (len(texts), D) float32, unit rows: words without digits and pairs of them, hashed."""
+    hasher = HashingVectorizer(n_features=1024, ngram_range=(1, 2), token_pattern=r"[^\W\d_]+", alternate_sign=False)
+    return lambda texts: np.asarray(hasher.transform(texts).todense(), dtype=np.float32)
+
+
+def make_memory(run, sampler, task, cfg):
+    shared = {f.name for f in fields(Config)} & set(Memory.__init__.__kwdefaults__)  # equal names, equal meanings
+    memory = Memory(run.folder / "memory.db", make_embedder(cfg), sampler.ask, **{n: getattr(cfg, n) for n in shared})
+    if cfg.method == "pmd":
+        memory.add_problems(task.train)
+    return memory
+
+
+def batches_per_epoch(problems, cfg):
+    return len(problems) // cfg.batch_size
+
+
+def total_steps(problems, cfg):
+    return cfg.steps or cfg.epochs * batches_per_epoch(problems, cfg)
+
+
+def refresh_period(problems, cfg):
+    return cfg.behavior_every or batches_per_epoch(problems, cfg)
+
+
+def batches(problems, first, cfg):
+    """(step, batch) from step `first` on: each epoch a new order, drawn from seed and epoch; its remainder is left out."""
+    per_epoch = batches_per_epoch(problems, cfg)
+    for step in range(first, total_steps(problems, cfg) + 1):
+        epoch, i = divmod(step - 1, per_epoch)
+        order = random.Random(f"{cfg.seed} epoch {epoch}").sample(problems, len(problems))
+        yield step, order[i * cfg.batch_size: (i + 1) * cfg.batch_size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves, on the screen and on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Run:
+    """The folder of a run, its progress bar and its clock. Nothing here changes what is learned."""
+
+    def __init__(self, cfg, task, tokenizer):
+        self.cfg, self.task, self.tokenizer, self.started = cfg, task, tokenizer, time.perf_counter()
+        self.total, self.seconds, self.spent = total_steps(task.train, cfg), Counter(), 0.0
+        self.folder = Path(cfg.out) / (cfg.name or default_name(cfg))
+        (self.folder / "evals").mkdir(parents=True, exist_ok=True)
+        config = self.folder / "config.json"
+        if config.exists():
+            refuse_changes(json.loads(config.read_text()), cfg)
+        config.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        (self.folder / "environment.txt").write_text(environment())
+        print(f"{cfg.method} on {cfg.task} with {cfg.model}, seed {cfg.seed}: {len(task.train)} train, {len(task.dev)} dev, "
+              f"{len(task.test)} test problems; {self.total} steps of {cfg.batch_size} x {cfg.group_size}; {self.folder}")
+        self.bar = tqdm(total=self.total, desc=cfg.method, unit="step", dynamic_ncols=True)
+
+    def due(self, step, every):
+        return bool(every) and step % every == 0 or step == self.total
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Shows the phase on the progress bar and adds its seconds to the step's."""
+        self.bar.set_postfix_str(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def log(self, step, rollouts, sums, memory):
+        """One line of metrics.jsonl; every `log_every` steps a printed line and a readable sample too."""
+        n, cfg = len(rollouts), self.cfg
+        groups = {r.problem.id for r in rollouts}
+        solved = {r.problem.id for r in rollouts if r.reward > 0.5}
+        metrics = {
+            "step": step, "epoch": (step - 1) // batches_per_epoch(self.task.train, cfg),
+            "rollouts": step * n, "reward": sum(r.reward for r in rollouts) / n, "groups_solved": len(solved) / len(groups),
+            "truncated": sum(not r.finished for r in rollouts) / n,
+            "completion_tokens": sum(len(r.ids) for r in rollouts) / n,
+            "teacher_active": sum(bool(r.teacher_ids) for r in rollouts) / n,
+            "supervised_tokens": sums["tokens"], "updates": sums["updates"], "updates_skipped": sums["updates_skipped"]}
+        if sums["tokens"]:
+            metrics |= {k: sums[k] / sums["tokens"] for k in ("divergence", "entropy", "teacher_entropy", "sampler_gap",
+                                                              "clipped") if k in sums}
+            metrics |= {"loss": sums["loss"] / sums["updates"], "grad_norm": sums["grad_norm"] / sums["updates"]}
+        metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
+        if cfg.method == "pmd":
+            metrics |= {"memory": memory.sizes(), "memory_events": memory.counts(step)}
+            if (precision := memory_precision(memory, self.task.train)) is not None:
+                metrics["memory_precision"] = precision
+        metrics["seconds"], self.seconds = dict(self.seconds), Counter()
+        append(self.folder / "metrics.jsonl", metrics)
+        self.bar.update()
+        if self.due(step, cfg.log_every):
+            sizes = "  memory " + "/".join(map(str, metrics["memory"].values())) if cfg.method == "pmd" else ""
+            self.bar.write(f"step {step:4d}  reward {metrics['reward']:.3f}  teacher active "
+                           f"{metrics['teacher_active']:.2f}  divergence {metrics.get('divergence', 0):.4f}{sizes}")
+            shown = next((r for r in rollouts if r.teacher_prompt), rollouts[0])
+            append(self.folder / "samples.jsonl", {
+                "step": step, "problem": shown.problem.id, "student_prompt": shown.problem.prompt,
+                "teacher_prompt": shown.teacher_prompt, "completion": shown.text, "reward": shown.reward,
+                "insight": [f"{i.kind} {i.title}: {i.text}" for i in memory.living("insight", shown.problem.id)]})
+
+    def evaluate(self, step, sampler):
+        """Answers dev and test from the plain prompt; every sample goes to evals/, the estimates to metrics.jsonl."""
+        cfg, sampler.step = self.cfg, step
+        with self.phase("evaluate"):
+            for split in ("dev", "test"):
+                problems = getattr(self.task, split)[: cfg.eval_problems or None]
+                if not problems:
+                    continue
+                samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p)
+                rows = [[(s, verify(p, s.text)) for s in group] for p, group in zip(problems, samples, strict=True)]
+                write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", (
+                    {"problem": p.id, "sample": j, "answer": v.answer, "reward": v.reward, "tokens": len(s.ids),
+                     "text": s.text} for p, group in zip(problems, rows, strict=True) for j, (s, v) in enumerate(group)))
+                rewards = np.array([[v.reward for _, v in group] for group in rows])
+                append(self.folder / "metrics.jsonl", {
+                    "step": step, "split": split, "rollouts": step * cfg.batch_size * cfg.group_size,
+                    "avg_at_k": avg_at_k(rewards), "k": cfg.eval_k, "n_problems": len(problems),
+                    "interval": interval(rewards.mean(1)), "best_at_k": best_at_k(rewards),
+                    "maj_at_k": maj_at_k(rewards, [[v.answer for _, v in group] for group in rows])})
+
+    # -- checkpoints: simple ones; see the README for what they do and do not guarantee -------------------------------
+
+    def save(self, step, policy, teacher, optimizer, memory):
+        """checkpoints/STEP: the weights as a Hugging Face folder, trainer.pt beside them; the last two are kept."""
+        if not self.cfg.save_every:
+            return
+        with self.phase("save"):
+            folder, aside = self.folder / "checkpoints" / str(step), self.folder / "checkpoints" / f"{step}.partial"
+            shutil.rmtree(aside, ignore_errors=True)
+            save_model(policy, self.tokenizer, aside)
+            torch.save({"step": step, "updates": optimizer.updates, "optimizer": optimizer.state_dict(),
+                        "teacher": teacher.state_dict() if teacher is not policy else None,
+                        "seconds": self.spent + time.perf_counter() - self.started}, aside / "trainer.pt")
+            aside.rename(folder)
+            for old in checkpoints(self.folder)[:-2]:
+                shutil.rmtree(old)
+
+    def restore(self, policy, teacher, optimizer, memory) -> int:
+        """Back to the last checkpoint if there is one; memory and records return to its step. The next step's number."""
+        saved, step = checkpoints(self.folder), 0
+        if saved:
+            state = torch.load(saved[-1] / "trainer.pt", map_location=policy.device, weights_only=True)
+            loaded = AutoModelForCausalLM.from_pretrained(saved[-1], dtype=torch.float32)
+            policy.load_state_dict(loaded.state_dict())
+            if state["teacher"] is not None:
+                teacher.load_state_dict(state["teacher"])
+            optimizer.load_state_dict(state["optimizer"])
+            optimizer.updates, step, self.spent = state["updates"], state["step"], state["seconds"]
+        memory.truncate_after(step)
+        keep = -1 if not step else step  # without a checkpoint the run starts over, its first evaluation included
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.folder / name).exists():
+                rows = read_lines(self.folder / name)
+                write_lines(self.folder / name, (row for row in rows if row["step"] <= keep))
+        self.bar.update(step)
+        return step + 1
+
+    def finish(self, policy, memory) -> dict:
+        """final/, summary.json and the learning curve; prints the table and one problem's memory."""
+        cfg, history = self.cfg, read_lines(self.folder / "metrics.jsonl")
+        self.bar.close()
+        save_model(policy, self.tokenizer, self.folder / "final")
+        tests = {row["step"]: row for row in history if row.get("split") == "test"}
+        devs = [row for row in history if row.get("split") == "dev"]
+        pick = {"base": tests[0], "final": tests[self.total],
+                "dev_best": tests[max(devs, key=lambda r: r["avg_at_k"])["step"]] if devs else None,
+                "test_best": max(tests.values(), key=lambda r: r["avg_at_k"])}
+        keys = ("step", "avg_at_k", "k", "n_problems", "interval", "maj_at_k", "best_at_k")
+        found = {name: row and {k: row[k] for k in keys} for name, row in pick.items()}
+        del found["test_best"]["interval"]  # the best of several looks at the test split has no honest interval
+        found["test_best"]["n_checkpoints_searched"] = len(tests)
+        summary = {"method": cfg.method, "task": cfg.task, "model": cfg.model, "seed": cfg.seed, "steps": self.total,
+                   "rollouts": self.total * cfg.batch_size * cfg.group_size,
+                   "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
+                   "memory": memory.sizes(), "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        plot_curves({cfg.method: [(s, r["avg_at_k"], *r["interval"]) for s, r in sorted(tests.items())]},
+                    self.folder / "curve.png", f"{cfg.task}: avg@{cfg.eval_k} without memory, held-out problems")
+        print("\n" + table({cfg.method: summary}))
+        if cfg.method == "pmd":
+            most = max(self.task.train, key=lambda p: (len(memory.living("insight", p.id)), p.id))
+            print("\n" + memory.describe(most))
+        print(f"\nall of it: {self.folder}  (curve.png, memory.db, samples.jsonl, evals/, final/)")
+        memory.close()
+        return summary
+
+
+def memory_precision(memory, problems):
+    """The share of living strategies that the world's hidden truth confirms; None where a task hides none. For
+    diagnosis: it reads what neither student nor teacher may see, and is called by nothing but the log."""
+    hidden = {p.id: p.extra.get("hidden", "").split() for p in problems}
+    found = [i.text in hidden[i.problem] for i in memory.living("insight") if i.kind == "strategy" and hidden.get(i.problem)]
+    return sum(found) / len(found) if found else None
+
+
+def table(summaries) -> str:
+    """The results of one or more runs: held-out avg@k of the memory-free policy, with 95% intervals over problems."""
+    def cell(row):
+        return f"{row['avg_at_k']:.3f}" + (" [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else "")
+
+    first = next(iter(summaries.values()))
+    rows = [("", f"avg@{first['final']['k']} on {first['final']['n_problems']} held-out problems, no memory in the prompt")]
+    rows += [("base policy", cell(first["base"]))]
+    for name, s in summaries.items():
+        rows += [(f"{name}, after training", cell(s["final"]))]
+        if s["dev_best"]:
+            rows += [(f"{name}, best on dev", f"{cell(s['dev_best'])}  at step {s['dev_best']['step']}")]
+        rows += [(f"{name}, best on test", f"{cell(s['test_best'])}  at step {s['test_best']['step']}, selected on test "
+                                           f"among {s['test_best']['n_checkpoints_searched']} checkpoints")]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}s}  {value}" for name, value in rows)
+
+
+def default_name(cfg):
+    return f"{cfg.task.strip('/').replace('/', '-')}-{cfg.compare and 'compare' or cfg.method}-{cfg.seed}-" \
+           f"{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def refuse_changes(before, cfg):
+    """A resumed run keeps its configuration, but for what only adds steps or output."""
+    free = {"resume", "steps", "epochs", "out", "name", "device", "log_every", "save_every", "micro_tokens"}
+    now = dataclasses.asdict(cfg)
+    changed = [f"--{k} ({before.get(k)!r} before, {now[k]!r} now)" for k in now if k not in free and before.get(k) != now[k]]
+    if changed:
+        raise ValueError(f"the run {cfg.name} was started with other flags: {', '.join(changed)}; use another --name")
+
+
+def checkpoints(folder):
+    return sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def save_model(policy, tokenizer, folder):
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def git(*args):
+    try:
+        return subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def commit():
+    """The commit this code is at, with a + if the tree was changed since; empty outside a git checkout."""
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def environment():
+    names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
+    lines = [f"pmd {VERSION}", f"commit {commit()}", f"python {platform.python_version()} on {platform.platform()}",
+             *(f"{n} {importlib.metadata.version(n)}" for n in names),
+             f"devices: {torch.cuda.device_count()} cuda", f"command: {' '.join(sys.argv)}"]
+    return "\n".join(lines) + "\n\n" + git("diff", "HEAD") + "\n"
+
+
+def append(path, row):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_flags(argv=None) -> Config:
+    """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then what was given."""
+    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    given, _ = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+    if given.model == "nano" and not given.task:
+        given.task = "nano"
+    if given.model == "nano" or given.task.split("/")[0] == "nano":
+        parser.set_defaults(**PRESETS["nano"])
+    cfg = Config(**vars(parser.parse_args(argv)))
+    return replace(cfg, task=given.task)
+
+
+def compare(cfg):
+    """Several methods in turn, same flags, same budget; one table and one figure."""
+    methods = [m.strip() for m in cfg.compare.split(",")]
+    folder = Path(cfg.out) / (cfg.name or default_name(cfg))
+    runs = [replace(cfg, compare="", method=m, name=f"{folder.name}/{m}") for m in methods]
+    unknown = [m for m in methods if m not in Config.__dataclass_fields__["method"].type.__args__]
+    if unknown or len(set(methods)) < len(methods):
+        raise ValueError(f"--compare takes different methods out of pmd, sdpo, grpo, not {cfg.compare!r}")
+    for run in runs:
+        check(run)
+    return folder, runs
+
+
+def main():
+    cfg = parse_flags()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        folder, runs = compare(cfg) if cfg.compare else (None, [cfg])
+        check(runs[0])
+    except ValueError as error:
+        sys.exit(f"pmd.py: {error}")
+    try:
+        summaries = {run.method: train(run) for run in runs}
+    except FloatingPointError as error:
+        sys.exit(f"pmd.py: {error}")
+    if folder:
+        curves = {}
+        for method in summaries:
+            rows = [r for r in read_lines(folder / method / "metrics.jsonl") if r.get("split") == "test"]
+            curves[method] = [(r["step"], r["avg_at_k"], *r["interval"]) for r in rows]
+        plot_curves(curves, folder / "compare.png", f"{cfg.task}: avg@{cfg.eval_k} without memory, held-out problems")
+        print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")
+
+
+if __name__ == "__main__":
+    main()

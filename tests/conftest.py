@@ -1,0 +1,96 @@
+"""A tiny policy (the embedded checkpoint), a memory with a scripted model, and a hand-made embedder."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pmd
+from memory import Memory
+
+NANO = Path(__file__).resolve().parent.parent / "nano"
+
+
+@dataclasses.dataclass
+class Question:
+    id: str
+    prompt: str
+
+
+@dataclasses.dataclass
+class Attempt:
+    """What memory.record needs of a rollout."""
+
+    id: str
+    problem: Question
+    text: str
+    reward: float = 0.0
+    feedback: str = ""
+
+
+def letters(texts):
+    """An embedder to check by hand: the share of each letter, as a unit vector."""
+    table = np.array([[t.lower().count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for t in texts], np.float32)
+    table[:, 0] += 1e-3  # no zero vectors
+    return table / np.linalg.norm(table, axis=1, keepdims=True)
+
+
+def words(texts):
+    """Another: one dimension for each word (a stable hash into 4096)."""
+    table = np.zeros((len(texts), 4096), np.float32)
+    for row, text in zip(table, texts, strict=True):
+        for word in re.findall(r"\w+", text):
+            row[int.from_bytes(word.encode(), "little") % 4093] += 1
+    table[:, 4095] = 1e-3
+    return table / np.linalg.norm(table, axis=1, keepdims=True)
+
+
+class Script:
+    """A model that answers by rule and remembers what it was asked."""
+
+    def __init__(self, rule=lambda prompt: ""):
+        self.rule, self.prompts = rule, []
+
+    def __call__(self, prompts):
+        self.prompts += prompts
+        return [self.rule(p) for p in prompts]
+
+
+@pytest.fixture
+def make_memory(tmp_path):
+    made = []
+
+    def make(rule=lambda prompt: "", embed=words, **knobs):
+        memory = Memory(tmp_path / f"{len(made)}.db", embed, Script(rule), **knobs)
+        made.append(memory)
+        return memory
+
+    yield make
+    for memory in made:
+        memory.db.close()
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """The nano preset, cut down to seconds."""
+
+    def make(*flags, **changes):
+        small = dict(steps=2, batch_size=3, mini_batch_size=3, group_size=4, eval_problems=3, eval_k=2, eval_every=0,
+                     save_every=0, log_every=1, out=str(tmp_path))
+        return dataclasses.replace(pmd.parse_flags(list(flags)), **(small | changes))
+
+    return make
+
+
+@pytest.fixture
+def policy(make_config):
+    torch.set_num_threads(1)
+    return pmd.load_policy(make_config())
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return pmd.AutoTokenizer.from_pretrained(NANO)

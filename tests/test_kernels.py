@@ -1,0 +1,598 @@
+"""kernels.py against enumeration in plain Python, autograd on the definition in float64, and counted work."""
+import ast
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels import distill_loss, oracle, policy_loss, score
+
+ROOT = Path(kernels.__file__).parent
+ALPHAS = (0, 0.1, 0.5, 0.9, 1)
+N, H, TEACHER_H, V = 11, 6, 4, 13
+
+
+def make(rows=N, vocabulary=V, dtype=torch.float64, seed=0, scale=1.0):
+    """Arguments of distill_loss: a teacher of another width, weights with zeros and negatives."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    weights = torch.randn(rows, generator=generator, dtype=torch.float64)
+    weights[2::4] = 0
+    return {
+        "student_hidden": draw(rows, H).requires_grad_(),
+        "student_head": draw(vocabulary, H).requires_grad_(),
+        "teacher_hidden": draw(rows, TEACHER_H),
+        "teacher_head": draw(vocabulary, TEACHER_H),
+        "weights": weights,
+        "token_ids": torch.randint(vocabulary, (rows,), generator=generator),
+    }
+
+
+def logits_of(inputs):
+    student = inputs["student_hidden"].double() @ inputs["student_head"].double().T
+    return student, inputs["teacher_hidden"].double() @ inputs["teacher_head"].double().T
+
+
+def gradients(loss, inputs, names=("student_hidden", "student_head")):
+    return torch.autograd.grad(loss, [inputs[name] for name in names])
+
+
+def assert_near(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+# ------------------------------------------------------------------ the definition, by enumeration
+
+def softmax_by_hand(logits):
+    exponentials = [math.exp(z) for z in logits]
+    return [e / math.fsum(exponentials) for e in exponentials]
+
+
+def kl_by_hand(a, b):
+    return math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+
+def divergence_by_hand(student, teacher, alpha, top_k=None):
+    p, q = softmax_by_hand(student), softmax_by_hand(teacher)
+    if top_k is not None:
+        order = sorted(range(len(p)), key=lambda i: -p[i])
+        top, rest = order[:top_k], order[top_k:]
+        p, q = ([x[i] for i in top] + [math.fsum(x[i] for i in rest)] * bool(rest) for x in (p, q))
+    if alpha == 0:
+        return kl_by_hand(q, p)
+    if alpha == 1:
+        return kl_by_hand(p, q)
+    m = [(1 - alpha) * x + alpha * y for x, y in zip(p, q, strict=True)]
+    return (1 - alpha) * kl_by_hand(p, m) + alpha * kl_by_hand(q, m)
+
+
+STUDENT = [[0.3, -1.2, 2.0, 0.7, -0.1], [9.0, 1.0, -8.0, 0.5, 0.0], [-2.0, 3.0, 1.5, -0.5, 0.9]]
+TEACHER = [[1.1, 0.4, -0.6, 0.2, 1.9], [-3.0, 6.0, 2.0, 1.0, -1.0], [-1.0, 2.0, 2.5, -1.5, 0.4]]
+
+
+@pytest.mark.parametrize("top_k", (None, 1, 2, 4, 5))
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_oracle_equals_enumeration(alpha, top_k):
+    expected = [divergence_by_hand(s, t, alpha, top_k) for s, t in zip(STUDENT, TEACHER, strict=True)]
+    student, teacher = (torch.tensor(logits, dtype=torch.float64) for logits in (STUDENT, TEACHER))
+    actual = oracle(student, teacher, alpha, top_k)
+    assert_near(actual, torch.tensor(expected, dtype=torch.float64), 1e-12)
+
+
+def test_direction_of_each_kl():
+    """A teacher sure of one token, a student that is not: only the forward KL is bounded."""
+    student, teacher = torch.zeros(1, 5), torch.tensor([[100.0, 0, 0, 0, 0]])
+    assert oracle(student, teacher, 0).item() == pytest.approx(math.log(5))       # KL(q || p)
+    assert oracle(student, teacher, 1).item() == pytest.approx(80 - math.log(5))  # KL(p || q)
+    m = [0.9 * 0.2 + 0.1] + [0.9 * 0.2] * 4                                       # alpha weighs the teacher
+    expected = 0.9 * kl_by_hand([0.2] * 5, m) + 0.1 * -math.log(m[0])
+    assert oracle(student, teacher, 0.1).item() == pytest.approx(expected)
+
+
+def test_oracle_gives_the_teacher_no_gradient():
+    student, teacher = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    oracle(student, teacher, 0.5).sum().backward()
+    assert student.grad is not None and teacher.grad is None
+
+
+# ------------------------------------------------------------------ distill_loss equals the definition
+
+@pytest.mark.parametrize("chunk_size", (1, 5, 100))
+@pytest.mark.parametrize("top_k", (None, 1, 7, V))
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_distill_loss_equals_autograd_on_the_oracle(alpha, top_k, chunk_size):
+    inputs = make()
+    assert (inputs["weights"] == 0).any() and (inputs["weights"] < 0).any()
+    student, teacher = logits_of(inputs)
+    divergence = oracle(student, teacher, alpha, top_k)
+    expected = (inputs["weights"] * divergence).sum()
+    actual = distill_loss(**inputs, alpha=alpha, top_k=top_k, chunk_size=chunk_size)
+
+    assert_near(actual.loss, expected)
+    for mine, theirs in zip(gradients(actual.loss, inputs), gradients(expected, inputs), strict=True):
+        assert_near(mine, theirs)
+    live = (inputs["weights"] != 0).double()
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    assert_near(actual.divergence, divergence * live)
+    assert_near(actual.logprobs, log_p[torch.arange(N), inputs["token_ids"]] * live)
+    assert_near(actual.entropy, -(log_p.exp() * log_p).sum(-1) * live)
+    assert_near(actual.teacher_entropy, -(log_q.exp() * log_q).sum(-1) * live)
+    assert not any(output.requires_grad for output in actual[1:])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_distill_loss_equals_the_oracle_on_any_sizes(data):
+    rows, vocabulary = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 12))
+    alpha = data.draw(st.one_of(st.sampled_from((0, 1)), st.floats(0.01, 0.99)))
+    top_k = data.draw(st.one_of(st.none(), st.integers(1, vocabulary)))
+    inputs = make(rows, vocabulary, seed=data.draw(st.integers(0, 999)), scale=data.draw(st.floats(0, 3)))
+    expected = (inputs["weights"] * oracle(*logits_of(inputs), alpha, top_k)).sum()
+    actual = distill_loss(**inputs, alpha=alpha, top_k=top_k, chunk_size=data.draw(st.integers(1, 10)))
+    assert_near(actual.loss, expected)
+    if len(set(logits_of(inputs)[0].flatten().tolist())) == rows * vocabulary:  # no ties, so one top-k
+        for mine, theirs in zip(gradients(actual.loss, inputs), gradients(expected, inputs), strict=True):
+            assert_near(mine, theirs)
+
+
+@pytest.mark.parametrize("alpha,top_k", [(0, None), (0.5, None), (1, None), (0, 2), (0.3, 2), (1, 2)])
+def test_gradcheck(alpha, top_k):
+    inputs = make(3, 5)
+
+    def loss(hidden, head):
+        changed = inputs | {"student_hidden": hidden, "student_head": head}
+        return distill_loss(**changed, alpha=alpha, top_k=top_k, chunk_size=2).loss
+
+    assert torch.autograd.gradcheck(loss, (inputs["student_hidden"], inputs["student_head"]))
+
+
+@pytest.mark.parametrize("is_clip", (None, 2.0, 0.7))
+def test_importance_ratio_weighs_each_token_and_is_detached(is_clip):
+    inputs = make()
+    student, teacher = logits_of(inputs)
+    logprobs = student.log_softmax(-1)[torch.arange(N), inputs["token_ids"]]
+    ratio = torch.linspace(0.2, 4.0, N, dtype=torch.float64)  # on both sides of each bound
+    applied = ratio if is_clip is None else ratio.clamp(max=is_clip)
+    divergence = oracle(student, teacher, 0.5)
+    expected = (inputs["weights"] * applied * divergence).sum()
+    actual = distill_loss(**inputs, alpha=0.5, old_logprobs=logprobs.detach() - ratio.log(), is_clip=is_clip,
+                          chunk_size=3)
+    assert_near(actual.loss, expected)
+    assert_near(actual.divergence, divergence * (inputs["weights"] != 0))  # without ratio or weight
+    for mine, theirs in zip(gradients(actual.loss, inputs), gradients(expected, inputs), strict=True):
+        assert_near(mine, theirs)
+
+
+def test_is_clip_without_old_logprobs_has_no_effect():
+    inputs = make()
+    assert_near(distill_loss(**inputs, alpha=1, is_clip=0.5).loss, distill_loss(**inputs, alpha=1).loss)
+
+
+# ------------------------------------------------------------------ numbers
+
+def test_rows_of_weight_zero_may_hold_anything():
+    inputs = make()
+    inputs["old_logprobs"] = torch.full((N,), -2.0, dtype=torch.float64)
+    clean = distill_loss(**inputs, alpha=0.5)
+    dirty = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+    dead = inputs["weights"] == 0
+    for name in ("student_hidden", "teacher_hidden", "old_logprobs"):
+        dirty[name][dead] = math.nan
+    dirty["token_ids"][dead] = -100
+    dirty["student_hidden"].requires_grad_()
+    dirty["student_head"].requires_grad_()
+    actual = distill_loss(**dirty, alpha=0.5)
+    for mine, theirs in zip(actual, clean, strict=True):
+        assert_near(mine, theirs)
+    mine, theirs = gradients(actual.loss, dirty), gradients(clean.loss, inputs)
+    assert_near(mine[0], theirs[0])
+    assert_near(mine[1], theirs[1])
+    assert (mine[0][dead] == 0).all() and all((output[dead] == 0).all() for output in actual[1:])
+
+    hidden = dirty["student_hidden"]
+    policy = policy_loss(hidden, dirty["student_head"], dirty["token_ids"], dirty["old_logprobs"],
+                         dirty["weights"], dirty["old_logprobs"], 0.2, 0.2)
+    policy.loss.backward()
+    assert all(output.isfinite().all() for output in policy) and hidden.grad.isfinite().all()
+
+
+def test_a_non_finite_loss_is_returned():
+    inputs = make()
+    inputs["teacher_hidden"][0, 0] = math.nan
+    assert distill_loss(**inputs, alpha=0.5).loss.isnan()
+
+
+@pytest.mark.parametrize("top_k", (None, 3))
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_teacher_equal_to_the_student_gives_nothing(alpha, top_k):
+    inputs = make()
+    inputs |= {"teacher_hidden": inputs["student_hidden"], "teacher_head": inputs["student_head"]}
+    actual = distill_loss(**inputs, alpha=alpha, top_k=top_k)
+    assert actual.loss.abs() < 1e-14
+    assert all(gradient.abs().max() < 1e-14 for gradient in gradients(actual.loss, inputs))
+
+
+@pytest.mark.parametrize("top_k", (None, 1, 3))
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_extreme_logits_stay_finite(alpha, top_k):
+    """Logits of +-1e4 in float32: teacher one-hot, student one-hot, agreeing, opposed."""
+    extreme = torch.tensor([[1e4, -1e4, 0, 3, -1e4], [-1e4, 1e4, -1e4, -1e4, -1e4], [0, 0, 0, 1, 2],
+                            [1e4, 1e4, -1e4, 9999, 0], [-1e4, -1e4, -1e4, -1e4, 1e4]])
+    hidden, head = extreme.clone().requires_grad_(), torch.eye(5).requires_grad_()
+    teacher = extreme.roll(1, 0)
+    actual = distill_loss(hidden, head, teacher, torch.eye(5), torch.ones(5), torch.arange(5), alpha, top_k,
+                          old_logprobs=torch.full((5,), -1e4), is_clip=2.0)
+    actual.loss.backward()
+    assert all(output.isfinite().all() for output in actual)
+    assert hidden.grad.isfinite().all() and head.grad.isfinite().all()
+    torch.testing.assert_close(actual.divergence.double(), oracle(extreme, teacher, alpha, top_k),
+                               rtol=1e-6, atol=2e-3)  # one float32 step at 2e4 is 2e-3
+
+
+def test_a_one_hot_teacher_leaves_the_cross_entropy():
+    inputs = make()
+    one_hot = torch.nn.functional.one_hot(inputs["token_ids"], V).double()
+    inputs |= {"teacher_hidden": 1e4 * one_hot, "teacher_head": torch.eye(V, dtype=torch.float64)}
+    actual = distill_loss(**inputs, alpha=0)
+    assert_near(actual.divergence, -actual.logprobs)
+
+
+def test_the_tail_is_exact_where_the_student_is_confident():
+    """In float32, 1 - (sum of the top-k) is 0 or rounding here; the tail we keep is right to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = 12 * torch.randn(20, 9, generator=generator)
+    teacher, eye = 12 * torch.randn(20, 9, generator=generator), torch.eye(9)
+    for alpha in ALPHAS:
+        actual = distill_loss(hidden, eye, teacher, eye, torch.ones(20), torch.zeros(20).long(), alpha, 4)
+        expected = oracle(hidden, teacher, alpha, 4)
+        torch.testing.assert_close(actual.divergence.double(), expected, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_float32_is_accurate(alpha):
+    inputs = make(64, 40, torch.float32, scale=0.7)
+    expected = (inputs["weights"] * oracle(*logits_of(inputs), alpha)).sum()
+    actual = distill_loss(**inputs, alpha=alpha, chunk_size=7).loss
+    assert actual.dtype == torch.float32
+    assert abs(actual - expected) < 5e-6 * inputs["weights"].abs().sum()
+    for mine, theirs in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
+        assert (mine - theirs).norm() < 5e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("loss", ("distill", "policy"))
+def test_bfloat16_gradients_accumulate_in_float32(loss):
+    """One row per chunk, 512 chunks with gradients of one sign: a bfloat16 sum would stop growing."""
+    rows = 512
+    inputs = make(rows, 16, torch.bfloat16, scale=0.5)
+    inputs["student_hidden"] = inputs["student_hidden"].detach().abs().requires_grad_()
+    inputs["weights"] = torch.ones(rows)
+    inputs["token_ids"] = inputs["token_ids"] % 3
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    student, teacher = logits_of(inputs)
+    if loss == "distill":
+        expected = oracle(student, teacher, 1).sum()
+        actual = distill_loss(**inputs, alpha=1, chunk_size=1).loss
+    else:
+        expected = -student.log_softmax(-1)[torch.arange(rows), ids].sum()
+        ones = torch.ones(rows)
+        actual = policy_loss(hidden, head, ids, ones, ones, None, 0.2, 0.2, chunk_size=1).loss
+    assert actual.dtype == torch.float32
+    mine, theirs = gradients(actual, inputs), gradients(expected, inputs)
+    assert mine[1].dtype == torch.bfloat16
+    assert (mine[0].double() - theirs[0].double()).norm() < 0.02 * theirs[0].double().norm()
+    assert (mine[1].double() - theirs[1].double()).norm() < 0.01 * theirs[1].double().norm()
+
+
+# ------------------------------------------------------------------ as a part of a graph
+
+@pytest.mark.parametrize("chunk_size", (None, 2))
+def test_backward_scales_and_accumulates(chunk_size):
+    inputs = make()
+    student, teacher = logits_of(inputs)
+    expected = gradients((inputs["weights"] * oracle(student, teacher, 0.5)).sum(), inputs)
+    result = distill_loss(**inputs, alpha=0.5, chunk_size=chunk_size)
+    (-3.0 * result.loss).backward(retain_graph=True)
+    (0.5 * result.loss).backward()
+    assert_near(inputs["student_hidden"].grad, -2.5 * expected[0])
+    (2.0 * distill_loss(**inputs, alpha=0.5).loss).backward()
+    assert_near(inputs["student_hidden"].grad, -0.5 * expected[0])
+    assert_near(inputs["student_head"].grad, -0.5 * expected[1])
+
+
+@pytest.mark.parametrize("learns", ("student_hidden", "student_head"))
+def test_each_input_can_be_frozen(learns):
+    inputs = make()
+    frozen = ({"student_hidden", "student_head"} - {learns}).pop()
+    expected, = gradients((inputs["weights"] * oracle(*logits_of(inputs), 0.5)).sum(), inputs, [learns])
+    inputs[frozen] = inputs[frozen].detach()
+    distill_loss(**inputs, alpha=0.5).loss.backward()
+    assert inputs[frozen].grad is None
+    assert_near(inputs[learns].grad, expected)
+
+
+def test_gradients_flow_on_into_what_made_the_hidden_states():
+    inputs = make()
+    layer = make(H, seed=1)["student_hidden"]
+    inputs["student_hidden"] = inputs["student_hidden"].detach() @ layer
+    naive = (inputs["weights"] * oracle(*logits_of(inputs), 1)).sum()
+    expected, = torch.autograd.grad(naive, layer, retain_graph=True)
+    distill_loss(**inputs, alpha=1).loss.backward()
+    assert_near(layer.grad, expected)
+
+
+def test_no_gradient_reaches_the_teacher_even_with_a_tied_head():
+    inputs = make()
+    teacher_hidden = torch.randn(N, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    head = inputs["student_head"]
+    inputs |= {"teacher_hidden": teacher_hidden.requires_grad_(), "teacher_head": head}
+    student, teacher = logits_of(inputs)
+    expected = gradients((inputs["weights"] * oracle(student, teacher.detach(), 0.5)).sum(), inputs)
+    distill_loss(**inputs, alpha=0.5).loss.backward()
+    assert teacher_hidden.grad is None
+    assert_near(head.grad, expected[1])
+
+
+def test_an_untied_teacher_gets_no_gradient():
+    inputs = make()
+    inputs["teacher_hidden"].requires_grad_()
+    inputs["teacher_head"].requires_grad_()
+    inputs["weights"].requires_grad_()
+    distill_loss(**inputs, alpha=0).loss.backward()
+    assert all(inputs[name].grad is None for name in ("teacher_hidden", "teacher_head", "weights"))
+
+
+@pytest.mark.parametrize("rows", (0, 1))
+def test_no_rows_and_one_row(rows):
+    inputs = make(rows)
+    result = distill_loss(**inputs, alpha=0.5, top_k=2)
+    assert result.loss.requires_grad and all(output.shape == (rows,) for output in result[1:])
+    to_hidden, to_head = gradients(result.loss, inputs)
+    assert to_hidden.shape == (rows, H) and (rows or (to_head == 0).all())
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    policy = policy_loss(hidden, head, ids, torch.zeros(rows), torch.ones(rows), None, 0.2, 0.2)
+    assert policy.loss == 0 and policy.loss.requires_grad and policy.clipped.shape == (rows,)
+    assert score(hidden, head, ids).shape == (rows,)
+
+
+def test_weights_that_are_all_zero_still_connect_to_the_graph():
+    inputs = make()
+    result = distill_loss(**(inputs | {"weights": torch.zeros(N)}), alpha=0.5)
+    assert result.loss == 0
+    assert all((gradient == 0).all() for gradient in gradients(result.loss, inputs))
+
+
+def test_autocast_casts_the_products_only():
+    inputs = make(dtype=torch.float32)
+    exact = distill_loss(**inputs, alpha=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = distill_loss(**inputs, alpha=0.5)
+        mixed = distill_loss(**(inputs | {"student_hidden": inputs["student_hidden"].bfloat16()}), alpha=0.5)
+    assert cast.loss.dtype == mixed.loss.dtype == torch.float32
+    assert 0 < (cast.divergence - exact.divergence).abs().max() < 0.05
+    for rounded, full in zip(gradients(cast.loss, inputs), gradients(exact.loss, inputs), strict=True):
+        assert rounded.dtype == torch.float32 and (rounded - full).norm() < 0.03 * full.norm()
+
+
+# ------------------------------------------------------------------ work done
+
+class Watch(TorchDispatchMode):
+    """Notes the rows of each matrix product's result, and the largest tensor any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = [], 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        if operation is torch.ops.aten.mm.default:
+            self.products.append(tuple(result.shape))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_all_rows_by_vocabulary_exists():
+    rows, vocabulary, chunk = 96, 80, 4
+    inputs = make(rows, vocabulary)
+    for top_k in (None, 5):
+        with Watch() as watch:
+            distill_loss(**inputs, alpha=0.5, top_k=top_k, chunk_size=chunk).loss.backward()
+        assert watch.largest == max(rows * H, vocabulary * H) < rows * vocabulary / 10
+
+
+def test_products_are_made_only_for_live_rows_and_inputs_that_learn():
+    inputs = make()
+    live = int((inputs["weights"] != 0).sum())
+    both, to_hidden, to_head = [(live, V)] * 2, (live, H), (V, H)
+    no_head = inputs | {"student_head": inputs["student_head"].detach()}
+    no_hidden = inputs | {"student_hidden": inputs["student_hidden"].detach()}
+    for case, expected in ((inputs, [*both, to_hidden, to_head]), (no_head, [*both, to_hidden]),
+                           (no_hidden, [*both, to_head])):
+        with Watch() as watch:
+            distill_loss(**case, alpha=0.5)
+        assert watch.products == expected
+    with Watch() as watch, torch.no_grad():
+        result = distill_loss(**inputs, alpha=0.5)
+    assert watch.products == both and not result.loss.requires_grad
+
+
+def test_the_memory_budget_sets_the_chunk():
+    inputs = make()
+    row = kernels.LIVE_TENSORS * V * 8
+    with Watch() as watch:
+        small = distill_loss(**inputs, alpha=0.5, memory_budget=3 * row + 1)
+    assert max(shape[0] for shape in watch.products if shape[1] == V) == 3
+    assert_near(small.loss, distill_loss(**inputs, alpha=0.5).loss)
+    with pytest.raises(ValueError, match=f"memory_budget is {row - 1} .* needs {row}"):
+        distill_loss(**inputs, alpha=0.5, memory_budget=row - 1)
+
+
+# ------------------------------------------------------------------ policy_loss and score
+
+LOW, HIGH = 0.2, 0.28
+
+
+def policy_inputs():
+    """Every pair of a ratio (on both sides of each bound, and 1) and a sign of the advantage."""
+    ratios = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.2, 1.27, 1.29, 3.0], dtype=torch.float64)
+    advantages = torch.tensor([1.5, -0.7, 0.0], dtype=torch.float64)
+    ratio, advantage = (grid.flatten() for grid in torch.meshgrid(ratios, advantages, indexing="ij"))
+    inputs = make(len(ratio))
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    logprobs = (hidden @ head.T).log_softmax(-1)[torch.arange(len(ratio)), ids]
+    weights = torch.rand(len(ratio), generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.1
+    weights[5], weights[7] = 0, -0.4
+    return inputs, ratio, advantage, logprobs, weights
+
+
+@pytest.mark.parametrize("chunk_size", (1, 7, 100, None))
+def test_policy_loss_equals_autograd_on_the_surrogate(chunk_size):
+    inputs, ratio, advantage, logprobs, weights = policy_inputs()
+    old = logprobs.detach() - ratio.log()
+    live_ratio = (logprobs - old).exp()
+    surrogate = torch.minimum(live_ratio * advantage, live_ratio.clamp(1 - LOW, 1 + HIGH) * advantage)
+    expected = (weights * -surrogate).sum()
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    actual = policy_loss(hidden, head, ids, advantage, weights, old, LOW, HIGH, chunk_size)
+    assert_near(actual.loss, expected)
+    for mine, theirs in zip(gradients(actual.loss, inputs), gradients(expected, inputs), strict=True):
+        assert_near(mine, theirs)
+    live = weights != 0
+    clipped = ((advantage > 0) & (ratio > 1 + HIGH) | (advantage < 0) & (ratio < 1 - LOW)) & live
+    assert clipped.sum() == 4
+    assert torch.equal(actual.clipped, clipped.double())
+    assert_near(actual.logprobs, logprobs * live)
+    log_p = (hidden @ head.T).log_softmax(-1)
+    assert_near(actual.entropy, -(log_p.exp() * log_p).sum(-1) * live)
+    assert not any(output.requires_grad for output in actual[1:])
+
+
+def test_policy_loss_without_old_logprobs_is_the_plain_policy_gradient():
+    inputs, _, advantage, logprobs, weights = policy_inputs()
+    expected = (weights * -advantage * logprobs).sum()
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    actual = policy_loss(hidden, head, ids, advantage, weights, None, LOW, HIGH, chunk_size=5)
+    assert_near(actual.loss, -(weights * advantage).sum())  # the ratio is exactly 1
+    assert actual.clipped.sum() == 0
+    for mine, theirs in zip(gradients(actual.loss, inputs), gradients(expected, inputs), strict=True):
+        assert_near(mine, theirs)
+
+
+def test_policy_gradcheck():
+    inputs, ratio, advantage, logprobs, weights = policy_inputs()
+    old, ids = logprobs.detach() - ratio.log(), inputs["token_ids"]
+
+    def loss(hidden, head):
+        return 1.7 * policy_loss(hidden, head, ids, advantage, weights, old, LOW, HIGH, chunk_size=7).loss
+
+    assert torch.autograd.gradcheck(loss, (inputs["student_hidden"], inputs["student_head"]))
+
+
+def test_policy_loss_with_an_overflowing_ratio():
+    """exp(1e4) is infinite: without consequence where the advantage is 0 or the clip is active."""
+    hidden, head = torch.tensor([[1e4, 0, 0], [1e4, 0, 0]], requires_grad=True), torch.eye(3)
+    result = policy_loss(hidden, head, torch.tensor([0, 0]), torch.tensor([0.0, 1.0]), torch.ones(2),
+                         torch.full((2,), -1e4), LOW, HIGH)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(-(1 + HIGH))
+    assert (hidden.grad == 0).all() and result.clipped.tolist() == [0, 1]
+    unbounded = policy_loss(hidden, head, torch.tensor([0, 0]), -torch.ones(2), torch.ones(2),
+                            torch.full((2,), -1e4), LOW, HIGH)
+    assert not unbounded.loss.isfinite()  # the surrogate itself has no bound here, and says so
+
+
+@pytest.mark.parametrize("chunk_size", (1, 3, None))
+def test_score_equals_log_softmax(chunk_size):
+    inputs = make()
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    expected = (hidden @ head.T).log_softmax(-1)[torch.arange(N), ids]
+    actual = score(hidden, head, ids, chunk_size)
+    assert_near(actual, expected)
+    assert not actual.requires_grad
+    rounded = score(hidden.bfloat16(), head.bfloat16(), ids.int(), chunk_size)
+    assert rounded.dtype == torch.float32 and (rounded - expected).abs().max() < 0.1
+    assert torch.is_grad_enabled()
+
+
+def test_the_three_report_the_same_log_probabilities():
+    inputs = make()
+    ones = inputs["weights"] = torch.ones(N)
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    scored = score(hidden, head, ids)
+    assert_near(distill_loss(**inputs, alpha=1).logprobs, scored)
+    assert_near(policy_loss(hidden, head, ids, ones, ones, scored, LOW, HIGH).logprobs, scored)
+
+
+# ------------------------------------------------------------------ bad input
+
+@pytest.mark.parametrize("change,message", [
+    ({"student_hidden": torch.zeros(N, 7).double()}, "student_hidden has width 7.*student_head has width 6"),
+    ({"teacher_hidden": torch.zeros(N, 5).double()}, "teacher_hidden has width 5.*teacher_head has width 4"),
+    ({"student_hidden": torch.zeros(1, N, H)}, r"student_hidden has shape \(1, 11, 6\).*2 dimensions"),
+    ({"teacher_hidden": torch.zeros(12, 4).double()}, "teacher_hidden has 12 rows.*student_hidden has 11"),
+    ({"teacher_head": torch.zeros(14, 4).double()}, "teacher_head has a vocabulary of 14.*one of 13"),
+    ({"weights": torch.ones(N + 1)}, r"weights has shape \(12,\).*student_hidden has 11"),
+    ({"weights": torch.ones(N, 1)}, r"weights has shape \(11, 1\).*student_hidden has 11"),
+    ({"token_ids": torch.zeros(3).long()}, r"token_ids has shape \(3,\).*student_hidden has 11"),
+    ({"token_ids": torch.zeros(N)}, "token_ids is torch.float32.*integer"),
+    ({"token_ids": torch.full((N,), V)}, "token_ids holds ids from 13 to 13.*vocabulary has 13"),
+    ({"token_ids": torch.full((N,), -1)}, "token_ids holds ids from -1 to -1.*vocabulary has 13"),
+    ({"old_logprobs": torch.zeros(1)}, r"old_logprobs has shape \(1,\).*student_hidden has 11"),
+    ({"student_hidden": torch.zeros(N, H).long()}, "student_hidden is torch.int64.*floating"),
+    ({"student_hidden": torch.zeros(N, H)}, "student_hidden is torch.float32.*student_head is torch.float64"),
+    ({"alpha": -0.1}, "alpha is -0.1.*0 to 1"),
+    ({"alpha": 1.5}, "alpha is 1.5.*0 to 1"),
+    ({"alpha": math.nan}, "alpha is nan"),
+    ({"top_k": 0}, "top_k is 0.*1 to the vocabulary of 13"),
+    ({"top_k": V + 1}, "top_k is 14.*1 to the vocabulary of 13"),
+    ({"is_clip": 0.0}, "is_clip is 0.0"),
+    ({"chunk_size": 0}, "chunk_size is 0"),
+])
+def test_distill_loss_refuses(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        distill_loss(**({**make(), "alpha": 0.5} | change))
+    assert str(error.value).count(". ") == 0 and str(error.value).endswith(".")  # one sentence
+
+
+def test_the_others_refuse():
+    inputs = make()
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    ones = torch.ones(N)
+    with pytest.raises(ValueError, match=r"advantages has shape \(10,\), but hidden has 11 rows"):
+        policy_loss(hidden, head, ids, ones[1:], ones, None, LOW, HIGH)
+    with pytest.raises(ValueError, match="clip_low is -0.1 and clip_high is 0.28"):
+        policy_loss(hidden, head, ids, ones, ones, None, -0.1, HIGH)
+    with pytest.raises(ValueError, match="token_ids holds ids from .* to 13, but the vocabulary has 13"):
+        score(hidden, head, torch.arange(3, 14))
+    with pytest.raises(ValueError, match="hidden has width 5, but head has width 6"):
+        score(hidden[:, 1:], head, ids)
+    with pytest.raises(ValueError, match=r"student_logits has shape \(2, 5\).*teacher_logits .* \(2, 4\)"):
+        oracle(torch.zeros(2, 5), torch.zeros(2, 4), 0.5)
+    with pytest.raises(ValueError, match="top_k is 6.*5"):
+        oracle(torch.zeros(2, 5), torch.zeros(2, 5), 0.5, 6)
+
+
+# ------------------------------------------------------------------ the file itself
+
+def test_imports_torch_only_and_has_no_version():
+    code = "import sys, kernels; print('transformers' in sys.modules, hasattr(kernels, '__version__'))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "False"], result.stderr
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "kernels.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"torch"}
