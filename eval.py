@@ -124,7 +124,7 @@ class Verdict:
 
 
 def verify_steps(problem, completion) -> Verdict:
-    """nano: word by word equal to the answer, in which `zo=*` stands for any operation named for zo."""
+    """nano: word by word equal to the answer, in which `vo=*` stands for any operation named for vo."""
     words, wanted = completion.split(), problem.answer.split()
     right = len(words) == len(wanted) and all(
         w == a or a.endswith("=*") and w.startswith(a[:-1]) for w, a in zip(words, wanted, strict=True))
@@ -192,3 +192,21 @@ def plot_curves(curves, path, title):
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def table(summaries) -> str:
+    """The results of one or more runs: held-out avg@k of the memory-free policy, with 95% intervals over problems."""
+    def cell(row):
+        return f"{row['avg_at_k']:.3f}" + (" [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else "")
+
+    first = next(iter(summaries.values()))
+    rows = [("", f"avg@{first['final']['k']} on {first['final']['n_problems']} held-out problems, no memory in the prompt")]
+    rows += [("base policy", cell(first["base"]))]
+    for name, s in summaries.items():
+        rows += [(f"{name}, after training", cell(s["final"]))]
+        if s["dev_best"]:
+            rows += [(f"{name}, best on dev", f"{cell(s['dev_best'])}  at step {s['dev_best']['step']}")]
+        rows += [(f"{name}, best on test", f"{cell(s['test_best'])}  at step {s['test_best']['step']}, selected on test "
+                                           f"among {s['test_best']['n_checkpoints_searched']} checkpoints")]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}s}  {value}" for name, value in rows)

@@ -273,10 +273,11 @@ class Memory:
         self.db = sqlite3.connect(path)
         try:
             if new:
-                self.db.executescript("PRAGMA journal_mode=WAL;" + TABLES)
+                self.db.executescript("PRAGMA journal_mode = WAL;" + TABLES)
                 rows = {"schema": str(SCHEMA_VERSION), "embedder": embedder, "dimension": str(embed([" "]).shape[1])}
                 self.db.executemany("INSERT INTO meta VALUES (?, ?)", rows.items())
                 self.db.commit()
+            self.db.execute("PRAGMA synchronous = NORMAL")  # with WAL: a power cut may lose the last step, never corrupt
             meta = dict(self.db.execute("SELECT key, value FROM meta"))
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} can't be used as a memory: {error}; name another file or remove it") from error
@@ -310,6 +311,7 @@ class Memory:
                 self._contradict(step, rollout, kind)
             self._admit(step, Item(0, "experience", kind, rollout.problem.id, None, clean(rollout.text), rollout.reward,
                                    clean(rollout.feedback), [rollout.id], vector))
+        self.db.commit()
 
     def reflect(self, step, problems):
         """Tier 2, Eq. 2: the model reads the accumulated experience of each problem and writes strategies and lessons.
@@ -344,6 +346,7 @@ class Memory:
                     written.append(Item(0, "insight", kind, problem.id, title, content, None, None,
                                         [a.id for a in evidence], None))
         self._admit_all(step, written)
+        self.db.commit()
 
     def abstract(self, step):
         """Tier 3, Eq. 3: the insights of each cluster of similar questions become behaviors of the shared bank.
@@ -395,6 +398,7 @@ class Memory:
             if name in by_name:
                 self._end(step, by_name[name])
         self._admit_all(step, list(written.values()))
+        self.db.commit()
 
     def _admit_all(self, step, items):
         vectors = self.embed([f"{i.title}: {i.text}" for i in items]) if items else []
@@ -528,14 +532,9 @@ class Memory:
         self.db.execute("DELETE FROM item WHERE born > ?", (step,))
         self.db.execute("UPDATE item SET ended = NULL WHERE ended > ?", (step,))
         self.db.execute("DELETE FROM event WHERE step > ?", (step,))
-        self.commit()
-
-    def commit(self):
-        """Makes the step durable: all of it or, after a crash, none of it."""
         self.db.commit()
 
     def close(self):
-        self.db.commit()
         self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
 

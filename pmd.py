@@ -59,7 +59,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, verify
+from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, table, verify
 from kernels import distill_loss, policy_loss, score
 from memory import Memory, compose_within, neutralise
 
@@ -214,17 +214,23 @@ def train(cfg: Config) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class Rollout:
-    """One answer of the student to one problem, and all that is learned from it."""
+class Sample:
+    """One generated text: its ids (EOS included), the log-probabilities (C,) it was sampled with, and the text."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    rollout_logprobs: torch.Tensor
+    text: str
+    finished: bool  # False if the limit cut it
+
+
+@dataclass
+class Rollout(Sample):
+    """A sample that answers a problem, and all that is learned from it."""
 
     id: str  # step/problem/sample
     problem: Problem
-    prompt_ids: list[int]
-    ids: list[int]  # the completion, its EOS included
-    rollout_logprobs: torch.Tensor  # (C,) the sampler's
-    text: str
-    finished: bool  # False if the limit cut it
-    reward: float = 0.0
+    reward: float
     feedback: str = ""
     advantage: float = 0.0  # group-relative, for GRPO
     teacher_prompt: str = ""  # the teacher's user message; empty where it has nothing to add
@@ -234,25 +240,13 @@ class Rollout:
 
 def attempt(sampler, problems, cfg) -> list[Rollout]:
     """G completions of each problem from its plain prompt, with their verdicts, group by group (Eq. 1)."""
-    samples = sampler.answer(problems, cfg.group_size)
     rollouts = []
-    for problem, group in zip(problems, samples, strict=True):
+    for problem, group in zip(problems, sampler.answer(problems, cfg.group_size), strict=True):
         for g, sample in enumerate(group):
             verdict = verify(problem, sample.text)
-            rollouts.append(Rollout(f"{sampler.step}/{problem.id}/{g}", problem, sample.prompt_ids, sample.ids,
-                                    sample.logprobs, sample.text, sample.finished, verdict.reward, verdict.feedback))
+            rollouts.append(Rollout(**vars(sample), id=f"{sampler.step}/{problem.id}/{g}", problem=problem,
+                                    reward=verdict.reward, feedback=verdict.feedback))
     return rollouts
-
-
-@dataclass
-class Sample:
-    """One generated text: its ids (EOS included), the log-probabilities (C,) it was sampled with, and the text."""
-
-    prompt_ids: list[int]
-    ids: list[int]
-    logprobs: torch.Tensor
-    text: str
-    finished: bool
 
 
 class KeyedSampling(LogitsProcessor):
@@ -681,9 +675,11 @@ class Run:
         cfg, sampler.step = self.cfg, step
         with self.phase("evaluate"):
             for split in ("dev", "test"):
-                problems = getattr(self.task, split)[: cfg.eval_problems or None]
+                problems = getattr(self.task, split)
                 if not problems:
                     continue
+                if 0 < cfg.eval_problems < len(problems):  # the same ones at every step of every run
+                    problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
                 samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p)
                 rows = [[(s, verify(p, s.text)) for s in group] for p, group in zip(problems, samples, strict=True)]
                 write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", (
@@ -769,24 +765,6 @@ def memory_precision(memory, problems):
     hidden = {p.id: p.extra.get("hidden", "").split() for p in problems}
     found = [i.text in hidden[i.problem] for i in memory.living("insight") if i.kind == "strategy" and hidden.get(i.problem)]
     return sum(found) / len(found) if found else None
-
-
-def table(summaries) -> str:
-    """The results of one or more runs: held-out avg@k of the memory-free policy, with 95% intervals over problems."""
-    def cell(row):
-        return f"{row['avg_at_k']:.3f}" + (" [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else "")
-
-    first = next(iter(summaries.values()))
-    rows = [("", f"avg@{first['final']['k']} on {first['final']['n_problems']} held-out problems, no memory in the prompt")]
-    rows += [("base policy", cell(first["base"]))]
-    for name, s in summaries.items():
-        rows += [(f"{name}, after training", cell(s["final"]))]
-        if s["dev_best"]:
-            rows += [(f"{name}, best on dev", f"{cell(s['dev_best'])}  at step {s['dev_best']['step']}")]
-        rows += [(f"{name}, best on test", f"{cell(s['test_best'])}  at step {s['test_best']['step']}, selected on test "
-                                           f"among {s['test_best']['n_checkpoints_searched']} checkpoints")]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}s}  {value}" for name, value in rows)
 
 
 def default_name(cfg):

@@ -4,9 +4,9 @@
     python nano/make.py world --seed 3                 # task files, into nano/worlds/3 (instant)
     python nano/make.py probe                          # what the checkpoint can do, as a table
 
-A problem is a name of one to three syllables and four distinct digits: `Apply zo ki to 3 1 7 4`. Each syllable hides one
+A problem is a name of one to three syllables and four distinct digits: `Apply vo mi to 3 1 7 4`. Each syllable hides one
 of eight operations on the digits. An answer repeats the digits, then names the operation it uses for each syllable and
-writes the digits after it: `3 1 7 4 zo zo=rev 4 7 1 3 ki ki=inc 5 8 2 4`. Which syllable hides which operation is drawn
+writes the digits after it: `3 1 7 4 vo vo=rev 4 7 1 3 mi mi=inc 5 8 2 4`. Which syllable hides which operation is drawn
 per WORLD, after the model has been trained, so that only experience can reveal it; names share syllables, so what one
 problem teaches holds for others.
 
@@ -221,7 +221,7 @@ def abstraction(rng):
     return prompt, json.dumps(reply)
 
 
-MIX = ((with_memory, 0.56), (plain, 0.12), (reflection, 0.18), (abstraction, 0.14))
+MIX = ((with_memory, 0.50), (plain, 0.10), (reflection, 0.24), (abstraction, 0.16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def make_tokenizer():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def make_model(tokenizer, seed):
-    """A Qwen3 decoder of about 0.5M parameters. A pair's embedding (`zo=rev`) starts as the sum of its parts: with that,
+    """A Qwen3 decoder of about 0.5M parameters. A pair's embedding (`vo=rev`) starts as the sum of its parts: with that,
     using memory in context forms within hundreds of steps; without it, not within thousands."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -318,9 +318,9 @@ def pretrain(seed, steps, batch_size, folder):
             group["lr"] = rate
         kinds_drawn = rng.choices(kinds, shares, k=batch_size)
         optimizer.zero_grad()
-        batches = [encode(tokenizer, [kind(rng) for kind in kinds_drawn if kind is one]) for one in kinds]
+        batches = [encode(tokenizer, [one(rng) for _ in range(n)]) for one, n in Counter(kinds_drawn).items()]
         total, loss = sum(len(ids) - start for rows in batches for ids, start in rows), 0.0
-        for rows in filter(None, batches):  # kind by kind: like lengths, little padding
+        for rows in batches:  # kind by kind: like lengths, little padding
             tokens = torch.full((len(rows), max(len(ids) for ids, _ in rows)), tokenizer.pad_token_id)
             labels = torch.full_like(tokens, -100)
             for i, (ids, start) in enumerate(rows):
@@ -336,8 +336,8 @@ def pretrain(seed, steps, batch_size, folder):
         if step % 250 == 0 or step == steps:
             scores = probe(model, tokenizer, n=64)
             bar.write(f"{step} loss {loss:.3f} " + " ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return model, tokenizer
 
 
