@@ -262,13 +262,13 @@ class Memory:
 
     def __init__(self, path, embed, generate, *, forms="nano", embedder="", ground_insights=False, max_successes=5,
                  max_failures=3, max_insights=10, max_behaviors=500, response_novelty=0.95, insight_novelty=0.85,
-                 clusters=16, cluster_problems=8, known_behaviors=8, retrieve_k=3, seed=0):
+                 clusters=16, cluster_problems=8, cluster_insights=3, known_behaviors=8, retrieve_k=3, seed=0):
         self.embed, self.generate, self.forms, self.ground_insights = embed, generate, FORMS[forms], ground_insights
         self.caps = {"success": max_successes, "failure": max_failures, "strategy": max_insights,
                      "lesson": max_insights, "behavior": max_behaviors}
         self.novelty = {"experience": response_novelty, "insight": insight_novelty, "behavior": insight_novelty}
-        self.clusters, self.cluster_problems, self.known_behaviors = clusters, cluster_problems, known_behaviors
-        self.retrieve_k, self.seed = retrieve_k, seed
+        self.clusters, self.cluster_problems, self.cluster_insights = clusters, cluster_problems, cluster_insights
+        self.known_behaviors, self.retrieve_k, self.seed = known_behaviors, retrieve_k, seed
         new = str(path) == ":memory:" or not Path(path).exists()
         self.db = sqlite3.connect(path)
         try:
@@ -366,7 +366,8 @@ class Memory:
         for _, problems in sorted(members.items()):
             # most insights first: under the cap, those that have been understood say more than those that have not
             problems = sorted(problems, key=lambda p: -len(insights[p[0]]))[: self.cluster_problems]
-            lines = [(text, [f"- {i.title}: {i.text}" for i in insights[pid]] or
+            lines = [(text, [f"- {i.title}: {i.text}" for kind in ("strategy", "lesson")
+                             for i in [i for i in insights[pid] if i.kind == kind][-self.cluster_insights:]] or
                       [f"{self.forms.correct if e.kind == 'success' else self.forms.wrong}\n{e.text}"
                        for e in experience[pid]]) for pid, text, _ in problems]
             known = nearest(np.mean([v for *_, v in problems], axis=0), bank, self.known_behaviors)

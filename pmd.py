@@ -337,8 +337,7 @@ class Sampler:
 
 def encode_prompt(tokenizer, user, system="") -> list[int]:
     """The ids of a chat prompt, thinking off. The one way text becomes a prompt: control tokens in it are broken here."""
-    control = [t for t in tokenizer.all_special_tokens]
-    messages = [{"role": role, "content": neutralise(text, control)}
+    messages = [{"role": role, "content": neutralise(text, tokenizer.all_special_tokens)}
                 for role, text in (("system", system), ("user", user)) if text]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

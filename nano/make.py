@@ -31,7 +31,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import memory as mem  # noqa: E402  (the prompts' words come from the very code that will use them)
 
-SYLLABLES = "ba de fi go ha ju ka le mi no pu ra se ti vo wu xa ye zi lo ku ma ne ro".split()
+HIDDEN = "ba de fi go ha ju ka le mi no pu ra se ti vo wu xa ye zi lo ku ma ne ro".split()
+KNOWN = {"ki": "rev", "zo": "inc", "du": "flip", "pa": "dec"}  # in the weights after pre-training, and in no world: so
+SYLLABLES = HIDDEN + list(KNOWN)  # the model learns to hold facts in its weights and to keep them beside a memory
 OPERATIONS = {
     "rev": lambda d: d[::-1],
     "rol": lambda d: d[1:] + d[:1],
@@ -78,8 +80,8 @@ def make_world(seed):
     longer names, the third only in the longest: a natural curriculum. A row's `hidden` is read by diagnostics only.
     """
     rng = random.Random(f"nano world {seed}")
-    order = rng.sample(SYLLABLES, len(SYLLABLES))
-    secret = {s: rng.choice(list(OPERATIONS)) for s in SYLLABLES}
+    order = rng.sample(HIDDEN, len(HIDDEN))
+    secret = {s: rng.choice(list(OPERATIONS)) for s in HIDDEN}
     tiers = [order[:8], order[8:16], order[16:]]
     names = []
     for length, _ in NAMES:
@@ -116,9 +118,11 @@ def write_world(seed, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def draw(rng, lengths=(1, 2, 2, 3, 3)):
-    name = rng.sample(SYLLABLES, rng.choice(lengths))
-    secret = {s: rng.choice(list(OPERATIONS)) for s in SYLLABLES}
-    return name, secret, rng.sample(range(10), 4)
+    return rng.sample(SYLLABLES, rng.choice(lengths)), draw_secret(rng), rng.sample(range(10), 4)
+
+
+def draw_secret(rng):
+    return {s: rng.choice(list(OPERATIONS)) for s in HIDDEN} | KNOWN
 
 
 def told(rng, syllable, secret):
@@ -126,13 +130,14 @@ def told(rng, syllable, secret):
     return f"{syllable}={rng.choice(list(OPERATIONS)) if rng.random() < WRONG else secret[syllable]}"
 
 
-def failed(rng, name, secret):
-    """The operations of an attempt that got at least one wrong, as a policy that knows some of them makes them."""
-    while True:
-        known = rng.choice((0.0, 0.5, 0.8))
-        operations = [secret[s] if rng.random() < known else rng.choice(list(OPERATIONS)) for s in name]
-        if operations != [secret[s] for s in name]:
-            return operations
+def failed(rng, name, secret, n=1):
+    """Up to n different attempts (operations) with at least one wrong, of a policy that knows some syllables better."""
+    skill, found = {s: rng.choice((0.0, 0.0, 0.5, 0.95)) for s in name}, []
+    for _ in range(8 * n):
+        operations = [secret[s] if rng.random() < skill[s] else rng.choice(list(OPERATIONS)) for s in name]
+        if operations != [secret[s] for s in name] and operations not in found:
+            found.append(operations)
+    return found[:n] or failed(rng, name, secret, n)
 
 
 def trap(name, operations):
@@ -147,7 +152,7 @@ def plain(rng):
 def with_memory(rng):
     name, secret, digits = draw(rng)
     truth = attempt_text(name, [secret[s] for s in name], digits)
-    shown = set(rng.choice(("s", "b", "e", "s", "b", "e", "sb", "se", "be", "sbe", "l", "sl", "bl", "sble")))
+    shown = set(rng.choice(("s", "b", "e", "s", "b", "e", "sb", "se", "be", "sbe", "l", "bl", "sl", "sel", "sbel")))
     some = name if rng.random() < 0.7 else rng.sample(name, rng.randint(1, len(name)))
     relevant = [s for s in name if rng.random() < 0.85]
     others = rng.sample([s for s in SYLLABLES if s not in name], 3)
@@ -156,7 +161,8 @@ def with_memory(rng):
     prompt = mem.compose(
         problem_text(name, digits),
         strategies=[("rule", told(rng, s, secret)) for s in some] if "s" in shown else [],
-        lessons=[("trap", trap(name, failed(rng, name, secret))) for _ in range(rng.randint(1, 4))] if "l" in shown else [],
+        lessons=[("trap", trap(name, f)) for f in failed(rng, name, secret, rng.choice((1, 2, 3, 5, 7, 10)))]
+        if "l" in shown else [],
         behaviors=[(f"behavior_{s}", told(rng, s, secret)) for s in bank] if "b" in shown else [],
         solution=truth if "e" in shown else "")
     return prompt, truth
@@ -172,7 +178,7 @@ def reflection(rng):
     n_failed = rng.choice((0, 1, 1, 1, 2, 3))
     wins = 0 if n_failed and rng.random() < 0.4 else 1
     truth = [secret[s] for s in name]
-    tries = [truth if rng.random() < 0.1 else failed(rng, name, secret) for _ in range(n_failed)]
+    tries = [truth if rng.random() < 0.1 else ops for ops in (failed(rng, name, secret, n_failed) if n_failed else [])]
     losses = [(attempt_text(name, ops, digits, slip=rng if ops == truth or rng.random() < 0.05 else None), "")
               for ops in tries]
     solved, total = rng.randint(wins, 8), 8
@@ -183,17 +189,18 @@ def reflection(rng):
 
 
 def abstraction(rng):
-    """Behaviors of a cluster: a rule that two problems hold becomes one; a known one that two contradict is updated, one
-    that a lesson of a one-syllable name excludes is removed."""
+    """Behaviors of a cluster: a rule that two problems hold becomes one (an update where one of its name is known), a
+    known one that a lesson of a one-syllable name excludes is removed."""
     names = [draw(rng)[0] for _ in range(rng.choice((1, 1, 2, 2, 3)))]
     if len(names) > 1:  # names of a cluster share syllables
         names[1] = [names[0][0], *(s for s in names[1] if s != names[0][0])][:3]
-    secret = {s: rng.choice(list(OPERATIONS)) for s in SYLLABLES}
+    secret = draw_secret(rng)
     cluster, support, excluded = [], {}, set()
     for _ in range(rng.randint(1, 8)):
         name = rng.choice(names)
         rules = [told(rng, s, secret) for s in name] if rng.random() < 0.7 else []
-        traps = [trap(name, failed(rng, name, secret)) for _ in range(rng.choice((0, 0, 1, 2) if rules else (1, 2)))]
+        n_traps = rng.choice((0, 0, 1, 2, 3) if rules else (1, 2, 3))
+        traps = [trap(name, f) for f in failed(rng, name, secret, n_traps)] if n_traps else []
         for rule in rules:
             support[rule] = support.get(rule, 0) + 1
         excluded |= {t.replace("!", "=") for t in traps if len(name) == 1}
@@ -214,14 +221,14 @@ def abstraction(rng):
         reply = {"behaviors": [{"name": f"behavior_{s}", "instruction": r} for s, r in found.items()]}
     else:
         actions = [{"action": "update" if s in known else "new", "name": f"behavior_{s}", "instruction": r}
-                   for s, r in found.items() if known.get(s) != r]
+                   for s, r in found.items()]
         actions += [{"action": "remove", "name": f"behavior_{s}", "instruction": r}
                     for s, r in known.items() if r in excluded and s not in found]
         reply = {"actions": actions}
     return prompt, json.dumps(reply)
 
 
-MIX = ((with_memory, 0.50), (plain, 0.10), (reflection, 0.24), (abstraction, 0.16))
+MIX = ((with_memory, 0.48), (plain, 0.14), (reflection, 0.18), (abstraction, 0.20))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,8 +371,9 @@ def probe(model, tokenizer, n=256, seed=10_000):
 
     execution: the digits follow the operation it named. strategy, behavior, sibling: solves a problem whose operations
     only that block tells. reflect_win, reflect_loss: the insight of one attempt is exactly what it holds; contrastive:
-    of one success and two failures. abstract: behaviors of a cluster. entropy: nats over the operations of a syllable it
-    was told nothing about (ln 8 = 2.08 is calibrated ignorance).
+    of one success and one failure. abstract: the behaviors of a cluster, exactly. weights: solves what it holds in its
+    weights; weights_beside_lessons: also with lessons of failed attempts in the prompt. entropy: nats over the operations
+    of a syllable it was told nothing about (ln 8 = 2.08 is calibrated ignorance).
     """
     import torch
 
@@ -400,7 +408,7 @@ def probe(model, tokenizer, n=256, seed=10_000):
             mem.parse_items(found, k, *pair) == mem.parse_items(wanted, k, *pair)
             for k in wanted for pair in zip(fields[k], fields[k][1:], strict=False))
 
-    failures = [failed(rng, name, secret) for name, secret, _ in draws]
+    failures = [failed(rng, name, secret)[0] for name, secret, _ in draws]
     lost = [attempt_text(name, f, d) for (name, _, d), f in zip(draws, failures, strict=True)]
     traps = [trap(name, f) for (name, _, _), f in zip(draws, failures, strict=True)]
     contents = [[c for _, c in r] for r in rules]
@@ -417,8 +425,16 @@ def probe(model, tokenizer, n=256, seed=10_000):
     prompts, wanted = zip(*[abstraction(rng) for _ in range(n)], strict=True)
     scores["abstract"] = sum(same(r, w) for r, w in zip(generate(model, tokenizer, prompts), wanted, strict=True)) / n
 
-    choices = torch.tensor([[tokenizer.get_vocab()[f"{s}={o}"] for o in OPERATIONS] for s in SYLLABLES])
-    rows = encode(tokenizer, [(problem_text([s], [3, 1, 7, 4]), f"3 1 7 4 {s}") for s in SYLLABLES])
+    known = [([s, t], [3, 1, 7, 4]) for s in KNOWN for t in KNOWN if s != t]
+    truths = [attempt_text(name, [KNOWN[s] for s in name], digits) for name, digits in known]
+    for kind, lessons in (("weights", 0), ("weights_beside_lessons", 6)):
+        prompts = [mem.compose(problem_text(name, digits), lessons=[
+            ("trap", trap(name, f)) for f in failed(rng, name, KNOWN, lessons)[:lessons]]) for name, digits in known]
+        replies = generate(model, tokenizer, prompts)
+        scores[kind] = sum(r == t for r, t in zip(replies, truths, strict=True)) / len(known)
+
+    choices = torch.tensor([[tokenizer.get_vocab()[f"{s}={o}"] for o in OPERATIONS] for s in HIDDEN])
+    rows = encode(tokenizer, [(problem_text([s], [3, 1, 7, 4]), f"3 1 7 4 {s}") for s in HIDDEN])
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids[:-1] for ids, _ in rows])).logits[:, -1].log_softmax(-1)
     logp = logits.gather(1, choices)
