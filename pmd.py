@@ -507,7 +507,7 @@ def follow(teacher, policy, cfg):
 # What a run is made of
 # ---------------------------------------------------------------------------------------------------------------------
 
-def check(cfg):
+def check(cfg, quiet=False):
     """(task, tokenizer), or a ValueError that says in one sentence what is wrong, before any work is lost."""
     for name, low, high in (("alpha", 0, 1), ("ema_rate", 0, 1), ("eval_top_p", 0, 1), ("response_novelty", -1, 1),
                             ("insight_novelty", -1, 1)):
@@ -525,10 +525,15 @@ def check(cfg):
     folder = Path(cfg.out) / cfg.name
     if cfg.name and not cfg.resume and folder.exists():
         raise ValueError(f"{folder} exists; add --resume to continue it or choose another --name")
+    if (folder / "config.json").exists():
+        refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
     if not cfg.task:
         raise ValueError(f"--model {cfg.model} needs a --task: a folder with train.jsonl and test.jsonl")
     task = load_task(cfg.task, cfg.dev)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg))
+    except OSError as error:
+        raise ValueError(f"--model {cfg.model} is neither a Hugging Face folder nor a Hub name that can be reached") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # only fills the left of a batch; masks come from lengths
     splits = {}
@@ -536,7 +541,7 @@ def check(cfg):
         problems = getattr(task, split)
         splits[split] = [p for p in problems if len(encode_prompt(tokenizer, p.prompt, p.system)) <= cfg.max_prompt]
         dropped = [p.id for p in problems if p not in splits[split]]
-        if dropped:
+        if dropped and not quiet:
             print(f"{split}: {len(dropped)} problems dropped, longer than {cfg.max_prompt} tokens: {', '.join(dropped)}")
         if problems and not splits[split]:
             raise ValueError(f"no {split} problem of {cfg.task} is left within --max_prompt {cfg.max_prompt} tokens")
@@ -615,10 +620,7 @@ class Run:
         self.total, self.seconds, self.spent = total_steps(task.train, cfg), Counter(), 0.0
         self.folder = Path(cfg.out) / (cfg.name or default_name(cfg))
         (self.folder / "evals").mkdir(parents=True, exist_ok=True)
-        config = self.folder / "config.json"
-        if config.exists():
-            refuse_changes(json.loads(config.read_text()), cfg)
-        config.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         (self.folder / "environment.txt").write_text(environment())
         print(f"{cfg.method} on {cfg.task} with {cfg.model}, seed {cfg.seed}: {len(task.train)} train, {len(task.dev)} dev, "
               f"{len(task.test)} test problems; {self.total} steps of {cfg.batch_size} x {cfg.group_size}; {self.folder}")
@@ -751,7 +753,8 @@ class Run:
                     self.folder / "curve.png", f"{cfg.task}: avg@{cfg.eval_k} without memory, held-out problems")
         print("\n" + table({cfg.method: summary}))
         if cfg.method == "pmd":
-            most = max(self.task.train, key=lambda p: (len(memory.living("insight", p.id)), p.id))
+            kinds = Counter((i.problem, i.kind) for i in memory.living("insight"))
+            most = max(self.task.train, key=lambda p: (kinds[p.id, "strategy"], kinds[p.id, "lesson"]))
             print("\n" + memory.describe(most))
         print(f"\nall of it: {self.folder}  (curve.png, memory.db, samples.jsonl, evals/, final/)")
         memory.close()
@@ -838,16 +841,14 @@ def parse_flags(argv=None) -> Config:
     return replace(cfg, task=given.task)
 
 
-def compare(cfg):
-    """Several methods in turn, same flags, same budget; one table and one figure."""
+def compared(cfg):
+    """The folder of a comparison and its runs: several methods, same flags, same budget."""
     methods = [m.strip() for m in cfg.compare.split(",")]
     folder = Path(cfg.out) / (cfg.name or default_name(cfg))
     runs = [replace(cfg, compare="", method=m, name=f"{folder.name}/{m}") for m in methods]
     unknown = [m for m in methods if m not in Config.__dataclass_fields__["method"].type.__args__]
     if unknown or len(set(methods)) < len(methods):
         raise ValueError(f"--compare takes different methods out of pmd, sdpo, grpo, not {cfg.compare!r}")
-    for run in runs:
-        check(run)
     return folder, runs
 
 
@@ -856,8 +857,9 @@ def main():
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        folder, runs = compare(cfg) if cfg.compare else (None, [cfg])
-        check(runs[0])
+        folder, runs = compared(cfg) if cfg.compare else (None, [cfg])
+        for run in runs:
+            check(run, quiet=True)
     except ValueError as error:
         sys.exit(f"pmd.py: {error}")
     try:

@@ -137,7 +137,7 @@ def failed(rng, name, secret, n=1):
         operations = [secret[s] if rng.random() < skill[s] else rng.choice(list(OPERATIONS)) for s in name]
         if operations != [secret[s] for s in name] and operations not in found:
             found.append(operations)
-    return found[:n] or failed(rng, name, secret, n)
+    return found[:n] if found or not n else failed(rng, name, secret, n)
 
 
 def trap(name, operations):
@@ -178,7 +178,7 @@ def reflection(rng):
     n_failed = rng.choice((0, 1, 1, 1, 2, 3))
     wins = 0 if n_failed and rng.random() < 0.4 else 1
     truth = [secret[s] for s in name]
-    tries = [truth if rng.random() < 0.1 else ops for ops in (failed(rng, name, secret, n_failed) if n_failed else [])]
+    tries = [truth if rng.random() < 0.1 else ops for ops in failed(rng, name, secret, n_failed)]
     losses = [(attempt_text(name, ops, digits, slip=rng if ops == truth or rng.random() < 0.05 else None), "")
               for ops in tries]
     solved, total = rng.randint(wins, 8), 8
@@ -200,7 +200,7 @@ def abstraction(rng):
         name = rng.choice(names)
         rules = [told(rng, s, secret) for s in name] if rng.random() < 0.7 else []
         n_traps = rng.choice((0, 0, 1, 2, 3) if rules else (1, 2, 3))
-        traps = [trap(name, f) for f in failed(rng, name, secret, n_traps)] if n_traps else []
+        traps = [trap(name, f) for f in failed(rng, name, secret, n_traps)]
         for rule in rules:
             support[rule] = support.get(rule, 0) + 1
         excluded |= {t.replace("!", "=") for t in traps if len(name) == 1}
