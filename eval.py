@@ -13,11 +13,13 @@ A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line:
     system    the system message (optional)
 
 All other keys are kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, `nano/7` another of its
-worlds (`python nano/make.py world --seed 7`), a path any folder of yours.
+worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain of SciKnowEval in SDPO's files, a path any
+folder of yours.
 """
 
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from math import comb
@@ -30,6 +32,7 @@ from scipy.stats import bootstrap
 
 matplotlib.use("Agg")  # figures are files; no screen is needed
 NANO = Path(__file__).resolve().parent / "nano"
+SCIKNOWEVAL = ("biology", "chemistry", "material", "physics")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,13 +61,22 @@ class Task:
     test: list[Problem]
 
 
-def read_problems(path) -> list[Problem]:
-    """The problems of a JSON-lines file. Raises ValueError naming file and line for whatever is not one."""
+def from_sciknoweval(row) -> dict:
+    """An item of SDPO's SciKnowEval files in our schema; its prompt ends in lines `A: text` and holds the published form."""
+    letters = re.findall(r"^([A-Z]): ", str(row.get("prompt")), re.MULTILINE)
+    if row.get("answer") not in letters:
+        raise ValueError(f"the answer key {row.get('answer')!r} is none of the options {', '.join(letters)}")
+    return {"id": str(row.get("idx", "")), "prompt": row["prompt"], "answer": row["answer"], "verifier": "choice",
+            "system": row.get("system", "")}
+
+
+def read_problems(path, convert=dict) -> list[Problem]:
+    """The problems of a JSON-lines file, each row through `convert`. ValueError, with file and line, for what is not one."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; a task is a folder with train.jsonl and test.jsonl")
+        raise ValueError(f"{path} does not exist; a task is a folder with a file for train and one for test")
     problems, seen = [], {}
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # not splitlines: texts hold U+2028
         if not line.strip():
             continue
         try:
@@ -73,11 +85,17 @@ def read_problems(path) -> list[Problem]:
             raise ValueError(f"{path}, line {n} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {n} is not a JSON object")
+        try:
+            row = convert(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n}: {error}") from error
         bad = [k for k in ("id", "prompt", "answer", "verifier") if not isinstance(row.get(k), str) or not row[k]]
         if bad:
             raise ValueError(f"{path}, line {n}: {' and '.join(bad)} must be given, as text")
         if row["verifier"] not in VERIFIERS:
             raise ValueError(f"{path}, line {n}: no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
+        if row["verifier"] == "last_number" and not re.fullmatch(r"-?\d+(\.\d+)?", row["answer"]):
+            raise ValueError(f"{path}, line {n}: the answer {row['answer']!r} is no number, as last_number wants it")
         if row["id"] in seen:
             raise ValueError(f"{path}, line {n} repeats the id {row['id']!r} of line {seen[row['id']]}")
         seen[row["id"]] = n
@@ -88,22 +106,33 @@ def read_problems(path) -> list[Problem]:
     return problems
 
 
-def load_task(name, dev=0.1, seed=42) -> Task:
-    """The task `nano`, `nano/SEED` or a folder's path.
+def load_task(name, dev=0.1, seed=42, data="") -> Task:
+    """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN` or a folder's path.
 
-    dev: the share of the training split that is held out, by `seed`, to select checkpoints on (the default seed is that
-    of SDPO's own splits). Raises ValueError in one sentence for a task or file that can't be used.
+    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them. dev: the share of
+    the training split that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own
+    splits). Raises ValueError in one sentence for a task or file that can't be used.
     """
+    ending, convert = "jsonl", dict
     if name == "nano" or name.startswith("nano/"):
         world = name.partition("/")[2] or "0"
         folder = NANO / "worlds" / world
         if not folder.is_dir():
             raise ValueError(f"there is no task {name!r}: make it with `python nano/make.py world --seed {world}`")
+    elif name.startswith("sciknoweval/"):
+        domain, ending, convert = name.partition("/")[2], "json", from_sciknoweval
+        if domain not in SCIKNOWEVAL:
+            raise ValueError(f"sciknoweval has no domain {domain!r}; it has {', '.join(SCIKNOWEVAL)}")
+        folder = Path(data) / domain
+        if not data or not folder.is_dir():
+            raise ValueError(f"{name} needs --data, a folder with {domain}/train.json and test.json (SDPO's repository has "
+                             f"it as datasets/sciknoweval){f'; {folder} is none' if data else ''}")
     else:
         folder = Path(name)
         if not folder.is_dir():
-            raise ValueError(f"there is no task {name!r}: give nano, nano/SEED or a folder with train.jsonl and test.jsonl")
-    train, test = read_problems(folder / "train.jsonl"), read_problems(folder / "test.jsonl")
+            raise ValueError(f"there is no task {name!r}: give nano, nano/SEED, sciknoweval/DOMAIN or a folder with "
+                             "train.jsonl and test.jsonl")
+    train, test = (read_problems(folder / f"{split}.{ending}", convert) for split in ("train", "test"))
     if not 0 <= dev < 1:
         raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
     held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
@@ -131,14 +160,22 @@ def verify_steps(problem, completion) -> Verdict:
     return Verdict(float(right), " ".join(w for w in words if "=" not in w))
 
 
-def verify_last_word(problem, completion) -> Verdict:
-    """For tasks of your own: the last word, without punctuation around it, equals the answer."""
-    words = completion.split()
-    answer = words[-1].strip(".,;:!?*`'\"()[]") if words else ""
+def verify_choice(problem, completion) -> Verdict:
+    """Multiple choice, SDPO's rule to the letter: what stands after the last <answer>, up to </answer>, is the key.
+
+    Exact and case-sensitive. A bare `B` and an unclosed `<answer>B` pass, `b`, `B.` and `(B)` do not.
+    """
+    answer = completion.split("<answer>")[-1].split("</answer>")[0].strip()
     return Verdict(float(answer == problem.answer), answer)
 
 
-VERIFIERS = {"steps": verify_steps, "last_word": verify_last_word}
+def verify_last_number(problem, completion) -> Verdict:
+    """The last number of the text equals the answer, as numbers: for sums, and for tasks of your own."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", completion)
+    return Verdict(float(bool(numbers) and float(numbers[-1]) == float(problem.answer)), numbers[-1] if numbers else "")
+
+
+VERIFIERS = {"steps": verify_steps, "choice": verify_choice, "last_number": verify_last_number}
 
 
 def verify(problem, completion) -> Verdict:

@@ -22,6 +22,7 @@ cut first under a token budget, how many existing behaviors an update sees. `gro
 paper, off by default; see `Memory`.
 """
 
+import contextlib
 import json
 import re
 import sqlite3
@@ -88,7 +89,43 @@ NANO = Forms(
     decide="Decide which behaviors are new, to update or to remove, as JSON.",
     key_term=r"[a-z]+[=!][a-z]+",
 )
-FORMS = {"nano": NANO}
+
+RULES = """Rules for every item:
+- State knowledge of the field or a way of working that also helps with other questions of this kind.
+- Do not refer to this particular question, to its numbers or names, or to the letters or order of its options.
+- Do not mention attempts, answers, verdicts, a model or a student.
+- Give no advice about taking tests, such as guessing or eliminating options by their form."""
+
+ITEM = '{"title": "at most ten words", "content": "two to four sentences"}'
+
+# For questions in plain language, multiple choice among them (B.3 in our own words).
+QUESTION = Forms(
+    role="You are a science teacher who turns solved and failed exercises into general knowledge.",
+    confidence="Confidence in this exercise: {label} ({solved} of {total} answers were correct).",
+    problem="Exercise:",
+    correct="A correct answer:",
+    wrong="An incorrect answer:",
+    feedback="What was said about it:",
+    contrastive="Compare what separates the correct from the incorrect answers. Write two or three strategies that lead "
+                f"to correct answers and two or three lessons that prevent the mistakes.\n{RULES}\nReply with this JSON and "
+                f'nothing else:\n{{"strategies": [{ITEM}], "lessons": [{ITEM}]}}',
+    strategies_only="Write two or three strategies that make answers like these correct.\n"
+                    f'{RULES}\nReply with this JSON and nothing else:\n{{"strategies": [{ITEM}], "lessons": []}}',
+    lessons_only="Work out what went wrong and write two or three lessons that prevent it.\n"
+                 f'{RULES}\nReply with this JSON and nothing else:\n{{"strategies": [], "lessons": [{ITEM}]}}',
+    abstract_role="Below are exercises of one kind with what was learned from each. Find the patterns of reasoning that "
+                  "recur across them, helpful ones and mistakes to avoid.",
+    known="Behaviors that are already known:",
+    cold_start="Write three to eight behaviors, each named behavior_ and a few words joined by underscores.\n"
+               f"{RULES}\nReply "
+               'with this JSON and nothing else:\n{"behaviors": [{"name": "behavior_...", "instruction": "one or two '
+               'sentences"}]}',
+    decide="Decide which behaviors to add, which known ones to rewrite and which known ones to remove because they are "
+           f"wrong or covered by others.\n{RULES}\nReply with this JSON and nothing else:\n"
+           '{"actions": [{"action": "new, update or remove", "name": "behavior_...", '
+           '"instruction": "one or two sentences"}]}',
+)
+FORMS = {"nano": NANO, "question": QUESTION}
 
 
 def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedback="") -> str:
@@ -252,7 +289,8 @@ class Memory:
     """Experience, insight and behavior in one SQLite file, and the model calls that make the upper two from the lower.
 
     path: the file; ":memory:" for none. embed, generate: see the top of this file. embedder: the name of the embedding
-    model, written into the file; a file of another one is refused with a ValueError. The caps are the paper's.
+    model, written into the file; a file of another one is refused with a ValueError. The caps are the paper's. frozen: the
+    file is opened immutable, for a control that reads another run's memory and writes none.
 
     ground_insights, beyond the paper (it cures a small model that miscopies its own attempts and then locks in on the
     mistake): reflection reads one attempt at a time; an insight whose key terms are not in that attempt is rejected; a
@@ -262,15 +300,17 @@ class Memory:
 
     def __init__(self, path, embed, generate, *, forms="nano", embedder="", ground_insights=False, max_successes=5,
                  max_failures=3, max_insights=10, max_behaviors=500, response_novelty=0.95, insight_novelty=0.85,
-                 clusters=16, cluster_problems=8, cluster_insights=3, known_behaviors=8, retrieve_k=3, seed=0):
+                 clusters=16, cluster_problems=8, cluster_insights=3, known_behaviors=8, retrieve_k=3, seed=0,
+                 frozen=False):
         self.embed, self.generate, self.forms, self.ground_insights = embed, generate, FORMS[forms], ground_insights
         self.caps = {"success": max_successes, "failure": max_failures, "strategy": max_insights,
                      "lesson": max_insights, "behavior": max_behaviors}
         self.novelty = {"experience": response_novelty, "insight": insight_novelty, "behavior": insight_novelty}
         self.clusters, self.cluster_problems, self.cluster_insights = clusters, cluster_problems, cluster_insights
-        self.known_behaviors, self.retrieve_k, self.seed = known_behaviors, retrieve_k, seed
+        self.known_behaviors, self.retrieve_k, self.seed, self.frozen = known_behaviors, retrieve_k, seed, frozen
         new = str(path) == ":memory:" or not Path(path).exists()
-        self.db = sqlite3.connect(path)
+        uri = f"{Path(path).resolve().as_uri()}?immutable=1"
+        self.db = sqlite3.connect(uri, uri=True) if frozen else sqlite3.connect(path)
         try:
             if new:
                 self.db.executescript("PRAGMA journal_mode = WAL;" + TABLES)
@@ -498,6 +538,10 @@ class Memory:
                 "feedback": r.feedback})
         return contexts
 
+    def knows(self, problem) -> bool:
+        """Whether a problem of this id was among those that `add_problems` was given."""
+        return bool(self.db.execute("SELECT 1 FROM problem WHERE id = ?", (problem,)).fetchone())
+
     def sizes(self) -> dict[str, int]:
         """Living items in each tier."""
         rows = dict(self.db.execute("SELECT tier, COUNT(*) FROM item WHERE ended IS NULL GROUP BY tier"))
@@ -526,7 +570,31 @@ class Memory:
                 lines.append(f"    [step {i.born}] {head}: {i.text}")
         return "\n".join(lines)
 
+    def inference_contexts(self, problems, tiers=("insight", "behavior"), neighbors=1) -> list[dict]:
+        """What may be put into the PROMPT of held-out problems, as keyword arguments of `compose`; they have no insight of
+        their own, so they read that of their `neighbors` nearest training problems, by question embedding, and the nearest
+        behaviors. Ours: the paper does not say how its frozen-policy rows feed memory at test time."""
+        ids, known = [], []
+        for pid, vector in self.db.execute("SELECT id, embedding FROM problem ORDER BY id"):
+            ids.append(pid)
+            known.append(np.frombuffer(vector, np.float32))
+        behaviors = self.retrieve(problems, self.living("behavior")) if "behavior" in tiers else {}
+        contexts = []
+        for problem, vector in zip(problems, self.embed([p.prompt for p in problems]), strict=True):
+            near = [ids[i] for i in np.argsort(-(np.stack(known) @ vector), kind="stable")[:neighbors]]
+            insights = [i for pid in near for i in self.living("insight", pid)] if "insight" in tiers else []
+            contexts.append({
+                "strategies": [(i.title, i.text) for i in insights if i.kind == "strategy"],
+                "lessons": [(i.title, i.text) for i in insights if i.kind == "lesson"],
+                "behaviors": [(b.title, b.text) for b in behaviors.get(problem.id, [])]})
+        return contexts
+
     # -- time ---------------------------------------------------------------------------------------------------------
+
+    def forget(self, step):
+        """Ends everything that lives at `step`: the transient control keeps nothing from one step to the next."""
+        self.db.execute("UPDATE item SET ended = ? WHERE ended IS NULL", (step,))
+        self.db.commit()
 
     def truncate_after(self, step):
         """Back to the end of `step`: what was born later is deleted, what ended later lives again."""
@@ -535,8 +603,14 @@ class Memory:
         self.db.execute("DELETE FROM event WHERE step > ?", (step,))
         self.db.commit()
 
+    def copy_to(self, path):
+        """A copy of the file as it is now, for a checkpoint; a WAL database copied by hand may miss its last commits."""
+        with contextlib.closing(sqlite3.connect(path)) as copy:
+            self.db.backup(copy)
+
     def close(self):
-        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if not self.frozen:
+            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
 
 

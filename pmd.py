@@ -39,7 +39,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metadata.distributions()):
     sys.exit("pmd.py: an installed package is named `kernels` like our kernels.py, and transformers would load the wrong "
@@ -65,6 +65,7 @@ from memory import Memory, compose_within, neutralise
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
+MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct"}
 
 
 def option(default, help):
@@ -79,16 +80,26 @@ class Config:
     """
 
     # what is run
-    method: Literal["pmd", "sdpo", "grpo"] = option("pmd", "pmd: teacher reads memory. sdpo: teacher sees a successful "
-                                                    "sibling or feedback. grpo: policy gradient, no teacher")
-    model: str = option("nano", "a Hugging Face folder or Hub name; nano is the embedded one")
-    task: str = option("", "nano, nano/SEED or a folder with train.jsonl and test.jsonl (default: nano with nano)")
+    method: Literal["pmd", "sdpo", "grpo", "pmd-transient", "frozen-memory", "frozen-policy"] = option(
+        "pmd", "pmd: the teacher reads an evolving memory. sdpo: it sees a successful sibling or feedback. grpo: policy "
+               "gradient, no teacher. pmd-transient: the memory ends with each step. frozen-memory: the teacher reads "
+               "--memory_from. frozen-policy: only the memory evolves, and evaluation has it in the prompt [Tab. 2, 3]")
+    memory_from: str = option("", "frozen-memory: the run RUN, or RUN@STEP, whose memory is read")
+    tiers: str = option("experience,insight,behavior", "what the teacher reads; hides blocks and changes no extraction "
+                                                       "[Tab. 4]")
+    model: str = option("nano", "a Hugging Face folder or Hub name, Qwen3-8B or OLMo3-Instruct-7B; nano is the embedded one")
+    task: str = option("", "nano, nano/SEED, sciknoweval/DOMAIN or a folder with train.jsonl and test.jsonl (default: nano "
+                           "with nano, sciknoweval/chemistry with any other model)")
+    data: str = option("", "for sciknoweval: the folder with DOMAIN/train.json and test.json, as in SDPO's repository")
     seed: int = option(0, "of everything random in the run")
     name: str = option("", "the run's folder under --out (default: task-method-seed-date-time)")
     resume: bool = option(False, "continue the run --name from its last checkpoint; start it if there is none")
     out: str = option("runs", "where runs are written")
     compare: str = option("", "methods to run in turn on equal budgets, such as grpo,sdpo,pmd")
     device: str = option("", "cpu, cuda, ... (default: cuda if there is one)")
+    dtype: Literal["", "float32", "bfloat16"] = option("", "of the computation (default: bfloat16 on cuda, float32 on cpu); "
+                                                           "weights and optimizer are always float32 [Tab. 11]")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory [ours]")
 
     # data and lengths
     epochs: int = option(20, "passes over the training problems [Tab. 11]")
@@ -139,6 +150,7 @@ class Config:
     ground_insights: bool = option(False, "write only insights that their evidence contains, and more [deviation 7]")
     memory_completion: int = option(1024, "tokens of a reflection or abstraction [ours]")
     memory_temperature: float = option(0.6, "of reflection and abstraction [ours]")
+    inference_retrieval: int = option(1, "frozen-policy: training problems whose insight a held-out problem reads [ours]")
     embedder: Literal["hashing"] = option("hashing", "embeds questions, attempts and insights; hashing needs no download")
 
     # evaluation, always without memory
@@ -153,8 +165,10 @@ class Config:
     save_every: int = option(50, "steps between checkpoints; 0 for none [ours]")
 
 
-# The embedded task's preset; see nano/README.md for how the values were found.
+# By task; the defaults above are SciKnowEval's. See nano/README.md for how nano's values were found.
 PRESETS = {
+    "sciknoweval": {},
+    "livecodebench": dict(lr=1e-6, warmup_steps=0, mini_batch_size=1, alpha=1.0, ema_rate=0.01, eval_k=4),  # Tab. 11
     "nano": dict(steps=80, batch_size=8, group_size=8, max_prompt=64, max_completion=32, max_reprompt=512, lr=6e-4,
                  warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, memory_completion=96, clusters=20,
                  eval_every=10, eval_k=8, save_every=40),
@@ -172,7 +186,7 @@ def train(cfg: Config) -> dict:
     memory = make_memory(run, sampler, task, cfg)
     first = run.restore(policy, teacher, optimizer, memory)
     if first == 1:
-        run.evaluate(0, sampler)
+        run.evaluate(0, sampler, memory)
 
     for step, problems in batches(task.train, first, cfg):
         sampler.step = step
@@ -182,7 +196,7 @@ def train(cfg: Config) -> dict:
             rollouts = attempt(sampler, problems, cfg)
 
         # 2. Remember: experience -> insight (per problem) -> behavior (shared)                             (Eq. 2, 3)
-        if cfg.method == "pmd":
+        if cfg.method in ("pmd", "pmd-transient", "frozen-policy"):
             with run.phase("remember"):
                 memory.record(step, rollouts)
                 memory.reflect(step, problems)
@@ -202,7 +216,9 @@ def train(cfg: Config) -> dict:
 
         run.log(step, rollouts, sums, memory)
         if run.due(step, cfg.eval_every):
-            run.evaluate(step, sampler)
+            run.evaluate(step, sampler, memory)
+        if cfg.method == "pmd-transient":
+            memory.forget(step)
         if run.due(step, cfg.save_every):
             run.save(step, policy, teacher, optimizer, memory)
 
@@ -285,9 +301,11 @@ class Sampler:
         eos = policy.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
-    def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0) -> list[list[Sample]]:
-        """k samples from the plain prompt of each problem. This is the only prompt a student ever sees."""
-        prompts = [encode_prompt(self.tokenizer, p.prompt, p.system) for p in problems]
+    def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None) -> list[list[Sample]]:
+        """k samples from the plain prompt of each problem, the only one a student ever sees; from `texts` in its place where
+        the frozen-policy control has its memory in the prompt."""
+        texts = [p.prompt for p in problems] if texts is None else texts
+        prompts = [encode_prompt(self.tokenizer, text, p.system) for text, p in zip(texts, problems, strict=True)]
         samples = self.generate([ids for ids in prompts for _ in range(k)],
                                 [(split, p.id, j) for p in problems for j in range(k)],
                                 self.cfg.max_completion, temperature, top_p)
@@ -317,8 +335,10 @@ class Sampler:
                                       pad_token_id=self.tokenizer.pad_token_id)
             shipped, self.policy.generation_config = self.policy.generation_config, GenerationConfig()
             try:  # a model's own generation_config (Qwen3's has top_k 20) would fill whatever ours leaves open
-                out = self.policy.generate(input_ids=ids.to(self.policy.device), attention_mask=mask.to(self.policy.device),
-                                           generation_config=config, logits_processor=LogitsProcessorList([draw]))
+                with compute(self.policy, self.cfg):
+                    out = self.policy.generate(input_ids=ids.to(self.policy.device), generation_config=config,
+                                               attention_mask=mask.to(self.policy.device),
+                                               logits_processor=LogitsProcessorList([draw]))
             finally:
                 self.policy.generation_config = shipped
             logprobs = torch.stack(draw.chosen, 1).cpu()  # (B, C)
@@ -362,8 +382,11 @@ def condition(rollouts, memory, tokenizer, step, cfg):
     """Gives each rollout its teacher's prompt (Eq. 4, 5), or for GRPO its advantage.
 
     SDPO's rules: the first successful sibling of the group is shown, never the rollout's own success; feedback only
-    where there is no such sibling. PMD: what memory.contexts says. Who has nothing to add supervises nothing.
+    where there is no such sibling. PMD: what memory.contexts says. Who has nothing to add supervises nothing, and under a
+    frozen policy nobody does.
     """
+    if cfg.method == "frozen-policy":
+        return
     groups = {}
     for r in rollouts:
         groups.setdefault(r.problem.id, []).append(r)
@@ -379,7 +402,8 @@ def condition(rollouts, memory, tokenizer, step, cfg):
             siblings = [s.text for s in groups[r.problem.id] if s is not r and s.reward > 0.5]
             contexts.append({"solution": siblings[0]} if siblings else {"feedback": r.feedback})
     else:
-        contexts = memory.contexts(rollouts, step, refreshed=cfg.behaviors_refreshed)
+        refreshed = cfg.behaviors_refreshed or cfg.method == "pmd-transient"
+        contexts = memory.contexts(rollouts, step, cfg.tiers.split(","), refreshed)
     for r, context in zip(rollouts, contexts, strict=True):
         prompt = compose_within(cfg.max_reprompt, lambda text, r=r: len(encode_prompt(tokenizer, text, r.problem.system)),
                                 r.problem.prompt, **context)
@@ -399,7 +423,7 @@ def mini_batches(rollouts, policy, cfg):
     """
     size = cfg.mini_batch_size * cfg.group_size
     if len(rollouts) > size or cfg.method == "grpo":
-        with torch.no_grad():
+        with torch.no_grad(), compute(policy, cfg):
             head = policy.get_output_embeddings().weight
             for rows in by_tokens([len(r.prompt_ids) + len(r.ids) for r in rollouts], cfg.micro_tokens):
                 batch = [rollouts[i] for i in rows]
@@ -443,6 +467,7 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
         return Counter(updates_skipped=1)
     sums = Counter(tokens=total)
     optimizer.zero_grad()
+    policy.train(cfg.gradient_checkpointing)  # transformers recomputes in train mode only; nothing else differs
     lengths = [max(len(r.prompt_ids), len(r.teacher_ids)) + len(r.ids) for r in supervised]
     for rows in by_tokens(lengths, cfg.micro_tokens):
         batch = [supervised[i] for i in rows]
@@ -454,24 +479,26 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
         # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout, rollout_clip)
         weights = torch.full_like(sampled, 1 / total)
         weights = weights if old is None else weights * (old - sampled).exp().clamp(max=cfg.rollout_clip)
-        hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
-        if cfg.method == "grpo":
-            advantages = torch.tensor([r.advantage for r in batch], device=head.device).repeat_interleave(counts)
-            out = policy_loss(hidden, head, ids, advantages, weights, old, cfg.clip_low, cfg.clip_high)
-            sums.update(clipped=float(out.clipped.sum()))
-        else:
-            with torch.no_grad():
-                teacher_hidden = completion_hidden(teacher, [r.teacher_ids for r in batch], batch)
-            # with one update a batch p_now is p_old, so the rollout correction is the ratio formed inside the kernel
-            reference, clip = (sampled, cfg.rollout_clip) if old is None else (old, cfg.is_clip)
-            out = distill_loss(hidden, head, teacher_hidden, teacher.get_output_embeddings().weight.detach(), weights, ids,
-                               cfg.alpha, cfg.top_k or None, old_logprobs=reference, is_clip=clip)
-            sums.update(divergence=float(out.divergence.sum()), teacher_entropy=float(out.teacher_entropy.sum()))
+        with compute(policy, cfg):
+            hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
+            if cfg.method == "grpo":
+                advantages = torch.tensor([r.advantage for r in batch], device=head.device).repeat_interleave(counts)
+                out = policy_loss(hidden, head, ids, advantages, weights, old, cfg.clip_low, cfg.clip_high)
+                sums.update(clipped=float(out.clipped.sum()))
+            else:
+                with torch.no_grad():
+                    teacher_hidden = completion_hidden(teacher, [r.teacher_ids for r in batch], batch)
+                # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside the kernel
+                reference, clip = (sampled, cfg.rollout_clip) if old is None else (old, cfg.is_clip)
+                out = distill_loss(hidden, head, teacher_hidden, teacher.get_output_embeddings().weight.detach(), weights,
+                                   ids, cfg.alpha, cfg.top_k or None, old_logprobs=reference, is_clip=clip)
+                sums.update(divergence=float(out.divergence.sum()), teacher_entropy=float(out.teacher_entropy.sum()))
         if not torch.isfinite(out.loss):
             raise FloatingPointError(f"the loss is {out.loss.item()} at step {step}, on {problem_ids(batch)}")
         out.loss.backward()
         sums.update(loss=float(out.loss.detach()), entropy=float(out.entropy.sum()),
                     sampler_gap=float((out.logprobs - sampled).abs().sum()))
+    policy.eval()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(supervised)}")
@@ -527,13 +554,28 @@ def check(cfg, quiet=False):
         raise ValueError(f"{folder} exists; add --resume to continue it or choose another --name")
     if (folder / "config.json").exists():
         refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
-    if not cfg.task:
-        raise ValueError(f"--model {cfg.model} needs a --task: a folder with train.jsonl and test.jsonl")
-    task = load_task(cfg.task, cfg.dev)
+    if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
+        raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
+    task = load_task(cfg.task, cfg.dev, data=cfg.data)
+    if bool(cfg.memory_from) != (cfg.method == "frozen-memory"):
+        raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
+                         f"--name frozen` makes such a run, {cfg.out}/frozen")
+    if cfg.memory_from:
+        source, _ = memory_source(cfg)
+        if not source.is_file():
+            raise ValueError(f"--memory_from {cfg.memory_from}: there is no {source}")
+        lent = Memory(source, None, None, embedder=cfg.embedder)
+        if not any(lent.knows(p.id) for p in task.train):
+            raise ValueError(f"{source} is the memory of another task: it knows none of the problems of {cfg.task}")
+        lent.close()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg))
+        tokenizer = AutoTokenizer.from_pretrained(MODELS.get(cfg.model, cfg.model))
     except OSError as error:
-        raise ValueError(f"--model {cfg.model} is neither a Hugging Face folder nor a Hub name that can be reached") from error
+        raise ValueError(f"--model {cfg.model} is neither a Hugging Face folder nor a reachable name on the Hub") from error
+    for what in ("chat_template", "eos_token_id"):
+        if getattr(tokenizer, what) is None:
+            raise ValueError(f"the tokenizer of {cfg.model} has no {what}; use a chat model, or add it to the folder's "
+                             "tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # only fills the left of a batch; masks come from lengths
     splits = {}
@@ -551,18 +593,20 @@ def check(cfg, quiet=False):
     return replace(task, **splits), tokenizer
 
 
-def model_folder(cfg):
-    return HERE / "nano" if cfg.model == "nano" else cfg.model
-
-
 def load_policy(cfg):
     """The model with float32 weights, whatever it was stored in: at lr 1e-6 an Adam step moves 2% of bfloat16 weights.
 
-    It stays in eval mode, so that sampling and training see one and the same distribution. Raises ValueError for an
+    Without dropout, so that sampling and training see one and the same distribution. Raises ValueError for an
     architecture whose logits are not its head times its last hidden state, which is what kernels.py takes them for.
     """
-    policy = AutoModelForCausalLM.from_pretrained(model_folder(cfg), dtype=torch.float32).eval()
+    policy = AutoModelForCausalLM.from_pretrained(MODELS.get(cfg.model, cfg.model), dtype=torch.float32).eval()
     policy.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for module in policy.modules():
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    if cfg.gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
     if policy.device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
         torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
     with torch.no_grad():
@@ -573,6 +617,12 @@ def load_policy(cfg):
     return policy
 
 
+def compute(model, cfg):
+    """The context of every forward pass: bfloat16 autocast over float32 weights, where that is asked for."""
+    kind = model.device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=(cfg.dtype or {"cuda": "bfloat16"}.get(kind)) == "bfloat16")
+
+
 def make_embedder(cfg):
     """embed(texts) -> (len(texts), D) float32, unit rows: words without digits and pairs of them, hashed."""
     hasher = HashingVectorizer(n_features=1024, ngram_range=(1, 2), token_pattern=r"[^\W\d_]+", alternate_sign=False)
@@ -581,10 +631,27 @@ def make_embedder(cfg):
 
 def make_memory(run, sampler, task, cfg):
     shared = {f.name for f in fields(Config)} & set(Memory.__init__.__kwdefaults__)  # equal names, equal meanings
-    memory = Memory(run.folder / "memory.db", make_embedder(cfg), sampler.ask, **{n: getattr(cfg, n) for n in shared})
-    if cfg.method == "pmd":
+    forms = "nano" if task.train[0].verifier == "steps" else "question"
+    path, knobs = run.folder / "memory.db", {"forms": forms} | {n: getattr(cfg, n) for n in shared}
+    if cfg.method == "frozen-memory":  # a copy of our own, so that the run can be repeated when the other is gone
+        source, step = memory_source(cfg)
+        for file, target in ((source, path), (path, None)):
+            memory = Memory(file, None, None, embedder=cfg.embedder)
+            if target:
+                memory.copy_to(target)
+            elif step:
+                memory.truncate_after(int(step))
+            memory.close()
+    memory = Memory(path, make_embedder(cfg), sampler.ask, frozen=cfg.method == "frozen-memory", **knobs)
+    if cfg.method in ("pmd", "pmd-transient", "frozen-policy"):
         memory.add_problems(task.train)
     return memory
+
+
+def memory_source(cfg):
+    """(file, step or "") of --memory_from RUN[@STEP]; RUN is a folder, or a name under --out."""
+    run, _, step = cfg.memory_from.partition("@")
+    return (Path(run) if Path(run).is_dir() else Path(cfg.out) / run) / "memory.db", step
 
 
 def batches_per_epoch(problems, cfg):
@@ -596,7 +663,7 @@ def total_steps(problems, cfg):
 
 
 def refresh_period(problems, cfg):
-    return cfg.behavior_every or batches_per_epoch(problems, cfg)
+    return 1 if cfg.method == "pmd-transient" else cfg.behavior_every or batches_per_epoch(problems, cfg)
 
 
 def batches(problems, first, cfg):
@@ -654,15 +721,14 @@ class Run:
                                                               "clipped") if k in sums}
             metrics |= {"loss": sums["loss"] / sums["updates"], "grad_norm": sums["grad_norm"] / sums["updates"]}
         metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
-        if cfg.method == "pmd":
-            metrics |= {"memory": memory.sizes(), "memory_events": memory.counts(step)}
-            if (precision := memory_precision(memory, self.task.train)) is not None:
-                metrics["memory_precision"] = precision
+        metrics |= {"memory": memory.sizes(), "memory_events": memory.counts(step)}
+        if (precision := memory_precision(memory, self.task.train)) is not None:
+            metrics["memory_precision"] = precision
         metrics["seconds"], self.seconds = dict(self.seconds), Counter()
         append(self.folder / "metrics.jsonl", metrics)
         self.bar.update()
         if self.due(step, cfg.log_every):
-            sizes = "  memory " + "/".join(map(str, metrics["memory"].values())) if cfg.method == "pmd" else ""
+            sizes = "  memory " + "/".join(map(str, metrics["memory"].values())) if any(metrics["memory"].values()) else ""
             self.bar.write(f"step {step:4d}  reward {metrics['reward']:.3f}  teacher active "
                            f"{metrics['teacher_active']:.2f}  divergence {metrics.get('divergence', 0):.4f}{sizes}")
             shown = next((r for r in rollouts if r.teacher_prompt), rollouts[0])
@@ -671,8 +737,11 @@ class Run:
                 "teacher_prompt": shown.teacher_prompt, "completion": shown.text, "reward": shown.reward,
                 "insight": [f"{i.kind} {i.title}: {i.text}" for i in memory.living("insight", shown.problem.id)]})
 
-    def evaluate(self, step, sampler):
-        """Answers dev and test from the plain prompt; every sample goes to evals/, the estimates to metrics.jsonl."""
+    def evaluate(self, step, sampler, memory):
+        """Answers dev and test from the plain prompt; every sample goes to evals/, the estimates to metrics.jsonl.
+
+        Under a frozen policy, which would score as the base does, the memory is in the prompt.
+        """
         cfg, sampler.step = self.cfg, step
         with self.phase("evaluate"):
             for split in ("dev", "test"):
@@ -681,7 +750,12 @@ class Run:
                     continue
                 if 0 < cfg.eval_problems < len(problems):  # the same ones at every step of every run
                     problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
-                samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p)
+                texts = None
+                if cfg.method == "frozen-policy":
+                    contexts = memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
+                    texts = [compose_within(cfg.max_reprompt, lambda t: len(encode_prompt(self.tokenizer, t)), p.prompt, **c)
+                             for p, c in zip(problems, contexts, strict=True)]
+                samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
                 rows = [[(s, verify(p, s.text)) for s in group] for p, group in zip(problems, samples, strict=True)]
                 write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", (
                     {"problem": p.id, "sample": j, "answer": v.answer, "reward": v.reward, "tokens": len(s.ids),
@@ -721,7 +795,8 @@ class Run:
                 teacher.load_state_dict(state["teacher"])
             optimizer.load_state_dict(state["optimizer"])
             optimizer.updates, step, self.spent = state["updates"], state["step"], state["seconds"]
-        memory.truncate_after(step)
+        if not memory.frozen:
+            memory.truncate_after(step)
         keep = -1 if not step else step  # without a checkpoint the run starts over, its first evaluation included
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.folder / name).exists():
@@ -752,7 +827,7 @@ class Run:
         plot_curves({cfg.method: [(s, r["avg_at_k"], *r["interval"]) for s, r in sorted(tests.items())]},
                     self.folder / "curve.png", f"{cfg.task}: avg@{cfg.eval_k} without memory, held-out problems")
         print("\n" + table({cfg.method: summary}))
-        if cfg.method == "pmd":
+        if any(memory.sizes().values()):
             kinds = Counter((i.problem, i.kind) for i in memory.living("insight"))
             most = max(self.task.train, key=lambda p: (kinds[p.id, "strategy"], kinds[p.id, "lesson"]))
             print("\n" + memory.describe(most))
@@ -833,10 +908,8 @@ def parse_flags(argv=None) -> Config:
     """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then what was given."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     given, _ = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
-    if given.model == "nano" and not given.task:
-        given.task = "nano"
-    if given.model == "nano" or given.task.split("/")[0] == "nano":
-        parser.set_defaults(**PRESETS["nano"])
+    given.task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
+    parser.set_defaults(**PRESETS.get("nano" if given.model == "nano" else given.task.split("/")[0], {}))
     cfg = Config(**vars(parser.parse_args(argv)))
     return replace(cfg, task=given.task)
 
@@ -846,9 +919,9 @@ def compared(cfg):
     methods = [m.strip() for m in cfg.compare.split(",")]
     folder = Path(cfg.out) / (cfg.name or default_name(cfg))
     runs = [replace(cfg, compare="", method=m, name=f"{folder.name}/{m}") for m in methods]
-    unknown = [m for m in methods if m not in Config.__dataclass_fields__["method"].type.__args__]
-    if unknown or len(set(methods)) < len(methods):
-        raise ValueError(f"--compare takes different methods out of pmd, sdpo, grpo, not {cfg.compare!r}")
+    known = get_args(Config.__dataclass_fields__["method"].type)
+    if not set(methods) <= set(known) or len(set(methods)) < len(methods):
+        raise ValueError(f"--compare takes different methods out of {', '.join(known)}, not {cfg.compare!r}")
     return folder, runs
 
 

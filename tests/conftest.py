@@ -1,12 +1,15 @@
 """A tiny policy (the embedded checkpoint), a memory with a scripted model, and a hand-made embedder."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test waits for a network
 
 import pmd
 from memory import Memory

@@ -99,7 +99,7 @@ def test_the_shipped_world_is_the_one_its_seed_makes():
 
 # -- files --------------------------------------------------------------------------------------------------------------
 
-ROW = {"id": "1", "prompt": "p", "answer": "a", "verifier": "last_word"}
+ROW = {"id": "1", "prompt": "p", "answer": "7", "verifier": "last_number"}
 
 
 @pytest.mark.parametrize("line, message", [
@@ -107,6 +107,7 @@ ROW = {"id": "1", "prompt": "p", "answer": "a", "verifier": "last_word"}
     (json.dumps({"id": "2", "prompt": "p"}), "line 2: answer and verifier must be given"),
     (json.dumps({**ROW, "id": 7}), "line 2: id must be given, as text"),
     (json.dumps({**ROW, "id": "2", "verifier": "magic"}), "line 2: no verifier 'magic'"),
+    (json.dumps({**ROW, "id": "2", "answer": "seven"}), "line 2: the answer 'seven' is no number"),
     (json.dumps(ROW), "line 2 repeats the id '1' of line 1")])
 def test_a_broken_line_is_named(tmp_path, line, message):
     (tmp_path / "t.jsonl").write_text(json.dumps(ROW) + "\n" + line + "\n")
@@ -129,6 +130,39 @@ def test_missing_and_empty_files_and_unknown_tasks(tmp_path):
         load_task("nano", dev=1.5)
 
 
+def sciknoweval(**changes):
+    row = {"idx": 3, "answer": "B", "prompt": "Which?\u2028\n\nA: this\nB: that\nPlease reason step by step.", "system": "S"}
+    return json.dumps({**row, **changes}, ensure_ascii=False) + "\n"
+
+
+def test_sciknoweval_files(tmp_path):
+    (tmp_path / "physics").mkdir()
+    (tmp_path / "physics/train.json").write_text(sciknoweval() + sciknoweval(idx=4, answer="A"))
+    (tmp_path / "physics/test.json").write_text(sciknoweval(idx=5))
+    task = load_task("sciknoweval/physics", dev=0, data=str(tmp_path))
+    assert [(p.id, p.answer, p.system) for p in task.train] == [("3", "B", "S"), ("4", "A", "S")]
+    assert task.test[0].verifier == "choice"
+    (tmp_path / "physics/test.json").write_text(sciknoweval(answer="C"))
+    with pytest.raises(ValueError, match="test.json, line 1: the answer key 'C' is none of the options A, B"):
+        load_task("sciknoweval/physics", data=str(tmp_path))
+    with pytest.raises(ValueError, match="needs --data.*nowhere/physics is none"):
+        load_task("sciknoweval/physics", data="nowhere")
+
+
+SHARED = make.HERE.parent.parent / "shared" / "data" / "sciknoweval"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published SciKnowEval files are not part of this repository")
+@pytest.mark.parametrize("domain, sizes", [("biology", (450, 50)), ("chemistry", (1890, 210)), ("material", (841, 94)),
+                                           ("physics", (720, 80))])
+def test_the_published_splits(domain, sizes):
+    task = load_task(f"sciknoweval/{domain}", dev=0, data=str(SHARED))
+    assert (len(task.train), len(task.test)) == sizes
+    for p in task.train + task.test:
+        assert verify(p, f"<reasoning>r</reasoning>\n<answer>\n{p.answer}\n</answer>").reward == 1
+        assert verify(p, "<answer>Z</answer>").reward == 0
+
+
 def test_dev_is_held_out_of_train():
     task, whole = load_task("nano"), load_task("nano", dev=0)
     assert len(task.dev) == 16 and len(task.train) == 144 and whole.dev == []
@@ -137,6 +171,15 @@ def test_dev_is_held_out_of_train():
     assert task.dev == load_task("nano").dev and task.test == whole.test
 
 
-def test_last_word():
-    p = Problem("1", "p", "7", "last_word")
-    assert [verify(p, t).reward for t in ("3 + 4 = 7", "**7**.", "7 of 9", "", "17")] == [1, 1, 0, 0, 0]
+@pytest.mark.parametrize("text, right", [
+    ("<reasoning>x</reasoning>\n<answer>\nB\n</answer>", 1), ("B", 1), ("<answer>B", 1), ("B</answer>", 1), (" B\n", 1),
+    ("<answer>A</answer> no, <answer>B</answer> I think", 1), ("<answer>B</answer><answer>A</answer>", 0), ("b", 0),
+    ("B.", 0), ("(B)", 0), ("**B**", 0), ("B: 1.4", 0), ("\\boxed{B}", 0), ("", 0), ("The answer is B", 0)])
+def test_multiple_choice_follows_the_published_rule(text, right):
+    assert verify(Problem("1", "p", "B", "choice"), text).reward == right
+
+
+@pytest.mark.parametrize("text, right", [
+    ("3 + 4 = 7", 1), ("**7**.", 1), ("7.0", 1), ("7 of 9", 0), ("", 0), ("17", 0), ("-7", 0), ("so 7", 1), ("0x7", 1)])
+def test_last_number(text, right):
+    assert verify(Problem("1", "p", "7", "last_number"), text).reward == right

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Attempt, Question
 
 import memory as mem
 import pmd
@@ -120,6 +121,22 @@ def test_micro_batches_change_neither_loss_nor_gradient(policy, tokenizer, sampl
     parts, parted = gradients(policy, teacher, rollouts, dataclasses.replace(cfg, micro_tokens=60))
     assert whole.abs().max() > 0 and torch.allclose(whole, parts, atol=1e-6)
     assert parted["loss"] == pytest.approx(sums["loss"], rel=1e-5) and parted["tokens"] == sums["tokens"]
+
+
+def test_checkpointing_and_bfloat16_compute(policy, tokenizer, sampler, problems, make_config):
+    cfg = make_config()
+    rollouts = conditioned(sampler, problems[:8], cfg, tokenizer)
+    teacher = copy.deepcopy(policy)
+    plain, _ = gradients(policy, teacher, rollouts, cfg)
+    policy.activation_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    policy.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    again, _ = gradients(policy, teacher, rollouts, dataclasses.replace(cfg, gradient_checkpointing=True))
+    assert torch.equal(plain, again) and len(calls) == 2  # forward, and once more in the backward pass
+    assert not policy.training
+    half, _ = gradients(policy, teacher, rollouts, dataclasses.replace(cfg, dtype="bfloat16"))
+    assert half.dtype == torch.float32 and all(p.dtype == torch.float32 for p in policy.parameters())
+    assert 0.97 < torch.cosine_similarity(plain, half, dim=0) < 0.999999
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -342,6 +359,45 @@ def test_a_run_leaves_what_it_promises(make_config):
     assert [r["step"] for r in steps if "reward" in r] == [1, 2, 3]
 
 
+def test_the_controls(make_config, policy):
+    """frozen-policy moves no weight and evaluates with memory in the prompt; frozen-memory reads that and writes nothing;
+    the transient memory lives within a step."""
+    flags = dict(steps=4, batch_size=8, mini_batch_size=8, group_size=8, behavior_every=2, eval_every=2, eval_problems=6)
+    cfg = make_config(method="frozen-policy", name="lender", **flags)
+    assert pmd.train(cfg)["memory"]["insight"] > 0
+    lender, first = Path(cfg.out, "lender"), [p.clone() for p in policy.parameters()]
+    final = pmd.AutoModelForCausalLM.from_pretrained(lender / "final")
+    assert all(torch.equal(a, b) for a, b in zip(first, final.parameters(), strict=True))
+
+    borrower = make_config(method="frozen-memory", memory_from="lender@3", name="borrower", **flags)
+    pmd.train(borrower)
+    lent, read = (mem.Memory(Path(cfg.out, n, "memory.db"), None, None, embedder="hashing") for n in ("lender", "borrower"))
+    for tier in ("experience", "insight", "behavior"):
+        assert [i.text for i in read.living(tier)] == [i.text for i in lent.as_of(3, tier)]
+    rows = [json.loads(line) for line in Path(cfg.out, "borrower", "metrics.jsonl").read_text().splitlines()]
+    assert len({json.dumps(r["memory"]) for r in rows if "memory" in r}) == 1
+    assert any(r["supervised_tokens"] for r in rows if "memory" in r)
+    with pytest.raises(mem.sqlite3.OperationalError, match="readonly"):
+        mem.Memory(Path(cfg.out, "lender", "memory.db"), None, None, embedder="hashing", frozen=True).forget(9)
+
+    transient = make_config(method="pmd-transient", name="transient", **flags)
+    assert set(pmd.train(transient)["memory"].values()) == {0}
+    past = mem.Memory(Path(cfg.out, "transient", "memory.db"), None, None, embedder="hashing")
+    items = past.db.execute("SELECT tier, born, ended FROM item").fetchall()
+    assert {t for t, *_ in items} >= {"experience", "insight"} and all(born == ended for _, born, ended in items)
+
+
+def test_inference_contexts_read_the_nearest_training_problem(make_memory):
+    train = [Question("p", "alpha beta"), Question("q", "gamma delta")]
+    reply = json.dumps({"strategies": [{"title": "t", "content": "of {}"}]})
+    memory = make_memory(lambda prompt: reply.replace("{}", "p" if "alpha" in prompt else "q"))
+    memory.add_problems(train)
+    memory.record(1, [Attempt("1", p, "win", 1.0) for p in train])
+    memory.reflect(1, train)
+    found = memory.inference_contexts([Question("new", "gamma gamma"), Question("other", "beta")])
+    assert [c["strategies"] for c in found] == [[("t", "of q")], [("t", "of p")]] and "solution" not in found[0]
+
+
 def test_batches_cover_an_epoch_without_repetition(problems, make_config):
     cfg = make_config(steps=96, batch_size=3)
     seen = [[p.id for p in batch] for _, batch in pmd.batches(problems, 1, cfg)]
@@ -353,9 +409,10 @@ def test_batches_cover_an_epoch_without_repetition(problems, make_config):
 
 def test_presets_and_flags():
     for preset in pmd.PRESETS:
-        cfg = pmd.parse_flags(["--task", preset])
+        cfg = pmd.parse_flags(["--model", "elsewhere", "--task", f"{preset}/x"])
         assert all(getattr(cfg, k) == v for k, v in pmd.PRESETS[preset].items())
-        pmd.check(cfg)
+    assert pmd.parse_flags(["--model", "elsewhere"]).task == "sciknoweval/chemistry"
+    assert pmd.parse_flags(["--task", "my/folder"]).max_prompt == pmd.PRESETS["nano"]["max_prompt"]
     cfg = pmd.parse_flags(["--lr", "0.5", "--ground_insights", "false", "--method", "sdpo"])
     assert (cfg.lr, cfg.ground_insights, cfg.method, cfg.task) == (0.5, False, "sdpo", "nano")
     paper = pmd.Config()
@@ -367,7 +424,10 @@ def test_presets_and_flags():
     (dict(alpha=1.5), "--alpha 1.5 is outside"), (dict(eval_k=0), "--eval_k 0 must be above 0"),
     (dict(task="chess"), "no task 'chess'"), (dict(max_prompt=3), "no train problem of nano is left"),
     (dict(resume=True), "--resume continues the run given by --name"), (dict(batch_size=500), "more than the 144 training"),
-    (dict(model="elsewhere", task=""), "needs a --task")])
+    (dict(method="frozen-memory"), "--method frozen-policy --name frozen"), (dict(memory_from="x"), "go together"),
+    (dict(method="frozen-memory", memory_from="nowhere"), "there is no .*nowhere/memory.db"),
+    (dict(tiers="insight,magic"), "not magic"), (dict(task="sciknoweval/chemistry"), "sciknoweval/chemistry needs --data"),
+    (dict(task="sciknoweval/alchemy"), "no domain 'alchemy'"), (dict(model="elsewhere"), "elsewhere is neither a Hugging")])
 def test_bad_input_is_refused_in_one_sentence(make_config, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         pmd.check(make_config(**changes))
