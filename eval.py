@@ -211,17 +211,24 @@ def maj_at_k(rewards, answers) -> float:
     return float(np.mean(scores))
 
 
-def interval(per_problem, seed=0, draws=10_000) -> tuple[float, float]:
-    """The 95% percentile-bootstrap interval of a mean over problems: other test questions, not other training seeds."""
+def interval(per_problem, seed=0, draws=10_000) -> tuple[float, float] | None:
+    """The 95% percentile-bootstrap interval of a mean over problems: other test questions, not other training seeds.
+
+    None for fewer than two problems, which say nothing about others.
+    """
+    if len(per_problem) < 2:
+        return None
     found = bootstrap((np.asarray(per_problem, dtype=float),), np.mean, n_resamples=draws, method="percentile", rng=seed)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def plot_curves(curves, path, title):
-    """Learning curves with their intervals as a PNG. curves: {name: [(step, value, low, high), ...]}."""
+    """Learning curves with their intervals as a PNG. curves: {name: the run's rows of metrics.jsonl}; test rows are drawn."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, points in curves.items():
-        steps, values, lows, highs = zip(*points, strict=True)
+    for name, rows in curves.items():
+        rows = [row for row in rows if row.get("split") == "test"]
+        steps, values = [row["step"] for row in rows], [row["avg_at_k"] for row in rows]
+        lows, highs = zip(*(row["interval"] or [row["avg_at_k"]] * 2 for row in rows), strict=True)
         line, = axes.plot(steps, values, marker="o", markersize=3, label=name)
         axes.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="step", ylabel="share of answers that are right", title=title, ylim=(0, 1.02))
@@ -234,7 +241,7 @@ def plot_curves(curves, path, title):
 def table(summaries) -> str:
     """The results of one or more runs: held-out avg@k of the memory-free policy, with 95% intervals over problems."""
     def cell(row):
-        return f"{row['avg_at_k']:.3f}" + (" [{:.3f}, {:.3f}]".format(*row["interval"]) if "interval" in row else "")
+        return f"{row['avg_at_k']:.3f}" + (" [{:.3f}, {:.3f}]".format(*row["interval"]) if row.get("interval") else "")
 
     first = next(iter(summaries.values()))
     rows = [("", f"avg@{first['final']['k']} on {first['final']['n_problems']} held-out problems, no memory in the prompt")]

@@ -824,8 +824,7 @@ class Run:
                    "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
                    "memory": memory.sizes(), "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        plot_curves({cfg.method: [(s, r["avg_at_k"], *r["interval"]) for s, r in sorted(tests.items())]},
-                    self.folder / "curve.png", f"{cfg.task}: avg@{cfg.eval_k} without memory, held-out problems")
+        plot_curves({cfg.method: history}, self.folder / "curve.png", title(cfg))
         print("\n" + table({cfg.method: summary}))
         if any(memory.sizes().values()):
             kinds = Counter((i.problem, i.kind) for i in memory.living("insight"))
@@ -842,6 +841,10 @@ def memory_precision(memory, problems):
     hidden = {p.id: p.extra.get("hidden", "").split() for p in problems}
     found = [i.text in hidden[i.problem] for i in memory.living("insight") if i.kind == "strategy" and hidden.get(i.problem)]
     return sum(found) / len(found) if found else None
+
+
+def title(cfg):
+    return f"{cfg.task}: avg@{cfg.eval_k} on held-out problems"
 
 
 def default_name(cfg):
@@ -940,11 +943,8 @@ def main():
     except FloatingPointError as error:
         sys.exit(f"pmd.py: {error}")
     if folder:
-        curves = {}
-        for method in summaries:
-            rows = [r for r in read_lines(folder / method / "metrics.jsonl") if r.get("split") == "test"]
-            curves[method] = [(r["step"], r["avg_at_k"], *r["interval"]) for r in rows]
-        plot_curves(curves, folder / "compare.png", f"{cfg.task}: avg@{cfg.eval_k} without memory, held-out problems")
+        curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}
+        plot_curves(curves, folder / "compare.png", title(cfg))
         print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")
 
 

@@ -36,7 +36,9 @@ def test_interval_is_the_normal_one_where_that_is_right():
 
 
 def test_curves_are_drawn(tmp_path):
-    plot_curves({"pmd": [(0, 0.1, 0.05, 0.2), (10, 0.6, 0.5, 0.7)]}, tmp_path / "c.png", "t")
+    rows = [{"step": 0, "split": "test", "avg_at_k": 0.1, "interval": [0.05, 0.2]}, {"step": 1, "reward": 0.0},
+            {"step": 10, "split": "test", "avg_at_k": 0.6, "interval": interval([0.6])}]
+    plot_curves({"pmd": rows}, tmp_path / "c.png", "t")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
