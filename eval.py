@@ -223,7 +223,7 @@ def interval(per_problem, seed=0, draws=10_000) -> tuple[float, float] | None:
 
 
 def plot_curves(curves, path, title):
-    """Learning curves with their intervals as a PNG. curves: {name: the run's rows of metrics.jsonl}; test rows are drawn."""
+    """Learning curves with intervals, as a PNG. curves: {name: rows of its metrics.jsonl}; those of test are drawn."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, rows in curves.items():
         rows = [row for row in rows if row.get("split") == "test"]

@@ -1,6 +1,6 @@
 """The embedded world: a tiny chat model that knows how to learn, and worlds whose secret only experience reveals.
 
-    python nano/make.py model --seed 0                 # tokenizer and checkpoint, into this folder (about 10 CPU-minutes)
+    python nano/make.py model --seed 0                 # tokenizer and checkpoint, into this folder (about 20 CPU-minutes)
     python nano/make.py world --seed 3                 # task files, into nano/worlds/3 (instant)
     python nano/make.py probe                          # what the checkpoint can do, as a table
 
@@ -447,7 +447,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("model", "world", "probe"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder to write to (default: nano/, or nano/worlds/SEED)")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch_size", type=int, default=64)
     args = parser.parse_args()
     if args.what == "world":
