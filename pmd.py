@@ -148,7 +148,7 @@ class Config:
     insight_novelty: float = option(0.85, "cosine above which an insight or behavior is one [ours]")
     clusters: int = option(16, "clusters of questions that behaviors are abstracted from [ours]")
     ground_insights: bool = option(False, "write only insights that their evidence contains, and more [deviation 7]")
-    memory_completion: int = option(1024, "tokens of a reflection or abstraction [ours]")
+    memory_completion: int = option(768, "tokens of a reflection or abstraction [ours]")
     memory_temperature: float = option(0.6, "of reflection and abstraction [ours]")
     inference_retrieval: int = option(1, "frozen-policy: training problems whose insight a held-out problem reads [ours]")
     embedder: Literal["hashing"] = option("hashing", "embeds questions, attempts and insights; hashing needs no download")
@@ -169,7 +169,7 @@ class Config:
 PRESETS = {
     "sciknoweval": {},
     "livecodebench": dict(lr=1e-6, warmup_steps=0, mini_batch_size=1, alpha=1.0, ema_rate=0.01, eval_k=4),  # Tab. 11
-    "nano": dict(steps=80, batch_size=8, group_size=8, max_prompt=64, max_completion=32, max_reprompt=512, lr=6e-4,
+    "nano": dict(steps=80, batch_size=8, group_size=8, max_prompt=64, max_completion=32, max_reprompt=512, lr=1e-3,
                  warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, memory_completion=96, clusters=20,
                  eval_every=10, eval_k=8, save_every=40),
 }
@@ -581,8 +581,9 @@ def check(cfg, quiet=False):
     splits = {}
     for split in ("train", "dev", "test"):
         problems = getattr(task, split)
-        splits[split] = [p for p in problems if len(encode_prompt(tokenizer, p.prompt, p.system)) <= cfg.max_prompt]
-        dropped = [p.id for p in problems if p not in splits[split]]
+        fits = [len(encode_prompt(tokenizer, p.prompt, p.system)) <= cfg.max_prompt for p in problems]
+        splits[split] = [p for p, fit in zip(problems, fits, strict=True) if fit]
+        dropped = [p.id for p, fit in zip(problems, fits, strict=True) if not fit]
         if dropped and not quiet:
             print(f"{split}: {len(dropped)} problems dropped, longer than {cfg.max_prompt} tokens: {', '.join(dropped)}")
         if problems and not splits[split]:
@@ -635,13 +636,11 @@ def make_memory(run, sampler, task, cfg):
     path, knobs = run.folder / "memory.db", {"forms": forms} | {n: getattr(cfg, n) for n in shared}
     if cfg.method == "frozen-memory":  # a copy of our own, so that the run can be repeated when the other is gone
         source, step = memory_source(cfg)
-        for file, target in ((source, path), (path, None)):
-            memory = Memory(file, None, None, embedder=cfg.embedder)
-            if target:
-                memory.copy_to(target)
-            elif step:
-                memory.truncate_after(int(step))
-            memory.close()
+        with contextlib.closing(Memory(source, None, None, embedder=cfg.embedder)) as lent:
+            lent.copy_to(path)
+        if step:
+            with contextlib.closing(Memory(path, None, None, embedder=cfg.embedder)) as copied:
+                copied.truncate_after(int(step))
     memory = Memory(path, make_embedder(cfg), sampler.ask, frozen=cfg.method == "frozen-memory", **knobs)
     if cfg.method in ("pmd", "pmd-transient", "frozen-policy"):
         memory.add_problems(task.train)
@@ -691,6 +690,8 @@ class Run:
         (self.folder / "environment.txt").write_text(environment())
         print(f"{cfg.method} on {cfg.task} with {cfg.model}, seed {cfg.seed}: {len(task.train)} train, {len(task.dev)} dev, "
               f"{len(task.test)} test problems; {self.total} steps of {cfg.batch_size} x {cfg.group_size}; {self.folder}")
+        settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
+        print("set otherwise than by default: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
         self.bar = tqdm(total=self.total, desc=cfg.method, unit="step", dynamic_ncols=True)
 
     def due(self, step, every):

@@ -439,7 +439,7 @@ def test_a_runs_name_and_flags_are_kept(make_config):
     pmd.train(cfg)
     with pytest.raises(ValueError, match="taken exists; add --resume"):
         pmd.check(cfg)
-    with pytest.raises(ValueError, match=r"started with other flags: --lr \(0.0006 before, 0.1 now\)"):
+    with pytest.raises(ValueError, match=r"started with other flags: --lr \(0.001 before, 0.1 now\)"):
         pmd.train(dataclasses.replace(cfg, resume=True, lr=0.1))
 
 
