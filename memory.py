@@ -1,4 +1,4 @@
-"""The three-tier memory of PMD: experience -> insight -> behavior (paper, sections 3.2 and B.1 to B.4).
+"""The three-tier memory of PMD: experience -> insight -> behavior (Eq. 2 to 5, B.1 to B.3).
 
     experience   raw attempts, per problem            at most 5 successes and 3 failures, behind a novelty gate
     insight      strategies and lessons, per problem  written by the model itself out of its experience, 10 + 10

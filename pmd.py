@@ -76,7 +76,7 @@ def option(default, help):
 class Config:
     """Every knob of a run. The defaults are the paper's SciKnowEval run; a task's preset overrides them, a flag both.
 
-    In brackets where a value comes from: Tab. 11, B.1 and the like are the paper's; "SDPO" its authors' code; "ours".
+    In brackets where a value comes from: Tab. 11, B.1, "paper" are the PMD paper; "SDPO" its authors' code; "ours" ours.
     """
 
     # what is run
@@ -136,11 +136,11 @@ class Config:
     clip_high: float = option(0.28, "upper clip of the ratio [SDPO]")
 
     # memory
-    max_successes: int = option(5, "experience: successes kept per problem [3.2]")
-    max_failures: int = option(3, "experience: failures kept per problem [3.2]")
+    max_successes: int = option(5, "experience: successes kept per problem [paper]")
+    max_failures: int = option(3, "experience: failures kept per problem [paper]")
     max_insights: int = option(10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]")
-    max_behaviors: int = option(500, "behavior: entries of the bank [B.4]")
-    retrieve_k: int = option(3, "behaviors shown to the teacher [B.5]")
+    max_behaviors: int = option(500, "behavior: entries of the bank [paper]")
+    retrieve_k: int = option(3, "behaviors shown to the teacher [paper, main experiments]")
     behavior_every: int = option(0, "steps between refreshes of the bank; 0 for once an epoch [Eq. 3; Alg. 1: every batch]")
     behaviors_refreshed: bool = option(False, "the teacher reads the bank after this step's refresh [Alg. 1] instead of "
                                               "before it [Eq. 4]")
