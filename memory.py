@@ -290,7 +290,8 @@ class Memory:
 
     path: the file; ":memory:" for none. embed, generate: see the top of this file. embedder: the name of the embedding
     model, written into the file; a file of another one is refused with a ValueError. The caps are the paper's. frozen: the
-    file is opened immutable, for a control that reads another run's memory and writes none.
+    file is opened immutable, for a control that reads another run's memory and writes none. fits(prompt): whether the
+    model can read it; what is left out of a prompt to make it fit is counted.
 
     ground_insights, beyond the paper (it cures a small model that miscopies its own attempts and then locks in on the
     mistake): reflection reads one attempt at a time; an insight whose key terms are not in that attempt is rejected; a
@@ -301,8 +302,9 @@ class Memory:
     def __init__(self, path, embed, generate, *, forms="nano", embedder="", ground_insights=False, max_successes=5,
                  max_failures=3, max_insights=10, max_behaviors=500, response_novelty=0.95, insight_novelty=0.85,
                  clusters=16, cluster_problems=8, cluster_insights=3, known_behaviors=8, retrieve_k=3, seed=0,
-                 frozen=False):
-        self.embed, self.generate, self.forms, self.ground_insights = embed, generate, FORMS[forms], ground_insights
+                 frozen=False, fits=lambda prompt: True):
+        self.embed, self.generate, self.fits = embed, generate, fits
+        self.forms, self.ground_insights = FORMS[forms], ground_insights
         self.caps = {"success": max_successes, "failure": max_failures, "strategy": max_insights,
                      "lesson": max_insights, "behavior": max_behaviors}
         self.novelty = {"experience": response_novelty, "insight": insight_novelty, "behavior": insight_novelty}
@@ -366,9 +368,18 @@ class Memory:
                 jobs += [(problem, [a]) for a in attempts if a.id not in done]
             elif attempts:
                 jobs.append((problem, attempts))
-        prompts = [reflection_prompt(self.forms, problem.prompt, [a.text for a in attempts if a.kind == "success"],
+        def prompt_of(problem, attempts):
+            return reflection_prompt(self.forms, problem.prompt, [a.text for a in attempts if a.kind == "success"],
                                      [(a.text, a.feedback) for a in attempts if a.kind == "failure"],
-                                     *self._success_fraction(problem.id)) for problem, attempts in jobs]
+                                     *self._success_fraction(problem.id))
+
+        for problem, attempts in jobs:  # too long for the model: the oldest attempt of the more frequent kind goes
+            while attempts and not self.fits(prompt_of(problem, attempts)):
+                kinds = [a.kind for a in attempts]
+                del attempts[kinds.index(max(set(kinds), key=kinds.count))]
+                self._event(step, "reflection_cut", problem.id)
+        jobs = [(problem, attempts) for problem, attempts in jobs if attempts]
+        prompts = [prompt_of(problem, attempts) for problem, attempts in jobs]
         written = []
         for (problem, attempts), reply in zip(jobs, self.generate(prompts) if prompts else [], strict=True):
             self._event(step, "reflection", problem.id)
@@ -406,12 +417,19 @@ class Memory:
         for _, problems in sorted(members.items()):
             # most insights first: under the cap, those that have been understood say more than those that have not
             problems = sorted(problems, key=lambda p: -len(insights[p[0]]))[: self.cluster_problems]
+            known = nearest(np.mean([v for *_, v in problems], axis=0), bank, self.known_behaviors)
             lines = [(text, [f"- {i.title}: {i.text}" for kind in ("strategy", "lesson")
                              for i in [i for i in insights[pid] if i.kind == kind][-self.cluster_insights:]] or
                       [f"{self.forms.correct if e.kind == 'success' else self.forms.wrong}\n{e.text}"
                        for e in experience[pid]]) for pid, text, _ in problems]
-            known = nearest(np.mean([v for *_, v in problems], axis=0), bank, self.known_behaviors)
-            jobs.append((problems, known, abstraction_prompt(self.forms, lines, [(b.title, b.text) for b in known])))
+            while True:  # too long for the model: the last problem goes
+                prompt = abstraction_prompt(self.forms, lines, [(b.title, b.text) for b in known])
+                if not lines or self.fits(prompt):
+                    break
+                lines.pop()
+                self._event(step, "abstraction_cut", None)
+            if lines:
+                jobs.append((problems[: len(lines)], known, prompt))
         replies = self.generate([prompt for *_, prompt in jobs]) if jobs else []
         by_name, written = {b.title: b for b in bank}, {}
         for (problems, known, _), reply in zip(jobs, replies, strict=True):

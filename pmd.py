@@ -179,7 +179,7 @@ def train(cfg: Config) -> dict:
     """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched."""
     task, tokenizer = check(cfg)
     policy = load_policy(cfg)  # float32 master weights
-    teacher = policy if cfg.teacher == "live" else copy.deepcopy(policy)  # the same model; it only reads more
+    teacher = make_teacher(policy, cfg)  # the same model; it only reads more
     optimizer = make_optimizer(policy, cfg)
     sampler = Sampler(policy, tokenizer, cfg)  # the only object that generates text
     run = Run(cfg, task, tokenizer)
@@ -522,10 +522,15 @@ def make_optimizer(policy, cfg):
     return optimizer
 
 
+def make_teacher(policy, cfg):
+    """An average that starts at the policy; the policy itself if the teacher is live, or where nobody is taught."""
+    return policy if cfg.teacher == "live" or cfg.method in ("grpo", "frozen-policy") else copy.deepcopy(policy)
+
+
 @torch.no_grad()
 def follow(teacher, policy, cfg):
     """Moves an EMA teacher once, after the batch's last update: teacher += rate * (policy - teacher)."""
-    if cfg.teacher == "ema" and cfg.method != "grpo":
+    if teacher is not policy:
         for t, p in zip(teacher.parameters(), policy.parameters(), strict=True):
             t.lerp_(p, cfg.ema_rate)
 
@@ -561,9 +566,10 @@ def check(cfg, quiet=False):
         raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
                          f"--name frozen` makes such a run, {cfg.out}/frozen")
     if cfg.memory_from:
-        source, _ = memory_source(cfg)
-        if not source.is_file():
-            raise ValueError(f"--memory_from {cfg.memory_from}: there is no {source}")
+        source, step = memory_source(cfg)
+        if not source.is_file() or step and not step.isdecimal():
+            raise ValueError(f"--memory_from {cfg.memory_from} is neither RUN nor RUN@STEP: there is no {source}, or the "
+                             "step is no number")
         lent = Memory(source, None, None, embedder=cfg.embedder)
         if not any(lent.knows(p.id) for p in task.train):
             raise ValueError(f"{source} is the memory of another task: it knows none of the problems of {cfg.task}")
@@ -641,7 +647,8 @@ def make_memory(run, sampler, task, cfg):
         if step:
             with contextlib.closing(Memory(path, None, None, embedder=cfg.embedder)) as copied:
                 copied.truncate_after(int(step))
-    memory = Memory(path, make_embedder(cfg), sampler.ask, frozen=cfg.method == "frozen-memory", **knobs)
+    memory = Memory(path, make_embedder(cfg), sampler.ask, frozen=cfg.method == "frozen-memory",
+                    fits=lambda prompt: len(encode_prompt(sampler.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
     if cfg.method in ("pmd", "pmd-transient", "frozen-policy"):
         memory.add_problems(task.train)
     return memory
@@ -840,6 +847,8 @@ def memory_precision(memory, problems):
     """The share of living strategies that the world's hidden truth confirms; None where a task hides none. For
     diagnosis: it reads what neither student nor teacher may see, and is called by nothing but the log."""
     hidden = {p.id: p.extra.get("hidden", "").split() for p in problems}
+    if not any(hidden.values()):
+        return None
     found = [i.text in hidden[i.problem] for i in memory.living("insight") if i.kind == "strategy" and hidden.get(i.problem)]
     return sum(found) / len(found) if found else None
 

@@ -108,6 +108,18 @@ def test_insights_accumulate_behind_the_gate_and_are_capped(make_memory):
     assert len(memory.living("insight", "p")) == 10
 
 
+def test_prompts_are_cut_until_the_model_can_read_them_and_that_is_counted(make_memory):
+    memory = make_memory(lambda prompt: insight_reply(["alpha"]), fits=lambda prompt: len(prompt.split()) < 50, clusters=1)
+    memory.add_problems([P, Q])
+    memory.record(1, attempts(["short win", "long " * 15, "longer " * 16], [1, 0, 0]) + attempts(["huge " * 99], [0], Q))
+    memory.reflect(1, [P, Q])
+    first, = memory.generate.prompts  # nothing of Q's only attempt can be read
+    assert "short win" in first and "longer" in first and "long long" not in first
+    memory.abstract(1)
+    assert len(memory.generate.prompts) == 2 and "rule: alpha" in memory.generate.prompts[1]
+    assert memory.counts()["reflection_cut"] == 2 and memory.counts()["abstraction_cut"] == 1
+
+
 def test_a_kind_without_evidence_is_rejected(make_memory):
     memory = make_memory(lambda prompt: insight_reply(["strategy out of a failure"], ["lesson"]))
     memory.record(1, attempts(["loss"], [0]))

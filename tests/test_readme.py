@@ -1,0 +1,63 @@
+"""What the README says of the code is so: commands parse, named functions exist, numbers of lines and deviations agree."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pmd
+from eval import load_task, verify
+
+HERE = Path(__file__).resolve().parent.parent
+README = (HERE / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:pip .*&& )?python (pmd\.py|examples/own_method\.py)(.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script, flags", COMMANDS)
+def test_commands_parse(script, flags):
+    assert isinstance(pmd.parse_flags(shlex.split(flags)), pmd.Config) and (HERE / script).is_file()
+
+
+def test_there_are_commands_and_every_flag_named_exists():
+    assert len(COMMANDS) >= 8
+    named = set(re.findall(r"`--(\w+)", README))
+    assert named and named <= {f.name for f in pmd.fields(pmd.Config)}
+
+
+def test_named_functions_exist():
+    named = re.findall(r"`(pmd|memory|kernels|eval)\.(?:py:)?([A-Za-z_.]+)`", README)
+    assert len(named) > 12
+    for module, path in named:
+        if path not in ("py", "db"):  # a file's name, no function's
+            found = importlib.import_module(module)
+            for part in path.split("."):
+                found = getattr(found, part)
+
+
+def test_numbers_of_lines():
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) == 4
+    for name, said in rows:
+        assert abs(len((HERE / name).read_text().splitlines()) - int(said)) < 0.05 * int(said), name
+
+
+def test_deviations_are_those_of_the_code():
+    def numbered(text):
+        return [" ".join(item.split()) for item in re.findall(r"^\s*\d+\. (.*?)(?=^\s*\d+\. |^\s*\n|\Z)", text, re.M | re.S)]
+
+    code = numbered(pmd.__doc__.split("Deviations from the paper\n")[1])
+    said = numbered(README.split("numbered as at the top of `pmd.py`:\n\n")[1])[: len(code)]
+    assert len(code) >= 9 and said == code
+
+
+def test_the_example_task_loads(tmp_path):
+    subprocess.run([sys.executable, "examples/sums.py", tmp_path / "sums"], cwd=HERE, check=True)
+    task = load_task(str(tmp_path / "sums"))
+    assert (len(task.train), len(task.dev), len(task.test)) == (63, 7, 30)
+    for p in task.test:
+        a, b = map(int, re.findall(r"\d", p.prompt))
+        assert verify(p, f"{a} + {b} = {a + b}.").reward == 1 and verify(p, f"{a + b} or {a + b + 1}").reward == 0
