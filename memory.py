@@ -405,31 +405,10 @@ class Memory:
         An empty bank is filled from nothing (cold start); later the nearest existing behaviors are shown and the reply
         decides which are new, updated or removed. A behavior's name is its key: a new one of a known name updates it.
         """
-        bank, jobs, members = self.living("behavior"), [], defaultdict(list)
-        insights, experience = defaultdict(list), defaultdict(list)
+        bank, insights = self.living("behavior"), defaultdict(list)
         for item in self.living("insight"):
             insights[item.problem].append(item)
-        for item in self.living("experience"):
-            experience[item.problem].append(item)
-        for pid, text, cluster, vector in self.db.execute("SELECT * FROM problem ORDER BY id"):
-            if insights[pid] or experience[pid]:
-                members[cluster].append((pid, text, np.frombuffer(vector, np.float32)))
-        for _, problems in sorted(members.items()):
-            # most insights first: under the cap, those that have been understood say more than those that have not
-            problems = sorted(problems, key=lambda p: -len(insights[p[0]]))[: self.cluster_problems]
-            known = nearest(np.mean([v for *_, v in problems], axis=0), bank, self.known_behaviors)
-            lines = [(text, [f"- {i.title}: {i.text}" for kind in ("strategy", "lesson")
-                             for i in [i for i in insights[pid] if i.kind == kind][-self.cluster_insights:]] or
-                      [f"{self.forms.correct if e.kind == 'success' else self.forms.wrong}\n{e.text}"
-                       for e in experience[pid]]) for pid, text, _ in problems]
-            while True:  # too long for the model: the last problem goes
-                prompt = abstraction_prompt(self.forms, lines, [(b.title, b.text) for b in known])
-                if not lines or self.fits(prompt):
-                    break
-                lines.pop()
-                self._event(step, "abstraction_cut", None)
-            if lines:
-                jobs.append((problems[: len(lines)], known, prompt))
+        jobs = self._cluster_prompts(step, bank, insights)
         replies = self.generate([prompt for *_, prompt in jobs]) if jobs else []
         by_name, written = {b.title: b for b in bank}, {}
         for (problems, known, _), reply in zip(jobs, replies, strict=True):
@@ -440,24 +419,49 @@ class Memory:
                 continue
             key = "actions" if known else "behaviors"
             if known:  # an action without an instruction can still remove
-                rows = found.get(key) if isinstance(found.get(key), list) else []
-                for row in rows[:MAX_ITEMS]:
-                    if isinstance(row, dict) and row.get("action") == "remove" and str(row.get("name")).strip() in by_name:
-                        self._end(step, by_name.pop(str(row["name"]).strip()))
-                found = {key: [r for r in rows if isinstance(r, dict) and r.get("action") in ("new", "update")]}
+                rows = found.get(key)
+                rows = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
+                for name in (str(r.get("name")).strip() for r in rows[:MAX_ITEMS] if r.get("action") == "remove"):
+                    if name in by_name:
+                        self._end(step, by_name.pop(name))
+                found = {key: [r for r in rows if r.get("action") in ("new", "update")]}
             for name, instruction in parse_items(found, key, "name", "instruction"):
-                sources = [pid for pid, *_ in problems]
-                if self.ground_insights:
-                    sources = [p for p in sources if self._contained(instruction, insights[p], "strategy")]
+                sources = [p for p in problems if not self.ground_insights or
+                           self._contained(instruction, insights[p], "strategy")]
                 if not name.startswith("behavior_") or self.ground_insights and len(sources) < 2:
                     self._event(step, "behavior_rejected", None)
                 elif name not in by_name or by_name[name].text != instruction:
                     written[name] = Item(0, "behavior", "behavior", None, name, instruction, None, None, sources, None)
-        for name in written:
-            if name in by_name:
-                self._end(step, by_name[name])
+        for name in written.keys() & by_name.keys():
+            self._end(step, by_name[name])
         self._admit_all(step, list(written.values()))
         self.db.commit()
+
+    def _cluster_prompts(self, step, bank, insights):
+        """(problem ids, known behaviors, prompt) for each cluster that something is remembered of."""
+        experience, clusters, jobs = defaultdict(list), defaultdict(list), []
+        for item in self.living("experience"):
+            experience[item.problem].append(item)
+        for pid, text, cluster, vector in self.db.execute("SELECT * FROM problem ORDER BY id"):
+            if insights[pid] or experience[pid]:
+                clusters[cluster].append((pid, text, np.frombuffer(vector, np.float32)))
+        for _, problems in sorted(clusters.items()):
+            # most insights first: under the cap, problems that have been understood say more than those that have not
+            problems = sorted(problems, key=lambda p: -len(insights[p[0]]))[: self.cluster_problems]
+            known, summary = nearest(np.mean([v for *_, v in problems], axis=0), bank, self.known_behaviors), []
+            for pid, text, _ in problems:
+                newest = [i for kind in ("strategy", "lesson")
+                          for i in [i for i in insights[pid] if i.kind == kind][-self.cluster_insights:]]
+                attempts = [f"{self.forms.correct if e.kind == 'success' else self.forms.wrong}\n{e.text}"
+                            for e in experience[pid]]
+                summary.append((text, [f"- {i.title}: {i.text}" for i in newest] or attempts))
+            shown = [(b.title, b.text) for b in known]
+            while summary and not self.fits(prompt := abstraction_prompt(self.forms, summary, shown)):
+                summary.pop()  # too long for the model: the last problem goes
+                self._event(step, "abstraction_cut", None)
+            if summary:
+                jobs.append(([pid for pid, *_ in problems[: len(summary)]], known, prompt))
+        return jobs
 
     def _admit_all(self, step, items):
         vectors = self.embed([f"{i.title}: {i.text}" for i in items]) if items else []

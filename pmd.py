@@ -699,7 +699,7 @@ class Run:
               f"{len(task.test)} test problems; {self.total} steps of {cfg.batch_size} x {cfg.group_size}; {self.folder}")
         settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
         print("set otherwise than by default: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-        self.bar = tqdm(total=self.total, desc=cfg.method, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=self.total, desc=cfg.method, unit="step", dynamic_ncols=True, disable=None)  # none in a log
 
     def due(self, step, every):
         return bool(every) and step % every == 0 or step == self.total
