@@ -706,10 +706,15 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Shows the phase on the progress bar and adds its seconds to the step's."""
+        """Shows the phase on the progress bar, adds its seconds to the step's, and says where to go back to if it fails."""
         self.bar.set_postfix_str(name)
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except FloatingPointError as error:
+            saved = checkpoints(self.folder)
+            where = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint to go back to"
+            raise FloatingPointError(f"{error}; {where}") from error
         self.seconds[name] += time.perf_counter() - start
 
     def log(self, step, rollouts, sums, memory):

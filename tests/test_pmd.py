@@ -335,6 +335,19 @@ def test_resume_equals_never_having_stopped(make_config, method, monkeypatch):
         assert len(whole[1]) > 10
 
 
+def test_a_failing_update_names_the_last_good_checkpoint(make_config, monkeypatch):
+    update = pmd.update
+
+    def fails(policy, teacher, optimizer, rollouts, step, cfg):
+        if step == 3:
+            raise FloatingPointError("the loss is nan at step 3, on problems x")
+        return update(policy, teacher, optimizer, rollouts, step, cfg)
+
+    monkeypatch.setattr(pmd, "update", fails)
+    with pytest.raises(FloatingPointError, match="nan at step 3, on problems x; the last good checkpoint is .*/checkpoints/2$"):
+        pmd.train(make_config(steps=4, save_every=1, name="r"))
+
+
 def test_a_run_leaves_what_it_promises(make_config):
     cfg = make_config(steps=3, eval_every=1, save_every=1, name="r")
     summary = pmd.train(cfg)
