@@ -344,7 +344,7 @@ def test_a_failing_update_names_the_last_good_checkpoint(make_config, monkeypatc
         return update(policy, teacher, optimizer, rollouts, step, cfg)
 
     monkeypatch.setattr(pmd, "update", fails)
-    with pytest.raises(FloatingPointError, match="nan at step 3, on problems x; the last good checkpoint is .*/checkpoints/2$"):
+    with pytest.raises(FloatingPointError, match="nan at step 3, on problems x; the last good checkpoint is .*points/2$"):
         pmd.train(make_config(steps=4, save_every=1, name="r"))
 
 
