@@ -342,6 +342,8 @@ class Sampler:
             finally:
                 self.policy.generation_config = shipped
             logprobs = torch.stack(draw.chosen, 1).cpu()  # (B, C)
+            if not torch.isfinite(logprobs).all():
+                raise FloatingPointError(f"the policy's logits are no numbers any more at step {self.step}")
             for b, i in enumerate(rows):
                 new = out[b, longest:].tolist()
                 stop = next((t for t, token in enumerate(new) if token in self.eos), None)
