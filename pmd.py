@@ -24,6 +24,7 @@ Deviations from the paper
  9. nano embeds text by hashing its words; the paper uses Qwen3-Embedding-0.6B.
 """
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -924,9 +925,16 @@ def read_lines(path):
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
 def parse_flags(argv=None) -> Config:
     """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then what was given."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = HfArgumentParser(
+        Config, description=__doc__.split("\n\nRead `Config`")[0], usage="python pmd.py [--flag value ...]",
+        epilog="Defaults are shown for the task at hand: `python pmd.py --model Qwen3-8B --help` shows the paper's.",
+        formatter_class=Help, allow_abbrev=False)
     given, _ = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
     given.task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
     parser.set_defaults(**PRESETS.get("nano" if given.model == "nano" else given.task.split("/")[0], {}))
