@@ -62,11 +62,14 @@ from transformers.utils import logging as transformers_logging
 
 from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, table, verify
 from kernels import distill_loss, policy_loss, score
-from memory import Memory, compose_within, neutralise
+from memory import SUCCESS, Memory, compose_within, neutralise
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
 MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct"}
+
+
+REMEMBERS = ("pmd", "pmd-transient", "frozen-policy")  # the methods with a phase 2
 
 
 def option(default, help):
@@ -197,7 +200,7 @@ def train(cfg: Config) -> dict:
             rollouts = attempt(sampler, problems, cfg)
 
         # 2. Remember: experience -> insight (per problem) -> behavior (shared)                             (Eq. 2, 3)
-        if cfg.method in ("pmd", "pmd-transient", "frozen-policy"):
+        if cfg.method in REMEMBERS:
             with run.phase("remember"):
                 memory.record(step, rollouts)
                 memory.reflect(step, problems)
@@ -402,16 +405,21 @@ def condition(rollouts, memory, tokenizer, step, cfg):
     if cfg.method == "sdpo":
         contexts = []
         for r in rollouts:
-            siblings = [s.text for s in groups[r.problem.id] if s is not r and s.reward > 0.5]
+            siblings = [s.text for s in groups[r.problem.id] if s is not r and s.reward > SUCCESS]
             contexts.append({"solution": siblings[0]} if siblings else {"feedback": r.feedback})
     else:
         refreshed = cfg.behaviors_refreshed or cfg.method == "pmd-transient"
         contexts = memory.contexts(rollouts, step, cfg.tiers.split(","), refreshed)
     for r, context in zip(rollouts, contexts, strict=True):
-        prompt = compose_within(cfg.max_reprompt, lambda text, r=r: len(encode_prompt(tokenizer, text, r.problem.system)),
-                                r.problem.prompt, **context)
+        prompt = reprompt(r.problem, context, tokenizer, cfg)
         if prompt != r.problem.prompt:
             r.teacher_prompt, r.teacher_ids = prompt, encode_prompt(tokenizer, prompt, r.problem.system)
+
+
+def reprompt(problem, context, tokenizer, cfg) -> str:
+    """The problem with what a context adds to it, within `max_reprompt` tokens, system message and template included."""
+    return compose_within(cfg.max_reprompt, lambda text: len(encode_prompt(tokenizer, text, problem.system)),
+                          problem.prompt, **context)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,7 +576,7 @@ def check(cfg, quiet=False):
     if bool(cfg.memory_from) != (cfg.method == "frozen-memory"):
         raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
                          f"--name frozen` makes such a run, {cfg.out}/frozen")
-    if cfg.memory_from:
+    if cfg.memory_from and not (folder / "memory.db").exists():  # a resumed run has its copy
         source, step = memory_source(cfg)
         if not source.is_file() or step and not step.isdecimal():
             raise ValueError(f"--memory_from {cfg.memory_from} is neither RUN nor RUN@STEP: there is no {source}, or the "
@@ -643,16 +651,18 @@ def make_memory(run, sampler, task, cfg):
     shared = {f.name for f in fields(Config)} & set(Memory.__init__.__kwdefaults__)  # equal names, equal meanings
     forms = "nano" if task.train[0].verifier == "steps" else "question"
     path, knobs = run.folder / "memory.db", {"forms": forms} | {n: getattr(cfg, n) for n in shared}
-    if cfg.method == "frozen-memory":  # a copy of our own, so that the run can be repeated when the other is gone
+    if cfg.method == "frozen-memory" and not path.exists():  # a copy of our own: the run resumes when the other is gone
         source, step = memory_source(cfg)
+        aside = path.with_suffix(".partial")
         with contextlib.closing(Memory(source, None, None, embedder=cfg.embedder)) as lent:
-            lent.copy_to(path)
+            lent.copy_to(aside)
         if step:
-            with contextlib.closing(Memory(path, None, None, embedder=cfg.embedder)) as copied:
+            with contextlib.closing(Memory(aside, None, None, embedder=cfg.embedder)) as copied:
                 copied.truncate_after(int(step))
+        aside.rename(path)
     memory = Memory(path, make_embedder(cfg), sampler.ask, frozen=cfg.method == "frozen-memory",
                     fits=lambda prompt: len(encode_prompt(sampler.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
-    if cfg.method in ("pmd", "pmd-transient", "frozen-policy"):
+    if cfg.method in REMEMBERS:
         memory.add_problems(task.train)
     return memory
 
@@ -724,7 +734,7 @@ class Run:
         """One line of metrics.jsonl; every `log_every` steps a printed line and a readable sample too."""
         n, cfg = len(rollouts), self.cfg
         groups = {r.problem.id for r in rollouts}
-        solved = {r.problem.id for r in rollouts if r.reward > 0.5}
+        solved = {r.problem.id for r in rollouts if r.reward > SUCCESS}
         metrics = {
             "step": step, "epoch": (step - 1) // batches_per_epoch(self.task.train, cfg),
             "rollouts": step * n, "reward": sum(r.reward for r in rollouts) / n, "groups_solved": len(solved) / len(groups),
@@ -769,8 +779,7 @@ class Run:
                 texts = None
                 if cfg.method == "frozen-policy":
                     contexts = memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
-                    texts = [compose_within(cfg.max_reprompt, lambda t: len(encode_prompt(self.tokenizer, t)), p.prompt, **c)
-                             for p, c in zip(problems, contexts, strict=True)]
+                    texts = [reprompt(p, c, self.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]
                 samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
                 rows = [[(s, verify(p, s.text)) for s in group] for p, group in zip(problems, samples, strict=True)]
                 write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", (

@@ -398,7 +398,12 @@ def test_the_controls(make_config, policy):
     assert len({json.dumps(r["memory"]) for r in rows if "memory" in r}) == 1
     assert any(r["supervised_tokens"] for r in rows if "memory" in r)
     with pytest.raises(mem.sqlite3.OperationalError, match="readonly"):
-        mem.Memory(Path(cfg.out, "lender", "memory.db"), None, None, embedder="hashing", frozen=True).forget(9)
+        mem.Memory(lender / "memory.db", None, None, embedder="hashing", frozen=True).forget(9)
+
+    lent.close()
+    read.close()
+    lender.rename(lender.with_name("gone"))  # the borrower has its copy, and resumes without the lender
+    pmd.train(dataclasses.replace(borrower, resume=True, steps=5))
 
     transient = make_config(method="pmd-transient", name="transient", **flags)
     assert set(pmd.train(transient)["memory"].values()) == {0}
