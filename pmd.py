@@ -568,7 +568,7 @@ def check(cfg, quiet=False):
     folder = Path(cfg.out) / cfg.name
     if cfg.name and not cfg.resume and folder.exists():
         raise ValueError(f"{folder} exists; add --resume to continue it or choose another --name")
-    if (folder / "config.json").exists():
+    if cfg.resume and (folder / "config.json").exists():
         refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
     if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
         raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
@@ -576,7 +576,7 @@ def check(cfg, quiet=False):
     if bool(cfg.memory_from) != (cfg.method == "frozen-memory"):
         raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
                          f"--name frozen` makes such a run, {cfg.out}/frozen")
-    if cfg.memory_from and not (folder / "memory.db").exists():  # a resumed run has its copy
+    if cfg.memory_from and not (cfg.resume and (folder / "memory.db").exists()):  # a resumed run has its copy
         source, step = memory_source(cfg)
         if not source.is_file() or step and not step.isdecimal():
             raise ValueError(f"--memory_from {cfg.memory_from} is neither RUN nor RUN@STEP: there is no {source}, or the "
