@@ -8,33 +8,44 @@ Everything lives in one SQLite file, append-only. A row has the step it was `bor
 contradicted, the step it `ended`; nothing is ever overwritten. The memory as it stood at the end of step t is therefore
 a query (`as_of`), and so is going back to it (`truncate_after`). Counters come from the `event` table.
 
-This file imports neither torch nor any model. It is handed two plain callables:
+This file imports neither torch nor any model. It is handed plain callables:
 
     embed(texts)      -> float32 array (len(texts), D), rows of unit length
     generate(prompts) -> one text per prompt; the policy itself, through the run's sampler
+    abstractor        -> the same for behaviors only, where another model writes them (the paper's was GPT-5.4)
+
+To look at the memory of a run, also of one that is still going:
+
+    python memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N] [--grep TEXT]
+    python memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a table and a PNG
 
 Whatever a model wrote is data: it is stored as text, parsed as JSON by a tolerant parser that runs nothing, joined by
 concatenation (never as a format string), and `neutralise` breaks the tokenizer's control tokens in it before it enters
 a prompt.
 
-Ours, because the paper does not say: thresholds of the gates, the clustering (k-means on question embeddings), what is
-cut first under a token budget, how many existing behaviors an update sees. `ground_insights` is an addition to the
-paper, off by default; see `Memory`.
+Ours, because the paper does not say: thresholds of the gates, the clustering (k-means on question embeddings), which
+problems of a cluster its prompt shows, what is cut first under a token budget, how many existing behaviors an update
+sees, the prompts for code, the patterns of `shortcuts`. `ground_insights` is an addition to the paper, off by default;
+see `Memory`.
 """
 
+import argparse
 import contextlib
 import json
+import random
 import re
 import sqlite3
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from json_repair import repair_json
 from sklearn.cluster import KMeans
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SUCCESS = 0.5  # a reward above this is a success (SDPO code: success_reward_threshold)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,7 +64,8 @@ CLOSING = "Correctly solve the original question."
 class Forms:
     """The sentences of one domain's reflection and abstraction prompts; their order is fixed by the two builders below.
 
-    `key_term` finds the words that carry an insight's claim; only `ground_insights` uses it.
+    Only `ground_insights` uses the last two: `key_term` finds what carries an insight's claim, and `literal` says that
+    such a term is the claim itself rather than a word about it.
     """
 
     role: str
@@ -70,6 +82,7 @@ class Forms:
     cold_start: str
     decide: str
     key_term: str = r"[^\W\d_]{5,}"
+    literal: bool = False
 
 
 # One line a sentence: nano's tokenizer holds each of these lines as a single token, so that a tiny model can afford them.
@@ -88,44 +101,56 @@ NANO = Forms(
     cold_start="Write behaviors as JSON.",
     decide="Decide which behaviors are new, to update or to remove, as JSON.",
     key_term=r"[a-z]+[=!][a-z]+",
+    literal=True,
 )
-
-RULES = """Rules for every item:
-- State knowledge of the field or a way of working that also helps with other questions of this kind.
-- Do not refer to this particular question, to its numbers or names, or to the letters or order of its options.
-- Do not mention attempts, answers, verdicts, a model or a student.
-- Give no advice about taking tests, such as guessing or eliminating options by their form."""
 
 ITEM = '{"title": "at most ten words", "content": "two to four sentences"}'
+BEHAVIOR = '"name": "behavior_...", "instruction": "one or two sentences"'
 
-# For questions in plain language, multiple choice among them (B.3 in our own words).
-QUESTION = Forms(
-    role="You are a science teacher who turns solved and failed exercises into general knowledge.",
-    confidence="Confidence in this exercise: {label} ({solved} of {total} answers were correct).",
-    problem="Exercise:",
-    correct="A correct answer:",
-    wrong="An incorrect answer:",
-    feedback="What was said about it:",
-    contrastive="Compare what separates the correct from the incorrect answers. Write two or three strategies that lead "
-                f"to correct answers and two or three lessons that prevent the mistakes.\n{RULES}\nReply with this JSON and "
-                f'nothing else:\n{{"strategies": [{ITEM}], "lessons": [{ITEM}]}}',
-    strategies_only="Write two or three strategies that make answers like these correct.\n"
-                    f'{RULES}\nReply with this JSON and nothing else:\n{{"strategies": [{ITEM}], "lessons": []}}',
-    lessons_only="Work out what went wrong and write two or three lessons that prevent it.\n"
-                 f'{RULES}\nReply with this JSON and nothing else:\n{{"strategies": [], "lessons": [{ITEM}]}}',
-    abstract_role="Below are exercises of one kind with what was learned from each. Find the patterns of reasoning that "
-                  "recur across them, helpful ones and mistakes to avoid.",
-    known="Behaviors that are already known:",
-    cold_start="Write three to eight behaviors, each named behavior_ and a few words joined by underscores.\n"
-               f"{RULES}\nReply "
-               'with this JSON and nothing else:\n{"behaviors": [{"name": "behavior_...", "instruction": "one or two '
-               'sentences"}]}',
-    decide="Decide which behaviors to add, which known ones to rewrite and which known ones to remove because they are "
-           f"wrong or covered by others.\n{RULES}\nReply with this JSON and nothing else:\n"
-           '{"actions": [{"action": "new, update or remove", "name": "behavior_...", '
-           '"instruction": "one or two sentences"}]}',
-)
-FORMS = {"nano": NANO, "question": QUESTION}
+
+def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Forms:
+    """The prompts for a model that reads plain language (B.3 in our own words)."""
+    rules = f"""Rules for every item:
+- State knowledge of the field or a way of working that also helps with other {exercise}s of this kind.
+- Do not refer to this particular {exercise}, to {particulars}.
+- Do not mention attempts, {solution}s, verdicts, a model or a student.
+- Give no advice about {about}.
+Reply with this JSON and nothing else:
+"""
+    return Forms(
+        role=role,
+        confidence=f"Confidence in this {exercise}: {{label}} ({{solved}} of {{total}} {solution}s were correct).",
+        problem=f"The {exercise}:",
+        correct=f"A correct {solution}:",
+        wrong=f"An incorrect {solution}:",
+        feedback=feedback,
+        contrastive=f"Compare what separates the correct from the incorrect {solution}s. Write two or three strategies that "
+                    f"lead to correct {solution}s and two or three lessons that prevent the mistakes.\n{rules}"
+                    f'{{"strategies": [{ITEM}], "lessons": [{ITEM}]}}',
+        strategies_only=f"Write two or three strategies that make {solution}s like these correct.\n{rules}"
+                        f'{{"strategies": [{ITEM}], "lessons": []}}',
+        lessons_only=f"Work out what went wrong and write two or three lessons that prevent it.\n{rules}"
+                     f'{{"strategies": [], "lessons": [{ITEM}]}}',
+        abstract_role=f"Below are {exercise}s of one kind with what was learned from each. Find the patterns of reasoning "
+                      "that recur across them, helpful ones and mistakes to avoid.",
+        known="Behaviors that are already known:",
+        cold_start="Write three to eight behaviors, each named behavior_ and a few words joined by underscores.\n"
+                   f'{rules}{{"behaviors": [{{{BEHAVIOR}}}]}}',
+        decide="Decide which behaviors to add, which known ones to rewrite and which known ones to remove because they are "
+               f"wrong or covered by others.\n{rules}"
+               f'{{"actions": [{{"action": "new, update or remove", {BEHAVIOR}}}]}}')
+
+
+QUESTION = forms_in_words(  # multiple choice, and other questions with one short answer
+    "You are a science teacher who turns solved and failed questions into general knowledge.", "question", "answer",
+    "What was said about it:", "taking tests, such as guessing or eliminating options by their form",
+    "its numbers or names, or to the letters or order of its options")
+CODE = forms_in_words(
+    "You are an experienced programmer who turns solved and failed programming problems into general knowledge.",
+    "programming problem", "program", "What the tests said about it:",
+    "passing tests by other means, such as answering known inputs from a table",
+    "its story, or to the numbers of its examples and tests")
+FORMS = {"nano": NANO, "question": QUESTION, "code": CODE}
 
 
 def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedback="") -> str:
@@ -196,7 +221,8 @@ def abstraction_prompt(forms, cluster, known) -> str:
 # Text from a model
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_REPLY, MAX_ITEMS, MAX_CONTENT, TITLE_WORDS = 20_000, 16, 2_000, 10  # characters, items, characters, words (B.3)
+MAX_REPLY, MAX_ITEMS, MAX_CONTENT = 20_000, 16, 2_000  # characters, items, characters; ours
+TITLE_WORDS, SENTENCES = 10, 4  # of an item, at most (B.3)
 
 
 def clean(text) -> str:
@@ -207,7 +233,7 @@ def clean(text) -> str:
 def neutralise(text, control_tokens) -> str:
     """Breaks every control token in `text` with a space after its first character, so that it can't open a chat turn."""
     pattern = "|".join(re.escape(t) for t in sorted(control_tokens, key=len, reverse=True) if len(t) > 1)
-    return re.sub(pattern, lambda m: m[0][0] + " " + m[0][1:], text) if pattern else text
+    return re.sub(pattern, lambda m: m[0][0] + " " + m[0][1:], clean(text)) if pattern else clean(text)
 
 
 def parse(reply) -> dict | None:
@@ -224,14 +250,59 @@ def parse(reply) -> dict | None:
 
 
 def parse_items(found, key, first, second) -> list[tuple[str, str]]:
-    """The well-formed items under `key` of a parsed reply, each as the texts of its two fields; at most MAX_ITEMS."""
+    """The well-formed items under `key` of a parsed reply, each as the texts of its two fields; at most MAX_ITEMS.
+
+    Each text becomes one line, so that it can't pass for a heading of the prompt it will stand in.
+    """
     rows = found.get(key) if isinstance(found, dict) else None
     items = []
     for row in rows[:MAX_ITEMS] if isinstance(rows, list) else []:
         pair = [row.get(first), row.get(second)] if isinstance(row, dict) else [None, None]
         if all(isinstance(x, str) and x.strip() for x in pair):
-            items.append((" ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT], pair[1].strip()[:MAX_CONTENT]))
+            sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]
+            items.append((" ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]))
     return items
+
+
+# What B.3 counts as contamination, in patterns of our own: the paper prints none. A measurement, and a coarse one.
+SHORTCUTS = {
+    "attempts": r"(?i)\b(?:(?:in)?correct|wrong|failed|successful|previous|earlier|past|prior|these|both|all|other|most) "
+                r"(?:attempt|response|rollout|submission)s?\b|\battempt \d|\bthe (?:model|student|assistant|grader|verifier|"
+                r"(?:first|second|third|last)? ?attempt|response)\b",
+    "options": r"\b(?i:options?|choices?|answers?)(?: is| was|:)? \(?[A-J]\b\)?(?! [a-z]+ing\b)|(?<!\w)\([A-J]\)|"
+               r"\b[B-J] (?:is|was) (?:the )?(?:in)?correct\b|(?i:\b(?:first|second|third|fourth|last) (?:option|choice)\b)",
+    "tactics": r"(?i)\bprocess of elimination\b|\b(?:eliminat|rul)\w* (?:out )?(?:\w+ ){0,2}(?:options|choices|answers)\b|"
+               r"\bguess(?:es|ing)?\b|\b(?:longest|shortest|most \w+) (?:option|choice|answer)\b|\bdistractors?\b|"
+               r"\b(?:all|none) of the above\b|\b(?:pick|select|choose) the (?:option|choice|answer)\b|\bhard-?cod",
+    "problem": r"(?i)\b(?:this|the given|the above|the current|the provided|the present|the following) (?:\w+ )?(?:question|"
+               r"problem|exercise|task|case|example|sample|molecule|compound|reaction|sequence|protein|passage|input)\b",
+}
+
+
+def shortcuts(text) -> list[str]:
+    """The families of shortcut-like phrasing found in an insight or behavior (B.3): talk of attempts, option letters,
+    test-taking tactics, phrases tied to one problem."""
+    return [family for family, pattern in SHORTCUTS.items() if re.search(pattern, text)]
+
+
+
+def gate(cosines, held, cap, novelty) -> tuple[list[int], int]:
+    """The novelty gate of every tier: (which stay, how many newcomers were refused as near-duplicates).
+
+    cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who come in one by one. A
+    newcomer nearer than `novelty` to any that stay is refused. When all `cap` places are taken, the most redundant goes:
+    the one with the highest cosine to any other, the newcomer included; the older of two.
+    """
+    stay, refused, cosines = list(range(held)), 0, cosines.copy()
+    np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
+    for new in range(held, len(cosines)):
+        if stay and cosines[new, stay].max() > novelty:
+            refused += 1
+            continue
+        if len(stay) >= cap:
+            del stay[int(cosines[stay][:, [*stay, new]].max(1).argmax())]
+        stay.append(new)
+    return stay, refused
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,160 +315,253 @@ CREATE TABLE problem (id TEXT PRIMARY KEY, text TEXT, cluster INTEGER, embedding
 CREATE TABLE item (
     id INTEGER PRIMARY KEY,
     tier TEXT,            -- experience, insight, behavior
-    kind TEXT,            -- success, failure; strategy, lesson; behavior
-    problem TEXT,         -- NULL for behaviors: one bank for all
+    kind TEXT,            -- success, failure / strategy, lesson / behavior
+    problem TEXT,         -- '' for behaviors: one bank for all
     title TEXT,           -- an insight's title, a behavior's name
-    text TEXT,            -- completion; content; instruction
+    text TEXT,            -- completion / content / instruction
     reward REAL, feedback TEXT,
-    sources TEXT,         -- JSON list: an experience's rollout, an insight's experience ids, a behavior's problems
-    embedding BLOB,       -- float32
+    evidence TEXT,        -- JSON list: an experience's rollout, an insight's experience ids, a behavior's problems
+    shortcuts TEXT,       -- families of shortcut-like phrasing found in it, with spaces between
     born INTEGER, ended INTEGER,
-    policy_step INTEGER   -- optimizer steps the policy that wrote it had taken
+    policy_step INTEGER,  -- steps the policy that wrote it had been trained for, NULL if another model wrote it
+    embedding BLOB        -- float32
 );
-CREATE INDEX living ON item (tier, problem) WHERE ended IS NULL;
-CREATE TABLE event (step INTEGER, kind TEXT, problem TEXT, n INTEGER);
-CREATE INDEX events ON event (problem, kind);
+CREATE INDEX living ON item (tier, problem, kind) WHERE ended IS NULL;
+CREATE INDEX ending ON item (ended) WHERE ended IS NOT NULL;
+CREATE INDEX birth ON item (born);
+CREATE TABLE event (  -- subject: a problem's id, an item's id after '#', or ''
+    step INTEGER, subject TEXT, kind TEXT, n INTEGER, PRIMARY KEY (subject, kind, step)) WITHOUT ROWID;
+CREATE INDEX happening ON event (step)
 """
+COLUMNS = "id, tier, kind, problem, title, text, reward, feedback, evidence, shortcuts, born, ended, policy_step"
+WITH_EMBEDDING = COLUMNS + ", embedding"
+AMONG = "IN (SELECT value FROM json_each(?))"  # membership in a JSON list, given as one argument
+
+CURES = {"SQLITE_BUSY": "another process is writing it; wait until it is done, or stop it",
+         "SQLITE_READONLY": "make the file and its folder writable, or choose another folder",
+         "SQLITE_CANTOPEN": "make its folder, writable for you, or choose another",
+         "SQLITE_FULL": "free some space on the disk; all that was committed before is safe",
+         "SQLITE_IOERR": "look at the disk and its quota; all that was committed before is safe",
+         "SQLITE_NOTADB": "name another file, or remove it",
+         "SQLITE_CORRUPT": "go back to a checkpoint's copy, or remove it",
+         "SQLITE_ERROR": "it was made by something else; name another file, or remove it"}
 
 
 @dataclass
 class Item:
-    """One row of the memory; see TABLES for the fields."""
+    """One row of the memory; see TABLES for the fields. The embedding is None where the text alone was asked for."""
 
     id: int
     tier: str
     kind: str
-    problem: str | None
+    problem: str
     title: str | None
     text: str
-    reward: float | None
-    feedback: str | None
-    sources: list
-    embedding: np.ndarray = field(repr=False)
+    reward: float | None = None
+    feedback: str | None = None
+    evidence: str = "[]"
+    shortcuts: str = ""
     born: int = 0
     ended: int | None = None
-    policy_step: int = 0
+    policy_step: int | None = 0
+    embedding: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def sources(self) -> list:
+        """What it came from: an experience's rollout, an insight's experience ids, a behavior's problems."""
+        return json.loads(self.evidence)  # only when asked: most readers of a row are not
 
     @classmethod
     def from_row(cls, row):
         item = cls(*row)
-        item.sources, item.embedding = json.loads(item.sources), np.frombuffer(item.embedding, np.float32)
+        if item.embedding is not None:
+            item.embedding = np.frombuffer(item.embedding, np.float32)
         return item
 
 
 class Memory:
     """Experience, insight and behavior in one SQLite file, and the model calls that make the upper two from the lower.
 
-    path: the file; ":memory:" for none. embed, generate: see the top of this file. embedder: the name of the embedding
-    model, written into the file; a file of another one is refused with a ValueError. The caps are the paper's. frozen: the
-    file is opened immutable, for a control that reads another run's memory and writes none. fits(prompt): whether the
-    model can read it; what is left out of a prompt to make it fit is counted.
+    path: the file; ":memory:" for none. embed, generate, abstractor: see the top of this file. embedder: the name of the
+    embedding model. The caps are the paper's. fits(prompt): whether the model can read it; what is left out of a prompt to
+    make it fit is counted. drop_shortcuts: items with shortcut-like phrasing are dropped, not only counted (B.3).
+
+    mode: "evolving"; "transient", where behaviors come from clusters of this step's problems only, and the caller ends
+    every step with `forget`; "frozen", another run's memory that is only read (the file is opened immutable).
 
     ground_insights, beyond the paper (it cures a small model that miscopies its own attempts and then locks in on the
-    mistake): reflection reads one attempt at a time; an insight whose key terms are not in that attempt is rejected; a
-    failure made of nothing but living strategies ends them, a success that holds a lesson's terms ends that lesson; a
-    behavior is rejected unless the living strategies of two problems hold its key terms. Rejections are counted.
+    mistake). Reflection reads one attempt at a time, until an insight came from it. An insight is rejected unless that
+    attempt, with its feedback, contains it; a behavior, unless the living strategies of two problems do. A strategy that
+    a later failure contradicts ends. Contained: its key terms are. In nano a key term is a claim, such as zo=rev; all of
+    them must be there, a failure made of nothing but living strategies ends them, and a success that holds all terms of a
+    lesson ends the lesson. In plain text the key terms are the words of five letters or more, lower case, without a plural
+    s, that are no stop words; half of them must be there (`HALF`), and a failure that holds all of a strategy's ends it.
+    Rejections are counted. How often an item was offered to the teacher of a later success or failure is counted too
+    (events support_success and support_failure, before the token budget); it changes nothing.
+
+    Raises ValueError for a file that can't be a memory of this code and embedding model, OSError where the file can't be
+    opened, read or written; a method that raises has changed nothing.
     """
 
-    def __init__(self, path, embed, generate, *, forms="nano", embedder="", ground_insights=False, max_successes=5,
-                 max_failures=3, max_insights=10, max_behaviors=500, response_novelty=0.95, insight_novelty=0.85,
-                 clusters=16, cluster_problems=8, cluster_insights=3, known_behaviors=8, retrieve_k=3, seed=0,
-                 frozen=False, fits=lambda prompt: True):
-        self.embed, self.generate, self.fits = embed, generate, fits
-        self.forms, self.ground_insights = FORMS[forms], ground_insights
+    HALF = 0.5
+
+    def __init__(self, path, embed, generate, abstractor=None, *, forms="nano", embedder=None, mode="evolving",
+                 ground_insights=False, drop_shortcuts=False, query_feedback=False, max_successes=5, max_failures=3,
+                 max_insights=10, max_behaviors=500, response_novelty=0.95, insight_novelty=0.85, clusters=16,
+                 cluster_problems=8, cluster_insights=3, known_behaviors=8, retrieve_k=3, seed=0,
+                 fits=lambda prompt: True):
+        self.embed, self.generate, self.abstractor, self.fits = embed, generate, abstractor or generate, fits
+        self.written_elsewhere = abstractor is not None
+        self.forms, self.mode = FORMS[forms], mode
+        self.ground_insights, self.drop_shortcuts, self.query_feedback = ground_insights, drop_shortcuts, query_feedback
         self.caps = {"success": max_successes, "failure": max_failures, "strategy": max_insights,
                      "lesson": max_insights, "behavior": max_behaviors}
         self.novelty = {"experience": response_novelty, "insight": insight_novelty, "behavior": insight_novelty}
         self.clusters, self.cluster_problems, self.cluster_insights = clusters, cluster_problems, cluster_insights
-        self.known_behaviors, self.retrieve_k, self.seed, self.frozen = known_behaviors, retrieve_k, seed, frozen
-        new = str(path) == ":memory:" or not Path(path).exists()
-        uri = f"{Path(path).resolve().as_uri()}?immutable=1"
-        self.db = sqlite3.connect(uri, uri=True) if frozen else sqlite3.connect(path)
-        try:
-            if new:
-                self.db.executescript("PRAGMA journal_mode = WAL;" + TABLES)
-                rows = {"schema": str(SCHEMA_VERSION), "embedder": embedder, "dimension": str(embed([" "]).shape[1])}
-                self.db.executemany("INSERT INTO meta VALUES (?, ?)", rows.items())
+        self.known_behaviors, self.retrieve_k, self.seed = known_behaviors, retrieve_k, seed
+        self.path, self._events, self._sizes = str(path), Counter(), Counter()
+        self._open(embedder)
+
+    def _open(self, embedder):
+        frozen, path = self.mode == "frozen", Path(self.path)
+        if frozen and not path.is_file():
+            raise ValueError(f"there is no memory {path}; name the memory.db of a run")
+        log = path.with_name(path.name + "-wal")  # commits of a run that is still going, or was killed
+        how = "" if not frozen else "?mode=ro" if log.is_file() and log.stat().st_size else "?immutable=1"
+        with self._explained():
+            self.db = sqlite3.connect(self.path if self.path == ":memory:" else path.resolve().as_uri() + how, uri=True)
+            if not frozen:
+                self.db.execute("PRAGMA journal_mode = WAL")
+                self.db.execute("PRAGMA synchronous = NORMAL")  # with WAL a power cut may lose the last step, never corrupt
+            if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
+                self.db.execute("BEGIN IMMEDIATE")
+                for statement in TABLES.split(";\n"):
+                    self.db.execute(statement)
+                about = {"schema": SCHEMA_VERSION, "embedder": embedder or "", "dimension": self.embed([" "]).shape[1],
+                         "caps": json.dumps(self.caps)}
+                self.db.executemany("INSERT INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in about.items()])
                 self.db.commit()
-            self.db.execute("PRAGMA synchronous = NORMAL")  # with WAL: a power cut may lose the last step, never corrupt
-            meta = dict(self.db.execute("SELECT key, value FROM meta"))
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} can't be used as a memory: {error}; name another file or remove it") from error
-        if meta.get("schema") != str(SCHEMA_VERSION):
-            raise ValueError(f"{path} has memory schema {meta.get('schema')}, this code reads {SCHEMA_VERSION}")
-        if meta["embedder"] != embedder:
-            raise ValueError(f"{path} was embedded by {meta['embedder']!r}, this run uses {embedder!r}: choose that one")
+            self.meta = dict(self.db.execute("SELECT key, value FROM meta"))
+        if self.meta.get("schema") != str(SCHEMA_VERSION):
+            raise ValueError(f"{path} has memory schema {self.meta.get('schema')}, this code reads {SCHEMA_VERSION}: use "
+                             "the version that wrote it, or remove it")
+        if embedder is not None and self.meta["embedder"] != embedder:
+            raise ValueError(f"{path} was embedded by {self.meta['embedder']!r}, this run uses {embedder!r}: use that one")
+        if self.embed and (now := self.embed([" "]).shape[1]) != int(self.meta["dimension"]):
+            raise ValueError(f"{path} holds embeddings of {self.meta['dimension']} dimensions, {embedder!r} gives {now}: "
+                             "use the model that wrote it")
+        self._recount()
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Errors of the database as one sentence that names the file and the cure."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            name = getattr(error, "sqlite_errorname", "")
+            cure = next((cure for code, cure in CURES.items() if name.startswith(code)), "report this")
+            kind = ValueError if name in ("SQLITE_NOTADB", "SQLITE_ERROR") else OSError
+            raise kind(f"{self.path} can't be used as a memory ({error}): {cure}") from error
+
+    @contextlib.contextmanager
+    def _writing(self, step=0):
+        """One transaction, which ends with the events noted so far: all of it is kept or, after an error, none."""
+        before = self._sizes.copy()
+        try:
+            with self._explained(), self.db:
+                yield
+                self.db.executemany("INSERT INTO event VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+                                    [(step, *key, n) for key, n in self._events.items()])
+        except BaseException:
+            self._sizes = before
+            raise
+        finally:
+            self._events.clear()
+
+    def _query(self, statement, *args):
+        with self._explained():
+            return self.db.execute(statement, args).fetchall()
+
+    def _recount(self):
+        self._sizes = Counter(dict(self._query("SELECT tier, COUNT(*) FROM item WHERE ended IS NULL GROUP BY tier")))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def add_problems(self, problems):
         """Embeds and clusters the training questions, once, before step 1. problems: objects with .id and .prompt."""
-        if self.db.execute("SELECT 1 FROM problem").fetchone():
+        if self._query("SELECT 1 FROM problem LIMIT 1"):
             return
         vectors = self.embed([p.prompt for p in problems])
-        k = min(self.clusters, len(np.unique(vectors, axis=0)))
-        labels = KMeans(k, n_init=4, random_state=self.seed).fit_predict(vectors)
-        rows = [(p.id, p.prompt, int(c), v.tobytes()) for p, c, v in zip(problems, labels, vectors, strict=True)]
-        self.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", rows)
-        self.db.commit()
+        labels = self._clustered(vectors, self.clusters)
+        with self._writing():
+            self.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", [
+                (p.id, clean(p.prompt), int(c), v.tobytes()) for p, c, v in zip(problems, labels, vectors, strict=True)])
+
+    def _clustered(self, vectors, k):
+        return KMeans(min(k, len(np.unique(vectors, axis=0))), n_init=4, random_state=self.seed).fit_predict(vectors)
 
     def record(self, step, rollouts):
         """Tier 1, Eq. 2: keeps this step's attempts behind the novelty gate.
 
         rollouts: objects with .id (str), .problem (.id), .text, .reward, .feedback.
         """
-        for rollout, vector in zip(rollouts, self.embed([r.text for r in rollouts]), strict=True):
-            kind = "success" if rollout.reward > SUCCESS else "failure"
-            self._event(step, kind, rollout.problem.id)
+        items = [Item(0, "experience", "success" if r.reward > SUCCESS else "failure", r.problem.id, None, clean(r.text),
+                      r.reward, clean(r.feedback), json.dumps([r.id]), policy_step=step - 1) for r in rollouts]
+        for item in items:
+            self._events[item.problem, item.kind] += 1
+        vectors = self.embed([i.text for i in items])
+        with self._writing(step):
             if self.ground_insights:
-                self._contradict(step, rollout, kind)
-            self._admit(step, Item(0, "experience", kind, rollout.problem.id, None, clean(rollout.text), rollout.reward,
-                                   clean(rollout.feedback), [rollout.id], vector))
-        self.db.commit()
+                self._contradict(step, items)
+            self._admit(step, items, vectors)
 
     def reflect(self, step, problems):
         """Tier 2, Eq. 2: the model reads the accumulated experience of each problem and writes strategies and lessons.
 
         All prompts of the step go out as one batch. Insights accumulate behind the gate and are never overwritten.
         """
+        ids = [p.id for p in problems]
+        attempts, insights, solved = self._of("experience", ids), self._of("insight", ids), self._success_fractions(ids)
         jobs = []  # (problem, attempts) per prompt
-        for problem in problems:
-            attempts = self.living("experience", problem.id)
-            if self.ground_insights:  # one at a time, and each until some living insight came from it
-                done = {s for i in self.living("insight", problem.id) for s in i.sources}
-                jobs += [(problem, [a]) for a in attempts if a.id not in done]
-            elif attempts:
-                jobs.append((problem, attempts))
+        for p in problems:
+            if self.ground_insights:  # one at a time
+                done = {source for i in insights[p.id] for source in i.sources}
+                jobs += [(p, [a]) for a in attempts[p.id] if a.id not in done]
+            elif attempts[p.id]:
+                jobs.append((p, attempts[p.id]))
+
         def prompt_of(problem, attempts):
             return reflection_prompt(self.forms, problem.prompt, [a.text for a in attempts if a.kind == "success"],
-                                     [(a.text, a.feedback) for a in attempts if a.kind == "failure"],
-                                     *self._success_fraction(problem.id))
+                                     [(a.text, a.feedback) for a in attempts if a.kind == "failure"], *solved[problem.id])
 
-        for problem, attempts in jobs:  # too long for the model: the oldest attempt of the more frequent kind goes
-            while attempts and not self.fits(prompt_of(problem, attempts)):
-                kinds = [a.kind for a in attempts]
-                del attempts[kinds.index(max(set(kinds), key=kinds.count))]
-                self._event(step, "reflection_cut", problem.id)
-        jobs = [(problem, attempts) for problem, attempts in jobs if attempts]
-        prompts = [prompt_of(problem, attempts) for problem, attempts in jobs]
+        for problem, read in jobs:  # too long for the model: the oldest attempt of the more frequent kind goes
+            while read and not self.fits(prompt_of(problem, read)):
+                kinds = [a.kind for a in read]
+                del read[kinds.index(max(sorted(set(kinds)), key=kinds.count))]
+                self._events[problem.id, "reflection_cut"] += 1
+        jobs = [job for job in jobs if job[1]]
         written = []
-        for (problem, attempts), reply in zip(jobs, self.generate(prompts) if prompts else [], strict=True):
-            self._event(step, "reflection", problem.id)
+        replies = self.generate([prompt_of(*job) for job in jobs]) if jobs else []
+        for (problem, read), reply in zip(jobs, replies, strict=True):
+            self._events[problem.id, "reflection"] += 1
             found = parse(reply)
             strategies = parse_items(found, "strategies", "title", "content")
             lessons = parse_items(found, "lessons", "title", "content")
             if not strategies and not lessons:
-                self._event(step, "reflect_parse_failure", problem.id)
+                self._events[problem.id, "reflect_parse_failure"] += 1
             for kind, outcome, items in (("strategy", "success", strategies), ("lesson", "failure", lessons)):
-                evidence = [a for a in attempts if a.kind == outcome]
+                evidence = [a for a in read if a.kind == outcome]
+                ids = json.dumps([a.id for a in evidence])
                 for title, content in items:
-                    if not evidence or self.ground_insights and not self._contained(content, evidence):
-                        self._event(step, "insight_rejected", problem.id)
-                        continue
-                    written.append(Item(0, "insight", kind, problem.id, title, content, None, None,
-                                        [a.id for a in evidence], None))
-        self._admit_all(step, written)
-        self.db.commit()
+                    item = Item(0, "insight", kind, problem.id, title, content, evidence=ids, policy_step=step - 1)
+                    if self._measured(item) and evidence and (not self.ground_insights or any(
+                            self._contained(content, f"{a.text}\n{a.feedback}") for a in evidence)):
+                        written.append(item)
+                    else:
+                        self._events[problem.id, "insight_rejected"] += 1
+        vectors = self._embedded(written)
+        with self._writing(step):
+            self._admit(step, written, vectors)
 
     def abstract(self, step):
         """Tier 3, Eq. 3: the insights of each cluster of similar questions become behaviors of the shared bank.
@@ -405,135 +569,165 @@ class Memory:
         An empty bank is filled from nothing (cold start); later the nearest existing behaviors are shown and the reply
         decides which are new, updated or removed. A behavior's name is its key: a new one of a known name updates it.
         """
-        bank, insights = self.living("behavior"), defaultdict(list)
-        for item in self.living("insight"):
-            insights[item.problem].append(item)
-        jobs = self._cluster_prompts(step, bank, insights)
-        replies = self.generate([prompt for *_, prompt in jobs]) if jobs else []
-        by_name, written = {b.title: b for b in bank}, {}
-        for (problems, known, _), reply in zip(jobs, replies, strict=True):
-            self._event(step, "abstraction", None)
+        bank = self.living("behavior")
+        jobs = self._cluster_prompts(step, bank)
+        replies = self.abstractor([prompt for *_, prompt in jobs]) if jobs else []
+        by_name, written, ended = {b.title: b for b in bank}, {}, []
+        for (strategies, known, _), reply in zip(jobs, replies, strict=True):
+            self._events["", "abstraction"] += 1
             found = parse(reply)
             if found is None:
-                self._event(step, "abstract_parse_failure", None)
+                self._events["", "abstract_parse_failure"] += 1
                 continue
             key = "actions" if known else "behaviors"
             if known:  # an action without an instruction can still remove
                 rows = found.get(key)
-                rows = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
-                for name in (str(r.get("name")).strip() for r in rows[:MAX_ITEMS] if r.get("action") == "remove"):
-                    if name in by_name:
-                        self._end(step, by_name.pop(name))
+                rows = [r for r in rows[:MAX_ITEMS] if isinstance(r, dict)] if isinstance(rows, list) else []
+                gone = [str(r.get("name")).strip() for r in rows if r.get("action") == "remove"]
+                ended += [by_name.pop(name) for name in gone if name in by_name]
                 found = {key: [r for r in rows if r.get("action") in ("new", "update")]}
             for name, instruction in parse_items(found, key, "name", "instruction"):
-                sources = [p for p in problems if not self.ground_insights or
-                           self._contained(instruction, insights[p], "strategy")]
-                if not name.startswith("behavior_") or self.ground_insights and len(sources) < 2:
-                    self._event(step, "behavior_rejected", None)
+                sources = [problem for problem, texts in strategies.items() if not self.ground_insights or
+                           any(self._contained(instruction, text) for text in texts)]
+                item = Item(0, "behavior", "behavior", "", name, instruction, evidence=json.dumps(sources),
+                            policy_step=None if self.written_elsewhere else step - 1)
+                supported = len(sources) >= 2 or not self.ground_insights
+                if not (self._measured(item) and name.startswith("behavior_") and supported):
+                    self._events["", "behavior_rejected"] += 1
                 elif name not in by_name or by_name[name].text != instruction:
-                    written[name] = Item(0, "behavior", "behavior", None, name, instruction, None, None, sources, None)
-        for name in written.keys() & by_name.keys():
-            self._end(step, by_name[name])
-        self._admit_all(step, list(written.values()))
-        self.db.commit()
+                    written[name] = item
+        ended += [by_name[name] for name in written.keys() & by_name.keys()]
+        vectors = self._embedded(written.values())
+        with self._writing(step):
+            self._end(step, "behavior", [b.id for b in ended])
+            self._admit(step, list(written.values()), vectors)
 
-    def _cluster_prompts(self, step, bank, insights):
-        """(problem ids, known behaviors, prompt) for each cluster that something is remembered of."""
-        experience, clusters, jobs = defaultdict(list), defaultdict(list), []
-        for item in self.living("experience"):
-            experience[item.problem].append(item)
-        for pid, text, cluster, vector in self.db.execute("SELECT * FROM problem ORDER BY id"):
-            if insights[pid] or experience[pid]:
-                clusters[cluster].append((pid, text, np.frombuffer(vector, np.float32)))
-        for _, problems in sorted(clusters.items()):
-            # most insights first: under the cap, problems that have been understood say more than those that have not
-            problems = sorted(problems, key=lambda p: -len(insights[p[0]]))[: self.cluster_problems]
-            known, summary = nearest(np.mean([v for *_, v in problems], axis=0), bank, self.known_behaviors), []
-            for pid, text, _ in problems:
+    def _cluster_prompts(self, step, bank):
+        """({problem id: its strategies}, known behaviors, prompt) for each cluster that something is remembered of."""
+        kinds = self.tally("insight")
+        remembered = sorted({problem for tier in ("experience", "insight") for problem, _ in self.tally(tier)})
+        random.Random(f"{self.seed} abstract {step}").shuffle(remembered)  # so that a large cluster shows others each time
+        remembered.sort(key=lambda p: (not kinds[p, "strategy"], not kinds[p, "lesson"]))
+        rows = self._query("SELECT id, cluster FROM problem")
+        if self.mode == "transient":
+            rows = self._query(f"SELECT id, embedding FROM problem WHERE id {AMONG} ORDER BY id", json.dumps(remembered))
+            labels = self._clustered(np.stack([np.frombuffer(v, np.float32) for _, v in rows]),
+                                     -(-len(rows) // self.cluster_problems)) if rows else []
+            rows = [(pid, int(label)) for (pid, _), label in zip(rows, labels, strict=True)]
+        label_of, clusters, jobs = dict(rows), defaultdict(list), []
+        for pid in remembered:
+            if pid in label_of and len(clusters[label_of[pid]]) < self.cluster_problems:
+                clusters[label_of[pid]].append(pid)
+        shown = json.dumps([pid for pids in clusters.values() for pid in pids])
+        problems = {pid: (text, np.frombuffer(vector, np.float32)) for pid, text, vector in
+                    self._query(f"SELECT id, text, embedding FROM problem WHERE id {AMONG}", shown)}
+        insights, attempts = self._of("insight", problems), self._of("experience", problems)
+        for _, pids in sorted(clusters.items()):
+            known, = nearest(np.mean([problems[p][1] for p in pids], axis=0, keepdims=True), bank, self.known_behaviors)
+            summary = []
+            for pid in pids:
                 newest = [i for kind in ("strategy", "lesson")
                           for i in [i for i in insights[pid] if i.kind == kind][-self.cluster_insights:]]
-                attempts = [f"{self.forms.correct if e.kind == 'success' else self.forms.wrong}\n{e.text}"
-                            for e in experience[pid]]
-                summary.append((text, [f"- {i.title}: {i.text}" for i in newest] or attempts))
-            shown = [(b.title, b.text) for b in known]
-            while summary and not self.fits(prompt := abstraction_prompt(self.forms, summary, shown)):
+                raw = [f"{self.forms.correct if e.kind == 'success' else self.forms.wrong}\n{e.text}" for e in attempts[pid]]
+                summary.append((problems[pid][0], [f"- {i.title}: {i.text}" for i in newest] or raw))
+            names = [(b.title, b.text) for b in known]
+            while summary and not self.fits(prompt := abstraction_prompt(self.forms, summary, names)):
                 summary.pop()  # too long for the model: the last problem goes
-                self._event(step, "abstraction_cut", None)
+                self._events["", "abstraction_cut"] += 1
             if summary:
-                jobs.append(([pid for pid, *_ in problems[: len(summary)]], known, prompt))
+                strategies = {p: [i.text for i in insights[p] if i.kind == "strategy"] for p in pids[: len(summary)]}
+                jobs.append((strategies, known, prompt))
         return jobs
 
-    def _admit_all(self, step, items):
-        vectors = self.embed([f"{i.title}: {i.text}" for i in items]) if items else []
+    def _measured(self, item) -> bool:
+        """Notes an item that a model proposed, and shortcut-like phrasing in it; False if it is to be dropped for that."""
+        families = shortcuts(f"{item.title}. {item.text}")
+        item.shortcuts = " ".join(families)
+        flags = [f"shortcut_{family}" for family in families] + ["shortcut"] * bool(families)
+        self._events.update([(item.problem, kind) for kind in [f"{item.tier}_proposed", *flags]])
+        return not (families and self.drop_shortcuts)
+
+    def _embedded(self, items):
+        return self.embed([f"{i.title}: {i.text}" for i in items]) if items else []
+
+    def _admit(self, step, items, vectors):
+        """Puts items of one tier, with their embeddings, through the gate of their problem and kind."""
+        tier, held, groups, admitted, lost = items[0].tier if items else "", defaultdict(list), defaultdict(list), [], []
+        rows = self._query("SELECT id, problem, kind, embedding FROM item WHERE tier = ? AND ended IS NULL AND problem "
+                           f"{AMONG}", tier, json.dumps(list({i.problem for i in items})))
+        for id, problem, kind, embedding in sorted(rows, key=lambda row: row[0]):
+            held[problem, kind].append((id, np.frombuffer(embedding, np.float32)))
         for item, vector in zip(items, vectors, strict=True):
-            item.embedding = vector
-            self._admit(step, item)
+            groups[item.problem, item.kind].append((item, vector))
+        for (problem, kind), new in groups.items():
+            old = held[problem, kind]
+            table = np.stack([vector for _, vector in old + new])
+            stay, refused = gate(table @ table.T, len(old), self.caps[kind], self.novelty[tier])
+            lost += [old[i][0] for i in set(range(len(old))) - set(stay)]
+            admitted += [new[i - len(old)] for i in stay if i >= len(old)]
+            for what, n in (("duplicate", refused), ("evicted", len(old) + len(new) - len(stay) - refused)):
+                self._events.update({(problem, f"{tier}_{what}"): n} if n else {})
+        self._end(step, tier, lost)
+        self.db.executemany(
+            f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
+            [(tier, i.kind, i.problem, i.title, i.text, i.reward, i.feedback, i.evidence, i.shortcuts,
+              step, i.policy_step, vector.astype(np.float32).tobytes()) for i, vector in admitted])
+        self._sizes[tier] += len(admitted)
 
-    def _admit(self, step, item):
-        """The novelty gate of every tier: a near-duplicate is refused; when full, the most redundant item goes.
-
-        Redundant is what has the highest cosine to any other item of its kind, the newcomer included; the older of two.
-        """
-        peers = [i for i in self.living(item.tier, item.problem) if i.kind == item.kind]
-        if peers:
-            vectors = np.stack([p.embedding for p in peers])
-            to_new = vectors @ item.embedding
-            if to_new.max() > self.novelty[item.tier]:
-                self._event(step, f"{item.tier}_duplicate", item.problem)
-                return
-            if len(peers) >= self.caps[item.kind]:
-                among = vectors @ vectors.T
-                np.fill_diagonal(among, -1.0)
-                self._end(step, peers[int(np.maximum(among.max(1), to_new).argmax())])
-        self.db.execute(
-            "INSERT INTO item (tier, kind, problem, title, text, reward, feedback, sources, embedding, born, policy_step)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (item.tier, item.kind, item.problem, item.title, item.text, item.reward, item.feedback,
-             json.dumps(item.sources), item.embedding.astype(np.float32).tobytes(), step, step - 1))
-
-    def _end(self, step, item):
-        self.db.execute("UPDATE item SET ended = ? WHERE id = ?", (step, item.id))
-
-    def _event(self, step, kind, problem):
-        self.db.execute("INSERT INTO event VALUES (?, ?, ?, 1)", (step, kind, problem))
+    def _end(self, step, tier, ids):
+        self.db.executemany("UPDATE item SET ended = ? WHERE id = ?", [(step, id) for id in ids])
+        self._sizes[tier] -= len(ids)
 
     # -- grounding (ours, `ground_insights`) --------------------------------------------------------------------------
 
     def _terms(self, text):
-        return {t.replace("!", "=") for t in re.findall(self.forms.key_term, text.lower())}
+        found = re.findall(self.forms.key_term, text.lower())
+        return {t.replace("!", "=") for t in found} if self.forms.literal else {
+            t.removesuffix("s") for t in found if t not in ENGLISH_STOP_WORDS}
 
-    def _contained(self, text, evidence, kind=None):
+    def _contained(self, text, evidence) -> bool:
         terms = self._terms(text)
-        return bool(terms) and any(terms <= self._terms(e.text) for e in evidence if kind in (None, e.kind))
+        return bool(terms) and len(terms & self._terms(evidence)) >= (1 if self.forms.literal else self.HALF) * len(terms)
 
-    def _contradict(self, step, rollout, outcome):
-        terms, kind = self._terms(rollout.text), "strategy" if outcome == "failure" else "lesson"
-        items = [i for i in self.living("insight", rollout.problem.id) if i.kind == kind and self._terms(i.text) <= terms]
-        covered = set().union(*(self._terms(i.text) for i in items))
-        # a failure counts against strategies only if it did nothing else that could be to blame
-        if items and (outcome == "success" or covered == terms):
-            for item in items:
-                self._end(step, item)
-                self._event(step, "insight_contradicted", rollout.problem.id)
+    def _contradict(self, step, attempts):
+        """Ends the insights that these attempts contradict; see the class."""
+        insights = self._of("insight", {a.problem for a in attempts})
+        for attempt in attempts:
+            terms, kind = self._terms(attempt.text), "strategy" if attempt.kind == "failure" else "lesson"
+            living = insights[attempt.problem]
+            items = [i for i in living if i.kind == kind and self._terms(i.text) and self._terms(i.text) <= terms]
+            if self.forms.literal and kind == "strategy":  # nothing else it did may be to blame
+                items = items if set().union(*(self._terms(i.text) for i in items)) == terms else []
+            elif kind == "lesson" and not self.forms.literal:  # a success that names a mistake need not have made it
+                items = []
+            if items:
+                insights[attempt.problem] = [i for i in living if i not in items]
+                self._end(step, "insight", [i.id for i in items])
+                self._events[attempt.problem, "insight_contradicted"] += len(items)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def living(self, tier, problem=None) -> list[Item]:
         """The living items of a tier, oldest first; of one problem if it is given."""
-        where, args = ("AND problem = ?", (tier, problem)) if problem is not None else ("", (tier,))
-        rows = self.db.execute(f"SELECT * FROM item WHERE tier = ? AND ended IS NULL {where} ORDER BY id", args)
-        return [Item.from_row(row) for row in rows]
+        where, args = ("AND problem = ?", (problem,)) if problem is not None else ("", ())
+        rows = self._query(f"SELECT {WITH_EMBEDDING} FROM item WHERE tier = ? AND ended IS NULL {where}", tier, *args)
+        return sorted(map(Item.from_row, rows), key=lambda i: i.id)
 
-    def as_of(self, step, tier) -> list[Item]:
-        """The items of a tier that were alive at the END of `step`, oldest first."""
-        alive = "born <= ? AND (ended IS NULL OR ended > ?)"
-        rows = self.db.execute(f"SELECT * FROM item WHERE tier = ? AND {alive} ORDER BY id", (tier, step, step))
-        return [Item.from_row(row) for row in rows]
+    def _of(self, tier, problems) -> dict[str, list[Item]]:
+        """{problem id: the living items of a tier, oldest first, without their embeddings}"""
+        found = defaultdict(list)
+        rows = self._query(f"SELECT {COLUMNS} FROM item WHERE tier = ? AND problem {AMONG} AND ended IS NULL",
+                           tier, json.dumps(list(problems)))
+        for item in sorted(map(Item.from_row, rows), key=lambda i: i.id):
+            found[item.problem].append(item)
+        return found
 
-    def retrieve(self, problems, bank) -> dict[str, list[Item]]:
-        """The `retrieve_k` behaviors of `bank` nearest to each question, by cosine: {problem id: items}."""
-        vectors = self.embed([p.prompt for p in problems]) if bank else [None] * len(problems)
-        return {p.id: nearest(v, bank, self.retrieve_k) for p, v in zip(problems, vectors, strict=True)}
+    def as_of(self, step, tier, problem=None) -> list[Item]:
+        """The items of a tier that were alive at the END of `step`, oldest first; of one problem if it is given."""
+        where, args = ("AND problem = ?", (problem,)) if problem is not None else ("", ())
+        rows = [row for ended, by in (("ended IS NULL", ()), ("ended > ?", (step,))) for row in self._query(
+            f"SELECT {WITH_EMBEDDING} FROM item WHERE {ended} AND +born <= ? AND tier = ? {where}", *by, step, tier, *args)]
+        return sorted(map(Item.from_row, rows), key=lambda i: i.id)
 
     def contexts(self, rollouts, step, tiers=("experience", "insight", "behavior"), refreshed=False) -> list[dict]:
         """What the teacher may read for each rollout, as keyword arguments of `compose` (Eq. 4).
@@ -543,101 +737,239 @@ class Memory:
         stored success that is not the rollout's own. `tiers` hides blocks for the ablations and changes no extraction.
         """
         problems = {r.problem.id: r.problem for r in rollouts}
-        bank = self.living("behavior") if refreshed else self.as_of(step - 1, "behavior")
-        behaviors = self.retrieve(list(problems.values()), bank) if "behavior" in tiers else {}
-        insights = {pid: self.living("insight", pid) if "insight" in tiers else [] for pid in problems}
-        successes = {pid: [e for e in self.living("experience", pid) if e.kind == "success"]
-                     if "experience" in tiers else [] for pid in problems}
+        insights = self._of("insight", problems) if "insight" in tiers else defaultdict(list)
+        attempts = self._of("experience", problems) if "experience" in tiers else defaultdict(list)
+        bank = [] if "behavior" not in tiers else self.living("behavior") if refreshed else self.as_of(step - 1, "behavior")
+        if self.query_feedback and bank:  # B.5: optional
+            queries = self.embed([f"{r.problem.prompt}\n{clean(r.feedback)}" for r in rollouts])
+            skills = nearest(queries, bank, self.retrieve_k)
+        else:
+            found = nearest(self._question_vectors(problems.values()), bank, self.retrieve_k)
+            of = dict(zip(problems, found, strict=True))
+            skills = [of[r.problem.id] for r in rollouts]
+        texts = {pid: as_context(insights[pid], []) for pid in problems}
+        successes = {pid: [(a.text, a.sources) for a in attempts[pid] if a.kind == "success"] for pid in problems}
         contexts = []
-        for r in rollouts:
-            pid = r.problem.id
-            others = [e.text for e in successes[pid] if r.id not in e.sources]
-            contexts.append({
-                "strategies": [(i.title, i.text) for i in insights[pid] if i.kind == "strategy"],
-                "lessons": [(i.title, i.text) for i in insights[pid] if i.kind == "lesson"],
-                "behaviors": [(b.title, b.text) for b in behaviors.get(pid, [])],
-                "solution": others[-1] if others else "",
-                "feedback": r.feedback})
+        for r, behaviors in zip(rollouts, skills, strict=True):
+            others = [text for text, sources in successes[r.problem.id] if r.id not in sources]
+            contexts.append({**texts[r.problem.id], "behaviors": [(b.title, b.text) for b in behaviors],
+                             "solution": others[-1] if others else "", "feedback": r.feedback})
+            if self.ground_insights:
+                outcome = "support_success" if r.reward > SUCCESS else "support_failure"
+                read = insights[r.problem.id] + behaviors
+                self._events.update([(f"#{i.id}", outcome) for i in read if i.born < step])
+        if self._events and self.mode != "frozen":
+            with self._writing(step):
+                pass  # only the events
+        self._events.clear()
         return contexts
 
-    def knows(self, problem) -> bool:
-        """Whether a problem of this id was among those that `add_problems` was given."""
-        return bool(self.db.execute("SELECT 1 FROM problem WHERE id = ?", (problem,)).fetchone())
-
-    def sizes(self) -> dict[str, int]:
-        """Living items in each tier."""
-        rows = dict(self.db.execute("SELECT tier, COUNT(*) FROM item WHERE ended IS NULL GROUP BY tier"))
-        return {tier: rows.get(tier, 0) for tier in ("experience", "insight", "behavior")}
-
-    def counts(self, step=None) -> dict[str, int]:
-        """How often each kind of event happened, in all or in one step."""
-        where, args = ("WHERE step = ?", (step,)) if step is not None else ("", ())
-        return dict(self.db.execute(f"SELECT kind, SUM(n) FROM event {where} GROUP BY kind ORDER BY kind", args))
-
-    def _success_fraction(self, problem):
-        rows = dict(self.db.execute("SELECT kind, SUM(n) FROM event WHERE problem = ? AND kind IN ('success', 'failure') "
-                                    "GROUP BY kind", (problem,)))
-        return rows.get("success", 0), sum(rows.values())
-
-    def describe(self, problem) -> str:
-        """One problem's memory in readable form: its experience, its insight and the behaviors retrieved for it."""
-        solved, total = self._success_fraction(problem.id)
-        lines = [f"problem {problem.id}: {problem.prompt}", f"  solved in {solved} of {total} attempts so far"]
-        for tier, items in (("experience", self.living("experience", problem.id)),
-                            ("insight", self.living("insight", problem.id)),
-                            ("behavior", self.retrieve([problem], self.living("behavior"))[problem.id])):
-            lines.append(f"  {tier}" + ("" if items else ": none yet"))
-            for i in items:
-                head = i.kind if tier == "experience" else f"{i.kind} {i.title}" if tier == "insight" else i.title
-                lines.append(f"    [step {i.born}] {head}: {i.text}")
-        return "\n".join(lines)
+    def _question_vectors(self, problems):
+        """(n, D) embeddings of questions, from the file where it holds them."""
+        ids = json.dumps([p.id for p in problems])
+        stored = dict(self._query(f"SELECT id, embedding FROM problem WHERE id {AMONG}", ids))
+        if unknown := [p for p in problems if p.id not in stored]:
+            vectors = self.embed([p.prompt for p in unknown])
+            stored |= {p.id: v.tobytes() for p, v in zip(unknown, vectors, strict=True)}
+        return np.stack([np.frombuffer(stored[p.id], np.float32) for p in problems])
 
     def inference_contexts(self, problems, tiers=("insight", "behavior"), neighbors=1) -> list[dict]:
         """What may be put into the PROMPT of held-out problems, as keyword arguments of `compose`; they have no insight of
         their own, so they read that of their `neighbors` nearest training problems, by question embedding, and the nearest
         behaviors. Ours: the paper does not say how its frozen-policy rows feed memory at test time."""
-        ids, known = [], []
-        for pid, vector in self.db.execute("SELECT id, embedding FROM problem ORDER BY id"):
-            ids.append(pid)
-            known.append(np.frombuffer(vector, np.float32))
-        behaviors = self.retrieve(problems, self.living("behavior")) if "behavior" in tiers else {}
-        contexts = []
-        for problem, vector in zip(problems, self.embed([p.prompt for p in problems]), strict=True):
-            near = [ids[i] for i in np.argsort(-(np.stack(known) @ vector), kind="stable")[:neighbors]]
-            insights = [i for pid in near for i in self.living("insight", pid)] if "insight" in tiers else []
-            contexts.append({
-                "strategies": [(i.title, i.text) for i in insights if i.kind == "strategy"],
-                "lessons": [(i.title, i.text) for i in insights if i.kind == "lesson"],
-                "behaviors": [(b.title, b.text) for b in behaviors.get(problem.id, [])]})
-        return contexts
+        known = self._query("SELECT id, embedding FROM problem ORDER BY id")
+        table = np.stack([np.frombuffer(vector, np.float32) for _, vector in known])
+        vectors = self.embed([p.prompt for p in problems])
+        near = [[known[i][0] for i in row[:neighbors]] for row in np.argsort(-(vectors @ table.T), axis=1, kind="stable")]
+        insights = self._of("insight", {pid for row in near for pid in row}) if "insight" in tiers else defaultdict(list)
+        skills = nearest(vectors, self.living("behavior") if "behavior" in tiers else [], self.retrieve_k)
+        return [as_context([i for pid in row for i in insights[pid]], behaviors)
+                for row, behaviors in zip(near, skills, strict=True)]
+
+    def knows(self, problem) -> bool:
+        """Whether a problem of this id was among those that `add_problems` was given."""
+        return bool(self._query("SELECT 1 FROM problem WHERE id = ?", problem))
+
+    def sizes(self) -> dict[str, int]:
+        """Living items in each tier."""
+        return {tier: self._sizes[tier] for tier in ("experience", "insight", "behavior")}
+
+    def tally(self, tier) -> Counter:
+        """{(problem id, kind): living items of a tier}"""
+        return Counter({(problem, kind): n for problem, kind, n in self._query(
+            "SELECT problem, kind, COUNT(*) FROM item WHERE tier = ? AND ended IS NULL GROUP BY problem, kind", tier)})
+
+    def counts(self, step=None) -> dict[str, int]:
+        """How often each kind of event happened, in all or in one step."""
+        where, args = ("WHERE step = ?", (step,)) if step is not None else ("", ())
+        return dict(self._query(f"SELECT kind, SUM(n) FROM event {where} GROUP BY kind ORDER BY kind", *args))
+
+    def _success_fractions(self, problems) -> dict[str, tuple[int, int]]:
+        """{problem id: (successes, attempts)} over the whole run so far: the confidence signal of reflection."""
+        rows = self._query("SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') AND subject "
+                           f"{AMONG} GROUP BY subject, kind", json.dumps(list(problems)))
+        n = {(subject, kind): total for subject, kind, total in rows}
+        return {p: (n.get((p, "success"), 0), n.get((p, "success"), 0) + n.get((p, "failure"), 0)) for p in problems}
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def forget(self, step):
         """Ends everything that lives at `step`: the transient control keeps nothing from one step to the next."""
-        self.db.execute("UPDATE item SET ended = ? WHERE ended IS NULL", (step,))
-        self.db.commit()
+        with self._writing(step):
+            self.db.execute("UPDATE item SET ended = ? WHERE ended IS NULL", (step,))
+            self._sizes.clear()
 
     def truncate_after(self, step):
         """Back to the end of `step`: what was born later is deleted, what ended later lives again."""
-        self.db.execute("DELETE FROM item WHERE born > ?", (step,))
-        self.db.execute("UPDATE item SET ended = NULL WHERE ended > ?", (step,))
-        self.db.execute("DELETE FROM event WHERE step > ?", (step,))
-        self.db.commit()
+        with self._writing(step):
+            self.db.execute("DELETE FROM item WHERE born > ?", (step,))
+            self.db.execute("UPDATE item SET ended = NULL WHERE ended > ?", (step,))
+            self.db.execute("DELETE FROM event WHERE step > ?", (step,))
+        self._recount()
 
     def copy_to(self, path):
         """A copy of the file as it is now, for a checkpoint; a WAL database copied by hand may miss its last commits."""
-        with contextlib.closing(sqlite3.connect(path)) as copy:
+        with self._explained(), contextlib.closing(sqlite3.connect(path)) as copy:
             self.db.backup(copy)
 
     def close(self):
-        if not self.frozen:
+        if self.mode != "frozen":
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
 
 
-def nearest(vector, items, k) -> list[Item]:
-    """The k items nearest to `vector` by cosine, best first; the older first among equals."""
+def nearest(vectors, items, k) -> list[list[Item]]:
+    """For each row of `vectors` (n, D) the k items nearest by cosine, best first; the older first among equals."""
     if not items:
-        return []
-    return [items[i] for i in np.argsort(-(np.stack([i.embedding for i in items]) @ vector), kind="stable")[:k]]
+        return [[] for _ in vectors]
+    order = np.argsort(-(vectors @ np.stack([i.embedding for i in items]).T), axis=1, kind="stable")  # (n, items)
+    return [[items[i] for i in row[:k]] for row in order]
+
+
+def as_context(insights, behaviors) -> dict:
+    """Items as keyword arguments of `compose`."""
+    return {"strategies": [(i.title, i.text) for i in insights if i.kind == "strategy"],
+            "lessons": [(i.title, i.text) for i in insights if i.kind == "lesson"],
+            "behaviors": [(b.title, b.text) for b in behaviors]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at it
+# ---------------------------------------------------------------------------------------------------------------------
+
+def describe(memory, problem, step=None) -> str:
+    """One problem's memory in readable form, at the end of `step` or now: experience, insight, retrieved behaviors."""
+    step = 10**9 if step is None else step
+    found = memory._query("SELECT text, embedding FROM problem WHERE id = ?", problem)
+    if not found:
+        raise ValueError(f"{memory.path} knows no problem {problem!r}; `show` without --problem lists some")
+    (text, vector), = found
+    tiers = {tier: memory.as_of(step, tier, problem) for tier in ("experience", "insight")}
+    tiers["behavior"], = nearest(np.frombuffer(vector, np.float32)[None], memory.as_of(step, "behavior"), memory.retrieve_k)
+    solved = dict(memory._query("SELECT kind, SUM(n) FROM event WHERE subject = ? AND step <= ? AND kind IN "
+                                "('success', 'failure') GROUP BY kind", problem, step))
+    lines = [f"problem {problem}: {text}",
+             f"  solved in {solved.get('success', 0)} of {sum(solved.values())} attempts so far"]
+    for tier, items in tiers.items():
+        lines += [f"  {tier}" + ("" if items else ": none yet"), *(f"    {line_of(i)}" for i in items)]
+    return printable("\n".join(lines))
+
+
+def line_of(item):
+    head = " ".join(x for x in (item.kind if item.tier != "behavior" else "", item.title) if x)
+    seen = f" (feedback: {item.feedback})" if item.feedback else ""
+    flags = f" [shortcut: {item.shortcuts}]" if item.shortcuts else ""
+    return f"[step {item.born}] {head}: {item.text}{seen}{flags}"
+
+
+def printable(text):
+    """Without the control characters with which a model's text could steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
+    """Readable tiers: one problem's, or the items of one tier or of all, at the end of `step` or now, that hold `grep`."""
+    if problem is not None:
+        return describe(memory, problem, step)
+    at = 10**9 if step is None else step
+    items = {t: memory.as_of(at, t) for t in ([tier] if tier else ["experience", "insight", "behavior"])}
+    lines = []
+    for name, found in items.items():
+        if grep:
+            found = [i for i in found if grep.lower() in f"{i.problem} {i.title} {i.text} {i.feedback}".lower()]
+        lines.append(f"{name}: {len(found)} items" + (f" that hold {grep!r}" if grep else ""))
+        groups = defaultdict(list)
+        for item in found:
+            groups[item.problem].append(item)
+        whole = tier or grep or name == "behavior"
+        for pid, group in groups.items() if whole else list(groups.items())[:3]:
+            lines += [f"  problem {pid}"] * bool(pid) + [f"    {line_of(i)}" for i in group]
+        if not whole and len(groups) > 3:
+            lines.append(f"  ... and {len(groups) - 3} more problems: --tier {name} shows all, --problem ID one of them")
+    return printable("\n".join(lines))
+
+
+def growth(memory) -> dict[str, np.ndarray]:
+    """Living items at the end of each step, 0 to the last with an event or a birth: {kind: (steps + 1,)}."""
+    rows = memory._query("SELECT kind, born, ended, shortcuts != '' FROM item")
+    last = max([0, *(born for _, born, *_ in rows), *memory._query("SELECT COALESCE(MAX(step), 0) FROM event")[0]])
+    kinds = ("success", "failure", "strategy", "lesson", "behavior", "shortcut")
+    changes = {kind: np.zeros(last + 2, int) for kind in kinds}
+    for kind, born, ended, flagged in rows:
+        for name in [kind] + ["shortcut"] * flagged:
+            changes[name][born] += 1
+            changes[name][last + 1 if ended is None else ended] -= 1
+    return {kind: change.cumsum()[:-1] for kind, change in changes.items()}
+
+
+def stats(memory, png) -> str:
+    """The growth curves of the paper's Figure 6, as a table, and as a picture in the file `png`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves, problems = growth(memory), memory._query("SELECT COUNT(*) FROM problem")[0][0]
+    last = len(curves["behavior"]) - 1
+    at = sorted({round(x) for x in np.linspace(0, last, 13)})
+    lines = [f"{'step':>6} " + " ".join(f"{kind:>9}" for kind in curves)]
+    lines += [f"{step:>6} " + " ".join(f"{curve[step]:>9}" for curve in curves.values()) for step in at]
+    cap = json.loads(memory.meta["caps"])["strategy"] * problems
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for kind in ("strategy", "lesson"):
+        left.plot(curves[kind], label={"strategy": "strategies", "lesson": "lessons"}[kind])
+    left.axhline(cap, linestyle=":", color="gray", label=f"cap of each, {cap}")
+    left.set(title="insight", xlabel="step", ylabel="living items", yscale="symlog" if cap > 20 * max(
+        curves["strategy"].max(), curves["lesson"].max(), 1) else "linear")
+    left.legend()
+    right.plot(curves["behavior"], color="tab:green")
+    right.set(title="behavior", xlabel="step", ylabel="living items")
+    figure.savefig(png, dpi=150)
+    pyplot.close(figure)
+    return "\n".join([*lines, f"{problems} problems; picture: {png}"])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python memory.py", description="Look at the memory of a run; nothing is changed.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (("show", "print what is remembered"), ("stats", "how each tier grew: a table and a picture")):
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("path", help="a run's memory.db")
+        if name == "show":
+            command.add_argument("--problem", metavar="ID", help="one problem: its attempts, its insight, its behaviors")
+            command.add_argument("--tier", choices=("experience", "insight", "behavior"), help="all items of one tier")
+            command.add_argument("--step", type=int, metavar="N", help="as it was at the end of step N (default: now)")
+            command.add_argument("--grep", metavar="TEXT", help="only items that hold TEXT, in upper or lower case")
+        else:
+            command.add_argument("--png", help="where the picture goes (default: memory.png beside the file)")
+    args = vars(parser.parse_args(argv))
+    command, path = args.pop("command"), args.pop("path")
+    try:
+        memory = Memory(path, None, None, mode="frozen")
+        png = args.pop("png", None) or Path(path).with_name("memory.png")
+        print(show(memory, **args) if command == "show" else stats(memory, png))
+    except (ValueError, OSError) as error:
+        sys.exit(f"memory.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -38,6 +39,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -62,7 +64,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, table, verify
 from kernels import distill_loss, policy_loss, score
-from memory import SUCCESS, Memory, compose_within, neutralise
+from memory import SUCCESS, Memory, compose_within, describe, neutralise
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
@@ -70,6 +72,10 @@ MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B
 
 
 REMEMBERS = ("pmd", "pmd-transient", "frozen-policy")  # the methods with a phase 2
+FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task's verifier; "question" for all others
+
+
+EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
 def option(default, help):
@@ -152,10 +158,16 @@ class Config:
     insight_novelty: float = option(0.85, "cosine above which an insight or behavior is one [ours]")
     clusters: int = option(16, "clusters of questions that behaviors are abstracted from [ours]")
     ground_insights: bool = option(False, "write only insights that their evidence contains, and more [deviation 7]")
+    drop_shortcuts: bool = option(False, "drop insights and behaviors with shortcut-like phrasing; it is counted either way "
+                                         "[B.3 measures it]")
+    query_feedback: bool = option(False, "the query for behaviors is the question and the feedback [optional in B.5]")
+    abstractor: str = option("policy", "who writes behaviors: the policy, or openai:MODEL on the server of OPENAI_BASE_URL "
+                                       "with OPENAI_API_KEY [deviation 4; C.1: GPT-5.4]")
     memory_completion: int = option(768, "tokens of a reflection or abstraction [ours]")
     memory_temperature: float = option(0.6, "of reflection and abstraction [ours]")
     inference_retrieval: int = option(1, "frozen-policy: training problems whose insight a held-out problem reads [ours]")
-    embedder: Literal["hashing"] = option("hashing", "embeds questions, attempts and insights; hashing needs no download")
+    embedder: str = option("Qwen/Qwen3-Embedding-0.6B", "embeds questions, attempts and insights: a sentence-transformers "
+                                                        "folder or Hub name [paper]; hashing, of words, needs no download")
 
     # evaluation, always without memory
     eval_every: int = option(5, "steps between evaluations on dev and test; 0 for first and last only [Tab. 11]")
@@ -174,8 +186,8 @@ PRESETS = {
     "sciknoweval": {},
     "livecodebench": dict(lr=1e-6, warmup_steps=0, mini_batch_size=1, alpha=1.0, ema_rate=0.01, eval_k=4),  # Tab. 11
     "nano": dict(steps=80, batch_size=8, group_size=8, max_prompt=64, max_completion=32, max_reprompt=512, lr=1e-3,
-                 warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, memory_completion=96, clusters=20,
-                 eval_every=10, eval_k=8, save_every=40),
+                 warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, embedder="hashing",
+                 memory_completion=96, clusters=20, eval_every=10, eval_k=8, save_every=40),
 }
 
 
@@ -363,10 +375,15 @@ class Sampler:
 
 def encode_prompt(tokenizer, user, system="") -> list[int]:
     """The ids of a chat prompt, thinking off. The one way text becomes a prompt: control tokens in it are broken here."""
-    messages = [{"role": role, "content": neutralise(text, tokenizer.all_special_tokens)}
+    messages = [{"role": role, "content": neutralise(text, control_tokens(tokenizer))}
                 for role, text in (("system", system), ("user", user)) if text]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@functools.cache
+def control_tokens(tokenizer):
+    return {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
 
 
 def by_tokens(lengths, budget) -> list[list[int]]:
@@ -581,7 +598,7 @@ def check(cfg, quiet=False):
         if not source.is_file() or step and not step.isdecimal():
             raise ValueError(f"--memory_from {cfg.memory_from} is neither RUN nor RUN@STEP: there is no {source}, or the "
                              "step is no number")
-        lent = Memory(source, None, None, embedder=cfg.embedder)
+        lent = Memory(source, None, None, embedder=cfg.embedder, mode="frozen")
         if not any(lent.knows(p.id) for p in task.train):
             raise ValueError(f"{source} is the memory of another task: it knows none of the problems of {cfg.task}")
         lent.close()
@@ -608,6 +625,10 @@ def check(cfg, quiet=False):
     if len(splits["train"]) < cfg.batch_size:
         raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(splits['train'])} training problems of "
                          f"{cfg.task}")
+    if cfg.method in (*REMEMBERS, "frozen-memory"):
+        make_embedder(cfg)
+    if cfg.method in REMEMBERS:
+        make_abstractor(cfg, check=True)
     return replace(task, **splits), tokenizer
 
 
@@ -641,26 +662,79 @@ def compute(model, cfg):
     return torch.autocast(kind, torch.bfloat16, enabled=(cfg.dtype or {"cuda": "bfloat16"}.get(kind)) == "bfloat16")
 
 
+@functools.cache
+def load_embedder(name, device):
+    """embed of a sentence-transformers model; a ValueError if there is none of that name. Questions go in without the
+    instruction Qwen3-Embedding knows for queries: gates and clusters compare like with like, and the paper has none."""
+    from sentence_transformers import SentenceTransformer  # seconds to import, and nano does without
+
+    try:
+        model = SentenceTransformer(name, device=device or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--embedder {name} is neither a sentence-transformers folder nor a reachable name on the Hub; "
+                         "name another, or --embedder hashing, which needs no download") from error
+    model.max_seq_length = min(model.max_seq_length or EMBED_TOKENS, EMBED_TOKENS)
+    return lambda texts: model.encode(list(texts), normalize_embeddings=True, show_progress_bar=len(texts) > 999)
+
+
 def make_embedder(cfg):
-    """embed(texts) -> (len(texts), D) float32, unit rows: words without digits and pairs of them, hashed."""
+    """embed(texts) -> (len(texts), D) float32, unit rows. hashing: words without digits and pairs of them."""
+    if cfg.embedder != "hashing":
+        return load_embedder(cfg.embedder, cfg.device)
     hasher = HashingVectorizer(n_features=1024, ngram_range=(1, 2), token_pattern=r"[^\W\d_]+", alternate_sign=False)
     return lambda texts: np.asarray(hasher.transform(texts).todense(), dtype=np.float32)
 
 
+def make_abstractor(cfg, check=False):
+    """generate(prompts) -> texts for behaviors by `--abstractor openai:MODEL`, four requests at a time; None for the policy.
+
+    check: asks for one word first. Raises ValueError if that fails, ConnectionError where the server stays silent later.
+    """
+    kind, _, model = cfg.abstractor.partition(":")
+    if cfg.abstractor == "policy":
+        return None
+    if kind != "openai" or not model:
+        raise ValueError(f"--abstractor is policy or openai:MODEL, not {cfg.abstractor!r}")
+    from openai import OpenAI, OpenAIError  # a second to import
+
+    def generate(prompts, timeout=120, retries=5):  # seconds for one request; with growing pauses between
+        def ask(prompt):
+            reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}])
+            return reply.choices[0].message.content or ""
+
+        try:
+            client = OpenAI(timeout=timeout, max_retries=retries)  # OPENAI_BASE_URL and OPENAI_API_KEY
+            with ThreadPoolExecutor(4) as pool:
+                return list(pool.map(ask, prompts))
+        except OpenAIError as error:
+            raise ConnectionError(f"no answer for --abstractor {cfg.abstractor}: {error}; look at OPENAI_BASE_URL and "
+                                  "OPENAI_API_KEY, or leave the flag out") from error
+
+    if check:
+        try:
+            generate(["Say ready."], 20, 0)
+        except ConnectionError as error:
+            raise ValueError(str(error)) from error
+    return generate
+
+
 def make_memory(run, sampler, task, cfg):
     shared = {f.name for f in fields(Config)} & set(Memory.__init__.__kwdefaults__)  # equal names, equal meanings
-    forms = "nano" if task.train[0].verifier == "steps" else "question"
-    path, knobs = run.folder / "memory.db", {"forms": forms} | {n: getattr(cfg, n) for n in shared}
+    knobs = {"forms": FORMS.get(task.train[0].verifier, "question")} | {n: getattr(cfg, n) for n in shared}
+    knobs["mode"] = {"frozen-memory": "frozen", "pmd-transient": "transient"}.get(cfg.method, "evolving")
+    path = run.folder / "memory.db"
+    if cfg.method in ("grpo", "sdpo"):  # nothing is remembered, so nothing is embedded
+        return Memory(path, make_embedder(replace(cfg, embedder="hashing")), None)
     if cfg.method == "frozen-memory" and not path.exists():  # a copy of our own: the run resumes when the other is gone
         source, step = memory_source(cfg)
         aside = path.with_suffix(".partial")
-        with contextlib.closing(Memory(source, None, None, embedder=cfg.embedder)) as lent:
+        with contextlib.closing(Memory(source, None, None, mode="frozen")) as lent:
             lent.copy_to(aside)
         if step:
-            with contextlib.closing(Memory(aside, None, None, embedder=cfg.embedder)) as copied:
+            with contextlib.closing(Memory(aside, None, None)) as copied:
                 copied.truncate_after(int(step))
         aside.rename(path)
-    memory = Memory(path, make_embedder(cfg), sampler.ask, frozen=cfg.method == "frozen-memory",
+    memory = Memory(path, make_embedder(cfg), sampler.ask, make_abstractor(cfg),
                     fits=lambda prompt: len(encode_prompt(sampler.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
     if cfg.method in REMEMBERS:
         memory.add_problems(task.train)
@@ -747,7 +821,10 @@ class Run:
                                                               "clipped") if k in sums}
             metrics |= {"loss": sums["loss"] / sums["updates"], "grad_norm": sums["grad_norm"] / sums["updates"]}
         metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
-        metrics |= {"memory": memory.sizes(), "memory_events": memory.counts(step)}
+        events = memory.counts(step)
+        metrics |= {"memory": memory.sizes(), "memory_events": events}
+        if proposed := events.get("insight_proposed", 0) + events.get("behavior_proposed", 0):
+            metrics["shortcut_rate"] = events.get("shortcut", 0) / proposed
         if (precision := memory_precision(memory, self.task.train)) is not None:
             metrics["memory_precision"] = precision
         metrics["seconds"], self.seconds = dict(self.seconds), Counter()
@@ -820,7 +897,7 @@ class Run:
                 teacher.load_state_dict(state["teacher"])
             optimizer.load_state_dict(state["optimizer"])
             optimizer.updates, step, self.spent = state["updates"], state["step"], state["seconds"]
-        if not memory.frozen:
+        if memory.mode != "frozen":
             memory.truncate_after(step)
         keep = -1 if not step else step  # without a checkpoint the run starts over, its first evaluation included
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -847,14 +924,15 @@ class Run:
         summary = {"method": cfg.method, "task": cfg.task, "model": cfg.model, "seed": cfg.seed, "steps": self.total,
                    "rollouts": self.total * cfg.batch_size * cfg.group_size,
                    "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
-                   "memory": memory.sizes(), "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
+                   "abstractor": cfg.abstractor, "embedder": cfg.embedder, "memory": memory.sizes(),
+                   "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         plot_curves({cfg.method: history}, self.folder / "curve.png", title(cfg))
         print("\n" + table({cfg.method: summary}))
         if any(memory.sizes().values()):
-            kinds = Counter((i.problem, i.kind) for i in memory.living("insight"))
+            kinds = memory.tally("insight")
             most = max(self.task.train, key=lambda p: (kinds[p.id, "strategy"], kinds[p.id, "lesson"]))
-            print("\n" + memory.describe(most))
+            print("\n" + describe(memory, most.id))
         print(f"\nall of it: {self.folder}  (curve.png, memory.db, samples.jsonl, evals/, final/)")
         memory.close()
         return summary
@@ -970,11 +1048,11 @@ def main():
         folder, runs = compared(cfg) if cfg.compare else (None, [cfg])
         for run in runs:
             check(run, quiet=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"pmd.py: {error}")
     try:
         summaries = {run.method: train(run) for run in runs}
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         sys.exit(f"pmd.py: {error}")
     if folder:
         curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}

@@ -228,11 +228,12 @@ def test_the_teacher_reads_the_bank_of_the_step_before(make_memory):
 
 def test_retrieval_is_the_top_k_by_cosine():
     rng = np.random.default_rng(0)
-    items = [mem.Item(i, "behavior", "behavior", None, f"b{i}", "", None, None, [], v.astype(np.float32))
+    items = [mem.Item(i, "behavior", "behavior", "", f"b{i}", "", embedding=v.astype(np.float32))
              for i, v in enumerate(rng.normal(size=(40, 8)))]
-    query = rng.normal(size=8)
-    ranked = sorted(items, key=lambda i: -sum(float(a) * float(b) for a, b in zip(i.embedding, query, strict=True)))
-    assert [i.id for i in mem.nearest(query, items, 3)] == [i.id for i in ranked[:3]]
+    queries = rng.normal(size=(2, 8))
+    for query, found in zip(queries, mem.nearest(queries, items, 3), strict=True):
+        ranked = sorted(items, key=lambda i: -sum(float(a) * float(b) for a, b in zip(i.embedding, query, strict=True)))
+        assert [i.id for i in found] == [i.id for i in ranked[:3]]
 
 
 # -- compose ------------------------------------------------------------------------------------------------------------
@@ -408,6 +409,6 @@ def test_it_is_readable(make_memory):
     memory.record(1, attempts(["the win"], [1]))
     memory.reflect(1, [P])
     memory.abstract(1)
-    shown = memory.describe(P)
+    shown = mem.describe(memory, "p")
     assert all(w in shown for w in ("the win", "alpha", "behavior_x: beta", "solved in 1 of 1")), shown
     assert memory.sizes() == {"experience": 1, "insight": 1, "behavior": 1}

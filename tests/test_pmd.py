@@ -397,8 +397,8 @@ def test_the_controls(make_config, policy):
     rows = [json.loads(line) for line in Path(cfg.out, "borrower", "metrics.jsonl").read_text().splitlines()]
     assert len({json.dumps(r["memory"]) for r in rows if "memory" in r}) == 1
     assert any(r["supervised_tokens"] for r in rows if "memory" in r)
-    with pytest.raises(mem.sqlite3.OperationalError, match="readonly"):
-        mem.Memory(lender / "memory.db", None, None, embedder="hashing", frozen=True).forget(9)
+    with pytest.raises(OSError, match="readonly"):
+        mem.Memory(lender / "memory.db", None, None, embedder="hashing", mode="frozen").forget(9)
 
     lent.close()
     read.close()
@@ -478,7 +478,7 @@ def test_long_prompts_are_dropped_counted_and_listed(make_config, capsys):
 
 
 def test_another_tasks_memory_is_refused(make_config, tmp_path):
-    memory = mem.Memory(tmp_path / "memory.db", pmd.make_embedder(None), None, embedder="hashing")
+    memory = mem.Memory(tmp_path / "memory.db", pmd.make_embedder(make_config()), None, embedder="hashing")
     memory.add_problems([Question("p", "alpha beta")])
     memory.close()
     with pytest.raises(ValueError, match="memory of another task"):
