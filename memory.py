@@ -258,7 +258,8 @@ def parse_items(found, key, first, second) -> list[tuple[str, str]]:
     items = []
     for row in rows[:MAX_ITEMS] if isinstance(rows, list) else []:
         pair = [row.get(first), row.get(second)] if isinstance(row, dict) else [None, None]
-        if all(isinstance(x, str) and x.strip() for x in pair):
+        pair = [clean(x) if isinstance(x, str) else "" for x in pair]  # again: JSON escapes can hide what `parse` cleaned
+        if all(x.strip() for x in pair):
             sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]
             items.append((" ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]))
     return items
@@ -431,6 +432,7 @@ class Memory:
         with self._explained():
             self.db = sqlite3.connect(self.path if self.path == ":memory:" else path.resolve().as_uri() + how, uri=True)
             if not frozen:
+                self.db.execute("PRAGMA page_size = 8192")  # a row with its embedding fits on one page
                 self.db.execute("PRAGMA journal_mode = WAL")
                 self.db.execute("PRAGMA synchronous = NORMAL")  # with WAL a power cut may lose the last step, never corrupt
             if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
@@ -450,7 +452,7 @@ class Memory:
         if self.embed and (now := self.embed([" "]).shape[1]) != int(self.meta["dimension"]):
             raise ValueError(f"{path} holds embeddings of {self.meta['dimension']} dimensions, {embedder!r} gives {now}: "
                              "use the model that wrote it")
-        self._recount()
+        self._sizes = Counter(dict(self._query("SELECT tier, COUNT(*) FROM item WHERE ended IS NULL GROUP BY tier")))
 
     @contextlib.contextmanager
     def _explained(self):
@@ -481,9 +483,6 @@ class Memory:
     def _query(self, statement, *args):
         with self._explained():
             return self.db.execute(statement, args).fetchall()
-
-    def _recount(self):
-        self._sizes = Counter(dict(self._query("SELECT tier, COUNT(*) FROM item WHERE ended IS NULL GROUP BY tier")))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -821,11 +820,14 @@ class Memory:
 
     def truncate_after(self, step):
         """Back to the end of `step`: what was born later is deleted, what ended later lives again."""
-        with self._writing(step):
+        with self._writing(step):  # sizes by what changes, as elsewhere: to count all would take longer than the rest
+            dead = self.db.execute("SELECT tier FROM item WHERE born > ? AND +ended IS NULL", (step,)).fetchall()
             self.db.execute("DELETE FROM item WHERE born > ?", (step,))
+            revived = self.db.execute("SELECT tier FROM item WHERE ended > ?", (step,)).fetchall()
             self.db.execute("UPDATE item SET ended = NULL WHERE ended > ?", (step,))
             self.db.execute("DELETE FROM event WHERE step > ?", (step,))
-        self._recount()
+            self._sizes.update(tier for tier, in revived)
+            self._sizes.subtract(tier for tier, in dead)
 
     def copy_to(self, path):
         """A copy of the file as it is now, for a checkpoint; a WAL database copied by hand may miss its last commits."""

@@ -107,7 +107,7 @@ def fill(path, n, epochs=1, seed=0):
     memory.db.execute("PRAGMA synchronous = NORMAL")
     memory.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     memory.db.execute("PRAGMA wal_autocheckpoint = 0")  # `step_of` does it, or it would hit now the one, now the other
-    memory._recount()
+    memory._sizes.update({tier: n * sum(kinds.values()) for tier, kinds in TIERS.items()} | {"behavior": 500})
     return memory, problems
 
 

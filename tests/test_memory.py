@@ -1,6 +1,15 @@
 """Each rule of the memory against something independent: brute force, snapshots, hand-made cases."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import time
 
 import numpy as np
 import pytest
@@ -148,6 +157,42 @@ def test_malformed_reflections_yield_nothing_and_are_counted(make_memory, reply)
     assert memory.living("insight") == [] and memory.counts()["reflect_parse_failure"] == 1
 
 
+def test_an_item_is_one_line_of_ten_words_and_four_sentences():
+    title = "one two three four five six seven eight nine ten eleven"
+    content = "A b.\nC d! E f? Use 0.5 g, e.g. of x. G h. I j."
+    found = {"lessons": [{"title": title, "content": content}]}
+    assert mem.parse_items(found, "lessons", "title", "content") == [
+        ("one two three four five six seven eight nine ten", "A b. C d! E f? Use 0.5 g, e.g. of x.")]
+
+
+def test_an_insight_cannot_pass_for_a_heading(make_memory):
+    memory = make_memory(lambda prompt: insight_reply([f"first\n{mem.SOLUTION}\nsecond"]))
+    rollouts = attempts(["win"], [1])
+    memory.record(1, rollouts)
+    memory.reflect(1, [P])
+    lines = mem.compose("PROBLEM", **memory.contexts(rollouts, 1)[0]).splitlines()
+    assert mem.SOLUTION not in lines and len(lines) == 4
+
+
+@pytest.mark.parametrize("forms", [mem.QUESTION, mem.CODE])
+def test_the_forms_in_words(forms):
+    wins, losses = ["WON"], [("LOST", "SAID")]
+    for successes, failures, form, keys in ((wins, losses, forms.contrastive, {"strategies", "lessons"}),
+                                            (wins, [], forms.strategies_only, {"strategies"}),
+                                            ([], losses, forms.lessons_only, {"lessons"})):
+        prompt = mem.reflection_prompt(forms, "PROBLEM", successes, failures, 3, 8)
+        marks = [forms.role, "3 of 8", "PROBLEM", *successes, *(text for pair in failures for text in pair), form]
+        assert [prompt.index(m) for m in marks] == sorted(prompt.index(m) for m in marks)
+        shown = json.loads(form[form.index("{"):])  # the reply it asks for is what the parser takes
+        assert {k for k, v in shown.items() if v} == keys and set(shown) == {"strategies", "lessons"}
+        for key in keys:
+            assert mem.parse_items(shown, key, "title", "content") == [("at most ten words", "two to four sentences")]
+        for forbidden in ("attempts", "this particular", "tests" if forms is mem.CODE else "options"):
+            assert forbidden in form
+    assert "three to eight" in forms.cold_start and json.loads(forms.cold_start[forms.cold_start.index("{"):])["behaviors"]
+    assert json.loads(forms.decide[forms.decide.index("{"):])["actions"][0]["action"] == "new, update or remove"
+
+
 def test_huge_replies_are_bounded():
     many = mem.parse(json.dumps({"strategies": [{"title": "t " * 50, "content": "c" * 5000}] * 10_000}))
     items = mem.parse_items(many, "strategies", "title", "content")
@@ -234,6 +279,115 @@ def test_retrieval_is_the_top_k_by_cosine():
     for query, found in zip(queries, mem.nearest(queries, items, 3), strict=True):
         ranked = sorted(items, key=lambda i: -sum(float(a) * float(b) for a, b in zip(i.embedding, query, strict=True)))
         assert [i.id for i in found] == [i.id for i in ranked[:3]]
+
+
+def test_a_cluster_too_large_for_its_prompt_shows_others_each_time(make_memory):
+    problems = [Question(f"q{i}", f"same words {i}") for i in range(12)]
+    memory = make_memory(lambda prompt: "{}", clusters=1, cluster_problems=4)
+    memory.add_problems(problems)
+    memory.record(1, [Attempt(f"1/{p.id}", p, f"attempt at {p.id}") for p in problems])
+    for step in range(1, 31):
+        memory.abstract(step)
+    shown = [{p.id for p in problems if f"attempt at {p.id}\n" in prompt} for prompt in memory.generate.prompts]
+    assert all(len(s) == 4 for s in shown) and set().union(*shown) == {p.id for p in problems}
+
+
+def test_transient_clusters_hold_this_steps_problems_only(make_memory):
+    problems = [Question(f"q{i}", f"word{i % 2} " * 5 + str(i)) for i in range(8)]
+    memory = make_memory(lambda prompt: behaviors((f"behavior_{len(prompt)}", prompt[-300:])), mode="transient",
+                         clusters=8, cluster_problems=2)
+    memory.add_problems(problems)
+    for step, batch in ((1, problems[:4]), (2, problems[4:])):
+        memory.generate.prompts.clear()
+        memory.record(step, [Attempt(f"{step}/{p.id}", p, f"attempt at {p.id}!") for p in batch])
+        memory.abstract(step)
+        prompts = memory.generate.prompts
+        seen = [{p.id for p in problems if f"attempt at {p.id}!" in prompt} for prompt in prompts]
+        assert sorted(map(sorted, seen)) == [[p.id for p in batch[0::2]], [p.id for p in batch[1::2]]]  # alike with alike
+        rollouts = attempts(["x"], [0], batch[0], step)
+        assert memory.contexts(rollouts, step, refreshed=True)[0]["behaviors"]
+        memory.forget(step)
+        assert memory.sizes() == {"experience": 0, "insight": 0, "behavior": 0} and not memory.living("behavior")
+
+
+def test_another_model_may_write_the_behaviors(tmp_path):
+    policy, other = Script(lambda prompt: insight_reply(["alpha"])), Script(lambda prompt: behaviors(("behavior_x", "beta")))
+    with contextlib.closing(mem.Memory(tmp_path / "m.db", words, policy, other, clusters=1)) as memory:
+        memory.add_problems([P])
+        memory.record(1, attempts(["win"], [1]))
+        memory.reflect(1, [P])
+        memory.abstract(1)
+        assert len(policy.prompts) == len(other.prompts) == 1
+        assert [(i.tier, i.policy_step) for t in ("insight", "behavior") for i in memory.living(t)] == [
+            ("insight", 0), ("behavior", None)]
+
+
+def test_feedback_in_the_query_is_optional(make_memory):
+    for on, expected in ((False, "behavior_question"), (True, "behavior_feedback")):
+        reply = behaviors(("behavior_question", "apples pears"), ("behavior_feedback", "a b c d"))
+        memory = make_memory(lambda prompt, reply=reply: reply, clusters=1, retrieve_k=1, query_feedback=on)
+        q = Question("q", "apples pears")
+        memory.add_problems([q])
+        memory.record(1, attempts(["win"], [1], q))
+        memory.abstract(1)
+        found = memory.contexts([Attempt("2", q, "x", 0.0, "a b c d " * 9)], 2)
+        assert [name for name, _ in found[0]["behaviors"]] == [expected]
+
+
+# -- shortcuts ----------------------------------------------------------------------------------------------------------
+
+LABELLED = [  # by hand, before the patterns were tried on them
+    ("Balance charges before atoms. Redox equations close only then.", []),
+    ("The molar mass sums the atomic masses of all atoms; hydrogens count too.", []),
+    ("A correct unit keeps the answer in grams per mole.", []),
+    ("Vitamin C is an antioxidant and dissolves in water.", []),
+    ("Group A streptococci are beta-haemolytic.", []),
+    ("Compare band gaps: a wide gap means an insulator.", []),
+    ("Prefer a heap when only the smallest element is needed.", []),
+    ("Read all input before parsing it; lines may be empty.", []),
+    ("Reaction rates rise with temperature because more collisions pass the barrier.", []),
+    ("Hepatitis B is transmitted by blood.", []),
+    ("The previous attempt ignored the sign.", ["attempts"]),
+    ("In the failed attempts the unit was dropped.", ["attempts"]),
+    ("All correct responses computed the mass first.", ["attempts"]),
+    ("The model should have counted the rings.", ["attempts"]),
+    ("The student confuses mass and weight.", ["attempts"]),
+    ("Option B is the one with the largest ring.", ["options"]),
+    ("The answer is C because of the nitrogen.", ["options"]),
+    ("Compare (A) with (D) first.", ["options"]),
+    ("The second option has the wrong charge.", ["options"]),
+    ("B is correct when the ring is aromatic.", ["options"]),
+    ("Use process of elimination when unsure.", ["tactics"]),
+    ("Rule out implausible choices first.", ["tactics"]),
+    ("An educated guess beats leaving it empty.", ["tactics"]),
+    ("The longest answer tends to be right.", ["tactics"]),
+    ("Distractors often repeat words of the stem.", ["tactics"]),
+    ("Hardcode the outputs of the samples.", ["tactics"]),
+    ("In this question the molecule has two rings.", ["problem"]),
+    ("The given compound contains sulfur.", ["problem"]),
+    ("For this particular reaction the yield is low.", ["problem"]),
+    ("The above example shows a cycle.", ["problem"]),
+    ("In this problem, choice (B) was picked in the wrong attempt by guessing.",
+     ["attempts", "options", "tactics", "problem"]),
+]
+
+
+@pytest.mark.parametrize("text, families", LABELLED)
+def test_shortcut_families(text, families):
+    assert mem.shortcuts(text) == families
+
+
+def test_shortcuts_are_measured_and_dropped_on_request(make_memory):
+    reply = insight_reply(["Balance the charges.", "Option B is larger."], ["In this question the unit was lost."])
+    for drop, kept in ((False, 3), (True, 1)):
+        memory = make_memory(lambda prompt: reply, drop_shortcuts=drop)
+        memory.record(1, attempts(["win", "loss"], [1, 0]))
+        memory.reflect(1, [P])
+        counts = memory.counts(1)
+        assert len(memory.living("insight")) == kept and counts["insight_proposed"] == 3 and counts["shortcut"] == 2
+        assert counts["shortcut_options"] == counts["shortcut_problem"] == 1 and "shortcut_tactics" not in counts
+        assert counts.get("insight_rejected", 0) == 3 - kept
+    assert [i.shortcuts for i in memory.living("insight")] == [""]
 
 
 # -- compose ------------------------------------------------------------------------------------------------------------
@@ -356,6 +510,37 @@ def test_a_behavior_needs_two_supporting_problems(make_memory):
     assert memory.counts()["behavior_rejected"] == 1
 
 
+def test_plain_text_is_grounded_by_half_of_its_longer_words(make_memory):
+    replies = iter([insight_reply(["Balance electrons before oxygens with these others.",  # balance electron before oxygen
+                                   "Balance the neutrons slowly, carefully."])])  # one of four
+    memory = make_memory(lambda prompt: next(replies), forms="question", ground_insights=True)
+    memory.record(1, attempts(["First balance every electron, then count."], [1]))
+    memory.reflect(1, [P])
+    assert [i.text[:17] for i in memory.living("insight")] == ["Balance electrons"]
+    memory.record(2, attempts(["balance before electrons"], [0], step=2))  # not all of its words
+    assert memory.sizes()["insight"] == 1
+    memory.record(3, attempts(["Balance oxygens before the electrons: Na"], [1], step=3))  # all, but right
+    assert memory.sizes()["insight"] == 1
+    memory.record(4, attempts(["Balance oxygens before the electrons: Cl"], [0], step=4))
+    assert memory.sizes()["insight"] == 0 and memory.counts()["insight_contradicted"] == 1
+
+
+def test_support_is_counted_for_what_was_born_before_and_changes_nothing(make_memory):
+    memory = make_memory(lambda prompt: insight_reply(["zo=rev"]), ground_insights=True)
+    rollouts = attempts([WIN], [1])
+    memory.record(1, rollouts)
+    memory.reflect(1, [P])
+    memory.contexts(rollouts, 1)
+    assert not any(kind.startswith("support") for kind in memory.counts())
+    before = memory.living("insight")[0]
+    memory.contexts(attempts(["a", "b", "c"], [1, 0, 0], step=2), 2)
+    assert memory.counts(2) == {"support_failure": 2, "support_success": 1}
+    subjects = {row[0] for row in memory.db.execute("SELECT subject FROM event WHERE step = 2")}
+    assert subjects == {f"#{before.id}"} and [i.id for i in memory.living("insight")] == [before.id]
+    memory.truncate_after(1)
+    assert not any(kind.startswith("support") for kind in memory.counts())
+
+
 # -- time and the file --------------------------------------------------------------------------------------------------
 
 def test_every_past_state_can_be_read_and_returned_to(make_memory):
@@ -367,7 +552,8 @@ def test_every_past_state_can_be_read_and_returned_to(make_memory):
     memory.add_problems([P, Q])
 
     def state():
-        return [(i.id, i.text) for t in ("experience", "insight", "behavior") for i in memory.living(t)], memory.counts()
+        return ([(i.id, i.text) for t in ("experience", "insight", "behavior") for i in memory.living(t)], memory.counts(),
+                memory.sizes())
 
     states = {0: state()}
     for step in range(1, 9):
@@ -395,11 +581,204 @@ def test_provenance(make_memory):
 
 def test_a_file_that_is_not_ours_is_refused(tmp_path):
     (tmp_path / "x.db").write_text("not a database, " * 100)
-    with pytest.raises(ValueError, match="x.db can't be used as a memory"):
+    with pytest.raises(ValueError, match="x.db can't be used as a memory .*name another file, or remove it"):
         mem.Memory(tmp_path / "x.db", words, Script())
     mem.Memory(tmp_path / "y.db", words, Script(), embedder="one").close()
     with pytest.raises(ValueError, match="'one'.*'two'"):
         mem.Memory(tmp_path / "y.db", words, Script(), embedder="two")
+    with pytest.raises(ValueError, match="y.db holds embeddings of 4096 dimensions, 'one' gives 26"):
+        mem.Memory(tmp_path / "y.db", letters, Script(), embedder="one")
+    with contextlib.closing(sqlite3.connect(tmp_path / "y.db")) as db, db:
+        db.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
+    with pytest.raises(ValueError, match="y.db has memory schema 1, this code reads 2"):
+        mem.Memory(tmp_path / "y.db", words, Script())
+    with contextlib.closing(sqlite3.connect(tmp_path / "z.db")) as db, db:
+        db.execute("CREATE TABLE diary (day TEXT)")
+    with pytest.raises(ValueError, match="z.db can't be used as a memory .*made by something else"):
+        mem.Memory(tmp_path / "z.db", words, Script())
+    with pytest.raises(ValueError, match="there is no memory .*none.db"):
+        mem.Memory(tmp_path / "none.db", None, None, mode="frozen")
+
+
+def as_nobody(call):
+    """call() in a child without privileges; the text of what it raised."""
+    parent, child = multiprocessing.Pipe()
+
+    def run():
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        try:
+            call()
+            child.send("nothing was raised")
+        except Exception as error:
+            child.send(f"{type(error).__name__}: {error}")
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    said = parent.recv()
+    process.join()
+    return said
+
+
+def rows_of(path):
+    with contextlib.closing(mem.Memory(path, None, None, mode="frozen")) as memory:
+        return [(i.text, i.born) for i in memory.living("experience")]
+
+
+def test_a_locked_file_and_a_read_only_folder_say_so(make_memory, tmp_path):
+    memory = make_memory()
+    memory.record(1, attempts(["first"], [1]))
+    memory.db.execute("PRAGMA busy_timeout = 50")
+    with contextlib.closing(sqlite3.connect(memory.path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OSError, match="0.db can't be used as a memory .*another process is writing it"):
+            memory.record(2, attempts(["second"], [1], step=2))
+        other.rollback()
+    assert memory.sizes()["experience"] == 1 and memory.counts() == {"success": 1}
+    memory.record(2, attempts(["third"], [1], step=2))
+    memory.close()
+    assert rows_of(memory.path) == [("first", 1), ("third", 2)]
+    shut = tmp_path / "shut"
+    shut.mkdir()
+    shutil.copy(memory.path, shut / "m.db")
+    shut.chmod(0o555), (shut / "m.db").chmod(0o444)
+    for path in [tmp_path, *tmp_path.parents][:3]:
+        path.chmod(path.stat().st_mode | 0o555)
+    assert "m.db can't be used as a memory" in (said := as_nobody(lambda: mem.Memory(shut / "m.db", words, Script()))), said
+    assert "make" in said and said.startswith("OSError")
+    assert as_nobody(lambda: mem.Memory(shut / "new.db", words, Script())).startswith("OSError")
+    assert as_nobody(lambda: rows_of(shut / "m.db")) == "nothing was raised"  # reading needs no writable folder
+
+
+def test_a_full_disk_says_so_and_what_was_committed_is_safe(make_memory):
+    memory = make_memory()
+    memory.record(1, attempts(["first"], [1]))
+    pages, = memory.db.execute("PRAGMA page_count").fetchone()
+    memory.db.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(OSError, match="full.*free some space"):
+        memory.record(2, attempts([f"{i}" * 5000 for i in range(8)], [1] * 8, step=2))
+    assert memory.sizes()["experience"] == 1 and memory.counts() == {"success": 1}
+    memory.db.execute("PRAGMA max_page_count = 1000000")
+    memory.record(2, attempts(["later"], [1], step=2))
+    memory.close()
+    assert rows_of(memory.path) == [("first", 1), ("later", 2)]
+
+    def with_a_quota():
+        full = mem.Memory(memory.path, words, Script())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(memory.path) + 50_000,) * 2)
+        full.record(3, attempts([f"{i}" * 50_000 for i in range(5)], [1] * 5, step=3))
+
+    os.chmod(memory.path, 0o666), os.chmod(os.path.dirname(memory.path), 0o777)
+    assert "all that was committed before is safe" in as_nobody(with_a_quota)
+    assert rows_of(memory.path) == [("first", 1), ("later", 2)]
+
+
+def steps_forever(path, told):
+    memory = mem.Memory(path, letters, Script(lambda prompt: insight_reply([f"s{len(prompt)}"])))
+    first = 1 + max([0, *(i.born for i in memory.living("experience"))])
+    for step in range(first, 10_000):
+        text = f"{'abcdefghijklmnopqrstuvwxyz'[step % 26] * 3} {step}"
+        memory.record(step, attempts([text], [1], Question(f"p{step % 7}", ""), step))
+        told.send(step)
+
+
+def test_kill_9_loses_nothing_that_was_committed(tmp_path):
+    path, rng, last = tmp_path / "m.db", random.Random(0), 0
+    for _ in range(6):
+        parent, child = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=steps_forever, args=(path, child))
+        process.start()
+        last = parent.recv()  # it has begun
+        time.sleep(rng.random() / 10)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        while parent.poll():
+            last = parent.recv()
+        with contextlib.closing(mem.Memory(path, letters, Script())) as memory:
+            memory.truncate_after(last)  # the kill may have come between a commit and its message
+            assert memory.counts()["success"] == last
+            born = sorted({born for born, in memory.db.execute("SELECT born FROM item")})
+            assert born and born[-1] <= last
+    assert last > 6
+
+
+def test_a_torn_log_recovers_to_a_committed_step(tmp_path):
+    memory = mem.Memory(tmp_path / "m.db", words, Script())
+    for step in range(1, 9):
+        memory.record(step, attempts([f"attempt {step}"], [1], step=step))
+    log, rng = (tmp_path / "m.db-wal").read_bytes(), random.Random(0)
+    assert len(log) > 10_000
+    found = set()
+    for i in range(25):
+        torn = tmp_path / f"{i}.db"
+        shutil.copy(tmp_path / "m.db", torn)
+        torn.with_name(torn.name + "-wal").write_bytes(log[: rng.randrange(len(log))])
+        with contextlib.closing(mem.Memory(torn, words, Script())) as again:
+            texts = [i.text for i in again.living("experience")]
+            steps = again.counts().get("success", 0)
+            assert texts == [f"attempt {s}" for s in range(1, steps + 1)][-5:]
+            again.record(9, attempts(["goes on"], [1], step=9))
+            found.add(steps)
+    assert len(found) > 3
+    memory.db.close()
+
+
+def test_reading_a_run_that_is_still_going(make_memory):
+    memory = make_memory()
+    memory.record(1, attempts(["win"], [1]))
+    assert rows_of(memory.path) == [("win", 1)]  # the commit is in the log only
+    memory.record(2, attempts(["more"], [1], step=2))
+    assert rows_of(memory.path) == [("win", 1), ("more", 2)]
+
+
+def test_a_method_that_raises_has_changed_nothing(make_memory):
+    memory = make_memory(lambda prompt: insight_reply(["alpha"]))
+    memory.add_problems([P])
+    memory.record(1, attempts(["win"], [1]))
+    before = (memory.counts(), memory.sizes(), list(memory.db.execute("SELECT * FROM item")))
+
+    def broken(texts):
+        raise RuntimeError("no embedding today")
+
+    memory.embed = broken
+    for call in (lambda: memory.record(2, attempts(["x"], [1], step=2)), lambda: memory.reflect(2, [P])):
+        with pytest.raises(RuntimeError):
+            call()
+        assert (memory.counts(), memory.sizes(), list(memory.db.execute("SELECT * FROM item"))) == before
+
+
+# -- looking at it ------------------------------------------------------------------------------------------------------
+
+def test_show_and_stats(make_memory, capsys, tmp_path):
+    memory = make_memory(lambda prompt: insight_reply(["alpha \x1b[31mred"]) if "strategies" in prompt else
+                         behaviors(("behavior_x", "beta")), clusters=1)
+    memory.add_problems([P, Q])
+    for step, (problem, text) in enumerate(((P, "first win"), (Q, "a win of q"), (P, "quite another")), 1):
+        memory.record(step, attempts([text], [1], problem, step))
+        memory.reflect(step, [problem])
+    memory.abstract(4)
+    memory.close()
+
+    def printed(*args):
+        mem.main([*map(str, args)])
+        return capsys.readouterr().out
+
+    everything = printed("show", memory.path)
+    assert all(w in everything for w in ("first win", "a win of q", "alpha", "behavior_x: beta", "experience: 3 items"))
+    assert "\x1b" not in everything
+    assert "a win of q" not in (one := printed("show", memory.path, "--problem", "p")) and "quite another" in one
+    assert "quite another" not in printed("show", memory.path, "--problem", "p", "--step", 2)
+    assert "behavior: 0 items" in printed("show", memory.path, "--tier", "behavior", "--step", 3)
+    found = printed("show", memory.path, "--grep", "OF Q")
+    assert "a win of q" in found and "first win" not in found
+    table = printed("stats", memory.path, "--png", tmp_path / "m.png").splitlines()
+    assert [line.split() for line in table[1:6]] == [  # step, success, failure, strategy, lesson, behavior, shortcut
+        [*"0000000"], [*"1101000"], [*"2202000"], [*"3302000"], [*"4302010"]]
+    assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
+    for args, said in ((("show", tmp_path / "no.db"), "no memory"), (("show", memory.path, "--problem", "zzz"), "'zzz'")):
+        with pytest.raises(SystemExit, match=said):
+            mem.main([*map(str, args)])
 
 
 def test_it_is_readable(make_memory):
