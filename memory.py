@@ -881,7 +881,7 @@ def line_of(item):
     head = " ".join(x for x in (item.kind if item.tier != "behavior" else "", item.title) if x)
     seen = f" (feedback: {item.feedback})" if item.feedback else ""
     flags = f" [shortcut: {item.shortcuts}]" if item.shortcuts else ""
-    return f"[step {item.born}] {head}: {item.text}{seen}{flags}"
+    return f"[step {item.born}] {head}: {item.text}{seen}{flags}".replace("\n", "\n      ")
 
 
 def printable(text):
