@@ -834,9 +834,13 @@ class Memory:
         with self._explained(), contextlib.closing(sqlite3.connect(path)) as copy:
             self.db.backup(copy)
 
-    def close(self):
+    def settle(self):
+        """Has the disk hold all that was committed: what a checkpoint relies on. A kill alone loses nothing anyway."""
         if self.mode != "frozen":
-            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._query("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self):
+        self.settle()
         self.db.close()
 
 

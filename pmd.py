@@ -31,12 +31,16 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
+import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -78,8 +82,8 @@ FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+def option(default, help, *aliases):
+    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
 
 
 @dataclass
@@ -104,6 +108,8 @@ class Config:
     seed: int = option(0, "of everything random in the run")
     name: str = option("", "the run's folder under --out (default: task-method-seed-date-time)")
     resume: bool = option(False, "continue the run --name from its last checkpoint; start it if there is none")
+    fork_from: str = option("", "start from RUN@STEP, a kept checkpoint: policy, teacher, optimizer and memory together",
+                            "--from")
     out: str = option("runs", "where runs are written")
     compare: str = option("", "methods to run in turn on equal budgets, such as grpo,sdpo,pmd")
     device: str = option("", "cpu, cuda, ... (default: cuda if there is one)")
@@ -178,7 +184,11 @@ class Config:
 
     # bookkeeping
     log_every: int = option(10, "steps between printed lines and samples in samples.jsonl [ours]")
-    save_every: int = option(50, "steps between checkpoints; 0 for none [ours]")
+    save_every: int = option(50, "steps between checkpoints; 0 for none but the one of a run that is stopped [ours]")
+    keep: int = option(2, "checkpoints kept, besides the one that was best on dev [ours]")
+    max_minutes: float = option(0.0, "save and stop after the step at hand when so many minutes have passed, as on SIGTERM "
+                                     "and Ctrl-C; --resume goes on; 0 for no limit [ours]")
+    log: Literal["", "tensorboard", "wandb"] = option("", "send the metrics there too, through its own library [ours]")
 
 
 # By task; the defaults above are SciKnowEval's. See nano/README.md for how nano's values were found.
@@ -201,8 +211,8 @@ def train(cfg: Config) -> dict:
     run = Run(cfg, task, tokenizer)
     memory = make_memory(run, sampler, task, cfg)
     first = run.restore(policy, teacher, optimizer, memory)
-    if first == 1:
-        run.evaluate(0, sampler, memory)
+    if first == run.origin + 1:
+        run.evaluate(run.origin, sampler, memory)
 
     for step, problems in batches(task.train, first, cfg):
         sampler.step = step
@@ -235,7 +245,7 @@ def train(cfg: Config) -> dict:
             run.evaluate(step, sampler, memory)
         if cfg.method == "pmd-transient":
             memory.forget(step)
-        if run.due(step, cfg.save_every):
+        if run.must_save(step):
             run.save(step, policy, teacher, optimizer, memory)
 
     return run.finish(policy, memory)
@@ -532,8 +542,7 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
         raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(supervised)}")
     optimizer.step()
     optimizer.updates += 1
-    for group in optimizer.param_groups:  # linear warm-up, then constant
-        group["lr"] = cfg.lr * min(1.0, (optimizer.updates + 1) / max(1, cfg.warmup_steps))
+    set_lr(optimizer, cfg)
     sums.update(updates=1, grad_norm=float(norm))
     return sums
 
@@ -544,10 +553,15 @@ def problem_ids(rollouts):
 
 
 def make_optimizer(policy, cfg):
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr / max(1, cfg.warmup_steps), betas=(cfg.beta1, cfg.beta2),
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     optimizer.updates = 0
+    set_lr(optimizer, cfg)
     return optimizer
+
+
+def set_lr(optimizer, cfg):
+    for group in optimizer.param_groups:  # linear warm-up, then constant
+        group["lr"] = cfg.lr * min(1.0, (optimizer.updates + 1) / max(1, cfg.warmup_steps))
 
 
 def make_teacher(policy, cfg):
@@ -573,8 +587,10 @@ def check(cfg, quiet=False):
                             ("insight_novelty", -1, 1)):
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name} {getattr(cfg, name)} is outside [{low}, {high}]")
-    for name in ("batch_size", "group_size", "mini_batch_size", "micro_tokens", "max_prompt", "max_completion", "eval_k",
-                 "clusters", "log_every", "lr", "eval_temperature", "memory_temperature", "eval_top_p"):
+    if cfg.log and not importlib.util.find_spec(cfg.log):
+        raise ValueError(f"--log {cfg.log} needs its library: pip install {cfg.log}")
+    for name in ("keep", "batch_size", "group_size", "mini_batch_size", "micro_tokens", "max_prompt", "max_completion",
+                 "eval_k", "clusters", "log_every", "lr", "eval_temperature", "memory_temperature", "eval_top_p"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)} must be above 0")
     if cfg.group_size == 1 and cfg.method in ("grpo", "sdpo"):
@@ -587,6 +603,9 @@ def check(cfg, quiet=False):
         raise ValueError(f"{folder} exists; add --resume to continue it or choose another --name")
     if cfg.resume and (folder / "config.json").exists():
         refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
+    if cfg.fork_from and not (fork := checkpoint_of(cfg)).is_dir():
+        kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
+        raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
     if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
         raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
     task = load_task(cfg.task, cfg.dev, data=cfg.data)
@@ -722,17 +741,19 @@ def make_memory(run, sampler, task, cfg):
     shared = {f.name for f in fields(Config)} & set(Memory.__init__.__kwdefaults__)  # equal names, equal meanings
     knobs = {"forms": FORMS.get(task.train[0].verifier, "question")} | {n: getattr(cfg, n) for n in shared}
     knobs["mode"] = {"frozen-memory": "frozen", "pmd-transient": "transient"}.get(cfg.method, "evolving")
-    path = run.folder / "memory.db"
     if cfg.method in ("grpo", "sdpo"):  # nothing is remembered, so nothing is embedded
-        return Memory(path, make_embedder(replace(cfg, embedder="hashing")), None)
+        return Memory(":memory:", make_embedder(replace(cfg, embedder="hashing")), None)
+    path, aside = run.folder / "memory.db", run.folder / "memory.partial"
     if cfg.method == "frozen-memory" and not path.exists():  # a copy of our own: the run resumes when the other is gone
         source, step = memory_source(cfg)
-        aside = path.with_suffix(".partial")
+        aside.unlink(missing_ok=True)
         with contextlib.closing(Memory(source, None, None, mode="frozen")) as lent:
             lent.copy_to(aside)
-        if step:
-            with contextlib.closing(Memory(aside, None, None)) as copied:
-                copied.truncate_after(int(step))
+        with contextlib.closing(Memory(aside, None, None)) as copied:
+            copied.truncate_after(int(step or 10**9))
+        aside.rename(path)
+    elif run.saved and (run.saved / "memory.db").exists() and not path.exists():  # of a fork, or of a run that lost its file
+        shutil.copy(run.saved / "memory.db", aside)
         aside.rename(path)
     memory = Memory(path, make_embedder(cfg), sampler.ask, make_abstractor(cfg),
                     fits=lambda prompt: len(encode_prompt(sampler.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
@@ -741,10 +762,20 @@ def make_memory(run, sampler, task, cfg):
     return memory
 
 
+def run_and_step(text, cfg):
+    """(folder, step or "") of RUN[@STEP]; RUN is a folder, or a name under --out."""
+    run, _, step = text.partition("@")
+    return Path(run) if Path(run).is_dir() else Path(cfg.out) / run, step
+
+
 def memory_source(cfg):
-    """(file, step or "") of --memory_from RUN[@STEP]; RUN is a folder, or a name under --out."""
-    run, _, step = cfg.memory_from.partition("@")
-    return (Path(run) if Path(run).is_dir() else Path(cfg.out) / run) / "memory.db", step
+    folder, step = run_and_step(cfg.memory_from, cfg)
+    return folder / "memory.db", step
+
+
+def checkpoint_of(cfg):
+    folder, step = run_and_step(cfg.fork_from, cfg)
+    return folder / "checkpoints" / (step or "?")
 
 
 def batches_per_epoch(problems, cfg):
@@ -772,6 +803,14 @@ def batches(problems, first, cfg):
 # What a run leaves, on the screen and on disk
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Stopped(Exception):
+    """The run was told to stop, and has saved; `code` is the exit status of the program."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
 class Run:
     """The folder of a run, its progress bar and its clock. Nothing here changes what is learned."""
 
@@ -779,22 +818,49 @@ class Run:
         self.cfg, self.task, self.tokenizer, self.started = cfg, task, tokenizer, time.perf_counter()
         self.total, self.seconds, self.spent = total_steps(task.train, cfg), Counter(), 0.0
         self.folder = Path(cfg.out) / (cfg.name or default_name(cfg))
+        own = checkpoints(self.folder)
+        self.saved = own[-1] if own else checkpoint_of(cfg) if cfg.fork_from else None  # what it goes on from
+        self.origin = int(checkpoint_of(cfg).name) if cfg.fork_from else 0  # the step it began after
         (self.folder / "evals").mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        (self.folder / "environment.txt").write_text(environment())
+        write(self.folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+        with open(self.folder / "environment.txt", "a", encoding="utf-8") as file:  # a resumed run has several
+            file.write(environment())
         print(f"{cfg.method} on {cfg.task} with {cfg.model}, seed {cfg.seed}: {len(task.train)} train, {len(task.dev)} dev, "
               f"{len(task.test)} test problems; {self.total} steps of {cfg.batch_size} x {cfg.group_size}; {self.folder}")
         settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
         print("set otherwise than by default: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+        if self.saved:
+            print(f"going on from {self.saved}")
         self.bar = tqdm(total=self.total, desc=cfg.method, unit="step", dynamic_ncols=True, disable=None)  # none in a log
+        self.send = reporter(cfg, self.folder)
+        self.stop, self.signals, self.learned = "", {}, ""
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+            self.signals = {n: signal.signal(n, self._told) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def _told(self, number, frame):
+        """The first signal lets the step at hand end and saves; the next one ends the program at once."""
+        self.stop = signal.Signals(number).name
+        self.bar.write(f"{self.stop}: saving after this step; once more to quit at once")
+        self._unlisten()
+
+    def _unlisten(self):
+        for number, handler in self.signals.items():
+            signal.signal(number, handler)
+        self.signals = {}
 
     def due(self, step, every):
         return bool(every) and step % every == 0 or step == self.total
 
+    def must_save(self, step):
+        """Whether a checkpoint is due, or the run was told to stop."""
+        if 0 < self.cfg.max_minutes <= (time.perf_counter() - self.started) / 60:
+            self.stop = self.stop or "--max_minutes"
+        return bool(self.stop) or self.cfg.save_every > 0 and self.due(step, self.cfg.save_every)
+
     @contextlib.contextmanager
     def phase(self, name):
         """Shows the phase on the progress bar, adds its seconds to the step's, and says where to go back to if it fails."""
-        self.bar.set_postfix_str(name)
+        self.bar.set_postfix_str(name + self.learned)
         start = time.perf_counter()
         try:
             yield
@@ -802,6 +868,9 @@ class Run:
             saved = checkpoints(self.folder)
             where = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint to go back to"
             raise FloatingPointError(f"{error}; {where}") from error
+        finally:
+            if sys.exc_info()[0]:  # the program's own handlers again, whatever ended the run
+                self._unlisten()
         self.seconds[name] += time.perf_counter() - start
 
     def log(self, step, rollouts, sums, memory):
@@ -828,7 +897,8 @@ class Run:
         if (precision := memory_precision(memory, self.task.train)) is not None:
             metrics["memory_precision"] = precision
         metrics["seconds"], self.seconds = dict(self.seconds), Counter()
-        append(self.folder / "metrics.jsonl", metrics)
+        self.note(metrics)
+        self.learned = f", reward {metrics['reward']:.2f}, memory {'/'.join(map(str, metrics['memory'].values()))}"
         self.bar.update()
         if self.due(step, cfg.log_every):
             sizes = "  memory " + "/".join(map(str, metrics["memory"].values())) if any(metrics["memory"].values()) else ""
@@ -839,6 +909,11 @@ class Run:
                 "step": step, "problem": shown.problem.id, "student_prompt": shown.problem.prompt,
                 "teacher_prompt": shown.teacher_prompt, "completion": shown.text, "reward": shown.reward,
                 "insight": [f"{i.kind} {i.title}: {i.text}" for i in memory.living("insight", shown.problem.id)]})
+
+    def note(self, row):
+        """A line of metrics.jsonl, on disk before the next step, and of what --log names."""
+        append(self.folder / "metrics.jsonl", row)
+        self.send(row)
 
     def evaluate(self, step, sampler, memory):
         """Answers dev and test from the plain prompt; every sample goes to evals/, the estimates to metrics.jsonl.
@@ -863,43 +938,65 @@ class Run:
                     {"problem": p.id, "sample": j, "answer": v.answer, "reward": v.reward, "tokens": len(s.ids),
                      "text": s.text} for p, group in zip(problems, rows, strict=True) for j, (s, v) in enumerate(group)))
                 rewards = np.array([[v.reward for _, v in group] for group in rows])
-                append(self.folder / "metrics.jsonl", {
+                self.note({
                     "step": step, "split": split, "rollouts": step * cfg.batch_size * cfg.group_size,
                     "avg_at_k": avg_at_k(rewards), "k": cfg.eval_k, "n_problems": len(problems),
                     "interval": interval(rewards.mean(1)), "best_at_k": best_at_k(rewards),
                     "maj_at_k": maj_at_k(rewards, [[v.answer for _, v in group] for group in rows])})
 
-    # -- checkpoints: simple ones; see the README for what they do and do not guarantee -------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self, step, policy, teacher, optimizer, memory):
-        """checkpoints/STEP: the weights as a Hugging Face folder, trainer.pt beside them; the last two are kept."""
-        if not self.cfg.save_every:
-            return
+        """checkpoints/STEP: the weights as a Hugging Face folder, trainer.pt and memory.db beside them.
+
+        Written aside, flushed to the disk and renamed: a checkpoint is whole or is not there. The sampler's and the data's
+        randomness is keyed by seed and step, so there is no other state. Raises Stopped where the run was told to stop.
+        """
         with self.phase("save"):
             folder, aside = self.folder / "checkpoints" / str(step), self.folder / "checkpoints" / f"{step}.partial"
             shutil.rmtree(aside, ignore_errors=True)
             save_model(policy, self.tokenizer, aside)
-            torch.save({"step": step, "updates": optimizer.updates, "optimizer": optimizer.state_dict(),
+            torch.save({"step": step, "updates": optimizer.updates, "optimizer": optimizer.state_dict()["state"],
                         "teacher": teacher.state_dict() if teacher is not policy else None,
                         "seconds": self.spent + time.perf_counter() - self.started}, aside / "trainer.pt")
+            if memory.path != ":memory:":
+                memory.copy_to(aside / "memory.db")
+                memory.settle()
+            settle(aside)
             aside.rename(folder)
-            for old in checkpoints(self.folder)[:-2]:
+            settle(folder.parent)
+            self._prune()
+        if self.stop and step < self.total:
+            self._unlisten()
+            self.bar.close()
+            code = 128 + getattr(signal, self.stop) if self.stop.startswith("SIG") else 0
+            raise Stopped(f"{self.stop}: stopped after step {step} of {self.total}; the same command with "
+                          f"--name {self.folder.name} --resume goes on", code)
+
+    def _prune(self):
+        """Keeps the last `keep` checkpoints, and the one whose step was best on dev."""
+        saved, dev = checkpoints(self.folder), {
+            row["step"]: row["avg_at_k"] for row in read_lines(self.folder / "metrics.jsonl") if row.get("split") == "dev"}
+        best = max((c for c in saved if int(c.name) in dev), key=lambda c: (dev[int(c.name)], int(c.name)), default=None)
+        for old in saved[:-self.cfg.keep]:
+            if old != best:
                 shutil.rmtree(old)
 
     def restore(self, policy, teacher, optimizer, memory) -> int:
-        """Back to the last checkpoint if there is one; memory and records return to its step. The next step's number."""
-        saved, step = checkpoints(self.folder), 0
-        if saved:
-            state = torch.load(saved[-1] / "trainer.pt", map_location=policy.device, weights_only=True)
-            loaded = AutoModelForCausalLM.from_pretrained(saved[-1], dtype=torch.float32)
+        """Back to the newest checkpoint, or to --from's; memory and records return to its step. The next step's number."""
+        step = 0
+        if self.saved:
+            state = torch.load(self.saved / "trainer.pt", map_location=policy.device, weights_only=True)
+            loaded = AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32)
             policy.load_state_dict(loaded.state_dict())
-            if state["teacher"] is not None:
-                teacher.load_state_dict(state["teacher"])
-            optimizer.load_state_dict(state["optimizer"])
+            if teacher is not policy:
+                teacher.load_state_dict(state["teacher"] or loaded.state_dict())
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
             optimizer.updates, step, self.spent = state["updates"], state["step"], state["seconds"]
+            set_lr(optimizer, self.cfg)
         if memory.mode != "frozen":
             memory.truncate_after(step)
-        keep = -1 if not step else step  # without a checkpoint the run starts over, its first evaluation included
+        keep = -1 if step == self.origin else step  # without a checkpoint of its own it starts over, evaluation included
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.folder / name).exists():
                 rows = read_lines(self.folder / name)
@@ -910,11 +1007,15 @@ class Run:
     def finish(self, policy, memory) -> dict:
         """final/, summary.json and the learning curve; prints the table and one problem's memory."""
         cfg, history = self.cfg, read_lines(self.folder / "metrics.jsonl")
+        self._unlisten()
         self.bar.close()
-        save_model(policy, self.tokenizer, self.folder / "final")
+        aside = self.folder / "final.partial"
+        save_model(policy, self.tokenizer, aside)
+        shutil.rmtree(self.folder / "final", ignore_errors=True)
+        aside.rename(self.folder / "final")
         tests = {row["step"]: row for row in history if row.get("split") == "test"}
         devs = [row for row in history if row.get("split") == "dev"]
-        pick = {"base": tests[0], "final": tests[self.total],
+        pick = {"base": tests[self.origin], "final": tests[self.total],
                 "dev_best": tests[max(devs, key=lambda r: r["avg_at_k"])["step"]] if devs else None,
                 "test_best": max(tests.values(), key=lambda r: r["avg_at_k"])}
         keys = ("step", "avg_at_k", "k", "n_problems", "interval", "maj_at_k", "best_at_k")
@@ -926,7 +1027,7 @@ class Run:
                    "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
                    "abstractor": cfg.abstractor, "embedder": cfg.embedder, "memory": memory.sizes(),
                    "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        write(self.folder / "summary.json", json.dumps(summary, indent=1))
         plot_curves({cfg.method: history}, self.folder / "curve.png", title(cfg))
         print("\n" + table({cfg.method: summary}))
         if any(memory.sizes().values()):
@@ -958,12 +1059,15 @@ def default_name(cfg):
 
 
 def refuse_changes(before, cfg):
-    """A resumed run keeps its configuration, but for what only adds steps or output."""
-    free = {"resume", "steps", "epochs", "out", "name", "device", "log_every", "save_every", "micro_tokens"}
+    """A resumed run keeps its configuration, but for what only adds steps or output; that is noted."""
+    free = {"resume", "steps", "epochs", "out", "name", "device", "log_every", "save_every", "micro_tokens", "keep",
+            "max_minutes", "log"}
     now = dataclasses.asdict(cfg)
-    changed = [f"--{k} ({before.get(k)!r} before, {now[k]!r} now)" for k in now if k not in free and before.get(k) != now[k]]
-    if changed:
-        raise ValueError(f"the run {cfg.name} was started with other flags: {', '.join(changed)}; use another --name")
+    said = {k: f"--{k} ({before.get(k)!r} before, {now[k]!r} now)" for k in now if before.get(k) != now[k]}
+    if refused := [text for k, text in said.items() if k not in free]:
+        raise ValueError(f"the run {cfg.name} was started with other flags: {', '.join(refused)}; use another --name")
+    if noted := [text for k, text in said.items() if k not in ("resume", "out", "name")]:
+        print(f"changed since the run was started: {', '.join(noted)}")
 
 
 def checkpoints(folder):
@@ -1000,12 +1104,56 @@ def append(path, row):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def write(path, text):
+    """Writes aside and renames: whoever reads the file finds the old text or the new one."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.rename(path)
+
+
 def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a file of JSON lines; a last line without its end was cut by a kill, and is none."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def settle(folder):
+    """Has the disk hold a folder and its files, so that a rename after it can't come to stand before them."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def reporter(cfg, folder):
+    """send(row) for `--log`: numbers of the rows of metrics.jsonl, nested ones as outer/inner, to the library it names."""
+    if not cfg.log:
+        return lambda row: None
+
+    def numbers(row, prefix=""):
+        for key, value in row.items():
+            if isinstance(value, dict):
+                yield from numbers(value, f"{prefix}{key}/")
+            elif isinstance(value, (int, float)) and key != "step":
+                yield f"{prefix}{key}", value
+
+    if cfg.log == "wandb":
+        import wandb
+        session = wandb.init(project="pmd", name=folder.name, dir=folder, config=dataclasses.asdict(cfg), id=folder.name,
+                             resume="allow")
+        return lambda row: session.log(dict(numbers(row, f"{row.get('split', 'train')}/")), step=row["step"])
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def send(row):
+        for name, value in numbers(row, f"{row.get('split', 'train')}/"):
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return send
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1052,6 +1200,9 @@ def main():
         sys.exit(f"pmd.py: {error}")
     try:
         summaries = {run.method: train(run) for run in runs}
+    except Stopped as stopped:
+        print(f"pmd.py: {stopped}", file=sys.stderr)
+        sys.exit(stopped.code)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"pmd.py: {error}")
     if folder:

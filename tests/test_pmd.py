@@ -419,54 +419,6 @@ def test_a_silent_server_is_refused_before_any_work(server, make_config, monkeyp
 
 # -- runs ---------------------------------------------------------------------------------------------------------------
 
-def state(folder):
-    """What must not depend on having been interrupted: final weights, memory rows, metrics without times."""
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for row in metrics:
-        row.pop("seconds", None)
-    rows = mem.sqlite3.connect(folder / "memory.db").execute("SELECT * FROM item ORDER BY id").fetchall()
-    events = mem.sqlite3.connect(folder / "memory.db").execute("SELECT * FROM event").fetchall()
-    return (folder / "final" / "model.safetensors").read_bytes(), rows, events, metrics
-
-
-@pytest.mark.parametrize("method", ["pmd", "sdpo", "grpo"])
-def test_resume_equals_never_having_stopped(make_config, method, monkeypatch):
-    cfg = make_config(method=method, steps=5, batch_size=8, mini_batch_size=8, behavior_every=2, eval_every=2, save_every=2,
-                      name="whole")
-    pmd.train(cfg)
-    broken = dataclasses.replace(cfg, name="broken", resume=True)  # starts it, for there is none
-    update = pmd.update
-
-    def dies(policy, teacher, optimizer, rollouts, step, cfg):
-        if step == 4:
-            raise KeyboardInterrupt
-        return update(policy, teacher, optimizer, rollouts, step, cfg)
-
-    monkeypatch.setattr(pmd, "update", dies)
-    with pytest.raises(KeyboardInterrupt):
-        pmd.train(broken)
-    monkeypatch.setattr(pmd, "update", update)
-    pmd.train(broken)
-    whole, resumed = state(Path(cfg.out, "whole")), state(Path(cfg.out, "broken"))
-    assert whole[1:] == resumed[1:]
-    assert whole[0] == resumed[0]
-    if method == "pmd":
-        assert len(whole[1]) > 10
-
-
-def test_a_failing_update_names_the_last_good_checkpoint(make_config, monkeypatch):
-    update = pmd.update
-
-    def fails(policy, teacher, optimizer, rollouts, step, cfg):
-        if step == 3:
-            raise FloatingPointError("the loss is nan at step 3, on problems x")
-        return update(policy, teacher, optimizer, rollouts, step, cfg)
-
-    monkeypatch.setattr(pmd, "update", fails)
-    with pytest.raises(FloatingPointError, match="nan at step 3, on problems x; the last good checkpoint is .*points/2$"):
-        pmd.train(make_config(steps=4, save_every=1, name="r"))
-
-
 def test_a_run_leaves_what_it_promises(make_config):
     cfg = make_config(steps=3, eval_every=1, save_every=1, name="r")
     summary = pmd.train(cfg)

@@ -1,0 +1,225 @@
+"""A run that is interrupted, killed, torn or forked against the same run left alone."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import memory as mem
+import pmd
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def state(folder):
+    """What must not depend on having been interrupted: final weights, memory rows, metrics without times."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in metrics:
+        row.pop("seconds", None)
+    rows, events = [], []
+    if (folder / "memory.db").exists():
+        with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
+            rows, events = (db.execute(f"SELECT * FROM {t}").fetchall() for t in ("item ORDER BY id", "event"))
+    return (folder / "final" / "model.safetensors").read_bytes(), rows, events, metrics
+
+
+@pytest.mark.parametrize("method", ["pmd", "sdpo", "grpo"])
+def test_resume_equals_never_having_stopped(make_config, method, monkeypatch):
+    cfg = make_config(method=method, steps=5, batch_size=8, mini_batch_size=8, behavior_every=2, eval_every=2, save_every=2,
+                      name="whole")
+    pmd.train(cfg)
+    broken = dataclasses.replace(cfg, name="broken", resume=True)  # starts it, for there is none
+    update = pmd.update
+
+    def dies(policy, teacher, optimizer, rollouts, step, cfg):
+        if step == 4:
+            raise KeyboardInterrupt
+        return update(policy, teacher, optimizer, rollouts, step, cfg)
+
+    monkeypatch.setattr(pmd, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pmd.train(broken)
+    monkeypatch.setattr(pmd, "update", update)
+    pmd.train(broken)
+    whole, resumed = state(Path(cfg.out, "whole")), state(Path(cfg.out, "broken"))
+    assert whole[1:] == resumed[1:]
+    assert whole[0] == resumed[0]
+    if method == "pmd":
+        assert len(whole[1]) > 10
+
+
+def test_a_failing_update_names_the_last_good_checkpoint(make_config, monkeypatch):
+    update = pmd.update
+
+    def fails(policy, teacher, optimizer, rollouts, step, cfg):
+        if step == 3:
+            raise FloatingPointError("the loss is nan at step 3, on problems x")
+        return update(policy, teacher, optimizer, rollouts, step, cfg)
+
+    monkeypatch.setattr(pmd, "update", fails)
+    with pytest.raises(FloatingPointError, match="nan at step 3, on problems x; the last good checkpoint is .*points/2$"):
+        pmd.train(make_config(steps=4, save_every=1, name="r"))
+
+
+def small(make_config, **changes):
+    flags = dict(steps=4, batch_size=8, mini_batch_size=8, behavior_every=2, eval_every=2, save_every=1)
+    return make_config(**(flags | changes))
+
+
+def test_a_signal_saves_after_the_step_and_the_rest_is_as_if_nothing_had_happened(make_config, monkeypatch):
+    whole = small(make_config, name="whole", save_every=0)
+    pmd.train(whole)
+    cfg = dataclasses.replace(whole, name="told", resume=True)
+    record = mem.Memory.record
+
+    def told(self, step, rollouts):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record(self, step, rollouts)
+
+    monkeypatch.setattr(mem.Memory, "record", told)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(pmd.Stopped, match="SIGTERM: stopped after step 2 of 4; the same command with --name told --resume"):
+        pmd.train(cfg)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    monkeypatch.setattr(mem.Memory, "record", record)
+    assert [c.name for c in pmd.checkpoints(Path(cfg.out, "told"))] == ["2"]  # although --save_every is 0
+    pmd.train(cfg)
+    assert state(Path(cfg.out, "whole")) == state(Path(cfg.out, "told"))
+
+
+def test_the_second_signal_ends_it_at_once(make_config, monkeypatch):
+    record = mem.Memory.record
+
+    def told_twice(self, step, rollouts):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return record(self, step, rollouts)
+
+    monkeypatch.setattr(mem.Memory, "record", told_twice)
+    with pytest.raises(KeyboardInterrupt):
+        pmd.train(small(make_config, name="x"))
+
+
+def test_a_time_limit_and_the_exit_status(make_config):
+    cfg = small(make_config, name="late", max_minutes=1e-6)
+    with pytest.raises(pmd.Stopped, match="--max_minutes: stopped after step 1 of 4") as stopped:
+        pmd.train(cfg)
+    assert stopped.value.code == 0 and pmd.Stopped("", 143).code == 143
+    pmd.train(dataclasses.replace(cfg, resume=True, max_minutes=0.0))  # a limit is no part of what was run
+    assert (Path(cfg.out, "late", "final")).is_dir()
+
+
+def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
+    cfg = small(make_config, name="r", steps=6, eval_every=1, keep=2)
+    pmd.train(cfg)
+    rows = [json.loads(line) for line in Path(cfg.out, "r", "metrics.jsonl").read_text().splitlines()]
+    dev = {row["step"]: row["avg_at_k"] for row in rows if row.get("split") == "dev" and row["step"]}
+    saved = {int(c.name) for c in pmd.checkpoints(Path(cfg.out, "r"))}
+    assert saved >= {5, 6} and len(saved) <= 3 and max(dev[s] for s in saved) == max(dev.values())
+
+
+def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config, monkeypatch):
+    cfg = small(make_config, name="r", resume=True)
+    save = torch.save
+
+    def torn(state, path):
+        if state["step"] == 3:
+            Path(path).write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        save(state, path)
+
+    monkeypatch.setattr(pmd.torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        pmd.train(cfg)
+    monkeypatch.setattr(pmd.torch, "save", save)
+    folder = Path(cfg.out, "r")
+    assert [c.name for c in pmd.checkpoints(folder)] == ["1", "2"] and (folder / "checkpoints" / "3.partial").is_dir()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "reward": 0.')
+    pmd.train(cfg)
+    pmd.train(small(make_config, name="whole"))
+    assert state(folder) == state(Path(cfg.out, "whole"))
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_memory_that_is_gone_comes_back_from_the_checkpoint(make_config):
+    cfg = small(make_config, name="r", steps=2, eval_every=0)
+    pmd.train(cfg)
+    folder = Path(cfg.out, "r")
+    (folder / "memory.db").unlink()
+    more = dataclasses.replace(cfg, resume=True, steps=4)
+    pmd.train(more)
+    pmd.train(small(make_config, name="whole", eval_every=0))
+    assert state(folder)[:3] == state(Path(cfg.out, "whole"))[:3]
+
+
+def test_a_fork_goes_on_from_a_kept_step_policy_and_memory_together(make_config):
+    whole = small(make_config, name="whole", keep=9)
+    pmd.train(whole)
+    fork = dataclasses.replace(whole, name="fork", fork_from="whole@2")
+    pmd.train(fork)
+    before, after = state(Path(fork.out, "whole")), state(Path(fork.out, "fork"))
+    assert before[:3] == after[:3]
+    steps = [row for row in before[3] if row["step"] > 2]
+    assert [row for row in after[3] if row["step"] > 2] == steps
+    assert {row["split"] for row in after[3] if row["step"] == 2} == {"dev", "test"}  # its base is measured anew
+    other = dataclasses.replace(fork, name="other", method="sdpo", lr=1e-4, teacher="live", resume=True)
+    assert pmd.train(other)["base"]["step"] == 2
+    pmd.train(other)  # a fork resumes as itself
+    for wrong in ("whole@77", "whole", "none@2"):
+        with pytest.raises(ValueError, match="--from .* is no RUN@STEP with a checkpoint.*kept there: (none|1, 2, 3, 4)"):
+            pmd.check(dataclasses.replace(fork, name="f", fork_from=wrong))
+    assert pmd.parse_flags(["--from", "whole@2"]).fork_from == "whole@2"
+
+
+def test_a_run_can_be_rerun_from_its_own_records(make_config, tmp_path):
+    flags = ["--steps", "2", "--batch_size", "4", "--mini_batch_size", "4", "--group_size", "4", "--eval_problems", "3",
+             "--eval_k", "2", "--save_every", "0", "--seed", "3", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, "pmd.py", *flags, "--name", "first"], cwd=HERE, check=True, capture_output=True)
+    records = (tmp_path / "first" / "environment.txt").read_text()
+    assert all(f"{name} " in records for name in ("pmd", "commit", "python", "torch", "transformers", "scikit-learn"))
+    command, = [line.removeprefix("command: ") for line in records.splitlines() if line.startswith("command: ")]
+    cfg = pmd.parse_flags(shlex.split(command)[1:])
+    assert dataclasses.asdict(cfg) == json.loads((tmp_path / "first" / "config.json").read_text())
+    pmd.train(dataclasses.replace(cfg, name="second"))
+    assert state(tmp_path / "first") == state(tmp_path / "second")
+
+
+def test_safe_changes_are_noted(make_config, capsys):
+    cfg = small(make_config, name="r", steps=2)
+    pmd.train(cfg)
+    pmd.train(dataclasses.replace(cfg, resume=True, steps=3, keep=5))
+    said = capsys.readouterr().out
+    assert "changed since the run was started: --steps (2 before, 3 now), --keep (2 before, 5 now)" in said
+    assert "going on from" in said
+
+
+def test_metrics_also_go_where_log_says(make_config, monkeypatch):
+    sent = []
+    session = types.SimpleNamespace(log=lambda row, step: sent.append((step, row)))
+    started = {}
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **kwargs: started.update(kwargs) or session
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(pmd.importlib.util, "find_spec", lambda name: fake)
+    pmd.train(small(make_config, name="r", steps=2, log="wandb"))
+    assert started["id"] == "r" and started["resume"] == "allow" and started["config"]["steps"] == 2
+    assert [step for step, _ in sent] == [0, 0, 1, 2, 2, 2]
+    row = next(row for step, row in sent if "train/reward" in row)
+    assert {"train/reward", "train/memory/insight", "train/seconds/attempt"} <= set(row)
+    assert any("test/avg_at_k" in row for _, row in sent)
+    assert all(isinstance(value, (int, float)) for _, row in sent for value in row.values())
+    monkeypatch.setattr(pmd.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--log tensorboard needs its library: pip install tensorboard"):
+        pmd.check(small(make_config, log="tensorboard"))
