@@ -34,6 +34,7 @@ import contextlib
 import json
 import random
 import re
+import signal
 import sqlite3
 import sys
 from collections import Counter, defaultdict
@@ -968,6 +969,8 @@ def main(argv=None):
         else:
             command.add_argument("--png", help="where the picture goes (default: memory.png beside the file)")
     args = vars(parser.parse_args(argv))
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
     command, path = args.pop("command"), args.pop("path")
     try:
         memory = Memory(path, None, None, mode="frozen")

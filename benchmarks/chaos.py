@@ -1,0 +1,152 @@
+"""Kills a run with SIGKILL at random moments, aimed at each of its phases in turn, and resumes it every time.
+
+    OMP_NUM_THREADS=1 python benchmarks/chaos.py --kills 50
+
+Whenever a run has come to its end, whatever it went through, its final weights, the rows and events of its memory, its
+evaluations and all its metrics but the times must be those of the run that was never interrupted: nothing lost, nothing
+twice. Prints how many kills hit each phase, how far the runs had come, and how many ends were compared; exits with 1 at
+the first difference.
+
+The children are forked from a process that has everything imported, so that a kill costs a second and not ten.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+import memory
+import pmd
+
+PHASES = {"sampling": (pmd.Sampler, "generate"), "recording": (memory.Memory, "record"),
+          "reflecting": (memory.Memory, "reflect"), "behavior update": (memory.Memory, "abstract"),
+          "commit": (memory.Memory, "_admit"), "optimizer step": (pmd, "update"), "metrics": (pmd.Run, "note"),
+          "checkpoint": (pmd.Run, "save"), "rename": (Path, "rename"), "end of the run": (pmd.Run, "finish")}
+FLAGS = ("--steps 6 --batch_size 8 --mini_batch_size 4 --group_size 4 --eval_problems 4 --eval_k 2 --eval_every 2 "
+         "--save_every 2 --behavior_every 2 --log_every 2 --resume").split()
+
+
+def child(flags, name, told):
+    """Runs or resumes; writes a line for every entry into a phase, and for its end, to the pipe `told`."""
+    def watched(owner, attribute, phase):
+        original = getattr(owner, attribute)
+
+        def wrapper(*args, **kwargs):
+            told.send(phase)
+            result = original(*args, **kwargs)
+            told.send(None)
+            return result
+
+        setattr(owner, attribute, wrapper)
+
+    for phase, (owner, attribute) in PHASES.items():
+        watched(owner, attribute, phase)
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        torch.set_num_threads(1)
+        pmd.train(dataclasses.replace(pmd.parse_flags(flags), name=name))
+    told.send("done")
+
+
+def attempt(flags, name, phase=None, n=1, delay=0.0):
+    """Runs until the nth entry into `phase`, then kills after `delay` seconds; (whether it was killed, entries and seconds).
+
+    The seconds of nested phases are part of those of the outer one; they only say how long to wait before a kill.
+    """
+    parent, told = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=child, args=(flags, name, told))
+    process.start()
+    told.close()
+    entered, seconds, stack = Counter(), defaultdict(list), []
+    while True:
+        try:
+            said = parent.recv()
+        except EOFError:
+            process.join()
+            sys.exit(f"the run {name} died by itself with status {process.exitcode}")
+        if said == "done":
+            process.join()
+            return False, entered, seconds
+        if said is None:
+            inner, start = stack.pop()
+            seconds[inner].append(time.perf_counter() - start)
+            continue
+        entered[said] += 1
+        stack.append((said, time.perf_counter()))
+        if said == phase and entered[said] == n:
+            time.sleep(delay)
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            return True, entered, seconds
+
+
+def end_state(folder):
+    """Digest of what must not depend on interruptions."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds", None)
+    with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
+        tables = [db.execute(f"SELECT * FROM {t}").fetchall() for t in ("item ORDER BY id", "event", "problem ORDER BY id")]
+    evals = {p.name: p.read_text() for p in sorted((folder / "evals").iterdir())}
+    parts = {"weights": (folder / "final" / "model.safetensors").read_bytes(), "metrics": repr(rows).encode(),
+             "memory": repr(tables).encode(), "evaluations": repr(evals).encode(),
+             "leftovers": repr(sorted(p.name for p in folder.rglob("*.partial"))).encode()}
+    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    rng, killed, reached, compared = random.Random(args.seed), Counter(), Counter(), 0
+    with tempfile.TemporaryDirectory() as out:
+        flags = [*FLAGS, "--out", out]
+        _, entries, seconds = attempt(flags, "whole")
+        expected = end_state(Path(out, "whole"))
+        order = [phase for phase in PHASES if entries[phase]]
+        bar = tqdm(total=args.kills, unit="kill")
+        for number in range(10**6):
+            if killed.total() >= args.kills:
+                break
+            name = f"run{number}"
+            for _ in range(6):  # at most so many kills on one run, then it may end
+                phase = min(order, key=lambda p: (killed[p], rng.random()))
+                typical = sorted(seconds[phase])[len(seconds[phase]) // 2]
+                saved = pmd.checkpoints(Path(out, name))
+                left = 1 - int(saved[-1].name) / 6 if saved else 1
+                n = rng.randint(1, max(1, int(left * entries[phase])))
+                hit, *_ = attempt(flags, name, phase, n, rng.uniform(0, 1.2 * typical))
+                if not hit or killed.total() >= args.kills:
+                    break
+                killed[phase] += 1
+                reached[saved[-1].name if saved else "none"] += 1
+                bar.update()
+            attempt(flags, name)
+            found = end_state(Path(out, name))
+            if wrong := [part for part in expected if found[part] != expected[part]]:
+                sys.exit(f"{name} ended with other {', '.join(wrong)} than the run that was never interrupted")
+            compared += 1
+        bar.close()
+    print(f"{killed.total()} kills: " + ", ".join(f"{n} in {phase}" for phase, n in killed.items()))
+    print("the checkpoint at hand when killed: " + ", ".join(f"{step}: {n}" for step, n in sorted(reached.items())))
+    print(f"{compared} runs came to their end, each equal to the uninterrupted one in weights, memory, metrics, evaluations")
+
+
+if __name__ == "__main__":
+    main()
