@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import memory
 import pmd
 from eval import load_task, verify
 
@@ -22,10 +23,18 @@ def test_commands_parse(script, flags):
     assert isinstance(pmd.parse_flags(shlex.split(flags)), pmd.Config) and (HERE / script).is_file()
 
 
+def test_memory_commands_parse():
+    commands = re.findall(r"^python memory\.py (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert len(commands) >= 4
+    for flags in commands:
+        with pytest.raises(SystemExit, match="there is no memory runs/x/memory.db"):
+            memory.main(shlex.split(flags))
+
+
 def test_there_are_commands_and_every_flag_named_exists():
     assert len(COMMANDS) >= 8
     named = set(re.findall(r"`--(\w+)", README))
-    assert named and named <= {f.name for f in pmd.fields(pmd.Config)}
+    assert named and named <= {f.name for f in pmd.fields(pmd.Config)} | {"from"}
 
 
 def test_named_functions_exist():
