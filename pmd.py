@@ -36,6 +36,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -54,7 +56,18 @@ if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metada
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from sklearn.feature_extraction.text import HashingVectorizer
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -113,6 +126,7 @@ class Config:
     out: str = option("runs", "where runs are written")
     compare: str = option("", "methods to run in turn on equal budgets, such as grpo,sdpo,pmd")
     device: str = option("", "cpu, cuda, ... (default: cuda if there is one)")
+    nproc: int = option(0, "processes on this machine, each with its part of every weight (default: one per GPU)")
     dtype: Literal["", "float32", "bfloat16"] = option("", "of the computation (default: bfloat16 on cuda, float32 on cpu); "
                                                            "weights and optimizer are always float32 [Tab. 11]")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory [ours]")
@@ -206,11 +220,13 @@ def train(cfg: Config) -> dict:
     task, tokenizer = check(cfg)
     policy = load_policy(cfg)  # float32 master weights
     teacher = make_teacher(policy, cfg)  # the same model; it only reads more
+    policy, teacher = shard(policy, cfg), shard(teacher, cfg)
     optimizer = make_optimizer(policy, cfg)
-    sampler = Sampler(policy, tokenizer, cfg)  # the only object that generates text
+    sampler = make_sampler(policy, tokenizer, cfg)  # the only object that generates text
     run = Run(cfg, task, tokenizer)
     memory = make_memory(run, sampler, task, cfg)
     first = run.restore(policy, teacher, optimizer, memory)
+    sampler.wake()
     if first == run.origin + 1:
         run.evaluate(run.origin, sampler, memory)
 
@@ -235,10 +251,13 @@ def train(cfg: Config) -> dict:
 
         # 4. Distill: match the teacher token by token on the student's own text                            (Eq. 7, 8)
         with run.phase("distill"):
+            sampler.sleep()  # the device is the trainer's
             sums = Counter()
             for minibatch in mini_batches(rollouts, policy, cfg):
                 sums.update(update(policy, teacher, optimizer, minibatch, step, cfg))
             follow(teacher, policy, cfg)
+        with run.phase("sync"):
+            sampler.wake()  # with the new weights
 
         run.log(step, rollouts, sums, memory)
         if run.due(step, cfg.eval_every):
@@ -323,7 +342,8 @@ class Sampler:
     """
 
     def __init__(self, policy, tokenizer, cfg):
-        self.policy, self.tokenizer, self.cfg, self.step = policy, tokenizer, cfg, 0
+        self.trained, self.tokenizer, self.cfg, self.step = policy, tokenizer, cfg, 0
+        self.policy = policy if world() == 1 else load_policy(cfg)  # whole: a sharded model could not generate on its own
         eos = policy.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
@@ -344,9 +364,25 @@ class Sampler:
                                 self.cfg.memory_completion, self.cfg.memory_temperature, 0.95)
         return [s.text for s in samples]
 
-    @torch.no_grad()
     def generate(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
-        """One sample for each prompt (token ids) with its key (a tuple that JSON can write), batched by length."""
+        """One sample for each prompt (token ids) with its key (a tuple that JSON can write); every rank has them all."""
+        own = self.draw(prompts[rank()::world()], keys[rank()::world()], max_new_tokens, temperature, top_p)
+        parts = gather(own)
+        return [parts[i % world()][i // world()] for i in range(len(prompts))]
+
+    def sleep(self):
+        """Leaves the device to the trainer; nothing to do where the trainer's own weights generate."""
+
+    @torch.no_grad()
+    def wake(self):
+        """Takes over the trained weights."""
+        if self.policy is not self.trained:
+            for own, trained in zip(self.policy.parameters(), self.trained.parameters(), strict=True):
+                own.copy_(whole(trained))
+
+    @torch.no_grad()
+    def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
+        """This rank's samples, batched by length."""
         samples = [None] * len(prompts)
         for rows in by_tokens([len(p) + max_new_tokens for p in prompts], self.cfg.micro_tokens):
             longest = max(len(prompts[i]) for i in rows)
@@ -460,16 +496,33 @@ def mini_batches(rollouts, policy, cfg):
     batch, and for GRPO. A single distillation update goes without: its policy IS the one that would be scored.
     """
     size = cfg.mini_batch_size * cfg.group_size
-    if len(rollouts) > size or cfg.method == "grpo":
+    parts = [rollouts[i: i + size] for i in range(0, len(rollouts), size)]
+    if len(parts) > 1 or cfg.method == "grpo":
         with torch.no_grad(), compute(policy, cfg):
-            head = policy.get_output_embeddings().weight
-            for rows in by_tokens([len(r.prompt_ids) + len(r.ids) for r in rollouts], cfg.micro_tokens):
-                batch = [rollouts[i] for i in rows]
-                scored = score(completion_hidden(policy, [r.prompt_ids for r in batch], batch), head, token_ids(batch, head))
-                for r, logprobs in zip(batch, scored.split([len(r.ids) for r in batch]), strict=True):
+            for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
+                def scores(batch=batch):
+                    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
+                    head = policy.get_output_embeddings().weight
+                    return score(hidden, head, token_ids(batch, head))
+
+                for r, logprobs in zip(batch, forward(policy, scores).split([len(r.ids) for r in batch]), strict=True):
                     r.old_logprobs = logprobs
-    for i in range(0, len(rollouts), size):
-        yield rollouts[i: i + size]
+            reshard(policy)
+    yield from parts
+
+
+def micro_batches(rollouts, cfg) -> list[list[Rollout]]:
+    """This rank's share of a mini-batch, in micro-batches of `micro_tokens` padded tokens.
+
+    Every rank gets as many, the last ones perhaps empty: sharded weights are gathered by all ranks or by none.
+    """
+    def cut(share):
+        lengths = [max(len(r.prompt_ids), len(r.teacher_ids)) + len(r.ids) for r in share]
+        return [[share[i] for i in rows] for rows in by_tokens(lengths, cfg.micro_tokens)]
+
+    shares = [cut(rollouts[i::world()]) for i in range(world())]
+    own = shares[rank()]
+    return own + [[]] * (max(map(len, shares)) - len(own))
 
 
 def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
@@ -479,7 +532,7 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
     are padded on the right, where causal attention never looks, and lengths, not pad ids, say what is real.
     """
     lengths = [len(p) + len(r.ids) for p, r in zip(prompts, rollouts, strict=True)]
-    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
+    tokens = torch.zeros(len(prompts) or 1, max(lengths, default=1), dtype=torch.long)  # (B, T); N may be 0
     rows, columns = [], []
     for b, (prompt, r) in enumerate(zip(prompts, rollouts, strict=True)):
         tokens[b, : lengths[b]] = torch.tensor(prompt + r.ids)
@@ -490,7 +543,7 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
 
 
 def token_ids(rollouts, like):
-    return torch.tensor([t for r in rollouts for t in r.ids], device=like.device)  # (N,)
+    return torch.tensor([t for r in rollouts for t in r.ids], dtype=torch.long, device=like.device)  # (N,)
 
 
 def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
@@ -503,48 +556,54 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
     total = sum(len(r.ids) for r in supervised)
     if not total or cfg.method == "grpo" and not any(r.advantage for r in supervised):
         return Counter(updates_skipped=1)
-    sums = Counter(tokens=total)
+    sums = Counter()
     optimizer.zero_grad()
     policy.train(cfg.gradient_checkpointing)  # transformers recomputes in train mode only; nothing else differs
-    lengths = [max(len(r.prompt_ids), len(r.teacher_ids)) + len(r.ids) for r in supervised]
-    for rows in by_tokens(lengths, cfg.micro_tokens):
-        batch = [supervised[i] for i in rows]
-        head = policy.get_output_embeddings().weight  # (V, H)
-        ids = token_ids(batch, head)
-        counts = torch.tensor([len(r.ids) for r in batch], device=head.device)
-        sampled = torch.cat([r.rollout_logprobs for r in batch]).to(head.device)
-        old = None if batch[0].old_logprobs is None else torch.cat([r.old_logprobs for r in batch])
-        # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout, rollout_clip)
-        weights = torch.full_like(sampled, 1 / total)
-        weights = weights if old is None else weights * (old - sampled).exp().clamp(max=cfg.rollout_clip)
+    for batch in micro_batches(supervised, cfg):
         with compute(policy, cfg):
-            hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
-            if cfg.method == "grpo":
-                advantages = torch.tensor([r.advantage for r in batch], device=head.device).repeat_interleave(counts)
-                out = policy_loss(hidden, head, ids, advantages, weights, old, cfg.clip_low, cfg.clip_high)
-                sums.update(clipped=float(out.clipped.sum()))
-            else:
-                with torch.no_grad():
-                    teacher_hidden = completion_hidden(teacher, [r.teacher_ids for r in batch], batch)
-                # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside the kernel
-                reference, clip = (sampled, cfg.rollout_clip) if old is None else (old, cfg.is_clip)
-                out = distill_loss(hidden, head, teacher_hidden, teacher.get_output_embeddings().weight.detach(), weights,
-                                   ids, cfg.alpha, cfg.top_k or None, old_logprobs=reference, is_clip=clip)
-                sums.update(divergence=float(out.divergence.sum()), teacher_entropy=float(out.teacher_entropy.sum()))
+            out = forward(policy, functools.partial(loss_of, batch, total, policy, teacher, cfg))
         if not torch.isfinite(out.loss):
             raise FloatingPointError(f"the loss is {out.loss.item()} at step {step}, on {problem_ids(batch)}")
         out.loss.backward()
-        sums.update(loss=float(out.loss.detach()), entropy=float(out.entropy.sum()),
+        reshard(teacher)
+        sampled = flat([r.rollout_logprobs for r in batch], out.logprobs)
+        sums.update({name: float(getattr(out, name).detach().sum()) for name in set(out._fields) - {"logprobs"}},
                     sampler_gap=float((out.logprobs - sampled).abs().sum()))
     policy.eval()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(supervised)}")
     optimizer.step()
     optimizer.updates += 1
     set_lr(optimizer, cfg)
-    sums.update(updates=1, grad_norm=float(norm))
-    return sums
+    return total_over_ranks(sums) + Counter(tokens=total, updates=1, grad_norm=float(norm))
+
+
+def loss_of(batch, total, policy, teacher, cfg):
+    """The loss of one micro-batch, divided by the `total` tokens of its mini-batch: see kernels.py for what it returns."""
+    if cfg.method != "grpo":
+        with torch.no_grad():  # before the student's pass: a live teacher's weights are the student's
+            teacher_hidden = forward(teacher, lambda: completion_hidden(teacher, [r.teacher_ids for r in batch], batch))
+    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
+    head = policy.get_output_embeddings().weight  # (V, H)
+    ids = token_ids(batch, head)
+    sampled = flat([r.rollout_logprobs for r in batch], head)
+    old = None if batch and batch[0].old_logprobs is None else flat([r.old_logprobs for r in batch], head)
+    # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout, rollout_clip)
+    weights = torch.full_like(sampled, 1 / total)
+    weights = weights if old is None else weights * (old - sampled).exp().clamp(max=cfg.rollout_clip)
+    if cfg.method == "grpo":
+        advantages = flat([torch.full((len(r.ids),), r.advantage) for r in batch], head)
+        return policy_loss(hidden, head, ids, advantages, weights, old, cfg.clip_low, cfg.clip_high)
+    # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside the kernel
+    reference, clip = (sampled, cfg.rollout_clip) if old is None else (old, cfg.is_clip)
+    return distill_loss(hidden, head, teacher_hidden, teacher.get_output_embeddings().weight.detach(), weights, ids,
+                        cfg.alpha, cfg.top_k or None, old_logprobs=reference, is_clip=clip)
+
+
+def flat(rows, like):
+    """Per-token values of a micro-batch, one after the other: (N,) float32 where `like` is."""
+    return torch.cat([torch.zeros(0), *(row.cpu() for row in rows)]).to(like.device, torch.float32)
 
 
 def problem_ids(rollouts):
@@ -574,7 +633,137 @@ def follow(teacher, policy, cfg):
     """Moves an EMA teacher once, after the batch's last update: teacher += rate * (policy - teacher)."""
     if teacher is not policy:
         for t, p in zip(teacher.parameters(), policy.parameters(), strict=True):
-            t.lerp_(p, cfg.ema_rate)
+            local(t).lerp_(local(p), cfg.ema_rate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several devices: one process each, under torchrun. Every rank runs train(); they differ in the data they hold. Rank 0
+# owns the memory's file and writes the records. One process is a world of one rank, through the same lines.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value) -> list:
+    """Every rank's value, on every rank."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def total_over_ranks(sums) -> Counter:
+    return sum(gather(Counter(sums)), Counter())
+
+
+def start_ranks(cfg):
+    """With several GPUs or --nproc, and outside torchrun, starts this program again, once for each; inside it, joins."""
+    count = cfg.nproc or max(1, torch.cuda.device_count() if cfg.device in ("", "cuda") else 1)
+    if "RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=60))  # a rank may wait for the others' generation
+    elif count > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--", *sys.argv]
+        print("restarting as: " + shlex.join(command), flush=True)
+        os.execv(sys.executable, command)
+
+
+def device_of(cfg):
+    """This rank's device."""
+    if cfg.device not in ("", "cuda"):
+        return torch.device(cfg.device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def shard(model, cfg):
+    """FSDP2: each rank holds a part of every weight; a layer is whole while it computes. Gradients are SUMMED over ranks
+    (losses are divided by global token counts), reduced in float32. The root group holds embedding, last norm and head, so
+    tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank."""
+    if world() == 1 or isinstance(model, FSDPModule):
+        return model
+    bf16 = compute_dtype(model, cfg) == torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(model.device.type, (world(),))
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.call = lambda function: function()
+    register_fsdp_forward_method(model, "call")
+    return model
+
+
+def forward(model, function):
+    """function() as one forward pass of `model`: where that is sharded, its embedding and head are whole inside."""
+    return model.call(function) if isinstance(model, FSDPModule) else function()
+
+
+def reshard(model):
+    """Lets go of the whole weights that a pass without gradient leaves behind; they would be stale after a step."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole(tensor):
+    """All of a sharded tensor, on every rank; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class OnRankZero:
+    """The memory on several ranks: its methods run on rank 0; the others wait, generate with it, and get the result.
+
+    Methods not in SHARED are rank 0's own.
+    """
+
+    SHARED = ("record", "reflect", "abstract", "contexts", "inference_contexts", "forget", "truncate_after", "add_problems")
+
+    def __init__(self, memory, sampler):
+        self.memory, self.sampler = memory, sampler
+
+    @staticmethod
+    def generator(sampler):
+        """`generate` for rank 0's memory: tells the others first, who wait in `_follow`."""
+        def generate(prompts):
+            broadcast(("generate", prompts))
+            return sampler.ask(prompts)
+        return generate
+
+    def __getattr__(self, name):
+        if name not in self.SHARED:
+            return getattr(self.memory, name)
+        return functools.partial(self._lead if rank() == 0 else self._follow, name)
+
+    def _lead(self, name, *args, **kwargs):
+        result = getattr(self.memory, name)(*args, **kwargs)
+        return broadcast(("done", result))[1]
+
+    def _follow(self, name, *args, **kwargs):
+        while True:
+            kind, value = broadcast(None)
+            if kind == "done":
+                return value
+            self.sampler.ask(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -651,6 +840,10 @@ def check(cfg, quiet=False):
     return replace(task, **splits), tokenizer
 
 
+def make_sampler(policy, tokenizer, cfg):
+    return Sampler(policy, tokenizer, cfg)
+
+
 def load_policy(cfg):
     """The model with float32 weights, whatever it was stored in: at lr 1e-6 an Adam step moves 2% of bfloat16 weights.
 
@@ -658,7 +851,7 @@ def load_policy(cfg):
     architecture whose logits are not its head times its last hidden state, which is what kernels.py takes them for.
     """
     policy = AutoModelForCausalLM.from_pretrained(MODELS.get(cfg.model, cfg.model), dtype=torch.float32).eval()
-    policy.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy.to(device_of(cfg))
     for module in policy.modules():
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -677,8 +870,11 @@ def load_policy(cfg):
 
 def compute(model, cfg):
     """The context of every forward pass: bfloat16 autocast over float32 weights, where that is asked for."""
-    kind = model.device.type
-    return torch.autocast(kind, torch.bfloat16, enabled=(cfg.dtype or {"cuda": "bfloat16"}.get(kind)) == "bfloat16")
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=compute_dtype(model, cfg) == torch.bfloat16)
+
+
+def compute_dtype(model, cfg):
+    return getattr(torch, cfg.dtype or ("bfloat16" if model.device.type == "cuda" else "float32"))
 
 
 @functools.cache
@@ -738,6 +934,14 @@ def make_abstractor(cfg, check=False):
 
 
 def make_memory(run, sampler, task, cfg):
+    """The run's memory; on several ranks, rank 0's behind OnRankZero."""
+    if world() == 1:
+        return open_memory(run, sampler, sampler.ask, task, cfg)
+    memory = open_memory(run, sampler, OnRankZero.generator(sampler), task, cfg) if rank() == 0 else None
+    return OnRankZero(memory, sampler)
+
+
+def open_memory(run, sampler, generate, task, cfg):
     shared = {f.name for f in fields(Config)} & set(Memory.__init__.__kwdefaults__)  # equal names, equal meanings
     knobs = {"forms": FORMS.get(task.train[0].verifier, "question")} | {n: getattr(cfg, n) for n in shared}
     knobs["mode"] = {"frozen-memory": "frozen", "pmd-transient": "transient"}.get(cfg.method, "evolving")
@@ -755,7 +959,7 @@ def make_memory(run, sampler, task, cfg):
     elif run.saved and (run.saved / "memory.db").exists() and not path.exists():  # of a fork, or of a run that lost its file
         shutil.copy(run.saved / "memory.db", aside)
         aside.rename(path)
-    memory = Memory(path, make_embedder(cfg), sampler.ask, make_abstractor(cfg),
+    memory = Memory(path, make_embedder(cfg), generate, make_abstractor(cfg),
                     fits=lambda prompt: len(encode_prompt(sampler.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
     if cfg.method in REMEMBERS:
         memory.add_problems(task.train)
@@ -817,10 +1021,21 @@ class Run:
     def __init__(self, cfg, task, tokenizer):
         self.cfg, self.task, self.tokenizer, self.started = cfg, task, tokenizer, time.perf_counter()
         self.total, self.seconds, self.spent = total_steps(task.train, cfg), Counter(), 0.0
-        self.folder = Path(cfg.out) / (cfg.name or default_name(cfg))
-        own = checkpoints(self.folder)
+        self.folder = Path(cfg.out) / (cfg.name or broadcast(default_name(cfg)))
+        own = broadcast(checkpoints(self.folder))
         self.saved = own[-1] if own else checkpoint_of(cfg) if cfg.fork_from else None  # what it goes on from
         self.origin = int(checkpoint_of(cfg).name) if cfg.fork_from else 0  # the step it began after
+        self.bar = tqdm(total=self.total, desc=cfg.method, unit="step", dynamic_ncols=True, disable=rank() > 0 or None)
+        self.send = lambda row: None
+        if rank() == 0:
+            self._open()
+        self.stop, self.signals, self.learned = "", {}, ""
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+            self.signals = {n: signal.signal(n, self._told) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def _open(self):
+        """What a run writes and says before its first step."""
+        cfg, task = self.cfg, self.task
         (self.folder / "evals").mkdir(parents=True, exist_ok=True)
         write(self.folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
         with open(self.folder / "environment.txt", "a", encoding="utf-8") as file:  # a resumed run has several
@@ -831,11 +1046,7 @@ class Run:
         print("set otherwise than by default: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
         if self.saved:
             print(f"going on from {self.saved}")
-        self.bar = tqdm(total=self.total, desc=cfg.method, unit="step", dynamic_ncols=True, disable=None)  # none in a log
         self.send = reporter(cfg, self.folder)
-        self.stop, self.signals, self.learned = "", {}, ""
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
-            self.signals = {n: signal.signal(n, self._told) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def _told(self, number, frame):
         """The first signal lets the step at hand end and saves; the next one ends the program at once."""
@@ -855,6 +1066,7 @@ class Run:
         """Whether a checkpoint is due, or the run was told to stop."""
         if 0 < self.cfg.max_minutes <= (time.perf_counter() - self.started) / 60:
             self.stop = self.stop or "--max_minutes"
+        self.stop = max(gather(self.stop))  # a signal may reach one rank a step later than another
         return bool(self.stop) or self.cfg.save_every > 0 and self.due(step, self.cfg.save_every)
 
     @contextlib.contextmanager
@@ -875,6 +1087,8 @@ class Run:
 
     def log(self, step, rollouts, sums, memory):
         """One line of metrics.jsonl; every `log_every` steps a printed line and a readable sample too."""
+        if rank():
+            return
         n, cfg = len(rollouts), self.cfg
         groups = {r.problem.id for r in rollouts}
         solved = {r.problem.id for r in rollouts if r.reward > SUCCESS}
@@ -933,6 +1147,8 @@ class Run:
                     contexts = memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
                     texts = [reprompt(p, c, self.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]
                 samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
+                if rank():
+                    continue
                 rows = [[(s, verify(p, s.text)) for s in group] for p, group in zip(problems, samples, strict=True)]
                 write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", (
                     {"problem": p.id, "sample": j, "answer": v.answer, "reward": v.reward, "tokens": len(s.ids),
@@ -947,25 +1163,30 @@ class Run:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self, step, policy, teacher, optimizer, memory):
-        """checkpoints/STEP: the weights as a Hugging Face folder, trainer.pt and memory.db beside them.
+        """checkpoints/STEP: the weights as a Hugging Face folder; teacher and optimizer in trainer/ (torch's DCP, which any
+        number of ranks can read), and memory.db.
 
         Written aside, flushed to the disk and renamed: a checkpoint is whole or is not there. The sampler's and the data's
         randomness is keyed by seed and step, so there is no other state. Raises Stopped where the run was told to stop.
         """
         with self.phase("save"):
             folder, aside = self.folder / "checkpoints" / str(step), self.folder / "checkpoints" / f"{step}.partial"
-            shutil.rmtree(aside, ignore_errors=True)
+            if rank() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
             save_model(policy, self.tokenizer, aside)
-            torch.save({"step": step, "updates": optimizer.updates, "optimizer": optimizer.state_dict()["state"],
-                        "teacher": teacher.state_dict() if teacher is not policy else None,
-                        "seconds": self.spent + time.perf_counter() - self.started}, aside / "trainer.pt")
-            if memory.path != ":memory:":
-                memory.copy_to(aside / "memory.db")
-                memory.settle()
-            settle(aside)
-            aside.rename(folder)
-            settle(folder.parent)
-            self._prune()
+            dcp.save(trainer_state(policy, teacher, optimizer), checkpoint_id=aside / "trainer", no_dist=world() == 1)
+            if rank() == 0:
+                write(aside / "trainer.json", json.dumps({
+                    "step": step, "updates": optimizer.updates, "ema": teacher is not policy,
+                    "seconds": self.spent + time.perf_counter() - self.started}))
+                if memory.path != ":memory:":
+                    memory.copy_to(aside / "memory.db")
+                    memory.settle()
+                settle(aside)
+                aside.rename(folder)
+                settle(folder.parent)
+                self._prune()
+            gather(None)  # nobody goes on, or stops, before it is there
         if self.stop and step < self.total:
             self._unlisten()
             self.bar.close()
@@ -986,18 +1207,24 @@ class Run:
         """Back to the newest checkpoint, or to --from's; memory and records return to its step. The next step's number."""
         step = 0
         if self.saved:
-            state = torch.load(self.saved / "trainer.pt", map_location=policy.device, weights_only=True)
-            loaded = AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32)
-            policy.load_state_dict(loaded.state_dict())
-            if teacher is not policy:
-                teacher.load_state_dict(state["teacher"] or loaded.state_dict())
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
-            optimizer.updates, step, self.spent = state["updates"], state["step"], state["seconds"]
+            about = json.loads((self.saved / "trainer.json").read_text())
+            loaded = AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32).state_dict()
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(policy, loaded, options=options)
+            if teacher is not policy and not about["ema"]:
+                set_model_state_dict(teacher, loaded, options=options)
+            state = trainer_state(policy, teacher if about["ema"] else policy, optimizer)
+            dcp.load(state, checkpoint_id=self.saved / "trainer", no_dist=world() == 1)
+            flags = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            set_optimizer_state_dict(policy, optimizer, state["optimizer"])
+            for group, own in zip(optimizer.param_groups, flags, strict=True):  # this run's flags, not the saved ones
+                group.update(own)
+            optimizer.updates, step, self.spent = about["updates"], about["step"], about["seconds"]
             set_lr(optimizer, self.cfg)
-        if memory.mode != "frozen":
+        if self.cfg.method != "frozen-memory":
             memory.truncate_after(step)
         keep = -1 if step == self.origin else step  # without a checkpoint of its own it starts over, evaluation included
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl") if rank() == 0 else ():
             if (self.folder / name).exists():
                 rows = read_lines(self.folder / name)
                 write_lines(self.folder / name, (row for row in rows if row["step"] <= keep))
@@ -1006,11 +1233,13 @@ class Run:
 
     def finish(self, policy, memory) -> dict:
         """final/, summary.json and the learning curve; prints the table and one problem's memory."""
-        cfg, history = self.cfg, read_lines(self.folder / "metrics.jsonl")
         self._unlisten()
         self.bar.close()
         aside = self.folder / "final.partial"
         save_model(policy, self.tokenizer, aside)
+        if rank():
+            return {}
+        cfg, history = self.cfg, read_lines(self.folder / "metrics.jsonl")
         shutil.rmtree(self.folder / "final", ignore_errors=True)
         aside.rename(self.folder / "final")
         tests = {row["step"]: row for row in history if row.get("split") == "test"}
@@ -1075,8 +1304,25 @@ def checkpoints(folder):
 
 
 def save_model(policy, tokenizer, folder):
-    policy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """A Hugging Face folder, written by rank 0; weights are made whole one by one, a tied one once."""
+    if world() == 1:
+        policy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
+    state = {id(p): p for p in policy.parameters()}
+    for key, tensor in state.items():
+        full = whole(tensor)
+        state[key] = full.cpu() if rank() == 0 else None
+    if rank() == 0:
+        names = {name: state[id(p)] for name, p in policy.named_parameters(remove_duplicate=False)}
+        policy.save_pretrained(folder, state_dict=names)
+        tokenizer.save_pretrained(folder)
+
+
+def trainer_state(policy, teacher, optimizer):
+    """What DCP saves and fills: the optimizer's state, and the teacher's weights where they are its own."""
+    state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
+    return state | ({"teacher": dict(teacher.named_parameters())} if teacher is not policy else {})
 
 
 def git(*args):
@@ -1122,7 +1368,7 @@ def read_lines(path):
 
 def settle(folder):
     """Has the disk hold a folder and its files, so that a rename after it can't come to stand before them."""
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -1190,9 +1436,11 @@ def compared(cfg):
 
 def main():
     cfg = parse_flags()
+    start_ranks(cfg)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        cfg = replace(cfg, name=cfg.name or broadcast(default_name(cfg)))
         folder, runs = compared(cfg) if cfg.compare else (None, [cfg])
         for run in runs:
             check(run, quiet=True)
@@ -1205,7 +1453,9 @@ def main():
         sys.exit(stopped.code)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"pmd.py: {error}")
-    if folder:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if folder and all(summaries.values()):  # other ranks than 0 have none
         curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}
         plot_curves(curves, folder / "compare.png", title(cfg))
         print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")

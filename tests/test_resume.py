@@ -13,7 +13,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 import memory as mem
 import pmd
@@ -131,18 +130,18 @@ def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
 
 def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config, monkeypatch):
     cfg = small(make_config, name="r", resume=True)
-    save = torch.save
+    save = pmd.dcp.save
 
-    def torn(state, path):
-        if state["step"] == 3:
-            Path(path).write_bytes(b"half of it")
+    def torn(state, checkpoint_id, **kwargs):
+        if "3.partial" in str(checkpoint_id):
+            checkpoint_id.write_bytes(b"half of it")
             raise KeyboardInterrupt
-        save(state, path)
+        save(state, checkpoint_id=checkpoint_id, **kwargs)
 
-    monkeypatch.setattr(pmd.torch, "save", torn)
+    monkeypatch.setattr(pmd.dcp, "save", torn)
     with pytest.raises(KeyboardInterrupt):
         pmd.train(cfg)
-    monkeypatch.setattr(pmd.torch, "save", save)
+    monkeypatch.setattr(pmd.dcp, "save", save)
     folder = Path(cfg.out, "r")
     assert [c.name for c in pmd.checkpoints(folder)] == ["1", "2"] and (folder / "checkpoints" / "3.partial").is_dir()
     with open(folder / "metrics.jsonl", "a") as file:
