@@ -249,8 +249,8 @@ def sandbox_command() -> list[str]:
     python, base, site = os.path.realpath(sys._base_executable), sys.base_prefix, site_packages()
     outer = []
     if os.getuid() == 0:
-        outer = ["bwrap", "--die-with-parent", "--cap-add", "ALL", "--dev-bind", "/", "/", "--tmpfs", "/mnt",
-                 "--ro-bind", base, "/mnt/base", "--ro-bind", site, "/mnt/site",
+        outer = ["bwrap", "--unshare-pid", "--die-with-parent", "--cap-add", "ALL", "--dev-bind", "/", "/",
+                 "--tmpfs", "/mnt", "--ro-bind", base, "/mnt/base", "--ro-bind", site, "/mnt/site",
                  "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
         base, site = "/mnt/base", "/mnt/site"
     command = [
