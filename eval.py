@@ -417,15 +417,16 @@ def clip(text, lines=None) -> str:
 def explain(failures, status, inputs, outputs) -> str:
     """SDPO's feedback: the first error or timeout, else the one or two wrong answers with the shortest input and output.
 
-    At most 2000 characters. Nothing that passed is shown. failures: (test, kind, output, error).
+    At most 2000 characters, cut so that the expected output is never what is lost. Nothing that passed is shown.
+    failures: (test, kind, output, error).
     """
     if status in ("runtime_error", "time_limit"):
         n, _, _, error = next(f for f in failures if f[1] == status)
         head = f"Runtime Error\n{error.strip()}" if status == "runtime_error" else "Time Limit Exceeded"
-        return f"{head[:1000]}\n\nLast Executed Input\n{clip(inputs[n], 8)}"[:2000]
+        return f"{head[:1000]}\n\nLast Executed Input\n{clip(inputs[n], 8)[:900]}"
     wrong = sorted(failures, key=lambda f: len(inputs[f[0]]) + len(f[2]))[:2]
-    return "\n\n".join(f"Test Case {n + 1}: Wrong Answer\n\nInput\n{clip(inputs[n], 8)}\n\nOutput\n{clip(output)}\n\n"
-                       f"Expected\n{clip(outputs[n])}" for n, _, output, _ in wrong)[:2000]
+    return "\n\n".join(f"Test Case {n + 1}: Wrong Answer\n\nInput\n{clip(inputs[n], 8)[:400]}\n\nOutput\n{clip(output)}\n\n"
+                       f"Expected\n{clip(outputs[n])}" for n, _, output, _ in wrong)
 
 
 def extract_code(completion, block="longest") -> str:
