@@ -23,7 +23,6 @@ buffers). Files in /tmp live as long as the program's sandbox, so a test can see
 
 import builtins
 import functools
-import inspect
 import marshal
 import os
 import re
@@ -33,7 +32,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 from typing import NamedTuple
 
@@ -50,6 +48,8 @@ UNPROTECTED = """Running generated code WITHOUT a sandbox. It gets a fresh proce
 size and processes, and nothing else: it can read and write all that you can, use the network, signal your processes and
 leave some behind. Install bubblewrap (apt install bubblewrap), or do this only where there is nothing to lose."""
 
+START = "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code, globals())(*job)"
+
 unsafe_exec = False
 slots = threading.BoundedSemaphore(CORES)
 
@@ -62,8 +62,10 @@ class Outcome(NamedTuple):
     error: str
 
 
-def runner():
-    """Runs inside, as process 1; its source text is what is sent in. Reads a job from fd 0, writes results to fd 1."""
+def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_limit, processes, wanted, site):
+    """Runs inside, as process 1, on arguments of its own: its code object is what is sent in. Writes results to fd 1."""
+    import atexit
+    import builtins
     import ctypes
     import marshal
     import os
@@ -150,8 +152,12 @@ def runner():
         sys.modules[module.__name__] = module
         module.__dict__.update(prelude)
         try:
+            parsed = marshal.loads(compiled) if compiled else compile(code, "Solution.py", "exec", dont_inherit=True)
+            if text is None:
+                os.write(1, marshal.dumps(parsed))
+                return 0
             try:
-                exec(compile(code, "Solution.py", "exec", dont_inherit=True), module.__dict__)
+                exec(parsed, module.__dict__)
                 if fn_name:
                     call(module.__dict__, text)
             except SystemExit:
@@ -159,7 +165,7 @@ def runner():
                     raise
             if "threading" in sys.modules:
                 sys.modules["threading"]._shutdown()
-            sys.modules["atexit"]._run_exitfuncs()
+            atexit._run_exitfuncs()
             if not sys.stdout.closed:
                 sys.stdout.flush()
             return 0
@@ -168,9 +174,12 @@ def runner():
             return 1
 
     def attempt(text):
-        """One test: status, output and error text. Files in memory are its streams, so no pipe can fill or stay open."""
+        """One test: status, output and error text. Files in memory are its streams, so no pipe can fill or stay open.
+
+        Without a text, the program is compiled and the code is the output: parsing can take a hostile text's time, too.
+        """
         files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
-        os.write(files[0], b"" if fn_name else text.encode("utf-8", "replace"))
+        os.write(files[0], b"" if fn_name or text is None else text.encode("utf-8", "replace"))
         os.lseek(files[0], 0, 0)
         child = os.fork()
         if child == 0:
@@ -217,10 +226,6 @@ def runner():
             status, error = "runtime_error", said or b"It ended with exit code %d" % exit_code
         return status, output, error[:4000]
 
-    job = b""
-    while part := os.read(0, 1 << 20):
-        job += part
-    code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_limit, processes, wanted, site = marshal.loads(job)
     sys.path.append(site)
     prelude = {}
     for name, module, attribute in wanted:
@@ -230,12 +235,12 @@ def runner():
             continue
         if name:
             prelude[name] = getattr(loaded, attribute) if attribute else loaded
-    import atexit  # noqa: F401
-    import builtins
+    compiled = b""
     builtins.exit = builtins.quit = sys.exit
     if fn_name:
         import json
     send(b"ready")
+    status, compiled, error = attempt(None)  # where that fails there is no output, and each test says why by itself
     for text in inputs:
         status, output, error = attempt(text)
         send(b"%-16s%16d%16d" % (status.encode(), len(output), len(error)) + output + error)
@@ -318,10 +323,10 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
     # What the program names of the prelude, plus modules worth importing once and not in each test.
     wanted = [(name, *prelude()[name]) for name in words & prelude().keys()]
     wanted += [("", name, None) for name in words & {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}]
-    job = marshal.dumps((code, list(inputs), fn_name, time_limit, WALL * time_limit, memory_mb << 20, OUTPUT, PROCESSES,
-                         wanted, site))
+    job = marshal.dumps((runner.__code__, (code, list(inputs), fn_name, time_limit, WALL * time_limit, memory_mb << 20,
+                                           OUTPUT, PROCESSES, wanted, site)))
     with slots, tempfile.TemporaryDirectory() as scratch, subprocess.Popen(
-            [*command, "-S", "-s", "-P", "-X", "utf8", "-c", RUNNER], env=ENVIRONMENT, cwd=scratch, start_new_session=True,
+            [*command, "-S", "-s", "-P", "-X", "utf8", "-c", START], env=ENVIRONMENT, cwd=scratch, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
@@ -359,5 +364,3 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
         finally:
             os.killpg(process.pid, signal.SIGKILL)
 
-
-RUNNER = textwrap.dedent(inspect.getsource(runner)) + "\nrunner()\n"
