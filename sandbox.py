@@ -9,8 +9,8 @@ answer it has to print.
 The walls, from the outside in:
 - bubblewrap: own user, pid, net, ipc, uts and cgroup namespaces, no further user namespaces, no capabilities, no new
   privileges, an empty environment; /usr and the interpreter read-only, /tmp and /dev/shm private and of 64 MiB each,
-  nothing else writable. Where we are root, an outer bubblewrap first shows the interpreter (it may lie in root's home) to
-  the user `nobody`, who then makes the sandbox: root's processes know no limit of their number.
+  nothing else writable. Where we are root, the user `nobody` makes the sandbox, since root's processes know no limit of
+  their number; a mount namespace, made once, shows him the interpreter, which may lie in root's home.
 - `runner`, process 1 of the pid namespace: the kernel drops every signal that a process inside sends to it, it is not
   dumpable, so its memory and descriptors are closed to processes of the same user, and when it goes all go.
 - Each test is a fork of it with limits of its own: CPU time (of all its processes together), a wall limit four times as
@@ -23,6 +23,7 @@ buffers). Files in /tmp live as long as the program's sandbox, so a test can see
 
 import builtins
 import functools
+import json
 import marshal
 import os
 import re
@@ -64,15 +65,16 @@ class Outcome(NamedTuple):
 
 def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_limit, processes, wanted, site):
     """Runs inside, as process 1, on arguments of its own: its code object is what is sent in. Writes results to fd 1."""
+    import _ctypes
     import atexit
     import builtins
-    import ctypes
     import marshal
     import os
     import select
     import sys
     import time
-    from _signal import SIG_IGN, signal  # the public module costs 2 ms
+    from _json import encode_basestring_ascii, make_encoder  # these three for their C parts alone: importing the
+    from _signal import SIG_IGN, signal  # public modules json, signal and ctypes takes longer than all else here
     from resource import (
         RLIMIT_AS,
         RLIMIT_CORE,
@@ -85,14 +87,15 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         setrlimit,
     )
 
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no other process may trace us or open our /proc files
+    # PR_SET_DUMPABLE 0: no other process may trace us or open what is ours in /proc.
+    _ctypes.call_cdeclfunction(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (4, 0, 0, 0, 0))
     signal(2, SIG_IGN)  # SIGINT, the one signal Python handles: all others a process 1 never gets from inside
     alone = os.getpid() == 1  # else there is no pid namespace, and more than our children to be seen and killed
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
     def send(data):
         while data:
-            data = data[os.write(1, data):]
+            data = data[os.write(results, data):]
 
     def usage(child):
         """CPU seconds and resident bytes of the test's processes together (without a namespace: of its first one)."""
@@ -107,12 +110,16 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             memory += int(fields[21]) * page
         return cpu, memory
 
-    def call(namespace, text):
-        """The value of the named function, a method of Solution or a bare one, for one JSON argument a line."""
+    def plain(value):
+        """What JSON does not know: numpy's numbers and arrays are as good as Python's, other things their repr."""
+        return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+    def call(namespace, arguments):
+        """Calls the named function, a method of Solution or a bare one. Its value, as JSON, becomes the output."""
         owner = namespace.get("Solution")
         function = getattr(owner(), fn_name) if hasattr(owner, fn_name) else namespace[fn_name]
-        value = function(*(json.loads(line) for line in text.split("\n") if line.strip()))
-        answer = json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else repr(v))  # numpy's numbers
+        encode = make_encoder(None, plain, encode_basestring_ascii, None, ": ", ", ", False, False, True)
+        answer = "".join(encode(function(*arguments), 0))
         sys.stdout.flush()
         os.ftruncate(1, 0)  # what it printed is no answer
         os.lseek(1, 0, 0)
@@ -134,17 +141,13 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         os.lseek(2, 0, 0)
         os.write(2, f"{type(error).__name__}: {error}{where}".encode("utf-8", "replace")[:4000])
 
-    def program(text):
+    def program(given):
         """The forked child: limits, its own three streams, then the program as Python would run it. Gives the exit code."""
         hard = getrlimit(RLIMIT_STACK)[1]
         setrlimit(RLIMIT_STACK, (120 << 20 if hard < 0 else min(120 << 20, hard), hard))  # for deep recursion through C
         for kind, limit in ((RLIMIT_AS, memory_limit), (RLIMIT_CPU, int(time_limit) + 2), (RLIMIT_FSIZE, output_limit),
                             (RLIMIT_NPROC, processes), (RLIMIT_NOFILE, 64), (RLIMIT_CORE, 0)):
             setrlimit(kind, (limit, limit))
-        for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-            stream = open(fd, mode, encoding="utf-8", errors="backslashreplace" if fd == 2 else "strict", closefd=False)
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
         sys.argv[:] = ["Solution.py"]
         sys.setrecursionlimit(50_000)
         sys.set_int_max_str_digits(50_000)
@@ -153,13 +156,13 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         module.__dict__.update(prelude)
         try:
             parsed = marshal.loads(compiled) if compiled else compile(code, "Solution.py", "exec", dont_inherit=True)
-            if text is None:
+            if given is None:
                 os.write(1, marshal.dumps(parsed))
                 return 0
             try:
                 exec(parsed, module.__dict__)
                 if fn_name:
-                    call(module.__dict__, text)
+                    call(module.__dict__, given)
             except SystemExit:
                 if fn_name:
                     raise
@@ -173,13 +176,13 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             explain(error)
             return 1
 
-    def attempt(text):
+    def attempt(given):
         """One test: status, output and error text. Files in memory are its streams, so no pipe can fill or stay open.
 
-        Without a text, the program is compiled and the code is the output: parsing can take a hostile text's time, too.
+        Given nothing, the program is compiled and the code is the output: parsing can take a hostile text's time, too.
         """
         files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
-        os.write(files[0], b"" if fn_name or text is None else text.encode("utf-8", "replace"))
+        os.write(files[0], given if isinstance(given, bytes) else b"")
         os.lseek(files[0], 0, 0)
         child = os.fork()
         if child == 0:
@@ -189,7 +192,7 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
                 for target, fd in enumerate(files):
                     os.dup2(fd, target)
                 os.closerange(3, 64)
-                exit_code = program(text)
+                exit_code = program(given)
             finally:
                 os._exit(exit_code)
         pidfd, end, status, error = os.pidfd_open(child), time.monotonic() + wall_limit, "ran", b""
@@ -235,14 +238,17 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             continue
         if name:
             prelude[name] = getattr(loaded, attribute) if attribute else loaded
-    compiled = b""
+    compiled, results = b"", os.dup(1)
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        os.dup2(os.memfd_create(name), fd)  # a file, as the test's own will be, or Python would take it for a pipe
+        stream = open(fd, mode, encoding="utf-8", errors="backslashreplace" if fd == 2 else "strict", closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     builtins.exit = builtins.quit = sys.exit
-    if fn_name:
-        import json
     send(b"ready")
     status, compiled, error = attempt(None)  # where that fails there is no output, and each test says why by itself
-    for text in inputs:
-        status, output, error = attempt(text)
+    for given in inputs:
+        status, output, error = attempt(given)
         send(b"%-16s%16d%16d" % (status.encode(), len(output), len(error)) + output + error)
         if status == "time_limit":
             break
@@ -251,12 +257,21 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
 @functools.cache
 def sandbox_command() -> list[str]:
     """The command that the interpreter's own arguments follow. RuntimeError, in a sentence, where there is no sandbox."""
+    if not shutil.which("bwrap", path=ENVIRONMENT["PATH"]):
+        raise RuntimeError("generated code runs only in a sandbox: install bubblewrap (apt install bubblewrap), or give "
+                           "--unsafe_exec to run it without one")
     python, base, site = os.path.realpath(sys._base_executable), sys.base_prefix, site_packages()
     outer = []
     if os.getuid() == 0:
-        outer = ["bwrap", "--unshare-pid", "--die-with-parent", "--cap-add", "ALL", "--dev-bind", "/", "/",
-                 "--tmpfs", "/mnt", "--ro-bind", base, "/mnt/base", "--ro-bind", site, "/mnt/site",
-                 "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+        view = subprocess.Popen(["bwrap", "--dev-bind", "/", "/", "--tmpfs", "/mnt", "--ro-bind", base, "/mnt/base",
+                                 "--ro-bind", site, "/mnt/site", "/bin/sh", "-c", "echo $$; read wait"], env=ENVIRONMENT,
+                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if pid := view.stdout.readline().strip():  # the mount namespace lives as long as our descriptor of it
+            mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+            outer = ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}",
+                     "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+        if why := view.communicate()[1]:
+            raise RuntimeError(f"bubblewrap is installed but can't be used here: {why.strip()}")
         base, site = "/mnt/base", "/mnt/site"
     command = [
         *outer, "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
@@ -266,9 +281,6 @@ def sandbox_command() -> list[str]:
         "--size", str(DISK), "--tmpfs", "/dev/shm", "--size", str(DISK), "--tmpfs", "/tmp",
         "--ro-bind", base, sys.base_prefix, "--ro-bind", site, "/site", "--chdir", "/tmp",
         "--remount-ro", "/dev", "--remount-ro", "/", python]
-    if not shutil.which("bwrap", path=ENVIRONMENT["PATH"]):
-        raise RuntimeError("generated code runs only in a sandbox: install bubblewrap (apt install bubblewrap), or give "
-                           "--unsafe_exec to run it without one")
     trial = subprocess.run([*command, "-S", "-c", "print(1)"], capture_output=True, text=True, env=ENVIRONMENT)
     if trial.stdout != "1\n":
         raise RuntimeError("bubblewrap is installed but makes no sandbox here (it has to be 0.8 or later, with user "
@@ -310,8 +322,12 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
     fn_name: None for a program that reads stdin and prints; else the function (a method of Solution, or a bare one) to be
     called with the JSON values on the lines of the input. time_limit: CPU seconds a test; WALL times as much may pass on
     the clock. memory_mb: MiB of address space of each process, and of resident memory of all together. No more programs
-    run at once than there are cores. RuntimeError where there is no sandbox.
+    run at once than there are cores. RuntimeError where there is no sandbox, ValueError for a line that is no JSON.
     """
+    if fn_name:
+        inputs = [[json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs]
+    else:
+        inputs = [text.encode("utf-8", "replace") for text in inputs]
     site = "/site"
     try:
         command = sandbox_command()
@@ -323,7 +339,7 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
     # What the program names of the prelude, plus modules worth importing once and not in each test.
     wanted = [(name, *prelude()[name]) for name in words & prelude().keys()]
     wanted += [("", name, None) for name in words & {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}]
-    job = marshal.dumps((runner.__code__, (code, list(inputs), fn_name, time_limit, WALL * time_limit, memory_mb << 20,
+    job = marshal.dumps((runner.__code__, (code, inputs, fn_name, time_limit, WALL * time_limit, memory_mb << 20,
                                            OUTPUT, PROCESSES, wanted, site)))
     with slots, tempfile.TemporaryDirectory() as scratch, subprocess.Popen(
             [*command, "-S", "-s", "-P", "-X", "utf8", "-c", START], env=ENVIRONMENT, cwd=scratch, start_new_session=True,

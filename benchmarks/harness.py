@@ -6,11 +6,12 @@ The programs are made here: for each problem of the sample one that knows the te
 and one that forgets the third (wrong, where the official algorithm stops and ours goes on, for the pass rate). Without the
 file, 90 small problems of our own take its place. `official` is the published algorithm in our own words: a process forked
 for each program, which sends its result through a multiprocessing.Manager, all tests one after another in one interpreter,
-stdin and stdout mocked, an alarm per test. `lean` is the same with a pipe for the manager. Rounds alternate between the
-contestants, since the machine is shared; the ratios come last.
+stdin and stdout mocked, the program wrapped in a function, an alarm per test. `lean` is the same with a pipe for the
+manager. Rounds alternate between the contestants, since the machine is shared; the ratios come last.
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import json
@@ -38,8 +39,8 @@ def by_heart(problem, forget):
     tests, name = problem.extra, problem.extra.get("fn_name")
     table = {i: o for n, (i, o) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True)) if n != forget}
     if name:
-        known = {json.dumps([json.loads(x) for x in i.split("\n")]): json.loads(o) for i, o in table.items()}
-        return f"class Solution:\n    def {name}(self, *a): return {known!r}.get(json.dumps(list(a)), 'forgotten')\n"
+        known = {repr([json.loads(x) for x in i.split("\n")]): json.loads(o) for i, o in table.items()}
+        return f"class Solution:\n    def {name}(self, *a): return {known!r}.get(repr(list(a)), 'forgotten')\n"
     return f"import sys\nprint({table!r}.get(sys.stdin.read(), 'forgotten'))\n"
 
 
@@ -53,12 +54,18 @@ def official_tests(code, inputs, outputs, fn_name, time_limit=6):
     signal.signal(signal.SIGALRM, late)
     prologue = "".join(f"from {m} import *\n" for m in STARS) + f"import {', '.join(STARS)}\nsys.setrecursionlimit(50000)\n"
     try:
-        space = {"__name__": "__main__"}
         if fn_name:
+            space = {"__name__": "program"}
             exec(compile(prologue + code, "<string>", "exec"), space)
             function = getattr(space["Solution"](), fn_name)
         else:
-            program = compile(prologue + code, "<string>", "exec")
+            tree = ast.parse(code)
+            imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            wrapped = ast.parse("def wrapped_function():\n    pass")
+            wrapped.body[0].body = [node for node in tree.body if node not in imports]
+            text = "\n".join(map(ast.unparse, imports)) + "\n" + ast.unparse(wrapped)
+            space = {"__name__": "program"}
+            exec(compile(prologue + text, "<string>", "exec"), space)
         for text, wanted in zip(inputs, outputs, strict=True):
             signal.alarm(time_limit)
             if fn_name:
@@ -66,7 +73,7 @@ def official_tests(code, inputs, outputs, fn_name, time_limit=6):
             else:
                 sys.stdin, printed = io.StringIO(text), io.StringIO()
                 with contextlib.redirect_stdout(printed):
-                    exec(program, dict(space))
+                    space["wrapped_function"]()
                 right = same_text(printed.getvalue(), wanted)
             signal.alarm(0)
             if not right:
@@ -78,8 +85,13 @@ def official_tests(code, inputs, outputs, fn_name, time_limit=6):
 
 def official(job):
     with multiprocessing.Manager() as manager:
-        result = manager.list()
-        process = multiprocessing.Process(target=lambda: result.append(official_tests(*job)))
+        result, metadata = manager.list(), manager.list()
+
+        def run():
+            result.append(official_tests(*job))
+            metadata.append({})
+
+        process = multiprocessing.Process(target=run)
         process.start()
         process.join(7 * len(job[1]) + 5)
         if process.is_alive():
