@@ -28,6 +28,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from decimal import Decimal, InvalidOperation
 from math import comb
 from pathlib import Path
@@ -207,21 +208,25 @@ def code_problem(tests, id, prompt, system, **extra) -> Problem:
         "inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], **extra})
 
 
-def livecodebench(data="", protocol="sdpo", since=WINDOW[0], until=WINDOW[1]):
-    """(name, train, test): the contests of since <= date < until, under a protocol of the table above.
+def livecodebench(data, protocol, since, until):
+    """(name, train, test): the contests of since <= date < until (YYYY-MM-DD), under a protocol of the table above.
 
     The name says protocol, window and number of problems, for reports. SDPO's half of the tests is drawn with seed 0 in the
     order of the file, as its description has it; its script was not at hand to compare.
     """
     if protocol not in ("sdpo", "older", "official"):
         raise ValueError(f"livecodebench has no protocol {protocol!r}; it has sdpo, older and official")
-    train, test, dates, rng = [], [], [], np.random.RandomState(0)
+    try:
+        since, until = (str(date.fromisoformat(day)) for day in (since, until))
+    except ValueError as error:
+        raise ValueError(f"the window is given in days like {WINDOW[0]}, not as {since} to {until}: {error}") from error
+    train, test, days, rng = [], [], [], np.random.RandomState(0)
     for where, row in read_livecodebench(data):
         if missing := [k for k in LIVECODEBENCH if row.get(k) is None]:
             raise ValueError(f"{where}: {' and '.join(missing)} must be given")
-        date = str(row["contest_date"])[:10]
-        dates.append(date)
-        if date >= until or date < since and protocol != "older":
+        day = str(row["contest_date"])[:10]
+        days.append(day)
+        if day >= until or day < since and protocol != "older":
             continue
         try:
             public, hidden = decode_tests(row["public_test_cases"]), decode_tests(row["private_test_cases"])
@@ -239,8 +244,8 @@ def livecodebench(data="", protocol="sdpo", since=WINDOW[0], until=WINDOW[1]):
             signature = re.sub(r"\(self,?\s*", "(", "".join(line.strip() for line in starter.split("\n") if "def " in line))
             prompt = SDPO_PROMPT.format(content=content) + (SIGNATURE.format(signature=signature) if name else "")
 
-        known = {"id": row["question_id"], "prompt": prompt, "system": system, "fn_name": name, "block": block, "date": date}
-        if date < since:
+        known = {"id": row["question_id"], "prompt": prompt, "system": system, "fn_name": name, "block": block, "date": day}
+        if day < since:
             train.append(code_problem(hidden, feedback=True, **known))
             continue
         test.append(code_problem(public + hidden if protocol == "official" else hidden, feedback=False, **known))
@@ -250,24 +255,24 @@ def livecodebench(data="", protocol="sdpo", since=WINDOW[0], until=WINDOW[1]):
         elif protocol == "official":
             train.append(code_problem(public, feedback=True, **known))
     if not test or not train:
-        raise ValueError(f"{data or 'the Hub'} has contests of {min(dates)} to {max(dates)}: none to "
+        raise ValueError(f"{data or 'the Hub'} has contests of {min(days)} to {max(days)}: none to "
                          f"{'train on' if test else 'evaluate'} with protocol {protocol}, since {since}, until {until}")
     expected = " of 131" if (since, until) == WINDOW and len(test) != 131 else ""
     return f"livecodebench ({protocol}, {since} to {until}, {len(test)}{expected} problems)", train, test
 
 
-def load_task(name, dev=0.1, seed=42, data="", **options) -> Task:
+def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0], until=WINDOW[1]) -> Task:
     """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
 
     data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them; for livecodebench,
-    the official file or a folder of such (its other options: protocol, since, until). dev: the share of the training split
-    that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits). Raises ValueError
-    in one sentence for a task or file that can't be used.
+    the official file or a folder of such. protocol, since, until: of livecodebench alone, see above. dev: the share of the
+    training split that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits).
+    Raises ValueError in one sentence for a task or file that can't be used.
     """
     if not 0 <= dev < 1:
         raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
     if name == "livecodebench":
-        name, train, test = livecodebench(data, **options)
+        name, train, test = livecodebench(data, protocol, since, until)
     else:
         train, test = (read_problems(*where) for where in task_files(name, data))
     held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
@@ -388,7 +393,7 @@ def judge(code, inputs, outputs, fn_name=None, time_limit=6.0, memory_mb=1024) -
     inputs, outputs: as many texts each. fn_name: None for a program that reads stdin and prints; else a function, or a
     method of Solution, that gets the JSON values on the lines of the input and returns what the output says in JSON.
     time_limit: CPU seconds a test. memory_mb: MiB. The first test that runs out of time is the last one run; those after it
-    count as failed (ours: SDPO runs them all at once). RuntimeError where there is no sandbox.
+    count as failed (ours: SDPO runs them all at once). ValueError where there is no sandbox.
     """
     if not inputs or len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs: judge needs as many of both, and at least one")

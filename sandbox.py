@@ -42,7 +42,8 @@ OUTPUT = 16 << 20  # bytes that a test may write into any one file, its output a
 DISK = 64 << 20  # bytes in /tmp, and again in /dev/shm
 PROCESSES = 64  # of one test, threads counted
 WALL = 4.0  # the wall limit in units of the CPU limit: a loaded machine must not change a verdict
-CORES = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # ranks share the machine
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the ranks of one machine share them
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
                "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 UNPROTECTED = """Running generated code WITHOUT a sandbox. It gets a fresh process with limits on CPU time, memory, file
@@ -142,7 +143,7 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         os.write(2, f"{type(error).__name__}: {error}{where}".encode("utf-8", "replace")[:4000])
 
     def program(given):
-        """The forked child: limits, its own three streams, then the program as Python would run it. Gives the exit code."""
+        """The forked child: limits, then the program, run as Python would. Gives the exit code."""
         hard = getrlimit(RLIMIT_STACK)[1]
         setrlimit(RLIMIT_STACK, (120 << 20 if hard < 0 else min(120 << 20, hard), hard))  # for deep recursion through C
         for kind, limit in ((RLIMIT_AS, memory_limit), (RLIMIT_CPU, int(time_limit) + 2), (RLIMIT_FSIZE, output_limit),
@@ -229,6 +230,12 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             status, error = "runtime_error", said or b"It ended with exit code %d" % exit_code
         return status, output, error[:4000]
 
+    compiled, results = b"", os.dup(1)
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        os.dup2(os.memfd_create(name), fd)  # a file, as the test's own will be, or Python would take it for a pipe
+        stream = open(fd, mode, encoding="utf-8", errors="backslashreplace" if fd == 2 else "strict", closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     sys.path.append(site)
     prelude = {}
     for name, module, attribute in wanted:
@@ -238,12 +245,6 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             continue
         if name:
             prelude[name] = getattr(loaded, attribute) if attribute else loaded
-    compiled, results = b"", os.dup(1)
-    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        os.dup2(os.memfd_create(name), fd)  # a file, as the test's own will be, or Python would take it for a pipe
-        stream = open(fd, mode, encoding="utf-8", errors="backslashreplace" if fd == 2 else "strict", closefd=False)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
     builtins.exit = builtins.quit = sys.exit
     send(b"ready")
     status, compiled, error = attempt(None)  # where that fails there is no output, and each test says why by itself
@@ -256,10 +257,11 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
 
 @functools.cache
 def sandbox_command() -> list[str]:
-    """The command that the interpreter's own arguments follow. RuntimeError, in a sentence, where there is no sandbox."""
-    if not shutil.which("bwrap", path=ENVIRONMENT["PATH"]):
-        raise RuntimeError("generated code runs only in a sandbox: install bubblewrap (apt install bubblewrap), or give "
-                           "--unsafe_exec to run it without one")
+    """The command that the interpreter's own arguments follow. ValueError, in a sentence, where there is no sandbox."""
+    for tool in ("bwrap", "nsenter", "setpriv")[:1 if os.getuid() else 3]:
+        if not shutil.which(tool, path=ENVIRONMENT["PATH"]):
+            raise ValueError(f"generated code runs only in a sandbox, which needs {tool}: install it (apt install "
+                             "bubblewrap util-linux), or give --unsafe_exec to run code without one")
     python, base, site = os.path.realpath(sys._base_executable), sys.base_prefix, site_packages()
     outer = []
     if os.getuid() == 0:
@@ -271,7 +273,7 @@ def sandbox_command() -> list[str]:
             outer = ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}",
                      "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
         if why := view.communicate()[1]:
-            raise RuntimeError(f"bubblewrap is installed but can't be used here: {why.strip()}")
+            raise ValueError(f"bubblewrap is installed but can't be used here: {why.strip()}")
         base, site = "/mnt/base", "/mnt/site"
     command = [
         *outer, "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
@@ -283,8 +285,8 @@ def sandbox_command() -> list[str]:
         "--remount-ro", "/dev", "--remount-ro", "/", python]
     trial = subprocess.run([*command, "-S", "-c", "print(1)"], capture_output=True, text=True, env=ENVIRONMENT)
     if trial.stdout != "1\n":
-        raise RuntimeError("bubblewrap is installed but makes no sandbox here (it has to be 0.8 or later, with user "
-                           f"namespaces allowed); it says: {trial.stderr.strip()}")
+        raise ValueError("bubblewrap is installed but makes no sandbox here (it has to be 0.8 or later, with user "
+                         f"namespaces allowed); it says: {trial.stderr.strip()}")
     return command
 
 
@@ -299,7 +301,7 @@ def allow_unsafe_exec():
     unsafe_exec = True
     try:
         sandbox_command()
-    except RuntimeError as error:
+    except ValueError as error:
         print(f"{error}\n{UNPROTECTED}", file=sys.stderr)
 
 
@@ -322,7 +324,7 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
     fn_name: None for a program that reads stdin and prints; else the function (a method of Solution, or a bare one) to be
     called with the JSON values on the lines of the input. time_limit: CPU seconds a test; WALL times as much may pass on
     the clock. memory_mb: MiB of address space of each process, and of resident memory of all together. No more programs
-    run at once than there are cores. RuntimeError where there is no sandbox, ValueError for a line that is no JSON.
+    run at once than there are cores. ValueError where there is no sandbox, ValueError for a line that is no JSON.
     """
     if fn_name:
         inputs = [[json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs]
@@ -331,7 +333,7 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
     site = "/site"
     try:
         command = sandbox_command()
-    except RuntimeError:
+    except ValueError:
         if not unsafe_exec:
             raise
         command, site = [os.path.realpath(sys._base_executable)], site_packages()
@@ -368,7 +370,7 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
             except BrokenPipeError:
                 pass  # it has not started; the next lines say why
             if receive(5) != b"ready":
-                raise RuntimeError(f"the sandbox did not start: {process.stderr.read().decode(errors='replace').strip()}")
+                raise ValueError(f"the sandbox did not start: {process.stderr.read().decode(errors='replace').strip()}")
             for _ in inputs:
                 head = receive(48)
                 if len(head) < 48:  # the runner is gone, or has stopped after a test that ran out of time

@@ -187,7 +187,7 @@ def main():
     args = parser.parse_args()
     problems, source = MADE, "90 problems made here"
     if Path(args.data).exists():
-        task = load_task("livecodebench", dev=0, data=args.data, since="2000", until="3000")
+        task = load_task("livecodebench", dev=0, data=args.data, since="2000-01-01", until="3000-01-01")
         problems, source = task.test, task.name
     print(f"{source}; {args.workers} workers")
     rates = throughput(problems, 1 if args.quick else 5, args.workers)

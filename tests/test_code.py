@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -30,6 +32,7 @@ from eval import (
 )
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
+HERE = Path(__file__).resolve().parent.parent
 runs_code = pytest.mark.skipif(bool(reason), reason=reason)
 
 
@@ -170,6 +173,12 @@ def write(tmp_path):
     return write
 
 
+def test_datasets_is_imported_by_livecodebench_alone():
+    code = "import sys, eval; eval.load_task('nano'); print('datasets' in sys.modules, 'pyarrow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
+
+
 def test_the_window_and_the_halves(write, tmp_path):
     write(row(1, "2025-01-31"), row(2, "2025-02-01", hidden=5), row(3, "2025-04-30", True, hidden=1), row(4, "2025-05-01"))
     task = load_task("livecodebench", dev=0, data=str(tmp_path))  # a folder
@@ -247,6 +256,8 @@ def test_broken_files_are_named(write, tmp_path):
         load_task("livecodebench", data="nowhere")
     with pytest.raises(ValueError, match="no protocol 'magic'"):
         load_task("livecodebench", data="nowhere", protocol="magic")
+    with pytest.raises(ValueError, match="not as 2025-02-30 to 2025-05-01: day is out of range"):
+        load_task("livecodebench", data=write(good), since="2025-02-30")
     with pytest.raises(ValueError, match="none to train on with protocol older"):
         load_task("livecodebench", data=write(good), protocol="older")
 
@@ -263,7 +274,7 @@ def test_code_in_a_file_of_your_own(tmp_path):
             read_problems(tmp_path / "t.jsonl")
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "livecodebench" / "sample.jsonl"
+SHARED = HERE.parent / "shared" / "data" / "livecodebench" / "sample.jsonl"
 
 
 @runs_code

@@ -21,7 +21,7 @@ from sandbox import execute
 try:
     sandbox.sandbox_command()
     reason = ""
-except RuntimeError as error:
+except ValueError as error:
     reason = str(error)
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
@@ -257,6 +257,7 @@ HONEST = {
                                        "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(20_000))", [("", "20000")]),
     "names that nobody imported": ("h = []\nheappush(h, int(input()))\nd: Dict[int, int] = defaultdict(int)\n"
                                    "print(h, d[0], inf, bisect_left([1], 1), math.gcd(4, 6))", [("3\n", "[3] 0 inf 0 2")]),
+    "streams that nobody imported": ("stdout.write(stdin.readline() + stdin.read())", [("1\n2", "1\n2")]),
     "builtins as they are": ("print(pow(2, 10, 7), sum([1]), abs(-1), all([]))", [("", "2 1 1 True")]),
     "dataclass and enum": ("from dataclasses import dataclass\nfrom enum import Enum\nclass C(Enum):\n A = 1\n@dataclass\n"
                            "class P:\n x: int\nprint(P(2), C.A)", [("", "P(x=2) C.A")]),
@@ -375,7 +376,7 @@ def test_without_a_sandbox_only_on_request(monkeypatch, capsys):
     monkeypatch.setattr(sandbox, "unsafe_exec", False)
     sandbox.sandbox_command.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match="apt install bubblewrap"):
+        with pytest.raises(ValueError, match="apt install bubblewrap"):
             judge("print(1)", [""], ["1"])
         sandbox.allow_unsafe_exec()
         assert "WITHOUT a sandbox" in capsys.readouterr().err
