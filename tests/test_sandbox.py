@@ -216,6 +216,11 @@ def test_the_attacks_are_felt(outside):
     assert wrote == ("ran", b"", "")
 
 
+def test_processes_are_counted():
+    code = "import os, time\nwhile os.fork(): pass\ntime.sleep(9)"
+    assert "Resource temporarily unavailable" in judge(code, [""], [""], memory_mb=4096).feedback
+
+
 # Honest programs that some harness fails. Each: code, [(input, output)], and the function's name where there is one.
 HONEST = {
     "global at top level": ("global n\nn = int(input())\ndef f():\n global n\n n += 1\nf()\nprint(n)", [("1\n", "2")]),
