@@ -2,26 +2,34 @@
 
     load_task(name)               -> Task(train, dev, test), from JSON-lines files
     verify(problem, completion)   -> Verdict(reward, feedback): one function for training and evaluation alike
+    judge(code, inputs, outputs)  -> Judgement(passed, status, n_passed, feedback), of a program; sandbox.py runs it
     avg_at_k, maj_at_k, best_at_k -> estimators over k samples a problem; `interval`, a bootstrap over problems
 
 A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line:
 
     id        text, unique in the task
     prompt    the user message
-    answer    what the verifier compares with
+    answer    what the verifier compares with (for `code`: instead of it, inputs, outputs and perhaps fn_name, see judge)
     verifier  a name in VERIFIERS
     system    the system message (optional)
 
 All other keys are kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, `nano/7` another of its
-worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain of SciKnowEval in SDPO's files, a path any
-folder of yours.
+worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain of SciKnowEval in SDPO's files,
+`livecodebench` a window of LiveCodeBench in its official files, a path any folder of yours.
 """
 
+import base64
+import io
 import json
+import pickle
 import random
 import re
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal, InvalidOperation
 from math import comb
 from pathlib import Path
 
@@ -30,9 +38,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import bootstrap
 
+from sandbox import CORES, execute
+
 matplotlib.use("Agg")  # figures are files; no screen is needed
 NANO = Path(__file__).resolve().parent / "nano"
 SCIKNOWEVAL = ("biology", "chemistry", "material", "physics")
+LIVECODEBENCH = ("question_content", "question_id", "contest_date", "starter_code", "public_test_cases",
+                 "private_test_cases", "metadata")
+WINDOW = ("2025-02-01", "2025-05-01")  # the paper's and SDPO's: contests from the first day on, before the second
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,6 +102,12 @@ def read_problems(path, convert=dict) -> list[Problem]:
             row = convert(row)
         except ValueError as error:
             raise ValueError(f"{path}, line {n}: {error}") from error
+        if row.get("verifier") == "code":
+            row.setdefault("answer", "its tests")
+            texts = (row.get("inputs"), row.get("outputs"))
+            if not all(isinstance(t, list) and t and all(isinstance(x, str) for x in t) for t in texts) \
+                    or len(texts[0]) != len(texts[1]):
+                raise ValueError(f"{path}, line {n}: code needs inputs and outputs, two lists of texts of one length")
         bad = [k for k in ("id", "prompt", "answer", "verifier") if not isinstance(row.get(k), str) or not row[k]]
         if bad:
             raise ValueError(f"{path}, line {n}: {' and '.join(bad)} must be given, as text")
@@ -106,13 +125,162 @@ def read_problems(path, convert=dict) -> list[Problem]:
     return problems
 
 
-def load_task(name, dev=0.1, seed=42, data="") -> Task:
-    """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN` or a folder's path.
+# LiveCodeBench. Three protocols; in all of them a program is right when it passes every test that is asked of it.
+#
+#             training problems                           evaluation problems           asks for          which block
+#   sdpo      the window, half of the hidden tests        the window, all hidden tests  a bare function   the longest
+#   older     dated before the window, all hidden tests   the window, all hidden tests  a bare function   the longest
+#   official  the window, public tests only (ours)        the window, public + hidden   class Solution    the last
+#
+# The prompts have the published form in our own words (a deviation).
 
-    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them. dev: the share of
-    the training split that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own
-    splits). Raises ValueError in one sentence for a task or file that can't be used.
+SDPO_PROMPT = """You write programs for programming contests. Think about the problem, then give the complete Python \
+code in a code block enclosed with ``` ```. The time limit is 1 second.
+
+{content}"""
+SIGNATURE = """
+
+Your solution should have the following signature:
+```python
+{signature}
+```"""
+OFFICIAL_SYSTEM = "You are an expert in Python. Write a correct program for the question, one that passes all of its tests."
+OFFICIAL_PROMPT = """### Question:
+{content}
+
+### Format: {form}
+```python
+{starter}
+```
+
+### Answer: (in the format above, with backticks)
+
+"""
+
+
+class Strings(pickle.Unpickler):
+    """Downloaded pickles may hold a string. They may not name a class or function, which is how pickles run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def decode_tests(text) -> list[dict]:
+    """The tests of a row: JSON, or JSON pickled as a string, compressed and written in base64. ValueError if neither."""
+    try:
+        if not text.startswith("["):
+            text = Strings(io.BytesIO(zlib.decompress(base64.b64decode(text, validate=True)))).load()
+        tests = json.loads(text)
+        return [{"input": str(t["input"]), "output": str(t["output"])} for t in tests]
+    except (ValueError, TypeError, KeyError, EOFError, zlib.error, pickle.UnpicklingError) as error:
+        raise ValueError(f"its tests can't be decoded: {type(error).__name__}: {error}") from error
+
+
+def read_livecodebench(data):
+    """Yields (where, row) of the official files: a JSON-lines file, a folder of them, or the Hub's where data is empty."""
+    import datasets  # here: it takes a second, and no other task needs it
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it can't read is said below, in one sentence
+    if not data:  # not run: the parquet branch, since the Hub runs no loading scripts any more
+        name = "livecodebench/code_generation_lite"
+        table = datasets.load_dataset(name, revision="refs/pr/6", split="test")
+        yield from ((f"{name}, row {n}", row) for n, row in enumerate(table))
+        return
+    files = sorted(Path(data).glob("*.jsonl")) if Path(data).is_dir() else [Path(data)]
+    if not files or not files[0].is_file():
+        raise ValueError(f"livecodebench needs --data, a JSON-lines file in the official schema or a folder of such; {data} "
+                         "is none")
+    for path in files:
+        try:
+            table = datasets.load_dataset("json", data_files=str(path), split="train")
+        except Exception as error:
+            for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+                try:
+                    if line.strip() and not isinstance(json.loads(line), dict):
+                        raise ValueError("a row is an object")
+                except ValueError as reason:
+                    raise ValueError(f"{path}, line {n} is not a JSON object: {reason}") from error
+            raise ValueError(f"{path} can't be read: {error.__cause__ or error}") from error
+        yield from ((f"{path}, line {n}", row) for n, row in enumerate(table, 1))
+
+
+def code_problem(tests, id, prompt, system, **extra) -> Problem:
+    return Problem(id, prompt, "its tests", "code", system, {
+        "inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], **extra})
+
+
+def livecodebench(data, protocol, since, until):
+    """(name, train, test): the contests of since <= date < until (YYYY-MM-DD), under a protocol of the table above.
+
+    The name says protocol, window and number of problems, for reports. SDPO's half of the tests is drawn with seed 0 in the
+    order of the file, as its description has it; its script was not at hand to compare.
     """
+    if protocol not in ("sdpo", "older", "official"):
+        raise ValueError(f"livecodebench has no protocol {protocol!r}; it has sdpo, older and official")
+    try:
+        since, until = (str(date.fromisoformat(day)) for day in (since, until))
+    except ValueError as error:
+        raise ValueError(f"the window is given in days like {WINDOW[0]}, not as {since} to {until}: {error}") from error
+    train, test, days, rng = [], [], [], np.random.RandomState(0)
+    for where, row in read_livecodebench(data):
+        if missing := [k for k in LIVECODEBENCH if row.get(k) is None]:
+            raise ValueError(f"{where}: {' and '.join(missing)} must be given")
+        day = str(row["contest_date"])[:10]
+        days.append(day)
+        if day >= until or day < since and protocol != "older":
+            continue
+        try:
+            public, hidden = decode_tests(row["public_test_cases"]), decode_tests(row["private_test_cases"])
+            name = json.loads(row["metadata"]).get("func_name")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not hidden:
+            raise ValueError(f"{where} has no hidden tests")
+        content, starter, system, block = row["question_content"], row["starter_code"], "", "longest"
+        if protocol == "official":
+            form = "Fill in this class." if name else "Read the input from stdin and print the answer to stdout."
+            prompt = OFFICIAL_PROMPT.format(content=content, form=form, starter=starter or "# YOUR CODE HERE")
+            system, block = OFFICIAL_SYSTEM, "last"
+        else:
+            signature = re.sub(r"\(self,?\s*", "(", "".join(line.strip() for line in starter.split("\n") if "def " in line))
+            prompt = SDPO_PROMPT.format(content=content) + (SIGNATURE.format(signature=signature) if name else "")
+
+        known = {"id": row["question_id"], "prompt": prompt, "system": system, "fn_name": name, "block": block, "date": day}
+        if day < since:
+            train.append(code_problem(hidden, feedback=True, **known))
+            continue
+        test.append(code_problem(public + hidden if protocol == "official" else hidden, feedback=False, **known))
+        if protocol == "sdpo":
+            half = sorted(rng.choice(len(hidden), max(1, len(hidden) // 2), replace=False))
+            train.append(code_problem([hidden[i] for i in half], feedback=True, **known))
+        elif protocol == "official":
+            train.append(code_problem(public, feedback=True, **known))
+    if not test or not train:
+        raise ValueError(f"{data or 'the Hub'} has contests of {min(days)} to {max(days)}: none to "
+                         f"{'train on' if test else 'evaluate'} with protocol {protocol}, since {since}, until {until}")
+    expected = " of 131" if (since, until) == WINDOW and len(test) != 131 else ""
+    return f"livecodebench ({protocol}, {since} to {until}, {len(test)}{expected} problems)", train, test
+
+
+def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0], until=WINDOW[1]) -> Task:
+    """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
+
+    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them; for livecodebench,
+    the official file or a folder of such. protocol, since, until: of livecodebench alone, see above. dev: the share of the
+    training split that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits).
+    Raises ValueError in one sentence for a task or file that can't be used.
+    """
+    if not 0 <= dev < 1:
+        raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
+    if name == "livecodebench":
+        name, train, test = livecodebench(data, protocol, since, until)
+    else:
+        train, test = (read_problems(*where) for where in task_files(name, data))
+    held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
+    return Task(name, [p for i, p in enumerate(train) if i not in held], [train[i] for i in sorted(held)], test)
+
+
+def task_files(name, data):
+    """The train and the test file of a task, each with the function that converts its rows."""
     ending, convert = "jsonl", dict
     if name == "nano" or name.startswith("nano/"):
         world = name.partition("/")[2] or "0"
@@ -130,13 +298,9 @@ def load_task(name, dev=0.1, seed=42, data="") -> Task:
     else:
         folder = Path(name)
         if not folder.is_dir():
-            raise ValueError(f"there is no task {name!r}: give nano, nano/SEED, sciknoweval/DOMAIN or a folder with "
-                             "train.jsonl and test.jsonl")
-    train, test = (read_problems(folder / f"{split}.{ending}", convert) for split in ("train", "test"))
-    if not 0 <= dev < 1:
-        raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
-    held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
-    return Task(name, [p for i, p in enumerate(train) if i not in held], [train[i] for i in sorted(held)], test)
+            raise ValueError(f"there is no task {name!r}: give nano, nano/SEED, sciknoweval/DOMAIN, livecodebench or a "
+                             "folder with train.jsonl and test.jsonl")
+    return [(folder / f"{split}.{ending}", convert) for split in ("train", "test")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,11 +309,16 @@ def load_task(name, dev=0.1, seed=42, data="") -> Task:
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward: 1.0 or 0.0. answer: what the estimators vote on. feedback: text for the teacher, empty where there is none."""
+    """reward: 1.0 or 0.0. answer: what the estimators vote on. feedback: text for the teacher, empty where there is none.
+
+    For programs, test_pass_rate is the share of tests passed (never the reward) and status that of Judgement, or no_code.
+    """
 
     reward: float
     answer: str
     feedback: str = ""
+    test_pass_rate: float | None = None
+    status: str = ""
 
 
 def verify_steps(problem, completion) -> Verdict:
@@ -169,18 +338,137 @@ def verify_choice(problem, completion) -> Verdict:
     return Verdict(float(answer == problem.answer), answer)
 
 
+def verify_choice_lenient(problem, completion) -> Verdict:
+    """Multiple choice as a person would read it (`b`, `(B)`, `**B**`, `\\boxed{B}`, `B: 1.4`): ours, reported apart."""
+    said = completion.split("<answer>")[-1].split("</answer>")[0].strip()
+    for pattern in (r"\\boxed\{\W*(?:\\\w+\{)?([A-Za-z])\b", r"^\W*([A-Za-z])\W*$", r"^\W*([A-Za-z])\W*?[).:]",
+                    r"(?i:answer|option)(?: is)?\W+(?i:option)?\W*([A-Z])\b"):
+        if letters := re.findall(pattern, said):
+            said = letters[-1].upper()
+            break
+    return Verdict(float(said == problem.answer), said)
+
+
 def verify_last_number(problem, completion) -> Verdict:
     """The last number of the text equals the answer, as numbers: for sums, and for tasks of your own."""
     numbers = re.findall(r"-?\d+(?:\.\d+)?", completion)
     return Verdict(float(bool(numbers) and float(numbers[-1]) == float(problem.answer)), numbers[-1] if numbers else "")
 
 
-VERIFIERS = {"steps": verify_steps, "choice": verify_choice, "last_number": verify_last_number}
+@dataclass(frozen=True)
+class Judgement:
+    """Of a program. status: passed, or the worst that happened: runtime_error, time_limit, wrong_answer, in this order."""
+
+    passed: bool
+    status: str
+    n_passed: int
+    feedback: str
 
 
-def verify(problem, completion) -> Verdict:
-    """The verdict on one completion (text): a pure function of both."""
+def same_text(output, expected) -> bool:
+    """The official rule for stdout: line by line, ends stripped, equal as texts or token by token as decimal numbers."""
+    ours, theirs = (text.strip().split("\n") for text in (output, expected))
+    return len(ours) == len(theirs) and all(
+        a.strip() == b.strip() or same_numbers(a.split(), b.split()) for a, b in zip(ours, theirs, strict=True))
+
+
+def same_numbers(ours, theirs) -> bool:
+    try:
+        return len(ours) == len(theirs) and all(Decimal(a) == Decimal(b) for a, b in zip(ours, theirs, strict=True))
+    except InvalidOperation:  # no number, or a signalling NaN
+        return False
+
+
+def same_value(output, expected) -> bool:
+    """The official rule for return values: equal as JSON values. Tuples are lists, True is 1 and 2.0 is 2."""
+    try:
+        return output.strip() == expected.strip() or json.loads(output) == json.loads(expected)
+    except (ValueError, RecursionError):  # thousands of digits or of brackets
+        return False
+
+
+def judge(code, inputs, outputs, fn_name=None, time_limit=6.0, memory_mb=1024) -> Judgement:
+    """Runs a program on each input, in a sandbox, and compares here what it gives with the outputs, which stay here.
+
+    inputs, outputs: as many texts each. fn_name: None for a program that reads stdin and prints; else a function, or a
+    method of Solution, that gets the JSON values on the lines of the input and returns what the output says in JSON.
+    time_limit: CPU seconds a test. memory_mb: MiB. The first test that runs out of time is the last one run; those after it
+    count as failed (ours: SDPO runs them all at once). ValueError where there is no sandbox.
+    """
+    if not inputs or len(inputs) != len(outputs):
+        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs: judge needs as many of both, and at least one")
+    same, failures, n_passed = same_value if fn_name else same_text, [], 0
+    for n, outcome in enumerate(execute(code, inputs, fn_name, time_limit, memory_mb)):
+        output, status = outcome.output.decode(errors="replace"), outcome.status
+        if status == "ran" and same(output, outputs[n]):
+            n_passed += 1
+        else:
+            failures.append((n, "wrong_answer" if status == "ran" else status, output[:2000], outcome.error))
+    passed = n_passed == len(inputs)
+    if not passed and not failures:
+        failures = [(n_passed, "runtime_error", "", "The program ended its sandbox.")]
+    kinds = [kind for _, kind, _, _ in failures]
+    status = "passed" if passed else next(k for k in ("runtime_error", "time_limit", "wrong_answer") if k in kinds)
+    return Judgement(passed, status, n_passed, explain(failures, status, inputs, outputs))
+
+
+def clip(text, lines=None) -> str:
+    """The first lines of a text, or all, of 250 characters each (of all together, where lines is not given)."""
+    parts = text.strip().split("\n") if lines else [text.strip()]
+    cut = [part if len(part) <= 250 else part[:250] + "..." for part in parts[:lines]]
+    return "\n".join(cut + ["..."] * (lines is not None and len(parts) > lines))
+
+
+def explain(failures, status, inputs, outputs) -> str:
+    """SDPO's feedback: the first error or timeout, else the one or two wrong answers with the shortest input and output.
+
+    At most 2000 characters, cut so that the expected output is never what is lost. Nothing that passed is shown.
+    failures: (test, kind, output, error).
+    """
+    if status in ("runtime_error", "time_limit"):
+        n, _, _, error = next(f for f in failures if f[1] == status)
+        head = f"Runtime Error\n{error.strip()}" if status == "runtime_error" else "Time Limit Exceeded"
+        return f"{head[:1000]}\n\nLast Executed Input\n{clip(inputs[n], 8)[:900]}"
+    wrong = sorted(failures, key=lambda f: len(inputs[f[0]]) + len(f[2]))[:2]
+    return "\n\n".join(f"Test Case {n + 1}: Wrong Answer\n\nInput\n{clip(inputs[n], 8)[:400]}\n\nOutput\n{clip(output)}\n\n"
+                       f"Expected\n{clip(outputs[n])}" for n, _, output, _ in wrong)
+
+
+def extract_code(completion, block="longest") -> str:
+    """SDPO's longest closed code block, or, officially, what is between the last two lines with a fence. "" if none."""
+    if block == "longest":
+        return max(re.findall(r"```\w*\n(.*?)```", completion, re.DOTALL), key=len, default="")
+    lines = completion.split("\n")
+    fences = [n for n, line in enumerate(lines) if "```" in line]
+    return "\n".join(lines[fences[-2] + 1:fences[-1]]) if len(fences) > 1 else ""
+
+
+def verify_code(problem, completion) -> Verdict:
+    """A program that passes every test in problem.extra; feedback only where that holds no `feedback: false`."""
+    tests, code = problem.extra, extract_code(completion, problem.extra.get("block", "longest"))
+    if code.strip():
+        found = judge(code, tests["inputs"], tests["outputs"], tests.get("fn_name"))
+    else:
+        found = Judgement(False, "no_code", 0, "Truncated Attempt\nThe code block has no end." if completion.count("```") % 2
+                          else "Incorrect Format\nThere is no code block: put the code between ```python and ```.")
+    feedback = found.feedback if tests.get("feedback", True) else ""
+    return Verdict(float(found.passed), code, feedback, found.n_passed / len(tests["inputs"]), found.status)
+
+
+VERIFIERS = {"steps": verify_steps, "choice": verify_choice, "last_number": verify_last_number, "code": verify_code}
+
+
+def verify(problem, completion, lenient=False) -> Verdict:
+    """The verdict on one completion (text): a pure function of both. lenient concerns multiple choice alone."""
+    if lenient and problem.verifier == "choice":
+        return verify_choice_lenient(problem, completion)
     return VERIFIERS[problem.verifier](problem, completion)
+
+
+def verify_all(problems, completions) -> list[Verdict]:
+    """verify on each pair, in order; programs run side by side, as many as there are cores."""
+    with ThreadPoolExecutor(CORES) as pool:
+        return list(pool.map(verify, problems, completions))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

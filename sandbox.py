@@ -1,0 +1,384 @@
+"""Runs programs that nobody has read: under bubblewrap, one sandbox a program, one process a test.
+
+    execute(code, inputs, ...)  -> an Outcome for each input, in order
+
+Expected outputs are no argument of anything in this file: they stay in the caller's process, which compares. What comes
+back is bytes of bounded number, never unpickled, never evaluated. So a program can lie about everything except the
+answer it has to print.
+
+The walls, from the outside in:
+- bubblewrap: own user, pid, net, ipc, uts and cgroup namespaces, no further user namespaces, no capabilities, no new
+  privileges, an empty environment; /usr and the interpreter read-only, /tmp and /dev/shm private and of 64 MiB each,
+  nothing else writable. Where we are root, the user `nobody` makes the sandbox, since root's processes know no limit of
+  their number; a mount namespace, made once, shows him the interpreter, which may lie in root's home.
+- `runner`, process 1 of the pid namespace: the kernel drops every signal that a process inside sends to it, it is not
+  dumpable, so its memory and descriptors are closed to processes of the same user, and when it goes all go.
+- Each test is a fork of it with limits of its own: CPU time (of all its processes together), a wall limit four times as
+  long against sleepers, memory, number of processes, file and output size. When its first process ends, all that it left
+  behind is killed before the output is read.
+
+Not walled off: bugs of the kernel, and kernel memory that belongs to no process (a memfd that is not mapped, socket
+buffers). Files in /tmp live as long as the program's sandbox, so a test can see those of an earlier test.
+"""
+
+import builtins
+import functools
+import json
+import marshal
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import NamedTuple
+
+import numpy
+
+OUTPUT = 16 << 20  # bytes that a test may write into any one file, its output among them
+DISK = 64 << 20  # bytes in /tmp, and again in /dev/shm
+PROCESSES = 64  # of one test, threads counted
+WALL = 4.0  # the wall limit in units of the CPU limit: a loaded machine must not change a verdict
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the ranks of one machine share them
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+               "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+UNPROTECTED = """Running generated code WITHOUT a sandbox. It gets a fresh process with limits on CPU time, memory, file
+size and processes, and nothing else: it can read and write all that you can, use the network, signal your processes and
+leave some behind. Install bubblewrap (apt install bubblewrap), or do this only where there is nothing to lose."""
+
+START = "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code, globals())(*job)"
+
+unsafe_exec = False
+slots = threading.BoundedSemaphore(CORES)
+
+
+class Outcome(NamedTuple):
+    """status: ran, runtime_error or time_limit. output: stdout, or the returned value as JSON. error: text for people."""
+
+    status: str
+    output: bytes
+    error: str
+
+
+def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_limit, processes, wanted, site):
+    """Runs inside, as process 1, on arguments of its own: its code object is what is sent in. Writes results to fd 1."""
+    import _ctypes
+    import atexit
+    import builtins
+    import marshal
+    import os
+    import select
+    import sys
+    import time
+    from _json import encode_basestring_ascii, make_encoder  # these three for their C parts alone: importing the
+    from _signal import SIG_IGN, signal  # public modules json, signal and ctypes takes longer than all else here
+    from resource import (
+        RLIMIT_AS,
+        RLIMIT_CORE,
+        RLIMIT_CPU,
+        RLIMIT_FSIZE,
+        RLIMIT_NOFILE,
+        RLIMIT_NPROC,
+        RLIMIT_STACK,
+        getrlimit,
+        setrlimit,
+    )
+
+    # PR_SET_DUMPABLE 0: no other process may trace us or open what is ours in /proc.
+    _ctypes.call_cdeclfunction(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (4, 0, 0, 0, 0))
+    signal(2, SIG_IGN)  # SIGINT, the one signal Python handles: all others a process 1 never gets from inside
+    alone = os.getpid() == 1  # else there is no pid namespace, and more than our children to be seen and killed
+    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+
+    def send(data):
+        while data:
+            data = data[os.write(results, data):]
+
+    def usage(child):
+        """CPU seconds and resident bytes of the test's processes together (without a namespace: of its first one)."""
+        cpu = memory = 0
+        for pid in [p for p in os.listdir("/proc") if p.isdigit() and p != "1"] if alone else [str(child)]:
+            try:
+                with open(f"/proc/{pid}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:  # it has just ended
+                continue
+            cpu += sum(map(int, fields[11:15])) / ticks
+            memory += int(fields[21]) * page
+        return cpu, memory
+
+    def plain(value):
+        """What JSON does not know: numpy's numbers and arrays are as good as Python's, other things their repr."""
+        return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+    def call(namespace, arguments):
+        """Calls the named function, a method of Solution or a bare one. Its value, as JSON, becomes the output."""
+        owner = namespace.get("Solution")
+        function = getattr(owner(), fn_name) if hasattr(owner, fn_name) else namespace[fn_name]
+        encode = make_encoder(None, plain, encode_basestring_ascii, None, ": ", ", ", False, False, True)
+        answer = "".join(encode(function(*arguments), 0))
+        sys.stdout.flush()
+        os.ftruncate(1, 0)  # what it printed is no answer
+        os.lseek(1, 0, 0)
+        print(answer)
+
+    def explain(error):
+        """Type, message and the last three lines of the program itself that led there."""
+        frames, step = [], error.__traceback__
+        while step:
+            if step.tb_frame.f_code.co_filename == "Solution.py":
+                frames.append((step.tb_lineno, step.tb_frame.f_code.co_name))
+            step = step.tb_next
+        if isinstance(error, SyntaxError) and error.lineno:
+            frames.append((error.lineno, "<module>"))
+        lines = code.split("\n")
+        where = "".join(f"\n  {''.join(lines[n - 1:n]).strip()}\nLine {n} in {name} (Solution.py)"
+                        for n, name in frames[-3:])
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, 0)
+        os.write(2, f"{type(error).__name__}: {error}{where}".encode("utf-8", "replace")[:4000])
+
+    def program(given):
+        """The forked child: limits, then the program, run as Python would. Gives the exit code."""
+        hard = getrlimit(RLIMIT_STACK)[1]
+        setrlimit(RLIMIT_STACK, (120 << 20 if hard < 0 else min(120 << 20, hard), hard))  # for deep recursion through C
+        for kind, limit in ((RLIMIT_AS, memory_limit), (RLIMIT_CPU, int(time_limit) + 2), (RLIMIT_FSIZE, output_limit),
+                            (RLIMIT_NPROC, processes), (RLIMIT_NOFILE, 64), (RLIMIT_CORE, 0)):
+            setrlimit(kind, (limit, limit))
+        sys.argv[:] = ["Solution.py"]
+        sys.setrecursionlimit(50_000)
+        sys.set_int_max_str_digits(50_000)
+        module = type(sys)("solution" if fn_name else "__main__")
+        sys.modules[module.__name__] = module
+        module.__dict__.update(prelude)
+        try:
+            parsed = marshal.loads(compiled) if compiled else compile(code, "Solution.py", "exec", dont_inherit=True)
+            if given is None:
+                os.write(1, marshal.dumps(parsed))
+                return 0
+            try:
+                exec(parsed, module.__dict__)
+                if fn_name:
+                    call(module.__dict__, given)
+            except SystemExit:
+                if fn_name:
+                    raise
+            if "threading" in sys.modules:
+                sys.modules["threading"]._shutdown()
+            atexit._run_exitfuncs()
+            if not sys.stdout.closed:
+                sys.stdout.flush()
+            return 0
+        except BaseException as error:
+            explain(error)
+            return 1
+
+    def attempt(given):
+        """One test: status, output and error text. Files in memory are its streams, so no pipe can fill or stay open.
+
+        Given nothing, the program is compiled and the code is the output: parsing can take a hostile text's time, too.
+        """
+        files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
+        os.write(files[0], given if isinstance(given, bytes) else b"")
+        os.lseek(files[0], 0, 0)
+        child = os.fork()
+        if child == 0:
+            exit_code = 1
+            try:
+                os.setsid()
+                for target, fd in enumerate(files):
+                    os.dup2(fd, target)
+                os.closerange(3, 64)
+                exit_code = program(given)
+            finally:
+                os._exit(exit_code)
+        pidfd, end, status, error = os.pidfd_open(child), time.monotonic() + wall_limit, "ran", b""
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        while not poll.poll(50):
+            cpu, memory = usage(child)
+            if cpu > time_limit or time.monotonic() > end:
+                status = "time_limit"
+                break
+            if memory > memory_limit:
+                status, error = "runtime_error", b"MemoryError: its processes together used too much memory"
+                break
+        for victim in (-1,) if alone else (-child, child):  # -1: all but us, at once, so that no fork escapes
+            try:
+                os.kill(victim, 9)
+            except ProcessLookupError:
+                pass
+        cpu, ended = 0.0, {}
+        try:
+            while True:
+                pid, wait_status, used = os.wait4(-1, 0)
+                ended[pid] = wait_status
+                cpu += used.ru_utime + used.ru_stime
+        except ChildProcessError:
+            pass
+        output, said = (os.pread(fd, min(os.fstat(fd).st_size, output_limit), 0) for fd in files[1:])
+        for fd in (*files, pidfd):
+            os.close(fd)
+        exit_code = os.waitstatus_to_exitcode(ended[child])
+        if cpu > time_limit or status == "time_limit":
+            return "time_limit", b"", b""
+        if exit_code and status == "ran":
+            status, error = "runtime_error", said or b"It ended with exit code %d" % exit_code
+        return status, output, error[:4000]
+
+    compiled, results = b"", os.dup(1)
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        os.dup2(os.memfd_create(name), fd)  # a file, as the test's own will be, or Python would take it for a pipe
+        stream = open(fd, mode, encoding="utf-8", errors="backslashreplace" if fd == 2 else "strict", closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.path.append(site)
+    prelude = {}
+    for name, module, attribute in wanted:
+        try:
+            loaded = __import__(module)
+        except ImportError:  # a package this interpreter has not got; the program will be told so itself
+            continue
+        if name:
+            prelude[name] = getattr(loaded, attribute) if attribute else loaded
+    builtins.exit = builtins.quit = sys.exit
+    send(b"ready")
+    status, compiled, error = attempt(None)  # where that fails there is no output, and each test says why by itself
+    for given in inputs:
+        status, output, error = attempt(given)
+        send(b"%-16s%16d%16d" % (status.encode(), len(output), len(error)) + output + error)
+        if status == "time_limit":
+            break
+
+
+@functools.cache
+def sandbox_command() -> list[str]:
+    """The command that the interpreter's own arguments follow. ValueError, in a sentence, where there is no sandbox."""
+    for tool in ("bwrap", "nsenter", "setpriv")[:1 if os.getuid() else 3]:
+        if not shutil.which(tool, path=ENVIRONMENT["PATH"]):
+            raise ValueError(f"generated code runs only in a sandbox, which needs {tool}: install it (apt install "
+                             "bubblewrap util-linux), or give --unsafe_exec to run code without one")
+    python, base, site = os.path.realpath(sys._base_executable), sys.base_prefix, site_packages()
+    outer = []
+    if os.getuid() == 0:
+        view = subprocess.Popen(["bwrap", "--dev-bind", "/", "/", "--tmpfs", "/mnt", "--ro-bind", base, "/mnt/base",
+                                 "--ro-bind", site, "/mnt/site", "/bin/sh", "-c", "echo $$; read wait"], env=ENVIRONMENT,
+                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if pid := view.stdout.readline().strip():  # the mount namespace lives as long as our descriptor of it
+            mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+            outer = ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}",
+                     "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+        if why := view.communicate()[1]:
+            raise ValueError(f"bubblewrap is installed but can't be used here: {why.strip()}")
+        base, site = "/mnt/base", "/mnt/site"
+    command = [
+        *outer, "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
+        "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "sandbox",
+        "--ro-bind", "/usr", "/usr", "--ro-bind-try", "/lib", "/lib", "--ro-bind-try", "/lib64", "/lib64",
+        "--proc", "/proc", "--dev", "/dev",
+        "--size", str(DISK), "--tmpfs", "/dev/shm", "--size", str(DISK), "--tmpfs", "/tmp",
+        "--ro-bind", base, sys.base_prefix, "--ro-bind", site, "/site", "--chdir", "/tmp",
+        "--remount-ro", "/dev", "--remount-ro", "/", python]
+    trial = subprocess.run([*command, "-S", "-c", "print(1)"], capture_output=True, text=True, env=ENVIRONMENT)
+    if trial.stdout != "1\n":
+        raise ValueError("bubblewrap is installed but makes no sandbox here (it has to be 0.8 or later, with user "
+                         f"namespaces allowed); it says: {trial.stderr.strip()}")
+    return command
+
+
+def site_packages() -> str:
+    """The folder of installed packages that programs may import: the one with numpy in it."""
+    return os.path.dirname(os.path.dirname(numpy.__file__))
+
+
+def allow_unsafe_exec():
+    """--unsafe_exec: where there is no sandbox, run generated code without one. Says what that means."""
+    global unsafe_exec
+    unsafe_exec = True
+    try:
+        sandbox_command()
+    except ValueError as error:
+        print(f"{error}\n{UNPROTECTED}", file=sys.stderr)
+
+
+@functools.cache
+def prelude() -> dict:
+    """The names that the official harness imports before a program runs: {name: (module, attribute or None)}."""
+    modules = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
+               "itertools", "functools", "operator", "io", "sys", "json", "typing")
+    table = {}
+    for module in modules:  # later ones win, builtins over all but typing, modules over what they hold
+        loaded = __import__(module)
+        public = getattr(loaded, "__all__", [n for n in vars(loaded) if not n.startswith("_")])
+        table |= {n: (module, n) for n in public if module == "typing" or not hasattr(builtins, n)}
+    return table | {module: (module, None) for module in modules}
+
+
+def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
+    """Runs a program on each input; yields an Outcome for each, until one runs out of time, which ends the program's run.
+
+    fn_name: None for a program that reads stdin and prints; else the function (a method of Solution, or a bare one) to be
+    called with the JSON values on the lines of the input. time_limit: CPU seconds a test; WALL times as much may pass on
+    the clock. memory_mb: MiB of address space of each process, and of resident memory of all together. No more programs
+    run at once than there are cores. ValueError where there is no sandbox, ValueError for a line that is no JSON.
+    """
+    if fn_name:
+        inputs = [[json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs]
+    else:
+        inputs = [text.encode("utf-8", "replace") for text in inputs]
+    site = "/site"
+    try:
+        command = sandbox_command()
+    except ValueError:
+        if not unsafe_exec:
+            raise
+        command, site = [os.path.realpath(sys._base_executable)], site_packages()
+    words = set(re.findall(r"\w+", code))
+    # What the program names of the prelude, plus modules worth importing once and not in each test.
+    wanted = [(name, *prelude()[name]) for name in words & prelude().keys()]
+    wanted += [("", name, None) for name in words & {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}]
+    job = marshal.dumps((runner.__code__, (code, inputs, fn_name, time_limit, WALL * time_limit, memory_mb << 20,
+                                           OUTPUT, PROCESSES, wanted, site)))
+    with slots, tempfile.TemporaryDirectory() as scratch, subprocess.Popen(
+            [*command, "-S", "-s", "-P", "-X", "utf8", "-c", START], env=ENVIRONMENT, cwd=scratch, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+
+        def receive(n):
+            """n bytes, or fewer where the runner has ended."""
+            data = bytearray()
+            while len(data) < n:
+                if not poll.poll(1000 * (WALL * time_limit + 60)):  # the runner has its own, shorter limit
+                    raise TimeoutError
+                part = process.stdout.read(min(n - len(data), 1 << 20))
+                if not part:
+                    break
+                data += part
+            return bytes(data)
+
+        try:
+            try:
+                with process.stdin:
+                    view = memoryview(job)
+                    while view:
+                        view = view[process.stdin.write(view):]
+            except BrokenPipeError:
+                pass  # it has not started; the next lines say why
+            if receive(5) != b"ready":
+                raise ValueError(f"the sandbox did not start: {process.stderr.read().decode(errors='replace').strip()}")
+            for _ in inputs:
+                head = receive(48)
+                if len(head) < 48:  # the runner is gone, or has stopped after a test that ran out of time
+                    break
+                status, size, length = head.split()
+                yield Outcome(status.decode(), receive(int(size)), receive(int(length)).decode(errors="replace"))
+        except TimeoutError:  # a program can starve the runner of CPU time
+            yield Outcome("time_limit", b"", "")
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+

@@ -1,0 +1,324 @@
+"""Verdicts on programs: extraction, comparison, feedback, protocols of LiveCodeBench. test_sandbox.py has the sandbox."""
+
+import base64
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sandbox import reason
+
+from eval import (
+    Problem,
+    code_problem,
+    decode_tests,
+    extract_code,
+    judge,
+    load_task,
+    read_problems,
+    same_text,
+    same_value,
+    verify,
+    verify_all,
+)
+
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
+HERE = Path(__file__).resolve().parent.parent
+runs_code = pytest.mark.skipif(bool(reason), reason=reason)
+
+
+@pytest.mark.parametrize("text, longest, last", [
+    ("```python\na\n```", "a\n", "a"), ("```\na\n```", "a\n", "a"), ("no code", "", ""), ("```python\na", "", ""),
+    ("```python\nlong one\n```\nor\n```python\nb\n```", "long one\n", "b"),
+    ("```python\nlong one\n```\nfor example\n```\n7\n```", "long one\n", "7"),
+    ("```python\na\n```\nand an open one\n```python\nlong but open", "a\n", "and an open one"),
+    ("  ```python\n  a\n  ```", "  a\n  ", "  a"), ("```c++\na\n```", "", "a")])
+def test_which_block(text, longest, last):
+    assert extract_code(text, "longest") == longest
+    assert extract_code(text, "last") == last
+
+
+@pytest.mark.parametrize("output, expected, right", [
+    ("1 2\n", "1 2", 1), (" 1 2 \n\n", "1 2", 1), ("1  2", "1 2", 1), ("1 2", "1\n2", 0), ("1\n\n2", "1\n2", 0),
+    ("1.0", "1", 1), ("1e3", "1000", 1), ("-0", "0", 1), ("0.1", "0.10000000001", 0), ("yes", "YES", 0), ("a  b", "a b", 0),
+    ("1 a", "1.0 a", 0), ("nan", "nan", 1), ("nan 1", "nan  1", 0), ("snan 1", "1 1", 0), ("", "", 1), ("0", "", 0),
+    ("#-#-", "#-#-", 1), ("1 2 3", "1 2", 0), ("inf", "1" + "0" * 400, 0), ("1e400", "inf", 0)])
+def test_stdout_is_compared_by_the_official_rule(output, expected, right):
+    assert same_text(output, expected) == right
+
+
+@given(st.lists(st.lists(st.integers(-10 ** 20, 10 ** 20), min_size=1), min_size=1), st.data())
+@settings(max_examples=60)
+def test_blanks_at_line_ends_never_matter_and_values_always_do(rows, data):
+    text = "\n".join(" ".join(map(str, row)) for row in rows)
+    loose = "\n".join(f" {line}  " for line in text.split("\n")) + "\n\n"
+    assert same_text(loose, text) and same_text(text, loose)
+    i = data.draw(st.integers(0, len(rows) - 1))
+    rows[i][-1] += 1
+    assert not same_text("\n".join(" ".join(map(str, row)) for row in rows), text)
+
+
+@pytest.mark.parametrize("output, expected, right", [
+    ("[1, 2]", "[1,2]", 1), ("2.0", "2", 1), ("true", "1", 1), ('"a"', "a", 0), ("null", "null", 1), ("[[2]]", "[2]", 0),
+    ("", "1", 0), ("nope", "1", 0), ("[" * 10 ** 6, "1", 0), ("9" * 10_000, "1", 0), ("9" * 10_000, "9" * 10_000, 1),
+    ("NaN", "1", 0), ('"1"', "1", 0), ('{"a": 1}', '{"a": 1.0}', 1)])
+def test_values_are_compared_as_json(output, expected, right):
+    assert same_value(output, expected) == right
+
+
+# -- feedback -----------------------------------------------------------------------------------------------------------
+
+@runs_code
+def test_feedback_shows_an_error_before_a_timeout_before_wrong_answers():
+    code = "n = int(input())\nif n == 1: print(0)\nif n == 2:\n  while True: pass\nif n == 3:\n  x = [\n   ][n]\nprint(n)"
+    wrong = judge(code, ["1", "4"], ["1", "4"])
+    assert wrong.feedback == "Test Case 1: Wrong Answer\n\nInput\n1\n\nOutput\n0\n1\n\nExpected\n1"
+    assert (wrong.passed, wrong.status, wrong.n_passed) == (False, "wrong_answer", 1)
+    slow = judge(code, ["1", "2"], ["1", "2"], time_limit=0.2)
+    assert (slow.status, slow.feedback) == ("time_limit", "Time Limit Exceeded\n\nLast Executed Input\n2")
+    error = judge(code, ["1", "3", "2"], ["1", "3", "2"], time_limit=0.2)
+    assert error.status == "runtime_error" and error.n_passed == 0
+    assert error.feedback == ("Runtime Error\nIndexError: list index out of range\n  x = [\nLine 6 in <module> (Solution.py)"
+                              "\n\nLast Executed Input\n3")
+
+
+@runs_code
+def test_feedback_shows_the_two_shortest_wrong_answers_and_not_those_that_passed():
+    inputs = ["111111", "22", "3", "4444"]
+    found = judge("x = input()\nprint(x if x == '3' else x + '!')", inputs, inputs)
+    assert re.findall("Case .", found.feedback) == ["Case 2", "Case 4"]
+    assert "111111" not in found.feedback and found.n_passed == 1
+
+
+@runs_code
+def test_feedback_is_short():
+    long = "\n".join("7" * 5000 for _ in range(50))
+    for code in ("print(open(0).read() * 2)", "raise ValueError(open(0).read())", "print(" + "9" * 5000, "f(" * 90):
+        found = judge(code, [long, long + "1"], ["8" * 5000, "9" * 5000])
+        assert not found.passed and 0 < len(found.feedback) <= 2000
+    short = "\n".join("77777777" for _ in range(50))
+    shown = judge("print(open(0).read() * 2)", [short], ["8" * 5000]).feedback
+    assert shown.split("\n\n")[1].count("7" * 8) == 8 and shown.endswith("Expected\n" + "8" * 250 + "...")
+
+
+@runs_code
+def test_a_traceback_shows_the_programs_last_three_frames_only():
+    code = "import json\ndef a(s): return b(s)\ndef b(s): return c(s)\ndef c(s):\n    return json.loads(s)\na(input())"
+    assert judge(code, ["{"], [""]).feedback.split("\n")[2:8] == [
+        "  def a(s): return b(s)", "Line 2 in a (Solution.py)", "  def b(s): return c(s)", "Line 3 in b (Solution.py)",
+        "  return json.loads(s)", "Line 5 in c (Solution.py)"]
+    assert judge("x = 1\ny = = 2", [""], [""]).feedback.startswith("Runtime Error\nSyntaxError: invalid syntax")
+    assert "Line 2 in <module>" in judge("x = 1\ny = = 2", [""], [""]).feedback
+
+
+def test_judge_wants_tests():
+    with pytest.raises(ValueError, match="1 inputs and 2 outputs"):
+        judge("", ["1"], ["1", "2"])
+    with pytest.raises(ValueError, match="at least one"):
+        judge("", [], [])
+
+
+@runs_code
+def test_the_reward_is_sparse_and_the_pass_rate_stands_beside_it():
+    tests = [{"input": str(i), "output": str(min(i, 2))} for i in range(4)]
+    problem = code_problem(tests, "p", "Halt at two.", "", feedback=True)
+    half = verify(problem, "```python\nprint(input())\n```")
+    assert (half.reward, half.test_pass_rate, half.status) == (0.0, 0.75, "wrong_answer") and "Expected\n2" in half.feedback
+    full = verify(problem, "Think.\n```python\nprint(min(int(input()), 2))\n```")
+    assert (full.reward, full.test_pass_rate, full.status, full.feedback) == (1.0, 1.0, "passed", "")
+    assert full.answer == "print(min(int(input()), 2))\n"
+    none = verify(problem, "I can't.")
+    assert (none.reward, none.test_pass_rate, none.status) == (0.0, 0.0, "no_code")
+    assert none.feedback.startswith("Incorrect Format")
+    assert verify(problem, "```python\nprint(").feedback.startswith("Truncated Attempt")
+    silent = code_problem(tests, "p", "Halt at two.", "", feedback=False)
+    for text in ("```python\nprint(input())\n```", "I can't.", "```python\n1 / 0\n```"):
+        assert verify(silent, text).feedback == "" and verify(silent, text).reward == 0
+    texts = [f"```python\nprint(min(int(input()), {n}))\n```" for n in (1, 2, 3)] * 3
+    assert [v.reward for v in verify_all([problem] * 9, texts)] == [0, 1, 0] * 3
+
+
+# -- files --------------------------------------------------------------------------------------------------------------
+
+def packed(tests):
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
+
+
+def row(n, date, function=False, hidden=5, **changes):
+    """A problem in the official schema: double a number."""
+    kind = "functional" if function else "stdin"
+    tests = [{"input": str(i), "output": str(2 * i), "testtype": kind} for i in range(100 * n, 100 * n + hidden + 1)]
+    return {"question_title": f"Double {n}", "question_content": f"Double the number, {n}.", "platform": "leetcode",
+            "question_id": f"q{n}", "contest_id": "c", "contest_date": f"{date}T00:00:00",
+            "starter_code": "class Solution:\n    def double(self, x: int) -> int:\n        " if function else "",
+            "difficulty": "easy", "public_test_cases": json.dumps(tests[:1]), "private_test_cases": packed(tests[1:]),
+            "metadata": json.dumps({"func_name": "double"} if function else {}), **changes}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows, name="lcb.jsonl"):
+        (tmp_path / name).write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_datasets_is_imported_by_livecodebench_alone():
+    code = "import sys, eval; eval.load_task('nano'); print('datasets' in sys.modules, 'pyarrow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
+
+
+def test_the_window_and_the_halves(write, tmp_path):
+    write(row(1, "2025-01-31"), row(2, "2025-02-01", hidden=5), row(3, "2025-04-30", True, hidden=1), row(4, "2025-05-01"))
+    task = load_task("livecodebench", dev=0, data=str(tmp_path))  # a folder
+    assert task.name == "livecodebench (sdpo, 2025-02-01 to 2025-05-01, 2 of 131 problems)"
+    assert [p.id for p in task.train] == [p.id for p in task.test] == ["q2", "q3"]
+    assert [p.prompt for p in task.train] == [p.prompt for p in task.test]
+    for train, test, n in zip(task.train, task.test, (5, 1), strict=True):
+        assert len(test.extra["inputs"]) == n and len(train.extra["inputs"]) == max(1, n // 2)
+        assert all(p.extra["inputs"] == sorted(p.extra["inputs"]) for p in (train, test))  # the file's order
+        pairs = [list(zip(p.extra["inputs"], p.extra["outputs"], strict=True)) for p in (train, test)]
+        assert set(pairs[0]) <= set(pairs[1]) and all(int(o) == 2 * int(i) for i, o in pairs[1])
+        assert train.extra["feedback"] and not test.extra["feedback"] and train.verifier == "code"
+    assert task.train == load_task("livecodebench", dev=0, data=str(tmp_path)).train
+    stdin, function = task.test
+    assert function.prompt.endswith("```python\ndef double(x: int) -> int:\n```") and "signature" not in stdin.prompt
+    assert function.extra["fn_name"] == "double" and stdin.extra["fn_name"] is None
+    assert stdin.system == "" and stdin.extra["block"] == "longest"
+
+
+@runs_code
+def test_the_other_protocols(write):
+    path = write(row(1, "2024-12-31"), row(2, "2025-02-01", True), row(3, "2025-03-01"), row(4, "2025-05-01"))
+    older = load_task("livecodebench", dev=0, data=path, protocol="older")
+    assert [p.id for p in older.train] == ["q1"] and [p.id for p in older.test] == ["q2", "q3"]
+    assert older.train[0].extra["feedback"] and len(older.train[0].extra["inputs"]) == 5
+    official = load_task("livecodebench", dev=0, data=path, protocol="official")
+    assert [len(p.extra["inputs"]) for p in official.train + official.test] == [1, 1, 6, 6]
+    function = official.test[0]
+    assert function.system and "class Solution:\n    def double(self, x: int)" in function.prompt
+    code = "```python\nclass Solution:\n    def double(self, x): return 2 * x\n```"
+    assert verify(function, "```python\nprint('a long draft, and a wrong one')\n" + "#" * 99 + "\n```\n" + code).reward == 1
+    assert verify(official.test[1], "```python\n# YOUR CODE HERE\nprint(2 * int(input()))\n```").reward == 1
+    assert verify(older.test[0], "```python\ndef double(x): return 2 * x\n```").reward == 1
+    wide = load_task("livecodebench", dev=0, data=path, since="2024-01-01", until="2026-01-01")
+    assert len(wide.test) == 4 and wide.name == "livecodebench (sdpo, 2024-01-01 to 2026-01-01, 4 problems)"
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("pwned",)
+
+
+@pytest.mark.parametrize("text, message", [
+    (base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode(), "UnpicklingError: it names builtins.print"),
+    (base64.b64encode(zlib.compress(pickle.dumps(["a"]))).decode(), "TypeError"),
+    (base64.b64encode(zlib.compress(pickle.dumps("not json"))).decode(), "JSONDecodeError"),
+    (base64.b64encode(b"not zlib").decode(), "error"), ("not base64!", "Error"), (packed([{}])[:-20], "rror"),
+    (packed([{"input": "1"}]), "KeyError: 'output'"), ("[1, 2", "JSONDecodeError")])
+def test_hidden_tests_are_decoded_without_running_anything(text, message, capsys):
+    with pytest.raises(ValueError, match=f"its tests can't be decoded: .*{message}"):
+        decode_tests(text)
+    assert capsys.readouterr().out == ""
+
+
+def test_tests_in_both_encodings():
+    tests = [{"input": "1\n", "output": "é"}]
+    assert decode_tests(packed(tests)) == decode_tests(json.dumps(tests)) == tests
+    assert decode_tests(json.dumps(tests, indent=1)) == tests
+
+
+def test_broken_files_are_named(write, tmp_path):
+    good = row(1, "2025-03-01")
+    for rows, message in [
+            ((good, "{not json"), "lcb.jsonl, line 2 is not a JSON object"),
+            ((good, json.dumps(good)[:-9]), "lcb.jsonl, line 2 is not a JSON object"),
+            ((good, "[1]"), "line 2 is not a JSON object"),
+            ((good, {k: v for k, v in good.items() if k != "starter_code"}), "lcb.jsonl, line 2: starter_code must be"),
+            ((good, row(2, "2025-03-01", private_test_cases="oops")), "line 2: its tests can't be decoded"),
+            ((good, row(2, "2025-03-01", private_test_cases="[]")), "line 2 has no hidden tests"),
+            ((row(1, "2024-01-02"), row(2, "2024-03-04")), "contests of 2024-01-02 to 2024-03-04: none to evaluate with")]:
+        with pytest.raises(ValueError, match=message) as caught:
+            load_task("livecodebench", data=write(*rows))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="needs --data.*nowhere is none"):
+        load_task("livecodebench", data="nowhere")
+    with pytest.raises(ValueError, match="no protocol 'magic'"):
+        load_task("livecodebench", data="nowhere", protocol="magic")
+    with pytest.raises(ValueError, match="not as 2025-02-30 to 2025-05-01: day is out of range"):
+        load_task("livecodebench", data=write(good), since="2025-02-30")
+    with pytest.raises(ValueError, match="none to train on with protocol older"):
+        load_task("livecodebench", data=write(good), protocol="older")
+
+
+@runs_code
+def test_code_in_a_file_of_your_own(tmp_path):
+    mine = {"id": "1", "prompt": "Double.", "verifier": "code", "inputs": ["2"], "outputs": ["4"]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(mine) + "\n")
+    problem, = read_problems(tmp_path / "t.jsonl")
+    assert verify(problem, "```\nprint(2 * int(input()))\n```").reward == 1
+    for changes in ({"inputs": []}, {"outputs": ["4", "5"]}, {"inputs": [2]}, {"inputs": "2"}):
+        (tmp_path / "t.jsonl").write_text(json.dumps({**mine, **changes}) + "\n")
+        with pytest.raises(ValueError, match="t.jsonl, line 1: code needs inputs and outputs"):
+            read_problems(tmp_path / "t.jsonl")
+
+
+SHARED = HERE.parent / "shared" / "data" / "livecodebench" / "sample.jsonl"
+
+
+@runs_code
+@pytest.mark.skipif(not SHARED.is_file(), reason="the LiveCodeBench sample is not part of this repository")
+def test_the_sample():
+    """Every problem, its tests as a program that knows them by heart: passes; the same program without one test fails it."""
+    task = load_task("livecodebench", dev=0, data=str(SHARED), since="2023-05-01", until="2024-03-01")
+    assert len(task.train) == len(task.test) == 90 and sum(p.extra["fn_name"] is not None for p in task.test) == 45
+    for test, train in list(zip(task.test, task.train, strict=True))[::6]:
+        right, wrong = by_heart(test), by_heart(test, forget=test.extra["inputs"][-1])
+        assert verify(test, right).reward == 1 and verify(train, right).reward == 1
+        found = verify(test, wrong)
+        assert found.reward == 0 and found.feedback == "" and 0 < found.test_pass_rate < 1
+
+
+def by_heart(problem, forget=None):
+    tests = problem.extra
+    table = {i: o for i, o in zip(tests["inputs"], tests["outputs"], strict=True) if i != forget}
+    if tests["fn_name"]:
+        known = {json.dumps([json.loads(x) for x in i.split("\n")]): json.loads(o) for i, o in table.items()}
+        return f"```python\nimport json\ndef {tests['fn_name']}(*a): return {known!r}.get(json.dumps(list(a)), 'no')\n```"
+    return f"```python\nimport sys\nprint({table!r}.get(sys.stdin.read(), 'forgotten'))\n```"
+
+
+# -- multiple choice, leniently -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, lenient", [
+    ("<answer>B</answer>", "B"), ("b", "B"), ("(B)", "B"), ("**B**", "B"), ("\\boxed{B}", "B"), ("B.", "B"), ("B: 1.4", "B"),
+    ("<answer>\n(b)\n</answer>", "B"), ("<answer>\\boxed{\\text{B}}</answer>", "B"), ("B) barium", "B"),
+    ("The answer is B", "B"), ("I thought of A. The correct answer is **B**.", "B"), ("<answer>option B</answer>", "B"),
+    ("so \\boxed{A}, no, \\boxed{B}", "B"), ("**B)** 1.4", "B"), ("A", "A"), ("<answer>C: not B</answer>", "C"),
+    ("(C)", "C"), ("", ""), ("Because of the ions.", "Because of the ions."), ("B or C", "B or C"),
+    ("A protein", "A protein")])
+def test_a_lenient_reading(text, lenient):
+    problem = Problem("1", "p", "B", "choice")
+    found = verify(problem, text, lenient=True)
+    assert (found.answer, found.reward) == (lenient, float(lenient == "B"))
+    assert verify(problem, text).reward <= found.reward and found.feedback == verify(problem, text).feedback == ""
+
+
+def test_lenient_concerns_multiple_choice_alone():
+    assert verify(Problem("1", "p", "7", "last_number"), "7 of 9", lenient=True).reward == 0
+
+
+def test_reading_pickles_of_strings_alone():
+    from eval import Strings
+    assert Strings(io.BytesIO(pickle.dumps("x" * 10))).load() == "x" * 10

@@ -1,0 +1,393 @@
+"""The red team: hostile programs that must not pass, harm or stay, and unusual honest ones that must pass.
+
+Every hostile program is asked for a secret that only the judge has, so it passes only if something leaked.
+"""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import sandbox
+from eval import judge
+from sandbox import execute
+
+try:
+    sandbox.sandbox_command()
+    reason = ""
+except ValueError as error:
+    reason = str(error)
+pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
+
+# What each tries. VICTIM is a folder outside that anybody may write to. Two tests are run, so that the first can try to
+# spoil the second.
+HOSTILE = {
+    # results, forged
+    "says that it passed": "print('passed ' * 50, True, 1.0, '{\"passed\": true, \"status\": \"ran\"}')",
+    "writes the runner's own records": "import os\nos.write(1, b'ready' + b'%-16s%16d%16d' % (b'ran', 0, 0) * 9)",
+    "writes to every descriptor": "import os\nfor fd in range(3, 256):\n try: os.write(fd, b'ran')\n except OSError: pass",
+    "ends with success": "import os\nos._exit(0)",
+    "exits with success": "import sys\nsys.exit(0)",
+    "raises SystemExit(0) from a thread": "import threading, os\nthreading.Thread(target=lambda: os._exit(0)).start()",
+    "can't be ended": "import os, sys\nos._exit = sys.exit = lambda *a: None\nraise ValueError",
+    "goes on as the runner": "import os, sys\nos._exit = lambda *a: None\n"
+                             "for f in [sys._getframe(i) for i in range(4)]: print(f.f_locals.get('send'))\nsys.exit()",
+    "sends through the runner's function": "import sys\nf = sys._getframe()\nwhile f:\n"
+        " for v in list(f.f_locals.values()):\n  if getattr(v, '__name__', '') == 'send': v(b'ran')\n f = f.f_back",
+    "patches builtins": "import builtins\nbuiltins.len = builtins.all = builtins.zip = lambda *a: True\n"
+                        "builtins.str = builtins.bytes = builtins.open = None",
+    "patches os": "import os\nos.wait4 = os.kill = os.pread = os.memfd_create = os.fork = None",
+    "patches sys.modules": "import sys\nfor n in list(sys.modules): sys.modules[n] = sys",
+    "prints the number asked for by nobody": "print(float('nan'), float('inf'), 10 ** 4000)",
+    "leaves a fork to be the main program": "import os, time\nif os.fork(): os._exit(0)\ntime.sleep(.1)\nprint('x')",
+    # secrets, looked for
+    "walks the frames": "import sys\nf = sys._getframe()\nwhile f:\n print(f.f_locals, f.f_globals)\n f = f.f_back",
+    "walks the traceback": "try: 1 / 0\nexcept Exception as e:\n f = e.__traceback__.tb_frame\n while f:\n"
+                           "  print(f.f_locals)\n  f = f.f_back",
+    "walks the collector": "import gc\nfor o in gc.get_objects():\n try: print(repr(o)[:10000])\n except Exception: pass",
+    "reads its memory": "import re\nfor line in open('/proc/self/maps'):\n"
+        " a, b = (int(x, 16) for x in line.split()[0].split('-'))\n try:\n"
+        "  m = open('/proc/self/mem', 'rb')\n  m.seek(a)\n  print(*re.findall(rb'secret-[0-9a-f]{32}', m.read(b - a)))\n"
+        " except (OSError, OverflowError, ValueError): pass",
+    "reads the runner's memory": "print(open('/proc/1/mem', 'rb').read(1), open('/proc/1/maps').read())",
+    "reads the runner's descriptors": "import os\nprint(os.listdir('/proc/1/fd'), open('/proc/1/fd/0').read())",
+    "opens the runner's stdout": "open('/proc/1/fd/1', 'wb').write(b'ran')",
+    "takes the runner's descriptors": "import ctypes, os\nc = ctypes.CDLL(None, use_errno=True)\n"
+        "fd = os.pidfd_open(1)\nfor n in range(20):\n g = c.syscall(438, fd, n, 0)\n if g >= 0: os.write(g, b'ran')",
+    "traces the runner": "import ctypes\nc = ctypes.CDLL(None)\nprint([c.ptrace(r, 1, 0, 0) for r in (16, 0x4206)])",
+    "reads all processes": "import glob\nfor p in glob.glob('/proc/[0-9]*/*'):\n try: print(open(p).read())\n"
+                           " except Exception: pass",
+    "reads the environment": "import os\nprint(os.environ, os.getcwd(), os.listdir(), open('/proc/1/cmdline').read())\n"
+                             "print(open('/proc/self/environ').read())",
+    "reads all files": "import os\nfor d, _, fs in os.walk('/'):\n if d.startswith(('/proc', '/usr', '/sys')): continue\n"
+        " for f in fs[:20]:\n  if f.endswith(('.json', '.jsonl', '.txt')): print(open(os.path.join(d, f), 'rb').read())",
+    "reads VICTIM": "import os\nprint(os.listdir('VICTIM'), open('VICTIM/kept').read())",
+    "reads the users' files": "import os\nprint(os.listdir('/home'), os.listdir('/etc'), open('/etc/passwd').read())",
+    # the outside, attacked
+    "writes to VICTIM": "import os\nos.makedirs('VICTIM', exist_ok=True)\nopen('VICTIM/kept', 'w').write('gone')",
+    "writes through a symlink": "import os\nos.symlink('VICTIM/kept', '/tmp/l')\nopen('/tmp/l', 'w').write('gone')",
+    "deletes VICTIM": "import shutil\nshutil.rmtree('VICTIM')",
+    "writes everywhere": "for d in ('/', '/usr', '/lib', '/dev', '/proc', '/root', '/site', '/proc/sys/kernel'):\n"
+                         " try: open(d + '/hostname', 'w').write('x'); print('wrote', d)\n except OSError: pass",
+    "poisons the interpreter": "import os, json\nopen(json.__file__, 'a').write('x = 1')",
+    "mounts": "import ctypes\nc = ctypes.CDLL(None)\nprint([c.mount(b'x', b'/tmp', b'tmpfs', 0, 0), c.unshare(0x10000000)])",
+    "escapes through chroot": "import os\nos.chroot('/tmp')",
+    "becomes root": "import os\nos.setuid(0)\nprint(open('/etc/shadow').read())",
+    "calls home": "import socket\ns = socket.create_connection(('1.1.1.1', 53), 1)",
+    "calls a local server": "import socket\nprint(socket.create_connection(('127.0.0.1', PORT), 1).recv(99).decode())",
+    "calls an abstract socket": "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('\\0TOKEN')\nprint(s.recv(9))",
+    "kills its parent": "import os\nos.kill(os.getppid(), 9)\nos.kill(1, 9)",
+    "kills all": "import os\nos.kill(-1, 9)",
+    "kills its group": "import os\nos.killpg(0, 9)",
+    "interrupts and stops the runner": "import os, signal\nfor s in range(1, 65):\n if s not in (9, 19): signal.signal"
+        "(s, signal.SIG_IGN) if s not in (32, 33) else 0\n try: os.kill(1, s)\n except OSError: pass",
+    "takes the runner's limits": "import resource\nfor k in range(16): resource.prlimit(1, k, (0, 0))",
+    "starves the runner": "import os\nos.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))\nos.setpriority(0, 1, 19)",
+    # resources
+    "loops": "while True: pass",
+    "loops and catches its timeout": "import signal\nfor s in range(1, 65):\n try: signal.signal(s, lambda *a: None)\n"
+        " except (OSError, ValueError): pass\nwhile True:\n try:\n  while True: pass\n except BaseException: pass",
+    "sleeps": "import time\ntime.sleep(10 ** 6)",
+    "stops itself": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+    "waits for input that never comes": "import os\nr, w = os.pipe()\nos.read(r, 1)",
+    "hides CPU time in forks": "import os\nfor _ in range(4): os.fork()\nwhile True: pass",
+    "forks": "import os\nwhile True:\n try: os.fork()\n except OSError: pass",
+    "starts threads": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+    "leaves a daemon": "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(99)\n os._exit(0)",
+    "leaves a daemon that writes": "import os\nif os.fork() == 0:\n os.setsid()\n while True: os.write(1, b'late')",
+    "takes memory": "x = []\nwhile True: x.append(bytearray(1 << 24))",
+    "takes memory in many processes": "import os, time\nfor _ in range(5): os.fork()\nx = b'x' * 10 ** 8\ntime.sleep(9)",
+    "fills the disk": "import os\nfor n in range(99):\n with open(f'/tmp/TOKEN{n}', 'wb') as f: f.write(bytes(1 << 24))",
+    "fills shared memory": "for n in range(99):\n with open(f'/dev/shm/TOKEN{n}', 'wb') as f: f.write(bytes(1 << 24))",
+    "makes a file of a terabyte": "with open('/tmp/TOKEN', 'wb') as f: f.truncate(1 << 40)",
+    "floods stdout": "while True: print('x' * 10 ** 6)",
+    "floods stderr": "import sys\nwhile True: print('x' * 10 ** 6, file=sys.stderr)",
+    "opens too many files": "x = []\nwhile True: x.append(open('/dev/null'))",
+    "nests too deeply to be parsed": "x = " + "(" * 5000 + ")" * 5000,
+    "is one huge expression": "x = " + "-" * 200_000 + "1",
+    "has a name without end": "x" * 10 ** 6 + " = 1\nraise NameError('y' * 10 ** 8)",
+    "breaks the C stack": "import ctypes\nctypes.string_at(0)",
+    "recurses without end": "import sys\nsys.setrecursionlimit(10 ** 9)\nf = lambda: f()\nf()",
+    "holds a NUL": "print(1)\0",
+    "holds a lone surrogate": "print('\ud800')",
+    "prints invalid bytes": "import sys\nsys.stdout.buffer.write(bytes(range(128, 256)) * 100)",
+    "has an error that can't be told": "class E(Exception):\n def __str__(self): raise E\nraise E",
+    "has an error that never ends": "class E(Exception):\n def __str__(self):\n  while True: pass\nraise E",
+    "refuses to die at exit": "import atexit\n@atexit.register\ndef f():\n while True: pass",
+    "closes its streams": "import os\nfor fd in range(3): os.close(fd)\nimport sys\nsys.stdout = sys.stderr = None",
+}
+HOSTILE_FUNCTIONS = {
+    "equals everything": "class E:\n def __eq__(s, o): return True\n def __hash__(s): return 0\ndef f(x): return E()",
+    "is a text equal to everything": "class E(str):\n def __eq__(s, o): return True\ndef f(x): return E('a')",
+    "is a list equal to everything": "class E(list):\n def __eq__(s, o): return True\ndef f(x): return E([1])",
+    "reduces to a call": "class E:\n def __reduce__(s): return (print, ('secret',))\ndef f(x): return E()",
+    "patches json": "import json\njson.dumps = lambda *a, **k: 'true'\njson.loads = lambda s: s\ndef f(x): return x",
+    "patches json's encoder": "import json.encoder\njson.encoder.JSONEncoder.default = lambda s, o: 0\ndef f(x): return {1}",
+    "is not a number": "def f(x): return float('nan')",
+    "is infinite": "def f(x): return [float('inf'), -float('inf')]",
+    "is a huge number": "def f(x): return 10 ** 40_000",
+    "is too deep for a reader": "def f(x):\n print('[' * 10 ** 6)\n import os, sys\n sys.stdout.flush()\n os._exit(0)",
+    "contains itself": "def f(x):\n a = []\n a.append(a)\n return a",
+    "prints an answer and returns none": "import os\ndef f(x):\n os.write(1, b'\"secret\"')\n os._exit(0)",
+    "never ends as an iterator": "def f(x):\n while True: yield 1",
+    "has a solution that is none": "Solution = 5\ndef g(x): return x",
+    "has an array that lies": "class A:\n def tolist(s): return s\ndef f(x): return A()",
+    "returns its callers' names": "import inspect\ndef f(x): return [str(i.frame.f_locals) for i in inspect.stack()]",
+}
+
+
+def environment(path):
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:  # it has ended
+        return ""
+
+
+@pytest.fixture
+def outside(tmp_path_factory, monkeypatch):
+    """A writable folder, a server and processes to be harmed; checks afterwards that all is as it was and nothing runs."""
+    token = secrets.token_hex(16)
+    monkeypatch.setitem(sandbox.ENVIRONMENT, "RED_TEAM", token)
+    victim = tmp_path_factory.mktemp("victim")
+    os.chmod(victim, 0o777)
+    (victim / "kept").write_text(token)
+    os.chmod(victim / "kept", 0o666)
+    bystander = subprocess.Popen(["sleep", "600"])
+    server, abstract = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
+    abstract.bind("\0" + token)
+    abstract.listen()
+    yield lambda code: code.replace("VICTIM", str(victim)).replace("PORT", str(server.getsockname()[1])).replace(
+        "TOKEN", token)
+    for listening in (server, abstract):
+        listening.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        listening.close()
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+    assert [p.name for p in victim.iterdir()] == ["kept"] and (victim / "kept").read_text() == token
+    assert not [name for name in os.listdir("/dev/shm") + os.listdir("/tmp") if token in name]
+    deadline = time.monotonic() + 5  # the kernel may still be taking killed processes down
+    while running := [p.parent.name for p in Path("/proc").glob("[0-9]*/environ") if token in environment(p)]:
+        assert time.monotonic() < deadline, f"still running: {running}"
+        time.sleep(0.05)
+
+
+def attack(code, outside, fn_name=None, time_limit=0.4):
+    secret = "secret-" + secrets.token_hex(16)
+    answers = [f'"{secret}"', f'["{secret}"]'] if fn_name else [secret, secret + "\n" + secret]
+    inputs = ["1", "[2]"] if fn_name else ["1\n", "2\n"]
+    found = judge(outside(code), inputs, answers, fn_name, time_limit, memory_mb=256)
+    assert not found.passed and found.n_passed == 0 and found.status != "passed"
+    assert len(found.feedback) <= 2000
+    return found
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_hostile_program_passes(name, outside):
+    attack(HOSTILE[name], outside)
+
+
+@pytest.mark.parametrize("name", HOSTILE_FUNCTIONS)
+def test_no_hostile_function_passes(name, outside):
+    attack(HOSTILE_FUNCTIONS[name], outside, "f")
+
+
+def test_the_attacks_are_felt(outside):
+    """Some of the above must fail for the right reason, or they would test nothing."""
+    for name, said in {"reads the runner's memory": "Permission denied", "opens the runner's stdout": "Permission denied",
+                       "traces the runner": "[-1, -1]", "mounts": "[-1, -1]", "calls home": "Network is unreachable",
+                       "escapes through chroot": "not permitted", "reads VICTIM": "No such file",
+                       "calls a local server": "Connection refused", "starts threads": "can't start new thread",
+                       "becomes root": "Invalid argument", "takes memory": "MemoryError", "floods stdout": "File too large",
+                       "takes memory in many processes": "too much memory", "fills the disk": "No space left",
+                       "fills shared memory": "No space left", "makes a file of a terabyte": "File too large",
+                       "loops": "Time Limit", "sleeps": "Time Limit", "hides CPU time in forks": "Time Limit"}.items():
+        found = attack(HOSTILE[name], outside, time_limit=0.4 if said == "Time Limit" else 5)  # zeroing memory takes time
+        assert said in found.feedback, name
+    wrote = list(execute(outside(HOSTILE["writes everywhere"]), [""]))[0]
+    assert wrote == ("ran", b"", "")
+
+
+def test_processes_are_counted():
+    code = "import os, time\nwhile os.fork(): pass\ntime.sleep(9)"
+    assert "Resource temporarily unavailable" in judge(code, [""], [""], memory_mb=4096).feedback
+
+
+# Honest programs that some harness fails. Each: code, [(input, output)], and the function's name where there is one.
+HONEST = {
+    "global at top level": ("global n\nn = int(input())\ndef f():\n global n\n n += 1\nf()\nprint(n)", [("1\n", "2")]),
+    "sys.stdin.buffer": ("import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))", [("1 2\n3\n", "6")]),
+    "sys.stdin.buffer.readline": ("import sys\nr = sys.stdin.buffer.readline\na = int(r())\nprint(a, int(r()))",
+                                  [("1\n2\n", "1 2")]),
+    "iterating stdin": ("import sys\nfor line in sys.stdin: print(int(line) * 2)", [("1\n2\n", "2\n4")]),
+    "iterating stdin's buffer": ("import sys\nfor line in sys.stdin.buffer: print(int(line) * 2)", [("1\n2\n", "2\n4")]),
+    "open(0)": ("print(open(0).read().split()[-1])", [("a b", "b")]),
+    "open('/dev/stdin')": ("print(open('/dev/stdin').read().split()[-1])", [("a b", "b")]),
+    "os.read(0)": ("import os\nprint(os.read(0, 10 ** 6).decode().upper())", [("ab\n", "AB")]),
+    "os.write and os._exit": ("import os\nos.write(1, input().encode())\nos._exit(0)", [("ab\n", "ab")]),
+    "a rewound stdin": ("import sys\na = input()\nsys.stdin.seek(0)\nprint(a == input())", [("x\n", "True")]),
+    "a mapped stdin": ("import mmap\nprint(mmap.mmap(0, 0, prot=mmap.PROT_READ)[:].decode())", [("x\ny", "x\ny")]),
+    "quit()": ("print(input())\nquit()\nprint('no')", [("x\n", "x")]),
+    "exit() in a function": ("def f():\n print(1)\n exit()\nf()", [("", "1")]),
+    "sys.exit after the answer": ("import sys\nprint(input())\nsys.exit(1)", [("x\n", "x")]),
+    "SystemExit with a message": ("print(7)\nraise SystemExit('done')", [("", "7")]),
+    "a main guard that is not last": ("if __name__ == '__main__':\n print(input())\n\nx = 1\n", [("y\n", "y")]),
+    "a main function before a guard": ("def main():\n print(input())\nif __name__ == \"__main__\": main()", [("y\n", "y")]),
+    "from __future__": ("from __future__ import annotations\ndef f(x: Unknown): return x\nprint(f(3))", [("", "3")]),
+    "print as stdout.write": ("from sys import stdin, stdout\ninput = stdin.readline\nprint = stdout.write\nprint(input())",
+                              [("x\n", "x")]),
+    "a replaced stdout": ("import sys, io, os\nsys.stdout = io.BytesIO()\nsys.stdout.write(b'5')\n"
+                          "os.write(1, sys.stdout.getvalue())", [("", "5")]),
+    "a wrapper of stdout": ("import sys, io\nsys.stdout = io.TextIOWrapper(open(1, 'wb'), 'utf-8')\nprint('ä')",
+                            [("", "ä")]),
+    "redirect_stdout": ("import io, contextlib\nb = io.StringIO()\nwith contextlib.redirect_stdout(b): print('a')\n"
+                        "print(b.getvalue() * 2)", [("", "a\na\n\n")]),
+    "output in a thread with a large stack": (
+        "import sys, threading\nsys.setrecursionlimit(10 ** 7)\nthreading.stack_size(1 << 28)\n"
+        "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nt = threading.Thread(target=lambda: print(f(200_000)))\nt.start()",
+        [("", "200000")]),
+    "output at exit": ("import atexit\natexit.register(lambda: print('bye'))", [("", "bye")]),
+    "output that nobody flushes": ("import sys\nprint('a')\nsys.stdout.write('b')", [("", "a\nb")]),
+    "deep recursion": ("import sys\nsys.setrecursionlimit(10 ** 6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\n"
+                       "print(f(100_000))", [("", "100000")]),
+    "deep recursion through a cache": ("from functools import lru_cache\n@lru_cache(None)\n"
+                                       "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(20_000))", [("", "20000")]),
+    "names that nobody imported": ("h = []\nheappush(h, int(input()))\nd: Dict[int, int] = defaultdict(int)\n"
+                                   "print(h, d[0], inf, bisect_left([1], 1), math.gcd(4, 6))", [("3\n", "[3] 0 inf 0 2")]),
+    "streams that nobody imported": ("stdout.write(stdin.readline() + stdin.read())", [("1\n2", "1\n2")]),
+    "builtins as they are": ("print(pow(2, 10, 7), sum([1]), abs(-1), all([]))", [("", "2 1 1 True")]),
+    "dataclass and enum": ("from dataclasses import dataclass\nfrom enum import Enum\nclass C(Enum):\n A = 1\n@dataclass\n"
+                           "class P:\n x: int\nprint(P(2), C.A)", [("", "P(x=2) C.A")]),
+    "a metaclass and super": ("class M(type):\n def __call__(c, *a): return super().__call__(*a)\n"
+                              "class A(metaclass=M): pass\nprint(type(A()).__name__)", [("", "A")]),
+    "exec and eval of its own": ("exec('x = 3')\nprint(eval('x + 1'))", [("", "4")]),
+    "its own exceptions": ("class E(ValueError): pass\ntry: raise E('x')\nexcept ValueError as e: print(repr(e))",
+                           [("", "E('x')")]),
+    "reading to the end of input": ("while True:\n try: print(int(input()))\n except EOFError: break", [("1\n2", "1\n2")]),
+    "a file of its own": ("with open('notes.txt', 'w') as f: f.write('hi')\nprint(open('notes.txt').read())", [("", "hi")]),
+    "a pool of processes": ("from multiprocessing import Pool\ndef f(x): return x * x\nif __name__ == '__main__':\n"
+                            " with Pool(2) as p: print(sum(p.map(f, range(10))))", [("", "285")]),
+    "a pool of threads": ("from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(8) as p:\n"
+                          " print(sum(p.map(int, '123')))", [("", "6")]),
+    "a signal of its own": ("import signal\nsignal.signal(signal.SIGALRM, lambda *a: print('ding'))\n"
+                            "signal.setitimer(signal.ITIMER_REAL, .01)\nsignal.pause()", [("", "ding")]),
+    "pickle of its own class": ("import pickle\nclass A: x = 5\nprint(pickle.loads(pickle.dumps(A())).x)", [("", "5")]),
+    "warnings on stderr": ("import sys\nprint('debug', file=sys.stderr)\nprint(1)", [("", "1")]),
+    "random that is seeded": ("import random\nrandom.seed(1)\nprint(random.randint(1, 1))", [("", "1")]),
+    "an order of sets": ("print(list({'b', 'a', 'c'}) == list({'b', 'a', 'c'}))", [("", "True")]),
+    "much input and output": ("print(input().count('7'))\nprint('8' * 10 ** 6)",
+                              [("7" * 3_000_000, "3000000\n" + "8" * 10 ** 6)]),
+    "huge numbers": ("print(10 ** 20_000)", [("", "1" + "0" * 20_000)]),
+    "unicode": ("print(input()[::-1])", [("日本\u2028é", "é\u2028本日")]),
+    "blanks that don't matter": ("print('1 2 ')\nprint()\nprint(3, '   ')\nprint()", [("", "1 2\n\n3\n")]),
+    "numbers written otherwise": ("print('1.50', 2.0, '1e3')", [("", "1.5 2 1000")]),
+    "no output where none is wanted": ("pass", [("", "")]),
+    "numpy": ("import numpy as np\nprint(int(np.arange(5).sum()))", [("", "10")]),
+    "several tests with state": ("seen = globals().get('seen', 0) + 1\nprint(seen, input())", [("a", "1 a"), ("b", "1 b")]),
+    "class Solution": ("class Solution:\n def f(self, a: List[int], k: int) -> int: return sum(a) * k",
+                       [("[1, 2, 3]\n4", "24"), ("[]\n1", "0")], "f"),
+    "a bare function": ("def f(a, k): return sum(a) * k", [("[1, 2, 3]\n4", "24")], "f"),
+    "a class that calls itself": ("class Solution:\n def g(self, n): return n\n def f(self, n): return self.g(n) + 1\n"
+                                  "print(Solution().f(1))", [("1", "2")], "f"),
+    "a guard under a function": ("def f(s): return s\nif __name__ == '__main__': print(f(input()))", [('"a"', '"a"')], "f"),
+    "tuples for lists": ("def f(n): return [(n, n), (n,)]", [("1", "[[1, 1], [1]]")], "f"),
+    "a whole float": ("def f(n): return n / 1", [("2", "2")], "f"),
+    "prints beside the value": ("def f(n):\n print('debug', n)\n return n", [("5", "5")], "f"),
+    "numpy's numbers": ("import numpy as np\ndef f(n): return np.int64(n) + np.arange(2)", [("5", "[5, 6]")], "f"),
+    "a function that changes its argument": ("def f(a):\n a.sort()\n return a", [("[2, 1]", "[1, 2]")], "f"),
+    "a text with separators": ("def f(s): return s", [('"a\u2028b"', '"a\\u2028b"')], "f"),
+    "none": ("def f(s): return None", [("1", "null")], "f"),
+    "a decorator": ("from functools import cache\nclass Solution:\n @cache\n def f(self, n): return n", [("1", "1")], "f"),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_every_honest_program_passes(name):
+    code, pairs, *fn_name = HONEST[name]
+    found = judge(code, [i for i, _ in pairs], [o for _, o in pairs], *fn_name)
+    assert found.passed and found.status == "passed" and found.n_passed == len(pairs) and found.feedback == "", found
+
+
+def test_the_red_team_is_large_enough():
+    assert len(HOSTILE) + len(HOSTILE_FUNCTIONS) >= 40 and len(HONEST) >= 30
+
+
+def test_cpu_time_counts_not_the_clock():
+    """While other programs take the cores, a program with 0.3 s of work passes a limit of 1 s; a sleeper has the clock."""
+    work = "import time\nwhile time.process_time() < .3: pass\nprint(1)"
+    busy = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(2 * sandbox.CORES)]
+    try:
+        assert judge(work, ["", ""], ["1", "1"], time_limit=1.0).passed
+        assert judge("import time\ntime.sleep(.8)\nprint(1)", [""], ["1"], time_limit=0.4).passed
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_the_runner_outlives_the_signals_of_its_programs():
+    code = "import os\nfor s in (2, 9, 15, 19): os.kill(1, s)\nprint(1)"
+    assert judge(code, ["", ""], ["1", "1"]).passed
+
+
+def test_time_ends_the_run_and_later_tests_count_as_failed():
+    code = "n = int(input())\nwhile n == 2: pass\nprint(n)"
+    found = judge(code, ["1", "2", "3"], ["1", "2", "3"], time_limit=0.3)
+    assert (found.status, found.n_passed) == ("time_limit", 1)
+    assert len(list(execute(code, ["1", "2", "3"], time_limit=0.3))) == 2
+
+
+def test_no_more_programs_at_once_than_cores():
+    code, n = "import time\ntime.sleep(.3)\nprint(1)", 3 * sandbox.CORES
+    start = time.monotonic()
+    threads = [threading.Thread(target=judge, args=(code, [""], ["1"])) for _ in range(n)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert time.monotonic() - start > 0.9
+
+
+def test_the_job_holds_no_output(monkeypatch):
+    sent = []
+    dumps = sandbox.marshal.dumps
+    monkeypatch.setattr(sandbox.marshal, "dumps", lambda job: sent.append(dumps(job)) or sent[-1])
+    assert judge("print(int(input()) + 1000000)", ["4321"], ["1004321"]).passed
+    assert len(sent) == 1 and b"4321" in sent[0] and b"1004321" not in sent[0]
+
+
+def test_a_trainer_that_is_killed_leaves_nothing(outside):
+    token = sandbox.ENVIRONMENT["RED_TEAM"]
+    code = f"import sandbox; sandbox.ENVIRONMENT['RED_TEAM'] = '{token}'; " \
+           "from eval import judge; judge('while 1: pass', [''], ['1'])"
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox.__file__).parent)
+    deadline = time.monotonic() + 30
+    while not any(b"marshal" in p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline")
+                  if p.exists() and token in environment(p.with_name("environ"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    trainer.kill()
+    trainer.wait()  # the fixture looks for what is left
+
+
+def test_without_a_sandbox_only_on_request(monkeypatch, capsys):
+    monkeypatch.setattr(sandbox, "ENVIRONMENT", {**sandbox.ENVIRONMENT, "PATH": "/nowhere"})
+    monkeypatch.setattr(sandbox, "unsafe_exec", False)
+    sandbox.sandbox_command.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="apt install bubblewrap"):
+            judge("print(1)", [""], ["1"])
+        sandbox.allow_unsafe_exec()
+        assert "WITHOUT a sandbox" in capsys.readouterr().err
+        assert judge("print(int(input()) * 2)", ["1", "2"], ["2", "4"]).passed
+        assert judge("import os, time\nos.fork()\ntime.sleep(9)", [""], [""], time_limit=0.2).status == "time_limit"
+        assert judge("while True: pass", ["", ""], ["", ""], time_limit=0.2).status == "time_limit"
+        assert judge("x = bytearray(1 << 30)", [""], [""], memory_mb=256).status == "runtime_error"
+    finally:
+        sandbox.sandbox_command.cache_clear()
