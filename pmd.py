@@ -79,7 +79,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, table, verify
+from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, table, verify_all
 from kernels import distill_loss, policy_loss, score
 from memory import SUCCESS, Memory, compose_within, describe, neutralise
 
@@ -307,13 +307,12 @@ class Rollout(Sample):
 
 def attempt(sampler, problems, cfg) -> list[Rollout]:
     """G completions of each problem from its plain prompt, with their verdicts, group by group (Eq. 1)."""
-    rollouts = []
-    for problem, group in zip(problems, sampler.answer(problems, cfg.group_size), strict=True):
-        for g, sample in enumerate(group):
-            verdict = verify(problem, sample.text)
-            rollouts.append(Rollout(**vars(sample), id=f"{sampler.step}/{problem.id}/{g}", problem=problem,
-                                    reward=verdict.reward, feedback=verdict.feedback))
-    return rollouts
+    groups = sampler.answer(problems, cfg.group_size)
+    asked = [p for p, group in zip(problems, groups, strict=True) for _ in group]
+    samples = [s for group in groups for s in group]
+    verdicts = broadcast(rank() == 0 and verify_all(asked, [s.text for s in samples]))
+    return [Rollout(**vars(s), id=f"{sampler.step}/{p.id}/{i % cfg.group_size}", problem=p, reward=v.reward,
+                    feedback=v.feedback) for i, (p, s, v) in enumerate(zip(asked, samples, verdicts, strict=True))]
 
 
 class KeyedSampling(LogitsProcessor):
@@ -622,16 +621,20 @@ def mini_batches(rollouts, policy, cfg):
     size = cfg.mini_batch_size * cfg.group_size
     parts = [rollouts[i: i + size] for i in range(0, len(rollouts), size)]
     if len(parts) > 1 or cfg.method == "grpo":
+        scored = {}
         with torch.no_grad(), compute(policy, cfg):
             for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
                 def scores(batch=batch):
                     hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
                     head = policy.get_output_embeddings().weight
-                    return score(hidden, head, token_ids(batch, head))
+                    return score(hidden, head, token_ids(batch, head)).cpu()
 
-                for r, logprobs in zip(batch, forward(policy, scores).split([len(r.ids) for r in batch]), strict=True):
-                    r.old_logprobs = logprobs
+                rows = forward(policy, scores).split([len(r.ids) for r in batch])
+                scored |= {r.id: row for r, row in zip(batch, rows, strict=True)}
             reshard(policy)
+        scored = {id: row for part in gather(scored) for id, row in part.items()}
+        for r in rollouts:
+            r.old_logprobs = scored[r.id]
     yield from parts
 
 
@@ -744,7 +747,7 @@ def flat(rows, like):
 def add(sums, more) -> Counter:
     """Sums of what is counted, the larger of what is a maximum."""
     return Counter({k: max(sums.get(k, 0), more.get(k, 0)) if k.endswith("_max") else sums.get(k, 0) + more.get(k, 0)
-                    for k in sums | more})
+                    for k in {*sums, *more}})  # not Counter's own +, which drops what is negative
 
 
 def problem_ids(rollouts):
@@ -1304,7 +1307,9 @@ class Run:
                 samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
                 if rank():
                     continue
-                rows = [[(s, verify(p, s.text)) for s in group] for p, group in zip(problems, samples, strict=True)]
+                verdicts = iter(verify_all([p for p in problems for _ in range(cfg.eval_k)],
+                                           [s.text for group in samples for s in group]))
+                rows = [[(s, next(verdicts)) for s in group] for group in samples]
                 write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", (
                     {"problem": p.id, "sample": j, "answer": v.answer, "reward": v.reward, "tokens": len(s.ids),
                      "text": s.text} for p, group in zip(problems, rows, strict=True) for j, (s, v) in enumerate(group)))
@@ -1444,7 +1449,7 @@ def default_name(cfg):
 
 def refuse_changes(before, cfg):
     """A resumed run keeps its configuration, but for what only adds steps or output; that is noted."""
-    free = {"resume", "steps", "epochs", "out", "name", "device", "log_every", "save_every", "micro_tokens", "keep",
+    free = {"resume", "steps", "epochs", "out", "name", "device", "nproc", "log_every", "save_every", "micro_tokens", "keep",
             "max_minutes", "log"}
     now = dataclasses.asdict(cfg)
     said = {k: f"--{k} ({before.get(k)!r} before, {now[k]!r} now)" for k in now if before.get(k) != now[k]}
