@@ -36,6 +36,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shlex
 import shutil
 import signal
@@ -221,6 +222,39 @@ PRESETS = {
 }
 
 
+class Clock:
+    """Seconds by name, each second counted once: what runs inside stops the clock of what is around it."""
+
+    def __init__(self):
+        self.seconds, self.running = Counter(), []
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        self._turn()
+        self.running.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self.running.pop()
+
+    def _turn(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # or the next name would pay for this one's kernels
+        now = time.perf_counter()
+        if self.running:
+            self.seconds[self.running[-1]] += now - self.since
+        self.since = now
+
+    def read(self) -> dict:
+        """The seconds since the last reading."""
+        found, self.seconds = dict(self.seconds), Counter()
+        return found
+
+
+clock = Clock()
+
+
 def train(cfg: Config) -> dict:
     """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched."""
     task, tokenizer = check(cfg)
@@ -362,16 +396,18 @@ class Sampler:
         the frozen-policy control has its memory in the prompt."""
         texts = [p.prompt for p in problems] if texts is None else texts
         prompts = [encode_prompt(self.tokenizer, text, p.system) for text, p in zip(texts, problems, strict=True)]
-        samples = self.generate([ids for ids in prompts for _ in range(k)],
-                                [(split, p.id, j) for p in problems for j in range(k)],
-                                self.cfg.max_completion, temperature, top_p)
+        with clock("sample" if split == "train" else "evaluate"):
+            samples = self.generate([ids for ids in prompts for _ in range(k)],
+                                    [(split, p.id, j) for p in problems for j in range(k)],
+                                    self.cfg.max_completion, temperature, top_p)
         return [samples[i * k: (i + 1) * k] for i in range(len(problems))]
 
     def ask(self, prompts) -> list[str]:
         """The policy's replies to a memory's prompts (user messages): reflection and abstraction."""
         digests = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
-        samples = self.generate([encode_prompt(self.tokenizer, p) for p in prompts], [("ask", d) for d in digests],
-                                self.cfg.memory_completion, self.cfg.memory_temperature, 0.95)
+        with clock("reflect"):
+            samples = self.generate([encode_prompt(self.tokenizer, p) for p in prompts], [("ask", d) for d in digests],
+                                    self.cfg.memory_completion, self.cfg.memory_temperature, 0.95)
         return [s.text for s in samples]
 
     def generate(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
@@ -696,12 +732,13 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
         gap = sampler_gap(batch, out.logprobs, step, cfg)
         sums = add(sums, gap | {name: float(getattr(out, name).detach().sum()) for name in set(out._fields) - {"logprobs"}})
     policy.eval()
-    norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(supervised)}")
-    optimizer.step()
-    optimizer.updates += 1
-    set_lr(optimizer, cfg)
+    with clock("optimizer"):
+        norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(supervised)}")
+        optimizer.step()
+        optimizer.updates += 1
+        set_lr(optimizer, cfg)
     sums = functools.reduce(add, gather(sums), {})
     return add(sums, {"tokens": total, "updates": 1, "grad_norm": float(norm)})
 
@@ -720,7 +757,7 @@ def sampler_gap(batch, logprobs, step, cfg) -> dict:
 def loss_of(batch, total, policy, teacher, cfg):
     """The loss of one micro-batch, divided by the `total` tokens of its mini-batch: see kernels.py for what it returns."""
     if cfg.method != "grpo":
-        with torch.no_grad():  # before the student's pass: a live teacher's weights are the student's
+        with clock("teacher"), torch.no_grad():  # before the student's pass: a live teacher has the student's weights
             teacher_hidden = forward(teacher, lambda: completion_hidden(teacher, [r.teacher_ids for r in batch], batch))
     hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
     head = policy.get_output_embeddings().weight  # (V, H)
@@ -776,8 +813,9 @@ def make_teacher(policy, cfg):
 def follow(teacher, policy, cfg):
     """Moves an EMA teacher once, after the batch's last update: teacher += rate * (policy - teacher)."""
     if teacher is not policy:
-        for t, p in zip(teacher.parameters(), policy.parameters(), strict=True):
-            local(t).lerp_(local(p), cfg.ema_rate)
+        with clock("optimizer"):
+            for t, p in zip(teacher.parameters(), policy.parameters(), strict=True):
+                local(t).lerp_(local(p), cfg.ema_rate)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1177,7 +1215,8 @@ class Run:
 
     def __init__(self, cfg, task, tokenizer):
         self.cfg, self.task, self.tokenizer, self.started = cfg, task, tokenizer, time.perf_counter()
-        self.total, self.seconds, self.spent = total_steps(task.train, cfg), Counter(), 0.0
+        self.total, self.spent = total_steps(task.train, cfg), 0.0
+        clock.read()
         self.folder = Path(cfg.out) / (cfg.name or broadcast(default_name(cfg)))
         own = broadcast(checkpoints(self.folder))
         self.saved = own[-1] if own else checkpoint_of(cfg) if cfg.fork_from else None  # what it goes on from
@@ -1228,11 +1267,15 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Shows the phase on the progress bar, adds its seconds to the step's, and says where to go back to if it fails."""
+        """Shows the phase on the progress bar, times it, and says where to go back to if it fails.
+
+        The names of the seconds are those of metrics.jsonl: what a phase does besides the model's work, which has its own.
+        """
         self.bar.set_postfix_str(name + self.learned)
-        start = time.perf_counter()
         try:
-            yield
+            names = {"attempt": "verify", "remember": "memory", "condition": "memory", "distill": "student"}
+            with clock(names.get(name, name)):
+                yield
         except FloatingPointError as error:
             saved = checkpoints(self.folder)
             where = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint to go back to"
@@ -1240,7 +1283,6 @@ class Run:
         finally:
             if sys.exc_info()[0]:  # the program's own handlers again, whatever ended the run
                 self._unlisten()
-        self.seconds[name] += time.perf_counter() - start
 
     def log(self, step, rollouts, sums, memory):
         """One line of metrics.jsonl; every `log_every` steps a printed line and a readable sample too."""
@@ -1268,7 +1310,11 @@ class Run:
             metrics["shortcut_rate"] = events.get("shortcut", 0) / proposed
         if (precision := memory_precision(memory, self.task.train)) is not None:
             metrics["memory_precision"] = precision
-        metrics["seconds"], self.seconds = dict(self.seconds), Counter()
+        metrics["seconds"] = clock.read()
+        spent = sum(t for phase, t in metrics["seconds"].items() if phase not in ("evaluate", "save"))
+        metrics["tokens_per_second"] = sum(len(r.ids) for r in rollouts) / spent
+        metrics["peak_gb"] = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+                              1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9  # of rank 0, so far
         self.note(metrics)
         self.learned = f", reward {metrics['reward']:.2f}, memory {'/'.join(map(str, metrics['memory'].values()))}"
         self.bar.update()

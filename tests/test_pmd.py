@@ -587,3 +587,19 @@ def test_a_package_named_kernels_is_refused(tmp_path):
 def test_each_room_imports_alone(room, foreign):
     code = f"import sys, {room}; print(sorted(set(sys.modules) & {foreign!r}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_clock_counts_every_second_once():
+    now = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    clock = pmd.Clock()
+    pmd.time, real = type("Time", (), {"perf_counter": staticmethod(lambda: next(now))}), pmd.time
+    try:
+        with clock("outer"):  # 0
+            with clock("inner"):  # 1
+                with clock("outer"):  # 3
+                    pass  # 6
+            # 10
+        # 15
+    finally:
+        pmd.time = real
+    assert clock.read() == {"outer": 1 + 3 + 5, "inner": 2 + 4} and clock.read() == {}

@@ -34,7 +34,8 @@ def run(out, name, ranks, *flags):
 def records(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        row.pop("seconds", None)
+        for key in ("seconds", "tokens_per_second", "peak_gb"):
+            row.pop(key, None)
     memory = []
     if (folder / "memory.db").exists():
         with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
