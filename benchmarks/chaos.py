@@ -1,6 +1,7 @@
 """Kills a run with SIGKILL at random moments, aimed at each of its phases in turn, and resumes it every time.
 
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --kills 50
+    OMP_NUM_THREADS=1 python benchmarks/chaos.py --kills 20 --ranks 2      of which one dies first, as on a cluster
 
 Whenever a run has come to its end, whatever it went through, its final weights, the rows and events of its memory, its
 evaluations and all its metrics but the times must be those of the run that was never interrupted: nothing lost, nothing
@@ -42,8 +43,8 @@ FLAGS = ("--steps 6 --batch_size 8 --mini_batch_size 4 --group_size 4 --eval_pro
          "--save_every 2 --behavior_every 2 --log_every 2 --resume").split()
 
 
-def child(flags, name, told):
-    """Runs or resumes; writes a line for every entry into a phase, and for its end, to the pipe `told`."""
+def child(flags, name, told, rank, ranks, store):
+    """Runs or resumes, as one rank of several; rank 0 tells every entry into a phase, and its end, to the pipe `told`."""
     def watched(owner, attribute, phase):
         original = getattr(owner, attribute)
 
@@ -55,32 +56,40 @@ def child(flags, name, told):
 
         setattr(owner, attribute, wrapper)
 
-    for phase, (owner, attribute) in PHASES.items():
+    for phase, (owner, attribute) in PHASES.items() if rank == 0 else ():
         watched(owner, attribute, phase)
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         torch.set_num_threads(1)
+        if ranks > 1:
+            torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
         pmd.train(dataclasses.replace(pmd.parse_flags(flags), name=name))
-    told.send("done")
+    if rank == 0:
+        told.send("done")
 
 
-def attempt(flags, name, phase=None, n=1, delay=0.0):
-    """Runs until the nth entry into `phase`, then kills after `delay` seconds; (whether it was killed, entries and seconds).
+def attempt(flags, name, ranks, phase=None, n=1, delay=0.0, first=0):
+    """Runs until rank 0's nth entry into `phase`, then kills after `delay` seconds, rank `first` before the others.
+
+    Returns whether it was killed, and the entries and seconds of each phase.
 
     The seconds of nested phases are part of those of the outer one; they only say how long to wait before a kill.
     """
     parent, told = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=child, args=(flags, name, told))
-    process.start()
+    store = tempfile.mktemp()  # a name for the ranks to meet at
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=child, args=(flags, name, told, rank, ranks, store)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
     told.close()
     entered, seconds, stack = Counter(), defaultdict(list), []
     while True:
         try:
             said = parent.recv()
         except EOFError:
-            process.join()
-            sys.exit(f"the run {name} died by itself with status {process.exitcode}")
+            sys.exit(f"the run {name} died by itself")
         if said == "done":
-            process.join()
+            for process in processes:
+                process.join()
             return False, entered, seconds
         if said is None:
             inner, start = stack.pop()
@@ -90,8 +99,9 @@ def attempt(flags, name, phase=None, n=1, delay=0.0):
         stack.append((said, time.perf_counter()))
         if said == phase and entered[said] == n:
             time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+            for process in processes[first:] + processes[:first]:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
             return True, entered, seconds
 
 
@@ -113,12 +123,13 @@ def end_state(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     rng, killed, reached, compared = random.Random(args.seed), Counter(), Counter(), 0
     with tempfile.TemporaryDirectory() as out:
         flags = [*FLAGS, "--out", out]
-        _, entries, seconds = attempt(flags, "whole")
+        _, entries, seconds = attempt(flags, "whole", args.ranks)
         expected = end_state(Path(out, "whole"))
         order = [phase for phase in PHASES if entries[phase]]
         bar = tqdm(total=args.kills, unit="kill")
@@ -132,13 +143,14 @@ def main():
                 saved = pmd.checkpoints(Path(out, name))
                 left = 1 - int(saved[-1].name) / 6 if saved else 1
                 n = rng.randint(1, max(1, int(left * entries[phase])))
-                hit, *_ = attempt(flags, name, phase, n, rng.uniform(0, 1.2 * typical))
+                delay, first = rng.uniform(0, 1.2 * typical), rng.randrange(args.ranks)
+                hit, *_ = attempt(flags, name, args.ranks, phase, n, delay, first)
                 if not hit or killed.total() >= args.kills:
                     break
                 killed[phase] += 1
                 reached[saved[-1].name if saved else "none"] += 1
                 bar.update()
-            attempt(flags, name)
+            attempt(flags, name, args.ranks)
             found = end_state(Path(out, name))
             if wrong := [part for part in expected if found[part] != expected[part]]:
                 sys.exit(f"{name} ended with other {', '.join(wrong)} than the run that was never interrupted")
