@@ -67,11 +67,11 @@ def case(tokens, checkpointing, dtype="float32", **architecture):
         gradient_checkpointing=checkpointing), 2 * tokens // 256
 
 
-SHORT, LONG = 256, 1024
+SHORT, LONG = 512, 1280
 ALONE = [case(SHORT, False), case(LONG, False), case(SHORT, True), case(LONG, True), case(LONG, False, "bfloat16"),
          case(LONG, True, vocab_size=128, intermediate_size=1536)]
 WIDE = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_hidden_layers=3)
-SHARDED = [case(SHORT, True, vocab_size=8000, **WIDE), case(SHORT, False, vocab_size=256, **WIDE)]
+SHARDED = [case(256, True, vocab_size=8000, **WIDE), case(256, False, vocab_size=256, **WIDE)]
 
 
 def measure(cases, *launcher):

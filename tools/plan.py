@@ -14,7 +14,7 @@ N <= S completion tokens. Each component's formula stands beside it in `plan`. "
 token of a layer are not formulas: they are counted on fake tensors, which have shapes and no data (`trace`).
 
 Measured on a CPU (tests/test_plan.py): the resident memory of real updates, in one process within 5 % of the plan, and in
-two, sharded, within 1 % where the peak is in the loss and 16 % below the plan where it is in the backward pass (gloo keeps
+two, sharded, within 1 % where the peak is in the loss and 17 % below the plan where it is in the backward pass (gloo keeps
 less in flight). Not measured: whatever needs a GPU. Approximate there: the constants below, FSDP2's buffers in flight, and
 the attention kernels' workspace (left out, as the peak is in the MLP). Every micro-batch is taken to be full of completion
 tokens, frozen-policy to be trained like grpo: upper bounds. vLLM without tensor parallelism.
@@ -300,7 +300,7 @@ def report(cfg, model, gpus, gpu_memory, utilization):
     if utilization:
         room, length = kv_room(model, gpu_memory, utilization), cfg.max_prompt + cfg.max_completion
         print(f"\nvLLM awake: model {2 * model.parameters / GIB:.2f} in bfloat16, activations {PREFILL / GIB:.2f}, keys "
-              f"and values {room / GIB:.2f} ({max(0, room // kv_bytes(model.config, length)):.0f} sequences of {length} tokens)\n"
+              f"and values {room / GIB:.2f} ({max(0, room // kv_bytes(model.config, length)):.0f} sequences of {length})\n"
               "vLLM asleep (level 1): the model is in host memory, once for each GPU")
     print(f"\n{'--micro_tokens':>14}{'checkpointing':>15}{'activations':>13}{'most':>8}  fits")
     for on in (False, True):
