@@ -1,0 +1,176 @@
+"""tools/plan.py against the resident memory of real updates on the CPU, and against published sizes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from pmd import Config
+from tools import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Two updates, so that gradients and AdamW's states are there in the second, of two full micro-batches a process. Prints the
+# peak of resident memory during them, over that before the model was made. Large blocks are mapped one by one (see
+# `environment`) and go back to the system when freed, so what is resident is what is alive.
+CHILD = """
+import ctypes, gc, json, os, sys
+from pathlib import Path
+import torch
+import pmd
+from transformers import AutoConfig, AutoModelForCausalLM
+
+def resident(key):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+def measure(architecture, flags, rows):
+    cfg, before = pmd.Config(**flags), resident("VmRSS")
+    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), dtype=torch.float32).eval()
+    if cfg.gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    teacher = pmd.make_teacher(policy, cfg)
+    policy, teacher = pmd.shard(policy, cfg), pmd.shard(teacher, cfg)
+    optimizer = pmd.make_optimizer(policy, cfg)
+    prompt, ids = [1] * cfg.max_prompt, [1] * cfg.max_completion
+    rollouts = [pmd.Rollout(prompt, ids, torch.zeros(len(ids)), "", True, "", None, 0.0, teacher_ids=prompt)
+                for _ in range(rows * pmd.world())]
+    resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    for step in range(2):
+        pmd.update(policy, teacher, optimizer, rollouts, step, cfg)
+        pmd.follow(teacher, policy, cfg)
+    return resident("VmHWM") - before
+
+pmd.start_ranks(pmd.Config(nproc=1, device="cpu"))
+cases = json.loads(sys.argv[1])
+for dtype in ("float32", "bfloat16"):  # what is made once is made here
+    measure(cases[0][0] | {"vocab_size": 64}, cases[0][1] | {"dtype": dtype}, cases[0][2])
+print(json.dumps([measure(*case) for case in cases])) if pmd.rank() == 0 else [measure(*case) for case in cases]
+"""
+
+ARCHITECTURE = dict(model_type="qwen3", vocab_size=1024, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=False)
+
+
+def case(tokens, checkpointing, dtype="float32", **architecture):
+    """An architecture, pmd.Config's fields, and as many rows of 256 tokens as fill two micro-batches."""
+    return ARCHITECTURE | architecture, dict(
+        micro_tokens=tokens, max_prompt=8, max_reprompt=8, max_completion=248, dtype=dtype, device="cpu", embedder="hashing",
+        gradient_checkpointing=checkpointing), 2 * tokens // 256
+
+
+SHORT, LONG = 512, 1280
+ALONE = [case(SHORT, False), case(LONG, False), case(SHORT, True), case(LONG, True), case(LONG, False, "bfloat16"),
+         case(LONG, True, vocab_size=128, intermediate_size=1536)]
+WIDE = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_hidden_layers=3)
+SHARDED = [case(256, True, vocab_size=8000, **WIDE), case(256, False, vocab_size=256, **WIDE)]
+
+
+def measure(cases, *launcher):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("resident memory is read from Linux's /proc")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18), "PYTHONPATH": str(ROOT)}
+    child = subprocess.run([sys.executable, *launcher, json.dumps(cases)], cwd=ROOT, env=environment, capture_output=True,
+                           text=True)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def predict(architecture, flags, gpus, folder):
+    AutoConfig.for_model(**architecture).save_pretrained(folder)
+    phases = plan.plan(Config(**flags), plan.load(folder), gpus, gpu_memory=0, utilization=0, context=0)
+    for phase in phases.values():
+        phase.pop("sampler's copy, float32", None)  # the child has no sampler
+    del phases["load"], phases["sample"]
+    return plan.peak(phases)
+
+
+def compare(cases, measured, gpus, tolerance, folder):
+    rows = []
+    for (architecture, flags, _), size in zip(cases, measured, strict=True):
+        predicted, phase = predict(architecture, flags, gpus, folder)
+        rows.append(f"{gpus} process(es), {flags['micro_tokens']} tokens, checkpointing {flags['gradient_checkpointing']}, "
+                    f"{flags['dtype']}: predicted {predicted / 2**20:.0f} MiB ({phase}), measured {size / 2**20:.0f} MiB, "
+                    f"{100 * (size / predicted - 1):+.1f} %")
+        assert size == pytest.approx(predicted, rel=tolerance), rows[-1]
+    print("", *rows, sep="\n")
+    return [row.split("(")[2].split(")")[0] for row in rows]
+
+
+def test_one_process(tmp_path):
+    """Both micro-batch lengths, with and without checkpointing; autocast; a peak in the backward pass."""
+    measured = measure(ALONE, "-c", CHILD)
+    assert "backward" in compare(ALONE, measured, 1, 0.1, tmp_path)
+
+
+def test_two_processes_sharded_by_fsdp2(tmp_path):
+    """gloo overlaps less than CUDA streams do, so a peak in the backward pass is lower here than planned."""
+    (tmp_path / "child.py").write_text(CHILD)
+    measured = measure(SHARDED, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "child.py")
+    compare(SHARDED, measured, 2, 0.2, tmp_path)
+
+
+# Model cards: parameters in units of 1e9, of which outside the embedding and the head.
+PUBLISHED = {"Qwen/Qwen3-0.6B": (0.6, 0.44), "Qwen/Qwen3-1.7B": (1.7, 1.4), "Qwen/Qwen3-4B": (4.0, 3.6),
+             "Qwen/Qwen3-8B": (8.2, 6.95), "Qwen/Qwen3-14B": (14.8, 13.2), "Qwen/Qwen3-32B": (32.8, 31.2)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_built_in_models_have_their_published_size(name):
+    model, (total, body) = plan.load(name), PUBLISHED[name]
+    assert model.source
+    assert model.parameters / 1e9 == pytest.approx(total, rel=0.03)
+    assert (model.parameters - (2 - model.tied) * model.head) / 1e9 == pytest.approx(body, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return plan.load("Qwen/Qwen3-8B")
+
+
+def test_states_are_sharded(qwen):
+    """Weights, gradients, two moments and the EMA teacher: 5 x 4 bytes a parameter, over 8 GPUs."""
+    optimizer = plan.plan(Config(), qwen, 8, 80, context=0)["optimizer"]
+    states = [size for name, size in optimizer.items() if name.endswith(", float32")]
+    assert sum(states) == pytest.approx(20 * qwen.parameters / 8)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(qwen):
+    cfg = Config(gradient_checkpointing=True)
+    most = plan.largest(cfg, qwen, 8, 80)
+    fine, too_much = (plan.peak(plan.plan(cfg, qwen, 8, 80, tokens))[0] for tokens in (most, most + 512))
+    assert fine <= 80 * 2**30 < too_much
+
+
+@pytest.mark.parametrize("flags, gpus, said", [
+    ({}, 1, "8 such GPUs and --gradient_checkpointing"), ({}, 8, "use --gradient_checkpointing --micro_tokens 32768"),
+    ({"gradient_checkpointing": True, "micro_tokens": 2**17}, 8, "use --micro_tokens")])
+def test_a_model_that_does_not_fit_is_told_a_cure_that_works(flags, gpus, said, qwen):
+    fine, sentence = plan.fits(Config(**flags), qwen, gpus, 80)
+    assert not fine and said in sentence and "\n" not in sentence
+    micro_tokens = int(sentence.split("--micro_tokens ")[1])
+    cured = dataclasses.replace(Config(**flags), gradient_checkpointing=True, micro_tokens=micro_tokens)
+    assert plan.fits(cured, qwen, 8, 80)[0]
+
+
+def test_windows_cost_a_mask_in_each_sliding_layer():
+    """Olmo 3 has 24 of them, of 4096 tokens; without checkpointing each keeps its mask in bfloat16."""
+    model = plan.load("allenai/Olmo-3-7B-Instruct")
+    cfg = Config(max_prompt=0, max_reprompt=0, max_completion=8192, micro_tokens=8192)
+    full = plan.Model(**vars(model) | {"config": AutoConfig.for_model(**plan.BUILT_IN["allenai/Olmo-3-7B-Instruct"]
+                                                                      | {"sliding_window": 8192})})
+    kept = [plan.plan(cfg, m, 8, 80)["loss"]["activations"] for m in (model, full)]
+    assert kept[0] - kept[1] == 8192**2 * (1 + 24 * 2)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match="neither a Hugging Face folder nor"):
+        plan.fits(Config(), "no/such-model", 8, 80)
