@@ -3,7 +3,7 @@
     load_task(name)               -> Task(train, dev, test), from JSON-lines files
     verify(problem, completion)   -> Verdict(reward, feedback): one function for training and evaluation alike
     judge(code, inputs, outputs)  -> Judgement(passed, status, n_passed, feedback), of a program; sandbox.py runs it
-    avg_at_k, maj_at_k, best_at_k -> estimators over k samples a problem; `interval`, a bootstrap over problems
+    avg_at_k, maj_at_k, best_at_k -> estimators over k samples a problem; `interval`, a bootstrap over problems and runs
 
 A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line:
 
@@ -14,8 +14,8 @@ A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line:
     system    the system message (optional)
 
 All other keys are kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, `nano/7` another of its
-worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain of SciKnowEval in SDPO's files,
-`livecodebench` a window of LiveCodeBench in its official files, a path any folder of yours.
+worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain of SciKnowEval in SDPO's files or from
+the Hub, `livecodebench` a window of LiveCodeBench in its official files, a path any folder of yours.
 """
 
 import base64
@@ -32,17 +32,17 @@ from datetime import date
 from decimal import Decimal, InvalidOperation
 from math import comb
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import bootstrap
 
-from sandbox import CORES, execute
+from sandbox import CORES, allow_unsafe_exec, execute, sandbox_command
 
 matplotlib.use("Agg")  # figures are files; no screen is needed
 NANO = Path(__file__).resolve().parent / "nano"
-SCIKNOWEVAL = ("biology", "chemistry", "material", "physics")
+SCIKNOWEVAL = {"biology": (450, 50), "chemistry": (1890, 210), "material": (841, 94), "physics": (720, 80)}  # Tab. 10
 LIVECODEBENCH = ("question_content", "question_id", "contest_date", "starter_code", "public_test_cases",
                  "private_test_cases", "metadata")
 WINDOW = ("2025-02-01", "2025-05-01")  # the paper's and SDPO's: contests from the first day on, before the second
@@ -66,12 +66,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """The splits of a task. dev is held out of the published training split (a deviation; dev=0 trains on all of it)."""
+    """The splits of a task. dev is held out of the published training split (a deviation; dev=0 trains on all of it).
+
+    name: with what a report has to say of it, such as a window. card: what is known to be wrong with the data.
+    """
 
     name: str
     train: list[Problem]
     dev: list[Problem]
     test: list[Problem]
+    card: str = ""
+
+
+# SciKnowEval's items on the Hub have no system message. This one has the published form in our own words (a deviation);
+# SDPO's files bring the published one.
+HUB_SYSTEM = """
+You see a question and its options, one of which is right. Write your reply in this form:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+
+The answer is the letter of the right option (A, B, C, or D) alone, without its text. If you choose "A", it is:
+<answer>
+A
+</answer>
+"""
+REASON = "\nPlease reason step by step."
 
 
 def from_sciknoweval(row) -> dict:
@@ -83,13 +106,77 @@ def from_sciknoweval(row) -> dict:
             "system": row.get("system", "")}
 
 
-def read_problems(path, convert=dict) -> list[Problem]:
-    """The problems of a JSON-lines file, each row through `convert`. ValueError, with file and line, for what is not one."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a task is a folder with a file for train and one for test")
-    problems, seen = [], {}
-    for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # not splitlines: texts hold U+2028
+def sciknoweval_from_hub(domain) -> list[list[Problem]]:
+    """Train and test of a domain, rebuilt as SDPO built its files: L3, multiple choice, 90/10 by `datasets` with seed 42.
+
+    Not run: the Hub was out of reach. The split was checked without it (`idx` is the position before the split, and the
+    published files have exactly these); that the Hub has the items in the order they had then was not.
+    """
+    import datasets  # here: it takes a second, and no other task needs it
+    try:
+        table = datasets.load_dataset("hicai-zju/SciKnowEval", domain.capitalize(), split="test")
+    except Exception as error:
+        raise ValueError(f"sciknoweval/{domain} needs --data, a folder with {domain}/train.json and test.json (SDPO's "
+                         f"repository has it as datasets/sciknoweval), or the Hub: {str(error).splitlines()[0]}") from error
+    table = table.filter(lambda row: row["details"]["level"] == "L3" and row["type"] in ("mcq-4-choices", "mcq-2-choices"))
+    parts = table.add_column("idx", list(range(len(table)))).train_test_split(test_size=0.1, seed=42)
+
+    def problem(row):
+        options = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
+        prompt = f"{row['question']}\n\n" + "\n".join(f"{label}: {text}" for label, text in options) + REASON
+        return Problem(str(row["idx"]), prompt, row["answerKey"], "choice", HUB_SYSTEM)
+
+    return [[problem(row) for row in parts[split]] for split in ("train", "test")]
+
+
+def defects(train, test) -> list[list[str]]:
+    """For train and for test: what is known to be wrong with each item of SciKnowEval, or "", found in the items alone."""
+    def parts(p):
+        stem, *options = re.split(r"^[A-Z]: ", p.prompt.removesuffix(REASON), flags=re.MULTILINE)
+        return re.sub(r"\d+(\.\d+)?", "#", stem.strip()), [option.strip() for option in options]
+
+    def defect(p, prompts, stems):
+        stem, options = parts(p)
+        noisy = re.search("(?i)val[ae]nce.(comp|elec)", p.prompt)
+        return ("noisy subtask: valence electrons (many keys don't fit the numbers given)" if noisy else
+                "repeated options" if len(set(options)) < len(options) else
+                "leaked: the very item is in train" if p.prompt in prompts else
+                "near-duplicate: a stem of train, with other numbers or options" if stem in stems else "")
+
+    prompts, stems = {p.prompt for p in train}, {parts(p)[0] for p in train}
+    return [[defect(p, (), ()) for p in train], [defect(p, prompts, stems) for p in test]]
+
+
+def sciknoweval(name, data, exclude_flagged):
+    """(name, train, test, card) of a domain, from SDPO's files in the folder `data` or from the Hub."""
+    domain = name.partition("/")[2]
+    if domain not in SCIKNOWEVAL:
+        raise ValueError(f"sciknoweval has no domain {domain!r}; it has {', '.join(SCIKNOWEVAL)}")
+    folder = Path(data) / domain
+    if data and not folder.is_dir():
+        raise ValueError(f"{name} needs --data, a folder with {domain}/train.json and test.json; {folder} is none")
+    splits = [read_problems(folder / f"{split}.json", from_sciknoweval) for split in ("train", "test")] if data else \
+        sciknoweval_from_hub(domain)
+    if (sizes := tuple(map(len, splits))) != SCIKNOWEVAL[domain]:
+        raise ValueError(f"{name} has {sizes[0]} train and {sizes[1]} test items, but {SCIKNOWEVAL[domain][0]} and "
+                         f"{SCIKNOWEVAL[domain][1]} were published; for items of your own, give --task a folder")
+    found = defects(*splits)
+    lines = [f"{name}: {sizes[0]} train and {sizes[1]} test items of HICAI-ZJU/SciKnowEval (L3), as split by SDPO"]
+    for split, flags in zip(("train", "test"), found, strict=True):
+        lines += [f"  {split}: {n} {kind}" for kind, n in sorted(Counter(filter(None, flags)).items())]
+    lines += [f"  flagged items are {'excluded' if exclude_flagged else 'used; --exclude_flagged leaves them out'}"]
+    if exclude_flagged:
+        splits = [[p for p, flag in zip(split, flags, strict=True) if not flag]
+                  for split, flags in zip(splits, found, strict=True)]
+        name = f"{name} (without flagged items, {len(splits[1])} test problems)"
+    return name, *splits, "\n".join(lines)
+
+
+def json_lines(path):
+    """Yields (number, object) of a JSON-lines file. ValueError, with file and line, for a line that is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist")
+    for n, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):  # not splitlines: texts hold U+2028
         if not line.strip():
             continue
         try:
@@ -98,6 +185,19 @@ def read_problems(path, convert=dict) -> list[Problem]:
             raise ValueError(f"{path}, line {n} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {n} is not a JSON object")
+        yield n, row
+
+
+def read_problems(path, convert=dict) -> list[Problem]:
+    """The problems of a JSON-lines file, each row through `convert`. ValueError, with file and line, for what is not one.
+
+    Not through `datasets`: it would give every row the keys of all, turn types into those of their column, and say of a
+    broken line neither its number nor what is wrong; and nano would pay a second for its import.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist; a task is a folder with a file for train and one for test")
+    problems, seen = [], {}
+    for n, row in json_lines(path):
         try:
             row = convert(row)
         except ValueError as error:
@@ -261,46 +361,43 @@ def livecodebench(data, protocol, since, until):
     return f"livecodebench ({protocol}, {since} to {until}, {len(test)}{expected} problems)", train, test
 
 
-def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0], until=WINDOW[1]) -> Task:
+def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0], until=WINDOW[1],
+              exclude_flagged=False) -> Task:
     """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
 
     data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them; for livecodebench,
-    the official file or a folder of such. protocol, since, until: of livecodebench alone, see above. dev: the share of the
-    training split that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits).
-    Raises ValueError in one sentence for a task or file that can't be used.
+    the official file or a folder of such; empty for the Hub. protocol, since, until: of livecodebench. exclude_flagged: of
+    sciknoweval, leaves out what `defects` finds. dev: the share of the training split that is held out, by `seed`, to
+    select checkpoints on (the default seed is that of SDPO's own splits). Raises ValueError in one sentence for a task or
+    file that can't be used.
     """
     if not 0 <= dev < 1:
         raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
+    if name != "livecodebench" and (protocol, since, until) != ("sdpo", *WINDOW):
+        raise ValueError(f"--protocol, --since and --until are for livecodebench, not for {name}")
+    if exclude_flagged and not name.startswith("sciknoweval/"):
+        raise ValueError(f"--exclude_flagged is for sciknoweval: nothing is flagged in {name}")
+    card = ""
     if name == "livecodebench":
         name, train, test = livecodebench(data, protocol, since, until)
+    elif name.startswith("sciknoweval/"):
+        name, train, test, card = sciknoweval(name, data, exclude_flagged)
     else:
-        train, test = (read_problems(*where) for where in task_files(name, data))
+        train, test = (read_problems(task_folder(name) / f"{split}.jsonl") for split in ("train", "test"))
     held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
-    return Task(name, [p for i, p in enumerate(train) if i not in held], [train[i] for i in sorted(held)], test)
+    return Task(name, [p for i, p in enumerate(train) if i not in held], [train[i] for i in sorted(held)], test, card)
 
 
-def task_files(name, data):
-    """The train and the test file of a task, each with the function that converts its rows."""
-    ending, convert = "jsonl", dict
+def task_folder(name) -> Path:
     if name == "nano" or name.startswith("nano/"):
         world = name.partition("/")[2] or "0"
-        folder = NANO / "worlds" / world
-        if not folder.is_dir():
+        if not (NANO / "worlds" / world).is_dir():
             raise ValueError(f"there is no task {name!r}: make it with `python nano/make.py world --seed {world}`")
-    elif name.startswith("sciknoweval/"):
-        domain, ending, convert = name.partition("/")[2], "json", from_sciknoweval
-        if domain not in SCIKNOWEVAL:
-            raise ValueError(f"sciknoweval has no domain {domain!r}; it has {', '.join(SCIKNOWEVAL)}")
-        folder = Path(data) / domain
-        if not data or not folder.is_dir():
-            raise ValueError(f"{name} needs --data, a folder with {domain}/train.json and test.json (SDPO's repository has "
-                             f"it as datasets/sciknoweval){f'; {folder} is none' if data else ''}")
-    else:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise ValueError(f"there is no task {name!r}: give nano, nano/SEED, sciknoweval/DOMAIN, livecodebench or a "
-                             "folder with train.jsonl and test.jsonl")
-    return [(folder / f"{split}.{ending}", convert) for split in ("train", "test")]
+        return NANO / "worlds" / world
+    if not Path(name).is_dir():
+        raise ValueError(f"there is no task {name!r}: give nano, nano/SEED, sciknoweval/DOMAIN, livecodebench or a folder "
+                         "with train.jsonl and test.jsonl")
+    return Path(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,10 +562,18 @@ def verify(problem, completion, lenient=False) -> Verdict:
     return VERIFIERS[problem.verifier](problem, completion)
 
 
-def verify_all(problems, completions) -> list[Verdict]:
+def verify_all(problems, completions, lenient=False) -> list[Verdict]:
     """verify on each pair, in order; programs run side by side, as many as there are cores."""
+    if not any(p.verifier == "code" for p in problems):
+        return [verify(p, text, lenient) for p, text in zip(problems, completions, strict=True)]
     with ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(verify, problems, completions))
+
+
+def need_sandbox(task, unsafe_exec=False):
+    """ValueError, in one sentence, where a task's answers are programs and there is no sandbox to run them in."""
+    if any(p.verifier == "code" for p in task.test):
+        allow_unsafe_exec() if unsafe_exec else sandbox_command()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,26 +593,101 @@ def best_at_k(rewards, k=None) -> float:
     return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in rewards.sum(1)]))
 
 
-def maj_at_k(rewards, answers) -> float:
-    """The share of problems whose most frequent answer is right; a tie counts in expectation. answers: (problems, k)."""
+def majority(rewards, answers) -> np.ndarray:
+    """(problems,) whether the most frequent answer is right, a tie counting in expectation. answers: (problems, k)."""
     scores = []
     for row, said in zip(rewards, answers, strict=True):
         votes = Counter(said)
         top = [a for a, n in votes.items() if n == max(votes.values())]
         right = {a for a, r in zip(said, row, strict=True) if r}
         scores.append(sum(a in right for a in top) / len(top))
-    return float(np.mean(scores))
+    return np.array(scores)
 
 
-def interval(per_problem, seed=0, draws=10_000) -> tuple[float, float] | None:
-    """The 95% percentile-bootstrap interval of a mean over problems: other test questions, not other training seeds.
+def maj_at_k(rewards, answers) -> float:
+    """The share of problems whose most frequent answer is right."""
+    return float(majority(rewards, answers).mean())
 
-    None for fewer than two problems, which say nothing about others.
+
+def headroom(rewards, answers) -> np.ndarray:
+    """(problems,) what a perfect choice among the k samples would add to their majority: best@k - maj@k (Fig. 3)."""
+    return np.asarray(rewards).max(1) - majority(rewards, answers)
+
+
+def coverage(solved) -> dict:
+    """{name: (solved, solved by no other)}, two masks of the problems that all were asked (Fig. 4).
+
+    solved: {name: {problem: whether at least one of k samples is right}}.
     """
-    if len(per_problem) < 2:
+    asked = [p for p in next(iter(solved.values()), ()) if all(p in of for of in solved.values())]
+    table = np.array([[bool(of[p]) for p in asked] for of in solved.values()])  # (methods, problems)
+    return {name: (row, row & (table.sum(0) == 1)) for name, row in zip(solved, table, strict=True)}
+
+
+def resample(scores, groups=None, seed=0, draws=10_000) -> np.ndarray:
+    """(draws,) means of scores (problems,) or (runs, problems), with problems, and runs too, drawn with replacement.
+
+    groups: (problems,) names; problems that share one are drawn together. How often each is drawn is multinomial.
+    """
+    scores = np.atleast_2d(np.asarray(scores, dtype=float))
+    _, index = np.unique(np.arange(scores.shape[1]) if groups is None else groups, return_inverse=True)
+    sums, counts = np.stack([np.bincount(index, row) for row in scores]), np.bincount(index)  # (runs, groups), (groups,)
+    rng, (runs, n) = np.random.default_rng(seed), sums.shape
+    drawn = rng.multinomial(n, np.full(n, 1 / n), draws)  # (draws, groups)
+    mean = rng.multinomial(runs, np.full(runs, 1 / runs), draws) @ sums / runs  # (draws, groups)
+    return (drawn * mean).sum(1) / (drawn @ counts)
+
+
+def interval(scores, groups=None, seed=0, draws=10_000) -> tuple[float, float] | None:
+    """The 95% percentile-bootstrap interval of a mean: see resample. Of one run it speaks of other test problems, not of
+    other training seeds; of several, of both, though a handful of seeds makes it too narrow.
+
+    None for fewer than two problems or groups, which say nothing about others.
+    """
+    if len(set(range(np.shape(scores)[-1]) if groups is None else groups)) < 2:
         return None
-    found = bootstrap((np.asarray(per_problem, dtype=float),), np.mean, n_resamples=draws, method="percentile", rng=seed)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    low, high = np.percentile(resample(scores, groups, seed, draws), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def names(task, ids):
+    """The groups that problems are drawn in: nano asks of each name several times; elsewhere each stands alone."""
+    return [i.rpartition("-")[0] if task.partition("/")[0] == "nano" else i for i in ids]
+
+
+def answer_rows(problems, samples, verdicts):
+    """The lines of evals/STEP-SPLIT.jsonl: k samples of each problem and their verdicts, both in order of the problems."""
+    k = len(verdicts) // len(problems)
+    for i, (s, v) in enumerate(zip((s for group in samples for s in group), verdicts, strict=True)):
+        rate = {} if v.test_pass_rate is None else {"test_pass_rate": v.test_pass_rate, "status": v.status}
+        yield {"problem": problems[i // k].id, "sample": i % k, "answer": v.answer, "reward": v.reward, **rate,
+               "tokens": len(s.ids), "text": s.text}
+
+
+class Answers(NamedTuple):
+    """What was answered to P problems, k times each: ids (P,), rewards, answers and tokens (P, k)."""
+
+    ids: list
+    rewards: np.ndarray
+    answers: list
+    tokens: np.ndarray
+
+    @classmethod
+    def of(cls, rows):
+        groups = {}
+        for row in rows:
+            groups.setdefault(row["problem"], []).append(row)
+        if len(set(map(len, groups.values()))) != 1:
+            raise ValueError("its problems have different numbers of samples")
+        table = {key: [[row[key] for row in group] for group in groups.values()] for key in ("reward", "answer", "tokens")}
+        return cls(list(groups), np.array(table["reward"]), table["answer"], np.array(table["tokens"]))
+
+    def estimates(self, task) -> dict:
+        """What a line of metrics.jsonl says of them."""
+        return {"avg_at_k": avg_at_k(self.rewards), "k": self.rewards.shape[1], "n_problems": len(self.ids),
+                "interval": interval(self.rewards.mean(1), names(task, self.ids)), "best_at_k": best_at_k(self.rewards),
+                "maj_at_k": maj_at_k(self.rewards, self.answers),
+                "headroom": float(headroom(self.rewards, self.answers).mean()), "tokens": float(self.tokens.mean())}
 
 
 def plot_curves(curves, path, title):

@@ -80,7 +80,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, table, verify_all
+from eval import WINDOW, Answers, Problem, answer_rows, load_task, need_sandbox, plot_curves, table, verify_all
 from kernels import distill_loss, policy_loss, score
 from memory import SUCCESS, Memory, compose_within, describe, neutralise
 
@@ -117,9 +117,10 @@ class Config:
     tiers: str = option("experience,insight,behavior", "what the teacher reads; hides blocks and changes no extraction "
                                                        "[Tab. 4]")
     model: str = option("nano", "a Hugging Face folder or Hub name, Qwen3-8B or OLMo3-Instruct-7B; nano is the embedded one")
-    task: str = option("", "nano, nano/SEED, sciknoweval/DOMAIN or a folder with train.jsonl and test.jsonl (default: nano "
-                           "with nano, sciknoweval/chemistry with any other model)")
-    data: str = option("", "for sciknoweval: the folder with DOMAIN/train.json and test.json, as in SDPO's repository")
+    task: str = option("", "nano, nano/SEED, sciknoweval/DOMAIN, livecodebench or a folder with train.jsonl and "
+                           "test.jsonl (default: nano with nano, sciknoweval/chemistry with any other model)")
+    data: str = option("", "for sciknoweval: the folder with DOMAIN/train.json and test.json, as in SDPO's repository; for "
+                           "livecodebench: the official file or a folder of such; empty for the Hub (not run)")
     seed: int = option(0, "of everything random in the run")
     name: str = option("", "the run's folder under --out (default: task-method-seed-date-time)")
     resume: bool = option(False, "continue the run --name from its last checkpoint; start it if there is none")
@@ -147,6 +148,16 @@ class Config:
     max_completion: int = option(8192, "tokens; longer completions are cut and counted [Tab. 11]")
     max_reprompt: int = option(10240, "tokens of the teacher's prompt; see memory.compose_within [SDPO]")
     dev: float = option(0.1, "share of the training problems held out to select checkpoints on; 0 for none [ours]")
+    dev_seed: int = option(42, "draws the dev split; the same in runs of other seeds [ours; SDPO splits by 42]")
+    exclude_flagged: bool = option(False, "sciknoweval: leave out the items that the data card flags [ours]")
+    mcq: Literal["sdpo", "lenient"] = option("sdpo", "sdpo: the answer is the bare letter [SDPO]. lenient: also `b`, `(B)`, "
+                                                     "`\\boxed{B}`; reported apart [ours]")
+    protocol: Literal["sdpo", "older", "official"] = option(
+        "sdpo", "livecodebench. sdpo: train on half of the hidden tests of the window's problems [SDPO, C.2]. older: on the "
+                "problems before the window [Tab. 10's 924, it seems]. official: on the public tests, in official form")
+    since: str = option(WINDOW[0], "livecodebench: the first day of the window that is evaluated [SDPO]")
+    until: str = option(WINDOW[1], "livecodebench: the day after its last [SDPO]")
+    unsafe_exec: bool = option(False, "run generated programs without a sandbox where there is none [ours]")
 
     # the update
     lr: float = option(1e-5, "AdamW's learning rate, constant after the warm-up [Tab. 11]")
@@ -198,10 +209,10 @@ class Config:
 
     # evaluation, always without memory
     eval_every: int = option(5, "steps between evaluations on dev and test; 0 for first and last only [Tab. 11]")
-    eval_k: int = option(16, "samples per problem: avg@k [Tab. 11]")
+    eval_k: int = option(16, "samples per problem: avg@k [Tab. 11]", "--n")
     eval_problems: int = option(0, "evaluate on at most this many problems of a split; 0 for all [ours]")
-    eval_temperature: float = option(0.6, "[SDPO]")
-    eval_top_p: float = option(0.95, "[SDPO]")
+    eval_temperature: float = option(0.6, "[SDPO]", "--temperature")
+    eval_top_p: float = option(0.95, "[SDPO]", "--top_p")
 
     # bookkeeping
     log_every: int = option(10, "steps between printed lines and samples in samples.jsonl [ours]")
@@ -333,6 +344,7 @@ class Rollout(Sample):
     problem: Problem
     reward: float
     feedback: str = ""
+    test_pass_rate: float | None = None  # of programs; logged, never a reward
     advantage: float = 0.0  # group-relative, for GRPO
     teacher_prompt: str = ""  # the teacher's user message; empty where it has nothing to add
     teacher_ids: list[int] = field(default_factory=list)
@@ -341,12 +353,18 @@ class Rollout(Sample):
 
 def attempt(sampler, problems, cfg) -> list[Rollout]:
     """G completions of each problem from its plain prompt, with their verdicts, group by group (Eq. 1)."""
-    groups = sampler.answer(problems, cfg.group_size)
-    asked = [p for p, group in zip(problems, groups, strict=True) for _ in group]
-    samples = [s for group in groups for s in group]
-    verdicts = broadcast(rank() == 0 and verify_all(asked, [s.text for s in samples]))
-    return [Rollout(**vars(s), id=f"{sampler.step}/{p.id}/{i % cfg.group_size}", problem=p, reward=v.reward,
-                    feedback=v.feedback) for i, (p, s, v) in enumerate(zip(asked, samples, verdicts, strict=True))]
+    samples = sampler.answer(problems, cfg.group_size)
+    return [Rollout(**vars(sample), id=f"{sampler.step}/{p.id}/{i % cfg.group_size}", problem=p, reward=verdict.reward,
+                    feedback=verdict.feedback, test_pass_rate=verdict.test_pass_rate)
+            for i, (p, sample, verdict) in enumerate(verdicts(problems, samples, cfg))]
+
+
+def verdicts(problems, samples, cfg) -> list:
+    """(problem, sample, verdict) of each sample; each rank judges its share, so that no program runs twice and all agree."""
+    pairs = [(p, s) for p, group in zip(problems, samples, strict=True) for s in group]
+    own = pairs[rank()::world()]
+    parts = gather(verify_all([p for p, _ in own], [s.text for _, s in own], cfg.mcq == "lenient"))
+    return [(p, s, parts[i % world()][i // world()]) for i, (p, s) in enumerate(pairs)]
 
 
 class KeyedSampling(LogitsProcessor):
@@ -984,7 +1002,10 @@ def check(cfg, quiet=False):
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
     if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
         raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
-    task = load_task(cfg.task, cfg.dev, data=cfg.data)
+    task = load_task(cfg.task, cfg.dev, cfg.dev_seed, cfg.data, cfg.protocol, cfg.since, cfg.until, cfg.exclude_flagged)
+    need_sandbox(task, cfg.unsafe_exec)
+    if cfg.mcq == "lenient" and task.test[0].verifier != "choice":
+        raise ValueError(f"--mcq lenient is for multiple choice, which {cfg.task} is not")
     if bool(cfg.memory_from) != (cfg.method == "frozen-memory"):
         raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
                          f"--name frozen` makes such a run, {cfg.out}/frozen")
@@ -1236,8 +1257,10 @@ class Run:
         write(self.folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
         with open(self.folder / "environment.txt", "a", encoding="utf-8") as file:  # a resumed run has several
             file.write(environment())
-        print(f"{cfg.method} on {cfg.task} with {cfg.model}, seed {cfg.seed}: {len(task.train)} train, {len(task.dev)} dev, "
-              f"{len(task.test)} test problems; {self.total} steps of {cfg.batch_size} x {cfg.group_size}; {self.folder}")
+        print(task.card, end="\n" if task.card else "")
+        print(f"{cfg.method} on {task.name} with {cfg.model}, seed {cfg.seed}: {len(task.train)} train, "
+              f"{len(task.dev)} dev, {len(task.test)} test problems; {self.total} steps of {cfg.batch_size} x "
+              f"{cfg.group_size}; {self.folder}")
         settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
         print("set otherwise than by default: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
         if self.saved:
@@ -1303,6 +1326,8 @@ class Run:
                                                               "clipped") if k in sums}
             metrics |= {k: sums[k] / sums["updates"] for k in ("loss", "grad_norm")}
             metrics["sampler_gap_max"] = sums["sampler_gap_max"]
+        if rates := [r.test_pass_rate for r in rollouts if r.test_pass_rate is not None]:
+            metrics["test_pass_rate"] = sum(rates) / len(rates)
         metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
         events = memory.counts(step)
         metrics |= {"memory": memory.sizes(), "memory_events": events}
@@ -1351,20 +1376,13 @@ class Run:
                     contexts = memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
                     texts = [reprompt(p, c, self.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]
                 samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
+                judged = verdicts(problems, samples, cfg)
                 if rank():
                     continue
-                verdicts = iter(verify_all([p for p in problems for _ in range(cfg.eval_k)],
-                                           [s.text for group in samples for s in group]))
-                rows = [[(s, next(verdicts)) for s in group] for group in samples]
-                write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", (
-                    {"problem": p.id, "sample": j, "answer": v.answer, "reward": v.reward, "tokens": len(s.ids),
-                     "text": s.text} for p, group in zip(problems, rows, strict=True) for j, (s, v) in enumerate(group)))
-                rewards = np.array([[v.reward for _, v in group] for group in rows])
-                self.note({
-                    "step": step, "split": split, "rollouts": step * cfg.batch_size * cfg.group_size,
-                    "avg_at_k": avg_at_k(rewards), "k": cfg.eval_k, "n_problems": len(problems),
-                    "interval": interval(rewards.mean(1)), "best_at_k": best_at_k(rewards),
-                    "maj_at_k": maj_at_k(rewards, [[v.answer for _, v in group] for group in rows])})
+                rows = list(answer_rows(problems, samples, [v for _, _, v in judged]))
+                write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", rows)
+                self.note({"step": step, "split": split, "rollouts": step * cfg.batch_size * cfg.group_size, "mcq": cfg.mcq,
+                           **Answers.of(rows).estimates(cfg.task)})
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -1460,7 +1478,7 @@ class Run:
         summary = {"method": cfg.method, "task": cfg.task, "model": cfg.model, "seed": cfg.seed, "steps": self.total,
                    "rollouts": self.total * cfg.batch_size * cfg.group_size,
                    "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
-                   "abstractor": cfg.abstractor, "embedder": cfg.embedder, "memory": memory.sizes(),
+                   "data": self.task.name, "abstractor": cfg.abstractor, "embedder": cfg.embedder, "memory": memory.sizes(),
                    "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
         write(self.folder / "summary.json", json.dumps(summary, indent=1))
         plot_curves({cfg.method: history}, self.folder / "curve.png", title(cfg))

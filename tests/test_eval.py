@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, read_problems, verify
+from eval import SCIKNOWEVAL, Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, read_problems, verify
 from nano import make
 
 
@@ -137,7 +137,8 @@ def sciknoweval(**changes):
     return json.dumps({**row, **changes}, ensure_ascii=False) + "\n"
 
 
-def test_sciknoweval_files(tmp_path):
+def test_sciknoweval_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCIKNOWEVAL, "physics", (2, 1))
     (tmp_path / "physics").mkdir()
     (tmp_path / "physics/train.json").write_text(sciknoweval() + sciknoweval(idx=4, answer="A"))
     (tmp_path / "physics/test.json").write_text(sciknoweval(idx=5))
