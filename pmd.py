@@ -134,10 +134,10 @@ class Config:
                                                            "weights and optimizer are always float32 [Tab. 11]")
     sampler: Literal["", "vllm", "transformers"] = option("", "generates all text (default: vllm on cuda where it is "
                                                               "installed, else transformers) [paper: SGLang]")
-    vllm_memory: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]")
+    gpu_memory_utilization: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it [ours]")
     max_sampler_gap: float = option(0.1, "stop when sampler and trainer differ by more nats a token in the mean [ours]")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory [ours]")
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: slower, less memory [ours]")
 
     # data and lengths
     epochs: int = option(20, "passes over the training problems [Tab. 11]")
@@ -229,7 +229,7 @@ PRESETS = {
     "livecodebench": dict(lr=1e-6, warmup_steps=0, mini_batch_size=1, alpha=1.0, ema_rate=0.01, eval_k=4),  # Tab. 11
     "nano": dict(steps=80, batch_size=8, group_size=8, max_prompt=64, max_completion=32, max_reprompt=512, lr=1e-3,
                  warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, embedder="hashing",
-                 memory_completion=96, clusters=20, eval_every=10, eval_k=8, save_every=40),
+                 gradient_checkpointing=False, memory_completion=96, clusters=20, eval_every=10, eval_k=8, save_every=40),
 }
 
 
@@ -407,7 +407,7 @@ class Sampler:
 
     def load(self):
         # whole: the ranks of a sharded model can't generate each on its own
-        self.policy = self.trained if world() == 1 else load_policy(self.cfg)
+        self.policy = self.trained if world() == 1 else load_policy(self.cfg).to(device_of(self.cfg))
 
     def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None) -> list[list[Sample]]:
         """k samples from the plain prompt of each problem, the only one a student ever sees; from `texts` in its place where
@@ -504,13 +504,13 @@ class VLLM(Sampler):
         import vllm
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
         longest = cfg.max_reprompt + cfg.max_completion
-        memory = {"gpu_memory_utilization": cfg.vllm_memory, "enable_sleep_mode": True} if self.cuda else {
+        memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True} if self.cuda else {
             "kv_cache_memory_bytes": 2**28, "enforce_eager": True}
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
             if cfg.tensor_parallel > 1 else {}
         self.params = vllm.SamplingParams
         self.llm = vllm.LLM(
-            str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained, cfg)).removeprefix("torch."),
+            str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained.device, cfg)).removeprefix("torch."),
             max_model_len=longest, max_num_batched_tokens=max(8192, longest),  # no chunked prefill: it breaks seeds on CPU
             generation_config="vllm", logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
             enable_prefix_caching=True, disable_log_stats=True, seed=cfg.seed, **memory, **parallel)
@@ -523,6 +523,7 @@ class VLLM(Sampler):
 
     @torch.no_grad()
     def wake(self):
+        self.trained.zero_grad()  # gives their room to vLLM
         if self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
         weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
@@ -892,9 +893,10 @@ def shard(model, cfg):
     tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank."""
     if world() == 1 or isinstance(model, FSDPModule):
         return model
-    bf16 = compute_dtype(model, cfg) == torch.bfloat16
+    device = device_of(cfg)
+    bf16 = compute_dtype(device, cfg) == torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(model.device.type, (world(),))
+    mesh = init_device_mesh(device.type, (world(),))
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -1041,6 +1043,13 @@ def check(cfg, quiet=False):
     if len(splits["train"]) < cfg.batch_size:
         raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(splits['train'])} training problems of "
                          f"{cfg.task}")
+    if device_of(cfg).type == "cuda" and importlib.util.find_spec("tools.plan"):  # a script that may be deleted
+        from tools.plan import fits
+        card = torch.cuda.get_device_properties(device_of(cfg)).total_memory / 2**30
+        share = cfg.gpu_memory_utilization if fast_sampler(cfg) else 0
+        fine, sentence = fits(cfg, MODELS.get(cfg.model, cfg.model), world(), card, share)
+        if not fine:
+            raise ValueError(sentence)
     if cfg.method in (*REMEMBERS, "frozen-memory"):
         make_embedder(cfg)
     if cfg.method in REMEMBERS:
@@ -1049,8 +1058,11 @@ def check(cfg, quiet=False):
 
 
 def make_sampler(policy, tokenizer, cfg):
-    fast = cfg.sampler == "vllm" or not cfg.sampler and policy.device.type == "cuda" and vllm_version()
-    return (VLLM if fast else Sampler)(policy, tokenizer, cfg)
+    return (VLLM if fast_sampler(cfg) else Sampler)(policy, tokenizer, cfg)
+
+
+def fast_sampler(cfg) -> bool:
+    return cfg.sampler == "vllm" or not cfg.sampler and device_of(cfg).type == "cuda" and vllm_version() is not None
 
 
 def vllm_version():
@@ -1067,7 +1079,8 @@ def load_policy(cfg):
     architecture whose logits are not its head times its last hidden state, which is what kernels.py takes them for.
     """
     policy = AutoModelForCausalLM.from_pretrained(MODELS.get(cfg.model, cfg.model), dtype=torch.float32).eval()
-    policy.to(device_of(cfg))
+    if world() == 1:  # else on the host until `shard` moves each rank's part: whole, it may not fit
+        policy.to(device_of(cfg))
     for module in policy.modules():
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -1086,11 +1099,11 @@ def load_policy(cfg):
 
 def compute(model, cfg):
     """The context of every forward pass: bfloat16 autocast over float32 weights, where that is asked for."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=compute_dtype(model, cfg) == torch.bfloat16)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=compute_dtype(model.device, cfg) == torch.bfloat16)
 
 
-def compute_dtype(model, cfg):
-    return getattr(torch, cfg.dtype or ("bfloat16" if model.device.type == "cuda" else "float32"))
+def compute_dtype(device, cfg):
+    return getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 @functools.cache

@@ -183,9 +183,8 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
         return length**2 + e * tokens * length * min(layers, sliding) if narrow else 0
 
     state = {"weights, float32": 4 * P / g, "gradients, float32": 4 * P / g, "AdamW, float32": 8 * P / g}
-    load = {"weights, float32": 4 * P}  # whole on each GPU before it is sharded
     if averaged:
-        state["EMA teacher, float32"], load["EMA teacher, float32"] = 4 * P / g, 4 * P
+        state["EMA teacher, float32"] = 4 * P / g
     if cfg.embedder != "hashing" and cfg.method not in ("grpo", "sdpo"):
         state["embedder, first GPU"] = 4 * 0.6e9  # Qwen3-Embedding-0.6B as float32; its activations are left out
     if utilization:
@@ -203,8 +202,7 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
     # Between the passes: of each layer its input, or all it keeps; the embedding's output; the last norm.
     kept = S * (h * H + norm.kept + L * (h * H if ckpt else layer.kept)) + (0 if ckpt else masks(S, row, L))
     phases = {
-        "load": load,
-        "sample": state | sample,  # the last update's gradients are still there
+        "sample": {name: size for name, size in state.items() if not name.startswith("gradients")} | sample,
         "teacher": state | {"whole root": root, "whole layers": layers, "autocast's weights": cast * P,
                             "activations": T * layer.forward + masks(T, teacher_row, 1)},
         # hidden states twice (picked from the rows, then where the weight is not 0), their gradient in float32; the head's
