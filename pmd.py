@@ -22,6 +22,8 @@ Deviations from the paper
     its evidence, a contradicting failure ends a strategy, a behavior needs two supports. See memory.Memory.
  8. A batch without a single supervised token takes no optimizer step (verl would step on Adam's momentum alone).
  9. nano embeds text by hashing its words; the paper uses Qwen3-Embedding-0.6B.
+10. LiveCodeBench's prompts, and SciKnowEval's system message where it comes from the Hub, are published forms in our words.
+11. Recomputation of activations is on outside nano (`--no_gradient_checkpointing`): without it 8B does not fit on one node.
 """
 
 import argparse
