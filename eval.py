@@ -9,7 +9,7 @@
     judge(code, inputs, outputs)  -> Judgement(passed, status, n_passed, feedback), of a program; sandbox.py runs it
     avg_at_k, maj_at_k, best_at_k -> estimators over k samples a problem; `interval`, a bootstrap over problems and runs
 
-A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line:
+A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line, or the same rows as `.parquet`:
 
     id        text, unique in the task
     prompt    the user message
@@ -197,16 +197,38 @@ def json_lines(path):
         yield n, row
 
 
-def read_problems(path, convert=dict) -> list[Problem]:
-    """The problems of a JSON-lines file, each row through `convert`. ValueError, with file and line, for what is not one.
+def load_table(path):
+    """The rows of a file (JSON lines, or Parquet by its ending) by `datasets`, which caches it and shows progress."""
+    import datasets  # here: it takes a second, and nano does without
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it can't read is said by the callers, in one sentence
+    return datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train")
 
-    Not through `datasets`: it would give every row the keys of all, turn types into those of their column, and say of a
+
+def numbered_rows(path):
+    """Yields (number, object) of a JSON-lines file, or of the Parquet file of that name where only that is there."""
+    parquet = Path(path).with_suffix(".parquet")
+    if Path(path).is_file() or not parquet.is_file():
+        yield from json_lines(path)
+        return
+    try:
+        table = load_table(parquet)
+    except Exception as error:  # of pyarrow, of datasets, of the file system
+        raise ValueError(f"{parquet} can't be read as Parquet: {error.__cause__ or error}") from error
+    for n, row in enumerate(table, 1):
+        yield n, {key: value for key, value in row.items() if value is not None}  # a column that this row does not have
+
+
+def read_problems(path, convert=dict) -> list[Problem]:
+    """The problems of a JSON-lines or Parquet file, each row through `convert`. ValueError, with file and line, for what is
+    not one.
+
+    JSON not through `datasets`: it would give every row the keys of all, turn types into those of their column, and say of a
     broken line neither its number nor what is wrong; and nano would pay a second for its import.
     """
-    if not Path(path).is_file():
+    if not Path(path).is_file() and not Path(path).with_suffix(".parquet").is_file():
         raise ValueError(f"{path} does not exist; a task is a folder with a file for train and one for test")
     problems, seen = [], {}
-    for n, row in json_lines(path):
+    for n, row in numbered_rows(path):
         try:
             row = convert(row)
         except ValueError as error:
@@ -287,22 +309,23 @@ def decode_tests(text) -> list[dict]:
 
 def read_livecodebench(data):
     """Yields (where, row) of the official files: a JSON-lines file, a folder of them, or the Hub's where data is empty."""
-    import datasets  # here: it takes a second, and no other task needs it
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it can't read is said below, in one sentence
     if not data:  # not run: the parquet branch, since the Hub runs no loading scripts any more
+        import datasets
         name = "livecodebench/code_generation_lite"
         table = datasets.load_dataset(name, revision="refs/pr/6", split="test")
         yield from ((f"{name}, row {n}", row) for n, row in enumerate(table))
         return
-    files = sorted(Path(data).glob("*.jsonl")) if Path(data).is_dir() else [Path(data)]
+    files = sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet")) if Path(data).is_dir() \
+        else [Path(data)]
     if not files or not files[0].is_file():
-        raise ValueError(f"livecodebench needs --data, a JSON-lines file in the official schema or a folder of such; {data} "
-                         "is none")
+        raise ValueError(f"livecodebench needs --data, a JSON-lines or Parquet file in the official schema or a folder of "
+                         f"such; {data} is none")
     for path in files:
         try:
-            table = datasets.load_dataset("json", data_files=str(path), split="train")
+            table = load_table(path)
         except Exception as error:
-            for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            lines = [] if path.suffix == ".parquet" else path.read_text(encoding="utf-8", errors="replace").split("\n")
+            for n, line in enumerate(lines, 1):
                 try:
                     if line.strip() and not isinstance(json.loads(line), dict):
                         raise ValueError("a row is an object")

@@ -186,3 +186,20 @@ def test_multiple_choice_follows_the_published_rule(text, right):
     ("3 + 4 = 7", 1), ("**7**.", 1), ("7.0", 1), ("7 of 9", 0), ("", 0), ("17", 0), ("-7", 0), ("so 7", 1), ("0x7", 1)])
 def test_last_number(text, right):
     assert verify(Problem("1", "p", "7", "last_number"), text).reward == right
+
+
+def test_parquet_files_are_read_like_json_lines(tmp_path):
+    """Written by pyarrow; rows of different keys, which Parquet fills with nulls."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"id": "a", "prompt": "1 + 1", "answer": "2", "verifier": "last_number"},
+            {"id": "b", "prompt": "2 + 2", "answer": "4", "verifier": "last_number", "level": 3}]
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([r | {"level": r.get("level")} for r in rows]),
+                                    tmp_path / f"{split}.parquet")
+    task = load_task(str(tmp_path), dev=0)
+    assert [p.id for p in task.train] == ["a", "b"] and [p.extra for p in task.test] == [{}, {"level": 3}]
+    (tmp_path / "test.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(ValueError, match="test.parquet can't be read as Parquet"):
+        load_task(str(tmp_path))
