@@ -23,6 +23,7 @@ import signal
 import sqlite3
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -58,6 +59,7 @@ def child(flags, name, told, rank, ranks, store):
 
     for phase, (owner, attribute) in PHASES.items() if rank == 0 else ():
         watched(owner, attribute, phase)
+    tqdm.set_lock(threading.RLock())  # its own: killed while it holds the shared one, it would stop the parent
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         torch.set_num_threads(1)
         if ranks > 1:
