@@ -46,6 +46,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -91,6 +92,7 @@ HERE = Path(__file__).resolve().parent
 MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct"}
 
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where one process is meant
 REMEMBERS = ("pmd", "pmd-transient", "frozen-policy")  # the methods with a phase 2
 FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task's verifier; "question" for all others
 
