@@ -1,9 +1,8 @@
 """The losses over the vocabulary: the definition, and a chunked form that must equal it.
 
-PMD's Eq. 7 sums KL(p || stopgrad(q)) over the tokens the student wrote: p is the student's next-token
-distribution, q the teacher's, which scores the same completion under a richer prompt. The alpha of Table 11
-chooses, in the code of SDPO on which PMD builds, from the family below. D is the divergence at one token and
-z are the student's logits:
+PMD's Eq. 7 sums KL(p || stopgrad(q)) over the tokens the student wrote: p is the student's next-token distribution, q the
+teacher's, which scores the same completion under a richer prompt. The alpha of Table 11 chooses, in the code of SDPO on
+which PMD builds, from the family below. D is the divergence at one token and z are the student's logits:
 
     alpha     D                                                dD/dz
     0         forward KL(q || p)                               p - q
@@ -13,29 +12,36 @@ z are the student's logits:
 
 The ends are KLs by convention, as in SDPO's code; the middle row itself tends to 0 there.
 
-Top-k with tail: p and q are reduced to K + 1 buckets, the student's K most likely tokens and a tail of all
-the others, and D is taken between the buckets. With g = dD/dz of the buckets, a top-k token receives its own
-g, and a token i of the tail g_tail p_i / p_tail. Deviation from SDPO's code: our tail is the logsumexp over
-the logits outside the top-k, which is exact; SDPO forms it as one minus the sum of the top-k, which cancels
-where the student is confident. At K = V there is no tail, and D is the full divergence.
+Top-k with tail: p and q are reduced to K + 1 buckets, the student's K most likely tokens and a tail of all the others, and
+D is taken between the buckets. With g = dD/dz of the buckets, a top-k token receives its own g, and a token i of the tail
+g_tail p_i / p_tail. Deviation from SDPO's code: our tail is the logsumexp over the logits outside the top-k, which is
+exact; SDPO forms it as one minus the sum of the top-k, which cancels where the student is confident. At K = V there is no
+tail, and D is the full divergence.
 
-The logits of N tokens are too many to hold, so rows are taken a chunk at a time. While a chunk's logits
-exist, its loss AND its gradient are formed, in closed form and still in the forward pass; gradients add up
-in float32, and the backward pass only scales them. No (N, V) tensor ever exists. Matrix products run in the
-dtype of the inputs (or of autocast); logits are raised to float32 (float64 for float64 inputs) before
-anything else. Do not use float16: its range is too small for gradients formed before a loss scale is known.
+The logits of N tokens are too many to hold, so rows are taken a chunk at a time. While a chunk's logits exist, its loss AND
+its gradient are formed, in closed form and still in the forward pass; gradients add up in float32, and the backward pass
+only scales them. No (N, V) tensor ever exists. Matrix products run in the dtype of the inputs (or of autocast); logits are
+raised to float32 (float64 for float64 inputs) before anything else. Do not use float16: its range is too small for
+gradients formed before a loss scale is known.
 
-Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a chunk. Divergences and entropies are in
-nats. Read `oracle` first, then `distill_loss`, then `_ChunkedLoss`. This file imports torch only and has no
-version attribute, because transformers probes for an unrelated package that is also called `kernels`.
+A chunk is large, for its matrix products. Within it a loss works through tiles of a few rows, which stay in the cache, and
+leaves the gradient where the logits were. The function of a tile is all that is compiled, where there is work to pay for it.
+
+Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a chunk or tile. Divergences and entropies are in nats.
+Read `oracle` first, then `distill_loss`, `_distill_tile`, `_ChunkedLoss`. This file imports torch only and has no version
+attribute, because transformers probes for an unrelated package that is also called `kernels`.
 """
+import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 
-MEMORY_BUDGET = 256 * 2**20  # bytes for the (n, V) tensors of one chunk
-LIVE_TENSORS = 10            # the most (n, V) tensors that exist at once (bfloat16 JSD, measured; K << V)
+MEMORY_BUDGET = 2**29  # bytes for the logits of one chunk, the student's and the teacher's, as if in float32
+LARGEST_CHUNK = 1024   # rows, where nobody asks for more: 512 and 1024 are the fastest (benchmarks/kernels.py)
+TILE = 2**17           # logits of a tile, for each thread's cache; times 512 on a GPU, where it was not measured
+COMPILE_FROM = 2**25   # logits (N V) of a call: smaller ones never earn back the tens of seconds of compiling
 
 
 class Distilled(NamedTuple):
@@ -58,12 +64,12 @@ class PolicyLoss(NamedTuple):
 def oracle(student_logits, teacher_logits, alpha, top_k=None):
     """Divergence of each token (N,) in float64, from logits (N, V), by the definition above.
 
-    Differentiable in student_logits only. Ties for the top-k fall as torch.topk breaks them. ValueError for
-    logits of different shapes, alpha outside [0, 1] and top_k outside [1, V].
+    Differentiable in student_logits only. Ties for the top-k fall as torch.topk breaks them. ValueError for logits of
+    different shapes, alpha outside [0, 1] and top_k outside [1, V].
     """
     student, teacher = student_logits.double(), teacher_logits.detach().double()
-    _require(student.shape == teacher.shape, f"student_logits has shape {tuple(student.shape)}, but "
-             f"teacher_logits has shape {tuple(teacher.shape)}.")
+    _require(student.shape == teacher.shape, f"student_logits has shape {tuple(student.shape)}, but teacher_logits has "
+             f"shape {tuple(teacher.shape)}.")
     _check_divergence(alpha, top_k, student.shape[-1])
     if top_k is not None and top_k < student.shape[-1]:
         index = student.topk(top_k, dim=-1).indices                            # (N, K)
@@ -73,16 +79,12 @@ def oracle(student_logits, teacher_logits, alpha, top_k=None):
         return _kl(log_q, log_p)
     if alpha == 1:
         return _kl(log_p, log_q)
-    log_m = _log_mixture(log_p, log_q, alpha)
+    log_m = torch.logaddexp(log_p + math.log(1 - alpha), log_q + math.log(alpha))
     return (1 - alpha) * _kl(log_p, log_m) + alpha * _kl(log_q, log_m)
 
 
 def _kl(log_a, log_b):
     return (log_a.exp() * (log_a - log_b)).sum(-1)
-
-
-def _log_mixture(log_p, log_q, alpha):
-    return torch.logaddexp(log_p + math.log(1 - alpha), log_q + math.log(alpha))
 
 
 def _buckets(logits, index):
@@ -91,58 +93,59 @@ def _buckets(logits, index):
     return torch.cat([logits.gather(-1, index), tail], dim=-1)
 
 
-def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, token_ids, alpha,
-                 top_k=None, old_logprobs=None, is_clip=None, chunk_size=None, memory_budget=MEMORY_BUDGET):
+def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, token_ids, alpha, top_k=None,
+                 old_logprobs=None, is_clip=None, chunk_size=None, memory_budget=MEMORY_BUDGET):
     """Weighted sum of per-token divergences from student to teacher (PMD Eq. 7; alpha, top_k: Table 11).
 
         loss = sum_n weights_n ratio_n D(p_n, q_n),   ratio_n = stopgrad(min(p_n(y_n) / p_old(y_n), is_clip)),
         p = softmax(student_hidden student_head^T), q = softmax(teacher_hidden teacher_head^T), y = token_ids
 
     student_hidden (N, H), student_head (V, H): receive gradients, each only if it requires one.
-    teacher_hidden (N, H'), teacher_head (V, H'): never do, even if the two heads are one tensor.
+    teacher_hidden (N, H'), teacher_head (V, H'): never do, even if the two heads are one tensor. None for teacher_head
+        is the student's (a live teacher).
     weights (N,): of any sign. A row of weight 0 costs nothing and may hold anything (NaN, a padding id).
     token_ids (N,): the tokens the student sampled, for logprobs and the ratio.
     alpha in [0, 1]; top_k in [1, V], or None for the full divergence: see the top of this file.
     old_logprobs (N,): log p_old(y). Without them the ratio is 1 and is_clip has no effect.
     is_clip: upper bound of the ratio, or None for no bound.
-    chunk_size: rows of a chunk, else as many as fit memory_budget (bytes). Neither changes the result.
+    chunk_size: rows of a chunk, else as many as fit memory_budget (bytes), at most 1024. Neither changes the result.
 
-    Returns Distilled. Raises ValueError, naming the argument, where shapes, vocabularies or dtypes do not fit
-    together, or a value or token id is out of range. A non-finite loss is returned as it is.
+    Returns Distilled. Raises ValueError, naming the argument, where shapes, vocabularies, dtypes or strides do not fit, or
+    a value or token id is out of range. A non-finite loss is returned as it is.
     """
-    _check("student_", student_hidden, student_head,
-           weights=weights, token_ids=token_ids, old_logprobs=old_logprobs)
+    teacher_head = student_head if teacher_head is None else teacher_head
+    _check("student_", student_hidden, student_head, weights=weights, token_ids=token_ids, old_logprobs=old_logprobs)
     _check("teacher_", teacher_hidden, teacher_head)
     vocabulary = len(student_head)
-    _require(len(teacher_head) == vocabulary, f"teacher_head has a vocabulary of {len(teacher_head)}, but "
-             f"student_head has one of {vocabulary}.")
+    _require(len(teacher_head) == vocabulary, f"teacher_head has a vocabulary of {len(teacher_head)}, but student_head has "
+             f"one of {vocabulary}.")
     _require(len(teacher_hidden) == len(student_hidden),
              f"teacher_hidden has {len(teacher_hidden)} rows, but student_hidden has {len(student_hidden)}.")
     _require(is_clip is None or is_clip > 0, f"is_clip is {is_clip}, but must be above 0.")
     _check_divergence(alpha, top_k, vocabulary)
+    return Distilled(*_sum_over_chunks(
+        _distill_tile, (alpha, None if top_k == vocabulary else top_k, is_clip), student_hidden, student_head,
+        (teacher_hidden, teacher_head), (token_ids, weights, old_logprobs), chunk_size, memory_budget))
 
-    # Runs inside _ChunkedLoss.forward, where autograd records nothing: the teacher needs no detaching.
-    def chunk_loss(logits, token_ids, weights, teacher_hidden, old_logprobs):
-        log_p = logits.log_softmax(-1)                                              # (n, V)
-        log_q = (teacher_hidden @ teacher_head.T).to(logits.dtype).log_softmax(-1)  # (n, V)
-        if top_k is None or top_k == vocabulary:
-            divergence, gradient = _divergence_and_gradient(log_p, log_q, alpha)    # (n,), (n, V)
-        else:
-            index = logits.topk(top_k, dim=-1).indices                              # (n, K)
-            divergence, of_buckets = _divergence_and_gradient(                      # (n,), (n, K + 1)
-                _buckets(log_p, index), _buckets(log_q, index), alpha)
-            # p_i / p_tail as a softmax of its own stays finite where p_tail underflows to 0.
-            share = log_p.scatter(-1, index, -math.inf).softmax(-1)                 # (n, V)
-            gradient = (share * of_buckets[:, -1:]).scatter(-1, index, of_buckets[:, :-1])
-        logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
-        if old_logprobs is not None:
-            ratio = (logprobs - old_logprobs.to(logits.dtype)).exp()
-            weights = weights * (ratio if is_clip is None else ratio.clamp(max=is_clip))
-        outputs = divergence, logprobs, _entropy(log_p), _entropy(log_q)
-        return weights * divergence, weights[:, None] * gradient, outputs
 
-    return Distilled(*_sum_over_chunks(student_hidden, student_head, token_ids, weights,
-                                       (teacher_hidden, old_logprobs), chunk_loss, chunk_size, memory_budget))
+def _distill_tile(logits, teacher_logits, token_ids, weights, old_logprobs, alpha, top_k, is_clip):
+    """Replaces logits (n, V) by the gradient, and returns the terms of the loss, then Distilled's others: (5, n)."""
+    log_p = logits.to(weights.dtype).log_softmax(-1)                          # (n, V)
+    log_q = teacher_logits.to(weights.dtype).log_softmax(-1)                  # (n, V)
+    if top_k is None:
+        divergence, gradient = _divergence_and_gradient(log_p, log_q, alpha)  # (n,), (n, V)
+    else:
+        index = logits.topk(top_k, dim=-1).indices                            # (n, K)
+        divergence, of_buckets = _divergence_and_gradient(_buckets(log_p, index), _buckets(log_q, index), alpha)
+        # p_i / p_tail as a softmax of its own stays finite where p_tail underflows to 0.
+        share = log_p.scatter(-1, index, -math.inf).softmax(-1)               # (n, V)
+        gradient = (share * of_buckets[:, -1:]).scatter(-1, index, of_buckets[:, :-1])
+    logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
+    if old_logprobs is not None:
+        ratio = (logprobs - old_logprobs.to(weights.dtype)).exp()
+        weights = weights * (ratio if is_clip is None else ratio.clamp(max=is_clip))
+    logits.copy_(weights[:, None] * gradient)
+    return torch.stack([weights * divergence, divergence, logprobs, _entropy(log_p), _entropy(log_q)])
 
 
 def _divergence_and_gradient(log_p, log_q, alpha):
@@ -153,7 +156,8 @@ def _divergence_and_gradient(log_p, log_q, alpha):
     p = log_p.exp()
     if alpha == 0:
         return _kl(log_q, log_p), p - log_q.exp()
-    log_m = log_q if alpha == 1 else _log_mixture(log_p, log_q, alpha)
+    # The clamp matters only where p and q both underflow. The oracle's logaddexp would take one exponential more.
+    log_m = log_q if alpha == 1 else p.lerp(log_q.exp(), alpha).clamp(min=torch.finfo(p.dtype).tiny).log()
     difference = log_p - log_m
     student_term = (p * difference).sum(-1)  # E_p[d], which is also KL(p || m)
     gradient = p * (difference - student_term[:, None])
@@ -166,8 +170,7 @@ def _entropy(log_p):
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip_low, clip_high,
-                chunk_size=None):
+def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip_low, clip_high, chunk_size=None):
     """Clipped policy-gradient surrogate of PPO and GRPO, as a weighted sum to be minimised.
 
         loss = sum_n weights_n * -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + clip_high) A_n)
@@ -175,35 +178,36 @@ def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip
 
     hidden (N, H), head (V, H): receive gradients, each only if it requires one.
     token_ids, advantages (N,); weights (N,) and chunk_size as in `distill_loss`.
-    old_logprobs (N,): log p_old(y), or None for the detached log-probabilities of now: the ratio is then
-        exactly 1, and its gradient that of log p(y).
+    old_logprobs (N,): log p_old(y), or None for the detached log-probabilities of now: the ratio is then exactly 1, and
+        its gradient that of log p(y).
     clip_low, clip_high: at least 0.
 
     Returns PolicyLoss. Raises ValueError as `distill_loss`. A non-finite loss is returned as it is.
     """
-    _check("", hidden, head,
-           token_ids=token_ids, advantages=advantages, weights=weights, old_logprobs=old_logprobs)
+    per_row = dict(token_ids=token_ids, weights=weights, advantages=advantages, old_logprobs=old_logprobs)
+    _check("", hidden, head, **per_row)
     _require(clip_low >= 0 and clip_high >= 0,
              f"clip_low is {clip_low} and clip_high is {clip_high}, but both must be at least 0.")
+    return PolicyLoss(*_sum_over_chunks(_policy_tile, (clip_low, clip_high), hidden, head, None, per_row.values(),
+                                        chunk_size))
 
-    def chunk_loss(logits, token_ids, weights, advantages, old_logprobs):
-        log_p = logits.log_softmax(-1)  # (n, V)
-        logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
-        advantages = advantages.to(logits.dtype)
-        ratio = (logprobs - (logprobs if old_logprobs is None else old_logprobs.to(logits.dtype))).exp()
-        # The minimum bounds the ratio from above where A is positive, from below where it is negative.
-        # Said this way, an infinite ratio never multiplies an advantage of 0.
-        rewarded = advantages >= 0
-        clipped = torch.where(rewarded, ratio > 1 + clip_high, ratio < 1 - clip_low)
-        bounded = torch.where(rewarded, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low))
-        terms = -weights * bounded * advantages
-        # dr/dz = r (onehot(y) - p). Where the clip is active, the loss does not depend on r.
-        slope = torch.where(clipped, 0.0, terms)[:, None]
-        gradient = (-slope * log_p.exp()).scatter_add(-1, token_ids[:, None], slope)  # (n, V)
-        return terms, gradient, (logprobs, _entropy(log_p), (clipped & (advantages != 0)).to(logits.dtype))
 
-    return PolicyLoss(*_sum_over_chunks(hidden, head, token_ids, weights, (advantages, old_logprobs),
-                                        chunk_loss, chunk_size))
+def _policy_tile(logits, token_ids, weights, advantages, old_logprobs, clip_low, clip_high):
+    """As `_distill_tile`, with PolicyLoss's others: (4, n)."""
+    log_p = logits.to(weights.dtype).log_softmax(-1)  # (n, V)
+    logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
+    advantages = advantages.to(weights.dtype)
+    ratio = (logprobs - (logprobs if old_logprobs is None else old_logprobs.to(weights.dtype))).exp()
+    # The minimum bounds the ratio from above where A is positive, from below where it is negative.
+    # Said this way, an infinite ratio never multiplies an advantage of 0.
+    rewarded = advantages >= 0
+    clipped = torch.where(rewarded, ratio > 1 + clip_high, ratio < 1 - clip_low)
+    bounded = torch.where(rewarded, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low))
+    terms = -weights * bounded * advantages
+    # dr/dz = r (onehot(y) - p). Where the clip is active, the loss does not depend on r.
+    slope = torch.where(clipped, 0.0, terms)[:, None]
+    logits.copy_((-slope * log_p.exp()).scatter_add(-1, token_ids[:, None], slope))
+    return torch.stack([terms, logprobs, _entropy(log_p), (clipped & (advantages != 0)).to(weights.dtype)])
 
 
 @torch.no_grad()
@@ -213,41 +217,61 @@ def score(hidden, head, token_ids, chunk_size=None):
     hidden (N, H), head (V, H), token_ids (N,); chunk_size and ValueError as in `distill_loss`.
     """
     _check("", hidden, head, token_ids=token_ids)
-
-    def chunk_loss(logits, token_ids, weights):
-        logprobs = logits.gather(-1, token_ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
-        return logprobs, None, (logprobs,)
-
     every_row = torch.ones(len(hidden), device=hidden.device)
-    return _sum_over_chunks(hidden, head, token_ids, every_row, (), chunk_loss, chunk_size)[1]
+    return _sum_over_chunks(_score_tile, (), hidden, head, None, (token_ids, every_row), chunk_size)[1]
 
 
-def _sum_over_chunks(hidden, head, token_ids, weights, others, chunk_loss, chunk_size,
-                     memory_budget=MEMORY_BUDGET):
-    """Drop rows of weight 0, sum chunk_loss over the rest, put its outputs back: loss (), then each (N,).
+def _score_tile(logits, token_ids, weights):
+    logits = logits.to(weights.dtype)
+    logprobs = logits.gather(-1, token_ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return torch.stack([weights * logprobs, logprobs])
 
-    chunk_loss(logits (n, V), token_ids, weights, *others) returns the terms of the sum (n,), the gradient of
-    the sum with respect to the logits (n, V) or None, and a tuple of outputs (n,). An entry of `others` is a
-    tensor with N rows, or None.
+
+class LossHead(torch.nn.Module):
+    """A head (V, H) that computes its own loss: head(hidden, distill_loss, ...); head(hidden) alone gives logits.
+
+    FSDP2 gathers a weight, and reduces its gradient, around the forward pass of the module that holds it. This one passes
+    its weight to the loss (distill_loss, policy_loss, score), second. Untied, fully_shard it as a group of its own; tied
+    to the embedding, leave it in the root's group, and call it within the root's forward pass. teacher_head None is this
+    weight, detached; gather an EMA teacher's with unshard() and reshard() around the call. Weights are divided by global
+    counts already: set_gradient_divide_factor(1.0). Every rank has to call it, with zero rows where it has none.
     """
-    dtype = _logits_dtype(hidden)
-    row_bytes = LIVE_TENSORS * len(head) * dtype.itemsize
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden, loss=torch.nn.functional.linear, *arguments, **keywords):
+        return loss(hidden, self.weight, *arguments, **keywords)
+
+
+def _sum_over_chunks(tile_function, settings, hidden, head, teacher, per_row, chunk_size, memory_budget=MEMORY_BUDGET):
+    """Drop rows of weight 0, run tile_function over the rest, put its outputs back: loss (), then each (N,).
+
+    tile_function(logits, the teacher's if there is one, *per_row, *settings) sees a few rows. It returns the terms of the
+    loss and its outputs, (1 + outputs, n), and may leave the gradient of the terms' sum where the logits were. teacher is
+    (hidden, head) or None; per_row is token_ids, weights, then tensors with N rows or None.
+    """
+    vocabulary, teacher = len(head), teacher or ()
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    row_bytes = 2 * vocabulary * dtype.itemsize
     _require(chunk_size is None or chunk_size >= 1, f"chunk_size is {chunk_size}, but must be at least 1.")
     _require(chunk_size is not None or memory_budget >= row_bytes, f"memory_budget is {memory_budget} bytes, "
-             f"but one row of a vocabulary of {len(head)} needs {row_bytes}.")
+             f"but one row of a vocabulary of {vocabulary} needs {row_bytes}.")
+    token_ids, weights, *others = per_row
     keep = weights.detach().nonzero().squeeze(-1)
-    per_row = [None if tensor is None else tensor.detach().index_select(0, keep)
+    per_row = [tensor if tensor is None else tensor.detach().index_select(0, keep)
                for tensor in (token_ids.long(), weights.to(dtype), *others)]
     if len(keep):  # only now, because padding may carry any id
         low, high = (int(end) for end in per_row[0].aminmax())
-        _require(0 <= low and high < len(head),
-                 f"token_ids holds ids from {low} to {high}, but the vocabulary has {len(head)}.")
+        _require(0 <= low and high < vocabulary,
+                 f"token_ids holds ids from {low} to {high}, but the vocabulary has {vocabulary}.")
     if not torch.is_grad_enabled():  # a Function is told which inputs require gradients even under no_grad
         hidden, head = hidden.detach(), head.detach()
     # Outside the Function, so that autograd itself gives the dropped rows a gradient of 0.
-    hidden = hidden.index_select(0, keep)
-    loss, outputs = _ChunkedLoss.apply(hidden, head, per_row, chunk_loss,
-                                       chunk_size or int(memory_budget // row_bytes))
+    hidden, *states = (tensor.index_select(0, keep) for tensor in (hidden, *teacher[:1]))
+    loss, outputs = _ChunkedLoss.apply(hidden, head, (*states, *teacher[1:]), per_row, tile_function, settings,
+                                       chunk_size or min(LARGEST_CHUNK, int(memory_budget // row_bytes)))
     return loss, *outputs.new_zeros(len(outputs), len(weights)).index_copy(1, keep, outputs)
 
 
@@ -255,25 +279,45 @@ class _ChunkedLoss(torch.autograd.Function):
     """Sum of a per-token loss of the logits hidden head^T, whose gradient is formed on the way forward."""
 
     @staticmethod
-    def forward(ctx, hidden, head, per_row, chunk_loss, chunk_size):
-        dtype = _logits_dtype(hidden)
+    def forward(ctx, hidden, head, teacher, per_row, tile_function, settings, chunk_size):
+        rows, vocabulary, dtype = len(hidden), len(head), per_row[1].dtype
         hidden_needs, head_needs = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if hidden_needs else None  # (N, H)
         head_gradient = torch.zeros_like(head, dtype=dtype) if head_needs else None        # (V, H)
-        loss, outputs = torch.zeros((), dtype=dtype, device=hidden.device), []
-        for start in range(0, max(len(hidden), 1), chunk_size):  # no rows at all are one empty chunk
-            rows = slice(start, start + chunk_size)
-            logits = hidden[rows] @ head.T                       # (n, V)
-            terms, gradient, chunk_outputs = chunk_loss(
-                logits.to(dtype), *(None if tensor is None else tensor[rows] for tensor in per_row))
-            loss += terms.sum()
-            outputs.append(torch.stack(chunk_outputs))
+        kind = hidden.device.type
+        autocast = torch.is_autocast_enabled(kind) and dtype != torch.float64
+        pairs = [[tensor.to(torch.get_autocast_dtype(kind) if autocast else tensor.dtype) for tensor in pair]
+                 for pair in ((hidden, head), teacher) if pair]
+        hidden, head = pairs[0]
+
+        tile = min(chunk_size, max(1, TILE * (torch.get_num_threads() if kind == "cpu" else 512) // vocabulary))  # rows
+        chunk_size = min(chunk_size, max(1, rows))
+        if rows * vocabulary >= COMPILE_FROM and _compiler_works(hidden.device):
+            tile_function = _compiled(tile_function)
+        else:
+            tile = min(tile, chunk_size)
+        # Whole tiles, so that no shape ever changes: what they hold beyond the last row is computed and dropped.
+        per_row = [tensor if tensor is None else torch.nn.functional.pad(tensor, (0, tile)) for tensor in per_row]
+        buffers = [states.new_empty(math.ceil(chunk_size / tile) * tile, vocabulary) for states, _ in pairs]
+        outputs = []
+        for start in range(0, max(1, rows), chunk_size):  # no rows at all are one empty chunk
+            chunk = slice(start, min(start + chunk_size, rows))
+            n = chunk.stop - start
+            for (states, weight), logits in zip(pairs, buffers, strict=True):
+                torch.mm(states[chunk], weight.T, out=logits[:n])
+            for i in range(0, max(1, n), tile):
+                logits = (buffer[i: i + tile] for buffer in buffers)
+                of_rows = (tensor if tensor is None else tensor[start + i: start + i + tile] for tensor in per_row)
+                outputs.append(tile_function(*logits, *of_rows, *settings)[:, :n - i])
+            gradient = buffers[0][:n]
             if hidden_needs:
-                hidden_gradient[rows] = gradient.to(logits.dtype) @ head
-            if head_needs:
-                head_gradient += gradient.to(logits.dtype).T @ hidden[rows]
-            del logits, gradient                                 # or they stay beside those of the next chunk
-        outputs = torch.cat(outputs, dim=1)                      # (number of outputs, N)
+                hidden_gradient[chunk] = gradient @ head
+            if head_needs and head.dtype == dtype:
+                head_gradient.addmm_(gradient.T, hidden[chunk])
+            elif head_needs:
+                head_gradient += gradient.T @ hidden[chunk]
+        outputs = torch.cat(outputs, dim=1)               # (1 + outputs, N)
+        loss, outputs = outputs[0].sum(), outputs[1:]
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
@@ -282,11 +326,22 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, _):
         # The product is still in float32; autograd casts it to the dtype of the input.
-        return *(None if saved is None else scale * saved for saved in ctx.saved_tensors), None, None, None
+        return *(None if saved is None else scale * saved for saved in ctx.saved_tensors), *[None] * 5
 
 
-def _logits_dtype(hidden):
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+@functools.cache
+def _compiled(tile_function):
+    return torch.compile(tile_function, dynamic=False, recompile_limit=64)
+
+
+@functools.cache
+def _compiler_works(device):
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        warnings.warn(f"kernels.py runs its losses uncompiled, which is slower: {str(error).splitlines()[0]}", stacklevel=2)
+        return False
+    return True
 
 
 def _require(condition, message):
@@ -305,13 +360,14 @@ def _check(role, hidden, head, **per_row):
     for name, tensor in ((f"{role}hidden", hidden), (f"{role}head", head)):
         _require(tensor.dim() == 2, f"{name} has shape {tuple(tensor.shape)}, but must have 2 dimensions.")
         _require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, but must be floating point.")
+        _require(tensor.is_contiguous(), f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}, but must be "
+                 "contiguous; call .contiguous() on it.")
     _require(hidden.shape[1] == head.shape[1],
              f"{role}hidden has width {hidden.shape[1]}, but {role}head has width {head.shape[1]}.")
     _require(hidden.dtype == head.dtype or torch.is_autocast_enabled(hidden.device.type),
              f"{role}hidden is {hidden.dtype}, but {role}head is {head.dtype}.")
     for name, tensor in per_row.items():
-        if tensor is not None and tensor.shape != (len(hidden),):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {role}hidden has {len(hidden)} "
-                             "rows.")
-        if name == "token_ids" and (tensor.is_floating_point() or tensor.dtype == torch.bool):
-            raise ValueError(f"token_ids is {tensor.dtype}, but must be an integer type.")
+        _require(tensor is None or tensor.shape == (len(hidden),),
+                 f"{name} has shape {tuple(getattr(tensor, 'shape', ()))}, but {role}hidden has {len(hidden)} rows.")
+        _require(name != "token_ids" or not (tensor.is_floating_point() or tensor.dtype == torch.bool),
+                 f"{name} is {getattr(tensor, 'dtype', None)}, but must be an integer type.")
