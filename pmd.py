@@ -1090,7 +1090,9 @@ def load_policy(cfg):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     if cfg.gradient_checkpointing:
-        policy.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers has renamed it, and vllm 0.32 wants one from before that
+        enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if policy.device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
         torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
     with torch.no_grad():
