@@ -507,9 +507,9 @@ class VLLM(Sampler):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
-        longest = cfg.max_reprompt + cfg.max_completion
+        longest = min(cfg.max_reprompt + cfg.max_completion, self.trained.config.max_position_embeddings)
         memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True} if self.cuda else {
-            "kv_cache_memory_bytes": 2**28, "enforce_eager": True}
+            "kv_cache_memory_bytes": 2**30, "enforce_eager": True}
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
             if cfg.tensor_parallel > 1 else {}
         self.params = vllm.SamplingParams
