@@ -212,8 +212,8 @@ def memories(theirs, folder):
             child = subprocess.run(command, capture_output=True, text=True)
             row.append(f"{int(child.stdout.split()[-1]) / 1e6:8.0f}" if child.returncode == 0 else "  failed")
         print(f"  {name:55}", "  ".join(row), flush=True)
-    print("  ours by arithmetic: head's gradient 67, two chunks of logits 134 (later the scaled gradient, 67), and five (N, H)\n"
-          "  tensors: rows of student and teacher, packed; the gradient as accumulated, scaled and unpacked: 21 and 84")
+    print("  ours by arithmetic: head's gradient 67, two chunks of logits 134 (later the scaled gradient, 67), and\n"
+          "  five (N, H) tensors: packed rows of student and teacher; gradient as accumulated, scaled, unpacked: 21 and 84")
 
 
 def computed():
@@ -222,7 +222,7 @@ def computed():
     flop = 8 * tokens * hidden * vocabulary
     model = (6 + 2) * body * tokens  # student forward and backward, teacher forward
     print(f"\nComputed, not measured: Qwen3-8B (H {hidden}, V {vocabulary}), bfloat16, N {tokens} tokens, exact divergence\n"
-          f"  four products {flop / 1e12:.0f} TFLOP; the model itself, {body / 1e9:.2f}e9 weights without head and embedding,\n"
+          f"  four products {flop / 1e12:.0f} TFLOP; the model, {body / 1e9:.2f}e9 weights without head and embedding,\n"
           f"  student forward and backward, teacher forward: {model / 1e12:.0f} TFLOP; the loss adds {flop / model:.0%}"
           f"\n  full bfloat16 logits of both {4 * tokens * vocabulary / 1e9:.0f} GB, which nobody holds; "
           f"head's float32 gradient {4 * hidden * vocabulary / 1e9:.1f} GB")
