@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels import LIVE_TENSORS, MEMORY_BUDGET
+from kernels import LARGEST_CHUNK, MEMORY_BUDGET
 
 GIB = 2**30
 # Assumed, not measured:
@@ -209,7 +209,7 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
         # gradient in float32, a chunk's part of it in e bytes, under autocast beside a copy of the head
         "loss": state | roots | {
             "autocast's weights": (1 + averaged) * cast * P, "activations": kept,
-            "loss chunk": min(MEMORY_BUDGET, N * LIVE_TENSORS * config.vocab_size * 4),
+            "loss chunk": min(MEMORY_BUDGET, 2 * min(N, LARGEST_CHUNK) * config.vocab_size * 4),
             "hidden states": (2 * (1 + distills) * h + 4) * N * H, "head's gradient": (4 + e + cast) * VH},
         # backward begins: the saved gradients, beside them scaled, then cast to e bytes
         "scale": state | back | {"activations": kept, "hidden states": (8 + h % 4) * N * H,
