@@ -1090,8 +1090,8 @@ def evaluate(argv):
         epilog="--task, --data, --n, --temperature, --top_p, --retrieve_k, --tiers, --embedder, --seed, --max_completion,\n"
                "--batch_size (problems between two writes), --out, --name and all others are those of pmd.py.")
     parser.add_argument("--model", required=True, help="a Hugging Face folder, such as RUN/final, or a Hub name")
-    parser.add_argument("--memory", default="", help="a run's memory.db, for the prompt: the insight of the nearest\n"
-                        "training problems and the --retrieve_k nearest behaviors [Tab. 4, Fig. 2]")
+    parser.add_argument("--memory", default="", help="a run's memory.db, for the prompt: the insight and the latest\n"
+                        "success of the nearest training problem, and the --retrieve_k\nnearest behaviors [Tab. 4, Fig. 2]")
     args, rest = parser.parse_known_args(argv)
     pmd.transformers_logging.set_verbosity_error()
     pmd.transformers_logging.disable_progress_bar()

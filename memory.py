@@ -57,6 +57,7 @@ STRATEGIES = "Relevant strategies from correct solutions to this problem:"
 LESSONS = "Lessons from past failed attempts on this problem:"
 BEHAVIORS = "Reasoning skills learned across all problems (apply those that are relevant):"
 SOLUTION = "Correct solution:"
+EXAMPLES = "Correct solutions to similar problems:"
 FEEDBACK = "The following is feedback from your unsuccessful earlier attempt:"
 CLOSING = "Correctly solve the original question."
 
@@ -154,19 +155,22 @@ CODE = forms_in_words(
 FORMS = {"nano": NANO, "question": QUESTION, "code": CODE}
 
 
-def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedback="") -> str:
+def compose(problem, strategies=(), lessons=(), behaviors=(), examples=(), solution="", feedback="") -> str:
     """The teacher's user message, block by block as in B.2; blocks without content are left out (Eq. 4 and 5).
 
-    problem: str. strategies, lessons: (title, content) pairs. behaviors: (name, instruction) pairs. With no block at
-    all the problem is returned as it is, so `compose(x) == x` tells that the teacher has nothing to add.
+    problem: str. strategies, lessons: (title, content) pairs. behaviors: (name, instruction) pairs. examples: (problem,
+    solution) pairs, which B.2 has not: no teacher reads them, see Memory.inference_contexts. With no block at all the
+    problem is returned as it is, so `compose(x) == x` tells that the teacher has nothing to add.
     """
-    parts, solution = [], re.sub(r"<think>.*?</think>", "", solution, flags=re.DOTALL).strip()  # SDPO strips thoughts too
+    parts, solution = [], strip_thoughts(solution)
     if strategies:
         parts += [STRATEGIES, *(f"- {title}: {content}" for title, content in strategies)]
     if lessons:
         parts += [LESSONS, *(f"- {title}: {content}" for title, content in lessons)]
     if behaviors:
         parts += [BEHAVIORS, *(f"{i}. {name}: {text}" for i, (name, text) in enumerate(behaviors, 1))]
+    if examples:
+        parts += [EXAMPLES, *(line for question, text in examples for line in (question, strip_thoughts(text)))]
     if solution:
         parts += [SOLUTION, solution]
     if feedback:
@@ -174,7 +178,12 @@ def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedb
     return "\n".join([problem, *parts, CLOSING]) if parts else problem
 
 
-CUT_FIRST = ("behaviors", "lessons", "strategies", "feedback", "solution")
+def strip_thoughts(text) -> str:
+    """A solution without its <think> part, which SDPO strips too."""
+    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+
+
+CUT_FIRST = ("examples", "behaviors", "lessons", "strategies", "feedback", "solution")
 
 
 def compose_within(budget, count, problem, **context) -> str:
@@ -773,17 +782,22 @@ class Memory:
             stored |= {p.id: v.tobytes() for p, v in zip(unknown, vectors, strict=True)}
         return np.stack([np.frombuffer(stored[p.id], np.float32) for p in problems])
 
-    def inference_contexts(self, problems, tiers=("insight", "behavior"), neighbors=1) -> list[dict]:
-        """What may be put into the PROMPT of held-out problems, as keyword arguments of `compose`; they have no insight of
-        their own, so they read that of their `neighbors` nearest training problems, by question embedding, and the nearest
-        behaviors. Ours: the paper does not say how its frozen-policy rows feed memory at test time."""
-        known = self._query("SELECT id, embedding FROM problem ORDER BY id")
-        table = np.stack([np.frombuffer(vector, np.float32) for _, vector in known])
+    def inference_contexts(self, problems, tiers=("experience", "insight", "behavior"), neighbors=1) -> list[dict]:
+        """What may be put into the PROMPT of held-out problems, as keyword arguments of `compose`; they have no memory of
+        their own, so they read the insight and the latest success of their `neighbors` nearest training problems, by
+        question embedding, and the nearest behaviors. Ours: the paper does not say how its frozen-policy rows feed memory
+        at test time."""
+        known = self._query("SELECT id, text, embedding FROM problem ORDER BY id")
+        table = np.stack([np.frombuffer(vector, np.float32) for *_, vector in known])
         vectors = self.embed([p.prompt for p in problems])
-        near = [[known[i][0] for i in row[:neighbors]] for row in np.argsort(-(vectors @ table.T), axis=1, kind="stable")]
-        insights = self._of("insight", {pid for row in near for pid in row}) if "insight" in tiers else defaultdict(list)
+        near = np.argsort(-(vectors @ table.T), axis=1, kind="stable")[:, :neighbors]
+        ids = {known[i][0] for i in near.ravel()}
+        insights = self._of("insight", ids) if "insight" in tiers else defaultdict(list)
+        attempts = self._of("experience", ids) if "experience" in tiers else {}
+        solved = {pid: [a.text for a in found if a.kind == "success"][-1:] for pid, found in attempts.items()}
         skills = nearest(vectors, self.living("behavior") if "behavior" in tiers else [], self.retrieve_k)
-        return [as_context([i for pid in row for i in insights[pid]], behaviors)
+        return [as_context([item for i in row for item in insights[known[i][0]]], behaviors)
+                | {"examples": [(known[i][1], text) for i in row for text in solved.get(known[i][0], ())]}
                 for row, behaviors in zip(near, skills, strict=True)]
 
     def knows(self, problem) -> bool:

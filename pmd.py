@@ -207,7 +207,8 @@ class Config:
                                        "with OPENAI_API_KEY [deviation 4; C.1: GPT-5.4]")
     memory_completion: int = option(768, "tokens of a reflection or abstraction [ours]")
     memory_temperature: float = option(0.6, "of reflection and abstraction [ours]")
-    inference_retrieval: int = option(1, "frozen-policy: training problems whose insight a held-out problem reads [ours]")
+    inference_retrieval: int = option(1, "frozen-policy: training problems whose insight and latest success a held-out "
+                                        "problem reads [ours]")
     embedder: str = option("Qwen/Qwen3-Embedding-0.6B", "embeds questions, attempts and insights: a sentence-transformers "
                                                         "folder or Hub name [paper]; hashing, of words, needs no download")
 

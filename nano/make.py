@@ -152,18 +152,22 @@ def plain(rng):
 def with_memory(rng):
     name, secret, digits = draw(rng)
     truth = attempt_text(name, [secret[s] for s in name], digits)
-    shown = set(rng.choice(("s", "b", "e", "s", "b", "e", "sb", "se", "be", "sbe", "l", "bl", "sl", "sel", "sbel")))
+    shown = set(rng.choice("s b e x s b e x sb se be sx sbe sbx l bl sl sel sbel sblx".split()))
     some = name if rng.random() < 0.7 else rng.sample(name, rng.randint(1, len(name)))
     relevant = [s for s in name if rng.random() < 0.85]
     others = rng.sample([s for s in SYLLABLES if s not in name], 3)
     bank = (relevant + others)[:3]
     rng.shuffle(bank)
+    # another problem of the same name, or one that shares a syllable
+    other, other_digits = name if rng.random() < 0.8 else [rng.choice(name), *others[:1]], rng.sample(range(10), 4)
     prompt = mem.compose(
         problem_text(name, digits),
         strategies=[("rule", told(rng, s, secret)) for s in some] if "s" in shown else [],
         lessons=[("trap", trap(name, f)) for f in failed(rng, name, secret, rng.choice((1, 2, 3, 5, 7, 10)))]
         if "l" in shown else [],
         behaviors=[(f"behavior_{s}", told(rng, s, secret)) for s in bank] if "b" in shown else [],
+        examples=[(problem_text(other, other_digits), attempt_text(other, [secret[s] for s in other], other_digits))]
+        if "x" in shown else [],
         solution=truth if "e" in shown else "")
     return prompt, truth
 
@@ -252,10 +256,10 @@ def make_tokenizer():
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    form_lines = [v for k, v in vars(mem.NANO).items() if k not in ("key_term", "confidence")]
+    form_lines = [v for k, v in vars(mem.NANO).items() if k not in ("key_term", "confidence", "literal")]
     form_lines += [mem.NANO.confidence.format(label=label) for label in ("low", "medium", "high")]
-    phrases = [*form_lines, mem.STRATEGIES, mem.LESSONS, mem.BEHAVIORS, mem.SOLUTION, mem.FEEDBACK, mem.CLOSING,
-               *JSON_FRAME]
+    phrases = [*form_lines, mem.STRATEGIES, mem.LESSONS, mem.BEHAVIORS, mem.EXAMPLES, mem.SOLUTION, mem.FEEDBACK,
+               mem.CLOSING, *JSON_FRAME]
     words = ["system", "user", "assistant", "Apply", "to", "-", "rule:", "trap:", "1.", "2.", "3."]
     words += [str(d) for d in range(10)] + SYLLABLES + list(OPERATIONS)
     words += [f"{s}{sign}{o}" for sign in "=!" for s in SYLLABLES for o in OPERATIONS]
@@ -276,7 +280,7 @@ def make_tokenizer():
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 
-def make_model(tokenizer, seed):
+def make_model(tokenizer, seed, hidden_size=96, layers=4):
     """A Qwen3 decoder of about 0.5M parameters. A pair's embedding (`vo=rev`) starts as the sum of its parts: with that,
     using memory in context forms within hundreds of steps; without it, not within thousands."""
     import torch
@@ -284,10 +288,10 @@ def make_model(tokenizer, seed):
 
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=24, max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.1, use_cache=True)
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, head_dim=32,  # 32: vLLM's least on a CPU
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1, use_cache=True)
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         table, ids = model.get_input_embeddings().weight, tokenizer.get_vocab()
@@ -307,14 +311,14 @@ def encode(tokenizer, pairs):
     return [(p + r + [tokenizer.eos_token_id], len(p)) for p, r in zip(*sides, strict=True)]
 
 
-def pretrain(seed, steps, batch_size, folder):
+def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4):
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
 
     torch.set_num_threads(1)
     rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
-    model = make_model(tokenizer, seed)
+    model = make_model(tokenizer, seed, hidden_size, layers)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     kinds, shares = zip(*MIX, strict=True)
@@ -369,11 +373,12 @@ def generate(model, tokenizer, prompts, max_new_tokens=96):
 def probe(model, tokenizer, n=256, seed=10_000):
     """What the checkpoint can do, as shares of n problems of unseen worlds (greedy replies).
 
-    execution: the digits follow the operation it named. strategy, behavior, sibling: solves a problem whose operations
-    only that block tells. reflect_win, reflect_loss: the insight of one attempt is exactly what it holds; contrastive:
-    of one success and one failure. abstract: the behaviors of a cluster, exactly. weights: solves what it holds in its
-    weights; weights_beside_lessons: also with lessons of failed attempts in the prompt. entropy: nats over the operations
-    of a syllable it was told nothing about (ln 8 = 2.08 is calibrated ignorance).
+    execution: the digits follow the operation it named. strategy, behavior, sibling, example: solves a problem whose
+    operations only that block tells; an example is another problem of that name. reflect_win, reflect_loss: the insight of
+    one attempt is exactly what it holds; contrastive: of one success and one failure. abstract: the behaviors of a cluster,
+    exactly. weights: solves what it holds in its weights; weights_beside_lessons: also with lessons of failed attempts in
+    the prompt. entropy: nats over the operations of a syllable it was told nothing about (ln 8 = 2.08 is calibrated
+    ignorance).
     """
     import torch
 
@@ -397,7 +402,10 @@ def probe(model, tokenizer, n=256, seed=10_000):
     for kind, prompts in {
             "strategy": [mem.compose(p, strategies=r) for p, r in zip(problems, rules, strict=True)],
             "behavior": [mem.compose(p, behaviors=b) for p, b in zip(problems, banks, strict=True)],
-            "sibling": [mem.compose(p, solution=t) for p, t in zip(problems, truths, strict=True)]}.items():
+            "sibling": [mem.compose(p, solution=t) for p, t in zip(problems, truths, strict=True)],
+            "example": [mem.compose(p, examples=[(problem_text(name, d[::-1]),
+                                                  attempt_text(name, [secret[s] for s in name], d[::-1]))])
+                        for p, (name, secret, d) in zip(problems, draws, strict=True)]}.items():
         scores[kind] = sum(r == t for r, t in zip(generate(model, tokenizer, prompts), truths, strict=True)) / n
 
     def same(reply, wanted):
@@ -449,11 +457,13 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="folder to write to (default: nano/, or nano/worlds/SEED)")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--hidden_size", type=int, default=96, help="with --layers: the study's other sizes")
+    parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
     if args.what == "world":
         write_world(args.seed, args.out or HERE / "worlds" / str(args.seed))
     elif args.what == "model":
-        pretrain(args.seed, args.steps, args.batch_size, args.out or HERE)
+        pretrain(args.seed, args.steps, args.batch_size, args.out or HERE, args.hidden_size, args.layers)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -485,6 +485,11 @@ def test_inference_contexts_read_the_nearest_training_problem(make_memory):
     memory.reflect(1, train)
     found = memory.inference_contexts([Question("new", "gamma gamma"), Question("other", "beta")])
     assert [c["strategies"] for c in found] == [[("t", "of q")], [("t", "of p")]] and "solution" not in found[0]
+    assert [c["examples"] for c in found] == [[("gamma delta", "win")], [("alpha beta", "win")]]
+    only, _ = memory.inference_contexts([Question("new", "gamma gamma"), Question("other", "beta")], ["experience"])
+    assert mem.compose("gamma gamma", **only).splitlines()[1:-1] == [mem.EXAMPLES, "gamma delta", "win"]
+    neither, _ = memory.inference_contexts([Question("new", "gamma gamma"), Question("other", "beta")], ["behavior"])
+    assert mem.compose("gamma gamma", **neither) == "gamma gamma"
 
 
 def test_batches_cover_an_epoch_without_repetition(problems, make_config):
