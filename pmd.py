@@ -496,9 +496,9 @@ class Sampler:
 class VLLM(Sampler):
     """Generation by vLLM, one engine in each process, on the same device as the trainer: it sleeps while that trains.
 
-    Weights are pushed after every batch. That is verified with CHANGED weights before the first step, because an engine
-    that ignores a push looks right as long as nothing has changed: with tied embeddings, vLLM's CPU build does just that
-    (`_tie` is the cure). Run on a CPU only; sleeping and tensor parallelism were not run on GPU.
+    Weights are pushed after every batch, and a probe text is compared after every push. The first push is of CHANGED
+    weights, because an engine that ignores one looks right as long as nothing has changed: with tied embeddings, vLLM's CPU
+    build does just that (`_tie` is the cure). Run on a CPU only; sleeping and tensor parallelism were not run on GPU.
     """
 
     PROBE = "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer> and nothing else."
@@ -527,18 +527,21 @@ class VLLM(Sampler):
         self.awake = False
 
     @torch.no_grad()
-    def wake(self):
-        self.trained.zero_grad()  # gives their room to vLLM
-        if self.cuda and not self.awake:
+    def wake(self, which="trained"):
+        """Pushes the weights, and compares. On a GPU, where the engine sleeps meanwhile: not run there."""
+        self.trained.zero_grad()
+        torch.cuda.empty_cache()  # else PyTorch would keep for itself what the gradients leave
+        if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
         weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.trained.config.tie_word_embeddings:
             self.llm.apply_model(self._tie)
-        if self.cuda and not self.awake:
+        if asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # it holds states of the old weights
         self.awake = True
+        self.compare(which)
 
     @staticmethod
     def _tie(model):
@@ -548,7 +551,7 @@ class VLLM(Sampler):
 
     @torch.no_grad()
     def verify(self):
-        """Pushes changed weights, compares a probe text with the trainer, pushes the true ones, and compares again."""
+        """Pushes changed weights, then the true ones: `wake` compares both."""
         norm = next(p for name, p in self.trained.named_parameters() if name.endswith("layernorm.weight"))
         model = self.trained
         ends = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
@@ -560,14 +563,13 @@ class VLLM(Sampler):
 
         flip()
         local(norm).mul_(1.5)
-        self.compare("changed")
+        self.wake("changed")
         flip()
         local(norm).copy_(scale)
-        self.compare("true")
+        self.wake("true")
 
     def compare(self, which):
-        """FloatingPointError unless engine and trainer give one probe text the same log-probabilities, after a push."""
-        self.wake()
+        """FloatingPointError unless engine and trainer give one probe text the same log-probabilities."""
         ids = self.tokenizer(self.PROBE)["input_ids"]
         out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
@@ -585,7 +587,6 @@ class VLLM(Sampler):
         if gap > self.cfg.max_sampler_gap:
             raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
                                      f"the trainer, bound {self.cfg.max_sampler_gap}; use --sampler transformers")
-        return gap
 
     def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
         params = [self.params(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0, detokenize=False,
