@@ -508,7 +508,8 @@ class VLLM(Sampler):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
-        longest = min(cfg.max_reprompt + cfg.max_completion, self.trained.config.max_position_embeddings)
+        longest = min(cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
+                      self.trained.config.max_position_embeddings)
         memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True} if self.cuda else {
             "kv_cache_memory_bytes": 2**30, "enforce_eager": True}
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
@@ -1008,6 +1009,9 @@ def check(cfg, quiet=False):
     if cfg.fork_from and not (fork := checkpoint_of(cfg)).is_dir():
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
+    if cfg.fork_from and (other := json.loads((fork.parent.parent / "config.json").read_text())["model"]) != cfg.model:
+        raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
+                         f"{cfg.model}; give the same")
     if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
         raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
     task = load_task(cfg.task, cfg.dev, cfg.dev_seed, cfg.data, cfg.protocol, cfg.since, cfg.until, cfg.exclude_flagged)
