@@ -498,7 +498,7 @@ class VLLM(Sampler):
 
     Weights are pushed after every batch, and a probe text is compared after every push. The first push is of CHANGED
     weights, because an engine that ignores one looks right as long as nothing has changed: with tied embeddings, vLLM's CPU
-    build does just that (`_tie` is the cure). Run on a CPU only; sleeping and tensor parallelism were not run on GPU.
+    build does just that (`_tie` is the cure). Run on a CPU, tensor parallelism included; not run on GPU, where it sleeps.
     """
 
     PROBE = "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer> and nothing else."
@@ -529,9 +529,12 @@ class VLLM(Sampler):
 
     @torch.no_grad()
     def wake(self, which="trained"):
-        """Pushes the weights, and compares. On a GPU, where the engine sleeps meanwhile: not run there."""
+        """Pushes the weights. FloatingPointError unless a probe text then has the trainer's log-probabilities."""
         self.trained.zero_grad()
-        torch.cuda.empty_cache()  # else PyTorch would keep for itself what the gradients leave
+        ids = self.tokenizer(self.PROBE)["input_ids"]
+        ours = own_logprobs(self.trained, [Rollout(ids[:1], ids[1:], None, "", True, "probe", None, 0.0)], self.cfg)
+        reshard(self.trained)
+        torch.cuda.empty_cache()  # else PyTorch would keep for itself what the trainer has let go of
         if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
         weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
@@ -542,7 +545,12 @@ class VLLM(Sampler):
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # it holds states of the old weights
         self.awake = True
-        self.compare(which)
+        out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
+        gap = float((ours - theirs).abs().mean())
+        if gap > self.cfg.max_sampler_gap:
+            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
+                                     f"the trainer, bound {self.cfg.max_sampler_gap}; use --sampler transformers")
 
     @staticmethod
     def _tie(model):
@@ -568,26 +576,6 @@ class VLLM(Sampler):
         flip()
         local(norm).copy_(scale)
         self.wake("true")
-
-    def compare(self, which):
-        """FloatingPointError unless engine and trainer give one probe text the same log-probabilities."""
-        ids = self.tokenizer(self.PROBE)["input_ids"]
-        out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-        theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
-        probe = Rollout(ids[:1], ids[1:], theirs, "", True, "probe", None, 0.0)
-
-        def scores():
-            hidden = completion_hidden(self.trained, [probe.prompt_ids], [probe])
-            head = self.trained.get_output_embeddings().weight
-            return score(hidden, head, token_ids([probe], head)).cpu()
-
-        with compute(self.trained, self.cfg):
-            ours = forward(self.trained, scores)
-        reshard(self.trained)
-        gap = float((ours - theirs).abs().mean())
-        if gap > self.cfg.max_sampler_gap:
-            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
-                                     f"the trainer, bound {self.cfg.max_sampler_gap}; use --sampler transformers")
 
     def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
         params = [self.params(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0, detokenize=False,
@@ -684,16 +672,10 @@ def mini_batches(rollouts, policy, cfg):
     parts = [rollouts[i: i + size] for i in range(0, len(rollouts), size)]
     if len(parts) > 1 or cfg.method == "grpo":
         scored = {}
-        with torch.no_grad(), compute(policy, cfg):
-            for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
-                def scores(batch=batch):
-                    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
-                    head = policy.get_output_embeddings().weight
-                    return score(hidden, head, token_ids(batch, head)).cpu()
-
-                rows = forward(policy, scores).split([len(r.ids) for r in batch])
-                scored |= {r.id: row for r, row in zip(batch, rows, strict=True)}
-            reshard(policy)
+        for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
+            rows = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
+            scored |= {r.id: row for r, row in zip(batch, rows, strict=True)}
+        reshard(policy)
         scored = {id: row for part in gather(scored) for id, row in part.items()}
         for r in rollouts:
             r.old_logprobs = scored[r.id]
@@ -729,6 +711,18 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
         columns += range(len(prompt) - 1, lengths[b] - 1)
     hidden = model.get_decoder()(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[rows, columns]
+
+
+@torch.no_grad()
+def own_logprobs(policy, rollouts, cfg):
+    """(N,) on the host: the trainer's log-probabilities of the rollouts' tokens."""
+    def scores():
+        hidden = completion_hidden(policy, [r.prompt_ids for r in rollouts], rollouts)
+        head = policy.get_output_embeddings().weight
+        return score(hidden, head, token_ids(rollouts, head)).cpu()
+
+    with compute(policy, cfg):
+        return forward(policy, scores)
 
 
 def token_ids(rollouts, like):
