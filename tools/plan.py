@@ -299,7 +299,7 @@ def report(cfg, model, gpus, gpu_memory, utilization):
         room, length = kv_room(model, gpu_memory, utilization), cfg.max_prompt + cfg.max_completion
         print(f"\nvLLM awake: model {2 * model.parameters / GIB:.2f} in bfloat16, activations {PREFILL / GIB:.2f}, keys "
               f"and values {room / GIB:.2f} ({max(0, room // kv_bytes(model.config, length)):.0f} sequences of {length})\n"
-              "vLLM asleep (level 1): the model is in host memory, once for each GPU")
+              "vLLM asleep (level 2): it keeps no weights, and gets them anew when it wakes")
     print(f"\n{'--micro_tokens':>14}{'checkpointing':>15}{'activations':>13}{'most':>8}  fits")
     for on in (False, True):
         run = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": on})
