@@ -48,6 +48,7 @@ from tqdm import tqdm  # noqa: E402
 import pmd  # noqa: E402
 from eval import main as evaluate  # noqa: E402
 from nano.make import OPERATIONS, write_world  # noqa: E402
+from records import append, read_lines  # noqa: E402
 
 STEPS, EVERY, K = 80, 10, 4
 METHODS = ("grpo", "sdpo", "pmd", "pmd-transient", "frozen-policy", "frozen-memory")
@@ -207,12 +208,12 @@ def work(job, folder, short):
 
 def harvest(folder):
     """What a run's folder says: the record, and the times."""
-    rows = pmd.read_lines(folder / "metrics.jsonl")
+    rows = read_lines(folder / "metrics.jsonl")
     record = {split: [{"step": r["step"], "avg": r["avg_at_k"], "maj": r["maj_at_k"], "best": r["best_at_k"],
                        "tokens": r["tokens"]} for r in rows if r.get("split") == split] for split in ("test", "dev")}
     last = record["test"][-1]["step"]
     of = Counter()
-    for row in pmd.read_lines(folder / "evals" / f"{last}-test.jsonl"):
+    for row in read_lines(folder / "evals" / f"{last}-test.jsonl"):
         of[row["problem"]] += row["reward"] > 0
     # which problems were solved by at least one of the samples at the end, in the order of the world's file
     record["solved"] = "".join(str(int(n > 0)) for n in of.values())
@@ -286,15 +287,15 @@ def run(jobs, records, folder, out, pool, workers, short):
                 done.add(job.name)
             if job.name not in records:
                 records[job.name] = record
-                pmd.append(out / "records.jsonl", record)
-                pmd.append(out / "timings.jsonl", seconds)
+                append(out / "records.jsonl", record)
+                append(out / "timings.jsonl", seconds)
             elif record != records[job.name]:  # made again, for its memory; records of two machines may not mix
                 raise RuntimeError(f"{job.name} came out otherwise than its record: start a new --out")
     bar.close()
 
 
 def read(path):
-    return {row["job"]: row for row in pmd.read_lines(path)} if path.exists() else {}
+    return {row["job"]: row for row in read_lines(path)} if path.exists() else {}
 
 
 def main():
