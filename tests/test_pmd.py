@@ -730,6 +730,15 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
         pmd.start_ranks(dataclasses.replace(cfg, **alone))
     assert len(started) == 1
 
+    joined = []  # inside torchrun, each takes its own
+    monkeypatch.setenv("RANK", "11")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(pmd.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
+    pmd.start_ranks(cfg)
+    assert joined == ["cpu:gloo,cuda:nccl", torch.device("cuda", 3)] and len(started) == 1
+
 
 def test_a_package_named_kernels_is_refused(tmp_path):
     info = tmp_path / "kernels-0.1.dist-info"
