@@ -485,8 +485,9 @@ class VLLM(Sampler):
                       self.trained.config.max_position_embeddings)
         memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True} if self.cuda else {
             "kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+        # torchrun's ranks are the engines': each on the GPU of its LOCAL_RANK (else all would take the first one)
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
-            if cfg.tensor_parallel > 1 else {}
+            if world() > 1 else {}
         self.params = vllm.SamplingParams
         self.llm = vllm.LLM(
             str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained.device, cfg)).removeprefix("torch."),

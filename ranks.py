@@ -48,6 +48,8 @@ def start_ranks(cfg):
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=60))  # a rank may wait for the others' generation
+        if device_of(cfg).type == "cuda":
+            torch.cuda.set_device(device_of(cfg))
     elif count > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--",
                    *sys.argv]

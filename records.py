@@ -187,6 +187,7 @@ class Run:
             metrics["memory_precision"] = precision
         metrics["seconds"] = clock.read()
         spent = sum(t for phase, t in metrics["seconds"].items() if phase not in ("evaluate", "save"))
+        metrics["share"] = {phase: t / spent for phase, t in metrics["seconds"].items() if phase not in ("evaluate", "save")}
         metrics["tokens_per_second"] = sum(len(r.ids) for r in rollouts) / spent
         metrics["peak_gb"] = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
                               1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9  # of rank 0, so far

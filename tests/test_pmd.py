@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 import memory as mem
 import pmd
+import ranks
 import records
 from eval import load_task
 from tools import plan
@@ -114,6 +115,13 @@ def test_a_policy_that_blew_up_is_not_sampled_from(sampler, policy, problems):
         policy.get_decoder().norm.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="logits are no numbers any more at step 0"):
         sampler.answer(problems[:2], 1)
+
+
+def test_thinking_is_switched_off_where_the_template_has_the_switch(tokenizer):
+    thinker = copy.deepcopy(tokenizer)
+    thinker.chat_template += "{% if enable_thinking is defined and enable_thinking is false %}0 0{% endif %}"
+    plain = pmd.encode_prompt(tokenizer, "Apply zo to 1 2 3 4")
+    assert pmd.encode_prompt(thinker, "Apply zo to 1 2 3 4") == plain + tokenizer("0 0")["input_ids"]
 
 
 def test_control_tokens_in_model_text_open_no_turn(tokenizer):
@@ -359,6 +367,21 @@ def test_a_non_finite_loss_stops_before_the_weights_move(policy, tokenizer, samp
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
+def test_a_sampler_that_runs_other_weights_stops_the_run_before_the_weights_move(policy, tokenizer, sampler, problems,
+                                                                                make_config):
+    cfg = make_config()
+    rollouts, before = conditioned(sampler, problems[:2], cfg, tokenizer), [p.clone() for p in policy.parameters()]
+    for r in rollouts:
+        r.rollout_logprobs = r.rollout_logprobs - 0.09
+    sums = gradients(policy, copy.deepcopy(policy), rollouts, cfg)[1]
+    assert sums["sampler_gap"] / sums["tokens"] == pytest.approx(0.09, abs=1e-4) and sums["sampler_gap_max"] < 0.0901
+    for r in rollouts:
+        r.rollout_logprobs = r.rollout_logprobs - 0.02
+    with pytest.raises(FloatingPointError, match="differ by 0.110 nats a token at step 3, more than --max_sampler_gap 0.1"):
+        pmd.update(policy, copy.deepcopy(policy), pmd.make_optimizer(policy, cfg), rollouts, 3, cfg)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
 # -- conditioning -------------------------------------------------------------------------------------------------------
 
 def rollout(problem, text, reward, g=0, feedback=""):
@@ -530,6 +553,9 @@ def test_a_run_leaves_what_it_promises(make_config):
     pmd.AutoModelForCausalLM.from_pretrained(folder / "final")
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in steps if "reward" in r] == [1, 2, 3]
+    for row in (r for r in steps if r.get("updates")):
+        assert {"sample", "verify", "reflect", "memory", "teacher", "student", "optimizer", "sync"} <= row["share"].keys()
+        assert sum(row["share"].values()) == pytest.approx(1) and row["tokens_per_second"] > 0 < row["peak_gb"]
 
 
 def test_the_controls(make_config, policy):
@@ -690,6 +716,30 @@ def test_the_command_line_says_what_is_wrong(flags, message, tmp_path):
     done = command(*flags, "--out", str(tmp_path))
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
+    started = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(pmd.os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["pmd.py", "--model", "Qwen3-8B", "--task", "sciknoweval/chemistry"])
+    cfg = pmd.parse_flags()
+    pmd.start_ranks(cfg)
+    assert started[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", "--", *sys.argv]
+    assert f"restarting as: {' '.join(started[0])}" in capsys.readouterr().out
+    for alone in (dict(nproc=1), dict(device="cpu")):
+        pmd.start_ranks(dataclasses.replace(cfg, **alone))
+    assert len(started) == 1
+
+    joined = []  # inside torchrun, each takes its own
+    monkeypatch.setenv("RANK", "11")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
+    pmd.start_ranks(cfg)
+    assert joined == ["cpu:gloo,cuda:nccl", torch.device("cuda", 3)] and len(started) == 1
 
 
 def test_a_package_named_kernels_is_refused(tmp_path):

@@ -25,7 +25,7 @@ def state(folder):
     """What must not depend on having been interrupted: final weights, memory rows, metrics without times."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in metrics:
-        for key in ("seconds", "tokens_per_second", "peak_gb"):
+        for key in ("seconds", "share", "tokens_per_second", "peak_gb"):
             row.pop(key, None)
     rows, events = [], []
     if (folder / "memory.db").exists():

@@ -1,6 +1,6 @@
 """What fits: bytes per GPU of a run of pmd.py, phase by phase, computed before anything is loaded.
 
-    python tools/plan.py --model Qwen3-8B --gpus 8 --gpu_memory 80 --gradient_checkpointing
+    python tools/plan.py --model Qwen3-8B --gpus 8 --gpu_memory 80
     python tools/plan.py --what_fits                       the README's table
 
 It follows pmd.py: float32 weights, gradients, AdamW states and EMA teacher, sharded by FSDP2 over the GPUs of a job (one
@@ -334,7 +334,7 @@ def main():
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.5, help="vLLM's share; 0 without vLLM")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false")
     parser.add_argument("--what_fits", action="store_true", help="only the table of models, lengths and cards")
     for name in ("max_prompt", "max_completion", "max_reprompt", "micro_tokens", "method", "teacher", "dtype", "embedder"):
         parser.add_argument(f"--{name}", type=type(getattr(defaults, name)), default=getattr(defaults, name))
