@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Attempt, Question, Script, words
+from conftest import NANO, Attempt, Question, Script, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
@@ -453,9 +453,15 @@ def test_nothing_a_model_wrote_opens_a_chat_turn(tokenizer, text):
 
 def test_a_sentence_transformers_folder_embeds(make_config):
     embed = pmd.make_embedder(make_config(embedder=str(HERE / "nano"), device="cpu"))
-    vectors = embed(["Apply zo to 3 1 7 4", "Apply zo ki to 3 1 7 4", "x"])
+    texts = ["Apply zo to 3 1 7 4", "Apply zo ki to 3 1 7 4", "x"]
+    vectors = embed(texts)
     assert vectors.shape == (3, 96) and vectors.dtype == np.float32
-    assert np.allclose((vectors**2).sum(1), 1, atol=1e-5) and vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+    tokenizer, model = pmd.AutoTokenizer.from_pretrained(NANO), pmd.AutoModelForCausalLM.from_pretrained(NANO)
+    for text, vector in zip(texts, vectors, strict=True):  # by hand: the last state of the text as a user's message
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=True, return_dict=False)
+        with torch.no_grad():
+            last = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        np.testing.assert_allclose(vector, last / last.norm(), atol=1e-4)
     cfg = make_config(embedder=str(HERE / "nano"), name="run", steps=2, batch_size=8, behavior_every=1)
     summary = pmd.train(cfg)
     assert summary["embedder"] == cfg.embedder and summary["memory"]["experience"] > 0
