@@ -83,9 +83,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from eval import WINDOW, Answers, Problem, answer_rows, load_task, need_sandbox, plot_curves, table, verify_all
+from eval import WINDOW, Answers, Problem, answer_rows, load_task, need_sandbox, verify_all
 from kernels import distill_loss, policy_loss, score
 from memory import SUCCESS, Memory, compose_within, describe, neutralise
+from report import plot_curves, table
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
