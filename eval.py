@@ -717,7 +717,10 @@ class Answers(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def evaluate(argv):
-    """Answers the test problems of a task, n times each, into OUT/NAME/evals/0-test.jsonl; goes on where it stopped."""
+    """Answers the test problems of a task, n times each, into OUT/NAME/evals/0-test.jsonl; goes on where it stopped.
+
+    On several ranks each answers and judges its share. Rank 0 alone reads, writes and speaks.
+    """
     import pmd
     from memory import Memory
     from report import evaluated
@@ -725,52 +728,61 @@ def evaluate(argv):
     parser = argparse.ArgumentParser(
         prog="python eval.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False,
         epilog="--task, --data, --n, --temperature, --top_p, --retrieve_k, --tiers, --embedder, --seed, --max_completion,\n"
-               "--batch_size (problems between two writes), --out, --name and all others are those of pmd.py.")
+               "--batch_size (problems between two writes), --nproc, --out, --name and all others are those of pmd.py.")
     parser.add_argument("--model", required=True, help="a Hugging Face folder, such as RUN/final, or a Hub name")
     parser.add_argument("--memory", default="", help="a run's memory.db, for the prompt: the insight and the latest\n"
                         "success of the nearest training problem, and the --retrieve_k\nnearest behaviors [Tab. 4, Fig. 2]")
     args, rest = parser.parse_known_args(argv)
+    cfg = pmd.parse_flags(["--model", args.model, *rest])
+    pmd.start_ranks(cfg)
+    first = pmd.rank() == 0
     pmd.transformers_logging.set_verbosity_error()
     pmd.transformers_logging.disable_progress_bar()
-    cfg = pmd.parse_flags(["--model", args.model, *rest])
-    task, tokenizer = pmd.check(replace(cfg, method="grpo", batch_size=1, name="", resume=False))
+    task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=pmd.world(), name="", resume=False), quiet=not first)
     parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
     cfg = replace(cfg, method="eval", memory_from=args.memory, name=cfg.name or "-".join(parts).replace("/", "-"))
-    folder = Path(cfg.out) / cfg.name
-    path, problems = folder / "evals" / "0-test.jsonl", task.test
-    if (folder / "config.json").exists():
-        pmd.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
-    memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
-                    retrieve_k=cfg.retrieve_k) if args.memory else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pmd.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
+    folder, problems = Path(cfg.out) / cfg.name, task.test
+    path, rows, memory = folder / "evals" / "0-test.jsonl", [], None
     if 0 < cfg.eval_problems < len(problems):
         problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
-    rows = pmd.read_lines(path) if path.exists() else []
-    whole = {i for i, n in Counter(row["problem"] for row in rows).items() if n == cfg.eval_k}
-    rows = [row for row in rows if row["problem"] in whole]  # a stop may have come within a problem
-    pmd.write_lines(path, rows)
+    if first:
+        if (folder / "config.json").exists():
+            pmd.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
+        if args.memory:
+            memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
+                            retrieve_k=cfg.retrieve_k)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pmd.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
+        rows = pmd.read_lines(path) if path.exists() else []
+        answered = Counter(row["problem"] for row in rows)
+        rows = [row for row in rows if answered[row["problem"]] == cfg.eval_k]  # a stop may have come within a problem
+        pmd.write_lines(path, rows)
+    whole = pmd.broadcast({row["problem"] for row in rows})
+    if first:
+        print(task.card, end="\n" if task.card else "")
+        print(f"{task.name} with {cfg.model}: {len(problems)} problems, {len(whole)} of them done before; {path}")
     todo = [p for p in problems if p.id not in whole]
-    print(task.card, end="\n" if task.card else "")
-    print(f"{task.name} with {cfg.model}: {len(problems)} problems, {len(whole)} of them done before; {path}")
     if todo:
-        sampler = pmd.make_sampler(pmd.load_policy(cfg), tokenizer, cfg)
+        sampler = pmd.make_sampler(pmd.shard(pmd.load_policy(cfg), cfg), tokenizer, cfg)
         sampler.wake()
-    with tqdm(total=len(problems), initial=len(whole), unit="problem", disable=None, dynamic_ncols=True) as bar:
+    with tqdm(total=len(problems), initial=len(whole), unit="problem", disable=not first or None, dynamic_ncols=True) as bar:
         for i in range(0, len(todo), cfg.batch_size):
             batch, texts = todo[i: i + cfg.batch_size], None
             if memory:
                 contexts = memory.inference_contexts(batch, cfg.tiers.split(","), cfg.inference_retrieval)
                 texts = [pmd.reprompt(p, c, tokenizer, cfg) for p, c in zip(batch, contexts, strict=True)]
-            samples = sampler.answer(batch, cfg.eval_k, "test", cfg.eval_temperature, cfg.eval_top_p, texts)
-            new = list(answer_rows(batch, samples, [v for _, _, v in pmd.verdicts(batch, samples, cfg)]))
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
-            rows += new
+            samples = sampler.answer(batch, cfg.eval_k, "test", cfg.eval_temperature, cfg.eval_top_p, pmd.broadcast(texts))
+            judged = pmd.verdicts(batch, samples, cfg)
+            if first:
+                new = list(answer_rows(batch, samples, [v for _, _, v in judged]))
+                for row in new:
+                    pmd.append(path, row)
+                rows += new
             bar.update(len(batch))
-    found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
-    pmd.write_lines(folder / "metrics.jsonl", [found])
-    print(evaluated(task.name, found))
+    if first:
+        found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
+        pmd.write_lines(folder / "metrics.jsonl", [found])
+        print(evaluated(task.name, found))
 
 
 def main(argv=None):
@@ -785,7 +797,7 @@ def main(argv=None):
             print(compare(args.runs) if argv[0] == "compare" else figures(args.runs, args.out))
         else:
             evaluate(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"eval.py: {error}")
 
 

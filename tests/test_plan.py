@@ -162,6 +162,14 @@ def test_a_model_that_does_not_fit_is_told_a_cure_that_works(flags, gpus, said, 
     assert plan.fits(cured, qwen, 4 if gpus == 1 else gpus, 80)[0]
 
 
+def test_an_evaluation_needs_no_room_for_training(qwen):
+    """Weights of 32 GB and vLLM's half fit on one card, where gradients and AdamW's states do not."""
+    assert not plan.fits(Config(method="grpo"), qwen, 1, 80)[0]
+    (phase, components), = plan.plan(Config(method="eval"), qwen, 1, 80, context=0).items()
+    assert phase == "sample" and components["weights, float32"] == 4 * qwen.parameters
+    assert sum(components.values()) < 77 * 2**30 and plan.fits(Config(method="eval"), qwen, 1, 80)[0]
+
+
 def test_windows_cost_a_mask_in_each_sliding_layer():
     """Olmo 3 has 24 of them, of 4096 tokens; without checkpointing each keeps its mask in bfloat16."""
     model = plan.load("allenai/Olmo-3-7B-Instruct")
