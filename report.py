@@ -82,12 +82,19 @@ class Run:
         self.model = {"Olmo-3-7B-Instruct": OLMO}.get(name, name)
         memory, tiers = Path(self.config["memory_from"]), self.config["tiers"]
         self.label = METHODS.get(self.config["method"], "Base")  # its row in the tables
+        control = False
         if self.config["method"] == "eval":  # of another run's weights, perhaps
             for source in [p for p in Path(self.config["model"]).parents if (p / "metrics.jsonl").is_file()][:1]:
                 self.model, self.label = Run(source).model, f"{name} of {source.name}"
             if memory.name:
                 self.label += f", memory of {memory.parent.name} in the prompt, top-{self.config['retrieve_k']}"
-        self.label += f" ({tiers})" * (tiers.count(",") < 2) + ", lenient" * (self.config.get("mcq") == "lenient")
+                lender = memory.parent / "config.json"
+                lender = json.loads(lender.read_text(encoding="utf-8")) if lender.is_file() else {}
+                control = lender.get("method") == "frozen-policy" and all(
+                    lender[k] == self.config[k] for k in ("model", "task", "retrieve_k"))  # answers as that run does
+        variant = f" ({tiers})" * (tiers.count(",") < 2) + ", lenient" * (self.config.get("mcq") == "lenient")
+        self.series = self.label + variant  # in Figure 2, which has many models and tasks for a memory
+        self.label = FROZEN + variant if control else self.series
 
     def rows(self, name, *keys):
         for n, row in json_lines(self.folder / name):
@@ -347,7 +354,8 @@ def figures(folders, out) -> str:
         for row in rows:
             (ids, groups, scores), place = row.scores(), f"{task}\n{model}"
             if row.parts[0][0].config["method"] == "eval":
-                transfer.append((f"{task}, avg@k", model, row.label, *bounded(scores, groups)))
+                series = row.label.replace(row.parts[0][0].label, row.parts[0][0].series)  # all but its folder
+                transfer.append((f"{task}, avg@k", model, series, *bounded(scores, groups)))
             gaps = np.array([headroom(a.rewards, a.answers) for a in row.answers() if a.ids == ids])
             head.append(("best@k - maj@k, share of problems", place, row.label, *bounded(gaps, groups)))
             if not row.base:

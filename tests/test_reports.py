@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import eval as ev
 import pmd
 import report
-from memory import Memory
+from memory import EXAMPLES, Memory
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 HERE = Path(__file__).resolve().parent.parent
@@ -268,12 +268,13 @@ def test_the_average_takes_all_four_domains(make_run):
 def test_variants_have_rows_of_their_own(make_run):
     text = report.compare([make_run("a"), make_run("b", tiers="experience,insight"), make_run("c", mcq="lenient"),
                        make_run("d", task="livecodebench", protocol="official"), make_run("e", "frozen-policy"),
-                       make_run("f", exclude_flagged=True)])
+                       make_run("f", exclude_flagged=True), make_run("g", "frozen-policy", tiers="experience")])
     two, four = text.split("Table 2")[1].split("Table 3")[0], text.split("Table 4")[1].split("Not in")[0]
     assert line(two, "PMD", "68.5") and not line(two, "(experience,insight)") and not line(two, "lenient")
     assert line(two, "livecodebench (official, 2025-02-01 to 2025-05-01)")[-1] == "-"  # no number of the paper's is like it
     assert line(two, "sciknoweval/biology without flagged items")[-1] == "-"
-    assert line(four, "PMD (experience,insight)")[-1] == "67.1" and line(four, "frozen policy")[-1] == "45.6"
+    assert line(four, "PMD (experience,insight)")[-1] == "67.1" and line(four, "frozen policy  ")[-1] == "45.6"
+    assert line(four, "Evolving memory + frozen policy (experience)")[-1] == "42.3"
     assert line(text.split("Table 3")[1], "frozen policy")[-1] == "34.3"
     assert line(text.split("Not in the paper's tables")[1], "PMD, lenient")
 
@@ -353,6 +354,18 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
     assert len(asked) == 4 and all("What was last comes first." in text for text in asked)
     text = report.compare([str(tmp_path / "lent")])
     assert line(text.split("Not in the paper's tables")[1], "Base, memory of lender in the prompt, top-3")
+
+    # Table 4's row of a frozen policy that reads experience alone: the nearest problem with its latest success
+    (tmp_path / "lender/config.json").write_text((tmp_path / "lent/config.json").read_text().replace(
+        '"method": "eval"', '"method": "frozen-policy"'))
+    ev.main([*flags[:-1], "solved", "--memory", str(tmp_path / "lender/memory.db"), "--tiers", "experience"])
+    assert all(EXAMPLES in text and "\n1 2\n" in text and "What was last" not in text for text in asked[4:])
+    four = report.compare([str(tmp_path / "solved")]).split("Table 4")[1].split("Not in")[0]
+    assert line(four, "Evolving memory + frozen policy (experience)")[3] == "4 x 2"
+    ev.main(["figures", str(tmp_path / "lent"), str(tmp_path / "solved"), "--out", str(tmp_path / "f")])
+    with open(tmp_path / "f/figure2.csv") as file:
+        shown = [row["series"] for row in csv.DictReader(file)]
+    assert shown[1] == "Base, memory of lender in the prompt, top-3 (experience)"  # a series, whatever the row's name
     with pytest.raises(SystemExit, match="there is no memory nowhere.db"):
         ev.main([*flags[:-1], "other", "--memory", "nowhere.db"])
     with pytest.raises(SystemExit, match="eval.py: there is no task 'chess'"):
