@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from eval import Answers, plot_curves, table
+from eval import Answers
 from memory import SUCCESS, describe
 from ranks import broadcast, gather, rank, whole, world
+from report import plot_curves, table
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent

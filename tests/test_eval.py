@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import SCIKNOWEVAL, Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, plot_curves, read_problems, verify
+from eval import SCIKNOWEVAL, Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, read_problems, verify
 from nano import make
+from report import plot_curves
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))

@@ -176,6 +176,14 @@ def test_the_report_says_each_component_and_phase(qwen, capsys):
     assert [word for word in said.split() if word == "largest"] == ["largest"] and "fits on 8 x 80 GiB" in said
 
 
+def test_an_evaluation_needs_no_room_for_training(qwen):
+    """Weights of 32 GB and vLLM's half fit on one card, where gradients and AdamW's states do not."""
+    assert not plan.fits(Config(method="grpo"), qwen, 1, 80)[0]
+    (phase, components), = plan.plan(Config(method="eval"), qwen, 1, 80, context=0).items()
+    assert phase == "sample" and components["weights, float32"] == 4 * qwen.parameters
+    assert sum(components.values()) < 77 * 2**30 and plan.fits(Config(method="eval"), qwen, 1, 80)[0]
+
+
 def test_windows_cost_a_mask_in_each_sliding_layer():
     """Olmo 3 has 24 of them, of 4096 tokens; without checkpointing each keeps its mask in bfloat16."""
     model = plan.load("allenai/Olmo-3-7B-Instruct")

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import pmd
+from eval import main as evaluate
 
 HERE = Path(__file__).resolve().parent.parent
 FLAGS = ("--steps 3 --batch_size 8 --mini_batch_size 4 --group_size 8 --eval_problems 4 --eval_k 2 --eval_every 2 "
@@ -151,3 +152,20 @@ def test_more_ranks_than_problems_are_refused(out):
     done = run(out, "many", 2, "--batch_size", "1", "--mini_batch_size", "1")
     assert done.returncode != 0 and "2 processes are more than the 1 problems of a batch" in done.stderr
     assert not (out / "many").exists()
+
+
+def test_an_evaluation_is_the_same_file_on_two_ranks(out, capsys):
+    """With a memory in the prompt; the ranks go on from a stop within the second problem."""
+    flags = ["--model", "nano", "--eval_problems", "5", "--n", "3", "--batch_size", "2", "--out", str(out),
+             "--memory", str(out / "one" / "memory.db")]
+    evaluate([*flags, "--name", "alone"])
+    whole = (out / "alone" / "evals" / "0-test.jsonl").read_bytes()
+    (out / "pair" / "evals").mkdir(parents=True)
+    (out / "pair" / "evals" / "0-test.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    done = subprocess.run([sys.executable, "eval.py", *flags, "--name", "pair", "--nproc", "2"], cwd=HERE, env=ENVIRONMENT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "restarting as" in done.stdout and done.stdout.count("5 problems, 1 of them done") == 1  # one rank speaks
+    assert (out / "pair" / "evals" / "0-test.jsonl").read_bytes() == whole and len(whole.splitlines()) == 15
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert done.stdout.splitlines()[-3:] == table and "avg@3" in table[0]

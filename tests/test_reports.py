@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import eval as ev
 import pmd
-from memory import Memory
+import report
+from memory import EXAMPLES, Memory
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 HERE = Path(__file__).resolve().parent.parent
@@ -82,11 +83,11 @@ def test_intervals_agree_with_scipy_and_widen_with_groups_and_seeds():
 
 def test_the_papers_numbers_are_typed_right():
     """AVG is the mean of the four domains in every row; the paper's SDPO row of OLMo is off by half a point, as printed."""
-    for table, (_, rows) in ev.TABLES.items():
+    for table, (_, rows) in report.TABLES.items():
         for label, models in rows.items():
             for model, (*four, average) in ((m, n[:5]) for m, n in models.items()):
                 off = abs(np.mean(four) - average)
-                assert off < 0.56 if (model, label) == (ev.OLMO, "SDPO") else off < 0.11, (table, label)
+                assert off < 0.56 if (model, label) == (report.OLMO, "SDPO") else off < 0.11, (table, label)
 
 
 # -- SciKnowEval --------------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def line(text, *words):
 
 
 def test_a_table_has_three_checkpoints_and_the_papers_number(make_run):
-    text = ev.compare([make_run("a"), make_run("b", "sdpo", test=((0, 0, 0, 1), (0, 0, 0, 1), (1, 1, 1, 1)))])
+    text = report.compare([make_run("a"), make_run("b", "sdpo", test=((0, 0, 0, 1), (0, 0, 0, 1), (1, 1, 1, 1)))])
     table = text.split("Table 2")[1].split("Table 3")[0]
     cells = line(table, "Qwen3-8B", "PMD")
     assert cells[:4] == ["Biology", "Qwen3-8B", "PMD", "4 x 2"] and cells[-1] == "68.5"
@@ -243,36 +244,37 @@ def test_a_table_has_three_checkpoints_and_the_papers_number(make_run):
 
 def test_seeds_share_a_row_and_the_same_seed_twice_does_not(make_run):
     one, two = make_run("one", test=((0,) * 4, (0,) * 4, (1, 1, 0, 0))), make_run("two", seed=1, test=((0,) * 4,) * 3)
-    cells = line(ev.compare([one, two]).split("Table 2")[1], "PMD")
+    cells = line(report.compare([one, two]).split("Table 2")[1], "PMD")
     assert cells[3] == "4 x 2 x 2 seeds" and cells[4].startswith("25.0 [0.0, ")
     exact = enumerated([(1, 1, 0, 0), (0, 0, 0, 0)], "abcd")
     assert cells[4] == f"25.0 [0.0, {100 * np.percentile(exact, 97.5):.1f}]"
     again = make_run("again", test=((0,) * 4, (0,) * 4, (1, 1, 0, 0)))
-    table = ev.compare([one, again]).split("Table 2")[1].split("Table 3")[0]
+    table = report.compare([one, again]).split("Table 2")[1].split("Table 3")[0]
     assert line(table, "PMD [one]") and line(table, "PMD [again]") and "seeds" not in table
 
 
 def test_the_average_takes_all_four_domains(make_run):
     runs = [make_run(d, task=f"sciknoweval/{d}", test=((0,) * 4, (0,) * 4, (1,) * n + (0,) * (4 - n)))
             for n, d in enumerate(("biology", "chemistry", "physics", "material"), 1)]
-    cells = line(ev.compare(runs).split("Table 2")[1], "AVG", "PMD")
+    cells = line(report.compare(runs).split("Table 2")[1], "AVG", "PMD")
     assert cells[3] == "4 domains" and cells[4].startswith("62.5 [") and cells[-1] == "77.2"
     low, high = map(float, re.findall(r"\d+\.\d", cells[4])[1:])
     per_domain = [np.array([1] * n + [0] * (4 - n)) for n in range(1, 5)]
     half = 1.96 * np.sqrt(sum(s.var() / 4 for s in per_domain)) / 4  # of the mean of four independent means
     assert high - low == pytest.approx(200 * half, rel=0.15)
-    assert "AVG" not in ev.compare(runs[:3])
+    assert "AVG" not in report.compare(runs[:3])
 
 
 def test_variants_have_rows_of_their_own(make_run):
-    text = ev.compare([make_run("a"), make_run("b", tiers="experience,insight"), make_run("c", mcq="lenient"),
+    text = report.compare([make_run("a"), make_run("b", tiers="experience,insight"), make_run("c", mcq="lenient"),
                        make_run("d", task="livecodebench", protocol="official"), make_run("e", "frozen-policy"),
-                       make_run("f", exclude_flagged=True)])
+                       make_run("f", exclude_flagged=True), make_run("g", "frozen-policy", tiers="experience")])
     two, four = text.split("Table 2")[1].split("Table 3")[0], text.split("Table 4")[1].split("Not in")[0]
     assert line(two, "PMD", "68.5") and not line(two, "(experience,insight)") and not line(two, "lenient")
     assert line(two, "livecodebench (official, 2025-02-01 to 2025-05-01)")[-1] == "-"  # no number of the paper's is like it
     assert line(two, "sciknoweval/biology without flagged items")[-1] == "-"
-    assert line(four, "PMD (experience,insight)")[-1] == "67.1" and line(four, "frozen policy")[-1] == "45.6"
+    assert line(four, "PMD (experience,insight)")[-1] == "67.1" and line(four, "frozen policy  ")[-1] == "45.6"
+    assert line(four, "Evolving memory + frozen policy (experience)")[-1] == "42.3"
     assert line(text.split("Table 3")[1], "frozen policy")[-1] == "34.3"
     assert line(text.split("Not in the paper's tables")[1], "PMD, lenient")
 
@@ -350,8 +352,20 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
     flags = ["--model", "nano", "--eval_problems", "4", "--n", "2", "--out", str(tmp_path), "--name", "lent"]
     ev.main([*flags, "--memory", str(tmp_path / "lender/memory.db")])
     assert len(asked) == 4 and all("What was last comes first." in text for text in asked)
-    text = ev.compare([str(tmp_path / "lent")])
+    text = report.compare([str(tmp_path / "lent")])
     assert line(text.split("Not in the paper's tables")[1], "Base, memory of lender in the prompt, top-3")
+
+    # Table 4's row of a frozen policy that reads experience alone: the nearest problem with its latest success
+    (tmp_path / "lender/config.json").write_text((tmp_path / "lent/config.json").read_text().replace(
+        '"method": "eval"', '"method": "frozen-policy"'))
+    ev.main([*flags[:-1], "solved", "--memory", str(tmp_path / "lender/memory.db"), "--tiers", "experience"])
+    assert all(EXAMPLES in text and "\n1 2\n" in text and "What was last" not in text for text in asked[4:])
+    four = report.compare([str(tmp_path / "solved")]).split("Table 4")[1].split("Not in")[0]
+    assert line(four, "Evolving memory + frozen policy (experience)")[3] == "4 x 2"
+    ev.main(["figures", str(tmp_path / "lent"), str(tmp_path / "solved"), "--out", str(tmp_path / "f")])
+    with open(tmp_path / "f/figure2.csv") as file:
+        shown = [row["series"] for row in csv.DictReader(file)]
+    assert shown[1] == "Base, memory of lender in the prompt, top-3 (experience)"  # a series, whatever the row's name
     with pytest.raises(SystemExit, match="there is no memory nowhere.db"):
         ev.main([*flags[:-1], "other", "--memory", "nowhere.db"])
     with pytest.raises(SystemExit, match="eval.py: there is no task 'chess'"):

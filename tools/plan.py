@@ -170,7 +170,7 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
     e = 4 if cfg.dtype == "float32" else 2
     h, cast = (e, 0) if sharded else (4, e % 4)  # cast: bytes of autocast's copy of a number
     layer, norm = model.trace(sharded, e)
-    distills = cfg.method not in ("grpo", "frozen-policy")
+    distills = cfg.method not in ("grpo", "frozen-policy", "eval")
     averaged = distills and cfg.teacher == "ema"  # a second model; a live teacher is the policy
     row, teacher_row = cfg.max_prompt + cfg.max_completion, cfg.max_reprompt + cfg.max_completion
     S, T = max(m, row), max(m, teacher_row)  # a row longer than --micro_tokens is a micro-batch of its own
@@ -182,7 +182,9 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
         narrow = sliding and config.sliding_window < length
         return length**2 + e * tokens * length * min(layers, sliding) if narrow else 0
 
-    state = {"weights, float32": 4 * P / g, "gradients, float32": 4 * P / g, "AdamW, float32": 8 * P / g}
+    state = {"weights, float32": 4 * P / g}
+    if cfg.method != "eval":
+        state |= {"gradients, float32": 4 * P / g, "AdamW, float32": 8 * P / g}
     if averaged:
         state["EMA teacher, float32"] = 4 * P / g
     if cfg.embedder != "hashing" and cfg.method not in ("grpo", "sdpo"):
@@ -222,6 +224,7 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
         "root": state | roots | {"head's gradient": (e + 4) * Pr if sharded else (1 + model.tied) * 4 * VH},
         "optimizer": state | {"AdamW's temporaries": 4 * P / g},  # the root of all second moments at once
     }
+    phases = {"sample": phases["sample"]} if cfg.method == "eval" else phases  # of eval.py, which trains nothing
     for components in phases.values():
         ours = sum(size for name, size in components.items() if not name.startswith("vLLM"))
         components["context, fragments"] = context and context + FRAGMENTED * ours
