@@ -187,7 +187,7 @@ def test_runs_of_both_samplers_agree(solver, make_config):
     assert (n["vllm"] == n["transformers"]).all()
     share = counts["transformers"] / n["vllm"]
     z = two_proportions(counts["vllm"], counts["transformers"], n["vllm"])
-    assert ((0.2 < share) & (share < 0.9)).all()
+    assert ((0.1 < share) & (share < 0.9)).all(), share
     assert (np.abs(z) < norm.isf(LEVEL / 4)).all(), (counts, z)
     # ten points less would have been noticed
     assert (two_proportions(counts["transformers"] - n["vllm"] // 10, counts["transformers"], n["vllm"]) <
