@@ -1083,6 +1083,7 @@ def figures(folders, out) -> str:
 def evaluate(argv):
     """Answers the test problems of a task, n times each, into OUT/NAME/evals/0-test.jsonl; goes on where it stopped."""
     import pmd
+    import records
     from memory import Memory
 
     parser = argparse.ArgumentParser(
@@ -1102,17 +1103,17 @@ def evaluate(argv):
     folder = Path(cfg.out) / cfg.name
     path, problems = folder / "evals" / "0-test.jsonl", task.test
     if (folder / "config.json").exists():
-        pmd.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
+        records.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
     memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
                     retrieve_k=cfg.retrieve_k) if args.memory else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    pmd.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
+    records.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
     if 0 < cfg.eval_problems < len(problems):
         problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
-    rows = pmd.read_lines(path) if path.exists() else []
+    rows = records.read_lines(path) if path.exists() else []
     whole = {i for i, n in Counter(row["problem"] for row in rows).items() if n == cfg.eval_k}
     rows = [row for row in rows if row["problem"] in whole]  # a stop may have come within a problem
-    pmd.write_lines(path, rows)
+    records.write_lines(path, rows)
     todo = [p for p in problems if p.id not in whole]
     print(task.card, end="\n" if task.card else "")
     print(f"{task.name} with {cfg.model}: {len(problems)} problems, {len(whole)} of them done before; {path}")
@@ -1132,7 +1133,7 @@ def evaluate(argv):
             rows += new
             bar.update(len(batch))
     found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
-    pmd.write_lines(folder / "metrics.jsonl", [found])
+    records.write_lines(folder / "metrics.jsonl", [found])
     k, shares = cfg.eval_k, [percent(found[key]) for key in ("maj_at_k", "best_at_k", "headroom")]
     print(aligned(["task", "problems", f"avg@{k}", f"maj@{k}", f"best@{k}", "headroom", "tokens"], [[
         task.name, f"{len(problems)}", percent(found["avg_at_k"], found["interval"]), *shares, f"{found['tokens']:.0f}"]]))

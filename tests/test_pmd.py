@@ -22,6 +22,8 @@ from transformers import AutoConfig
 
 import memory as mem
 import pmd
+import ranks
+import records
 from eval import load_task
 from tools import plan
 
@@ -322,8 +324,8 @@ def test_warm_up(policy, tokenizer, sampler, problems, make_config):
     cfg = make_config(lr=1e-3, warmup_steps=4, max_sampler_gap=9.0)
     rollouts, optimizer, rates = conditioned(sampler, problems[:2], cfg, tokenizer), pmd.make_optimizer(policy, cfg), []
     for _ in range(6):
-        rates.append(optimizer.param_groups[0]["lr"])
         pmd.update(policy, policy, optimizer, rollouts, 1, cfg)
+        rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
 
@@ -735,7 +737,7 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
-    monkeypatch.setattr(pmd.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
     pmd.start_ranks(cfg)
     assert joined == ["cpu:gloo,cuda:nccl", torch.device("cuda", 3)] and len(started) == 1
 
@@ -759,8 +761,8 @@ def test_each_room_imports_alone(room, foreign):
 
 def test_the_clock_counts_every_second_once():
     now = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
-    clock = pmd.Clock()
-    pmd.time, real = type("Time", (), {"perf_counter": staticmethod(lambda: next(now))}), pmd.time
+    clock = records.Clock()
+    records.time, real = type("Time", (), {"perf_counter": staticmethod(lambda: next(now))}), records.time
     try:
         with clock("outer"):  # 0
             with clock("inner"):  # 1
@@ -769,5 +771,5 @@ def test_the_clock_counts_every_second_once():
             # 10
         # 15
     finally:
-        pmd.time = real
+        records.time = real
     assert clock.read() == {"outer": 1 + 3 + 5, "inner": 2 + 4} and clock.read() == {}

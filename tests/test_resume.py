@@ -16,6 +16,7 @@ import pytest
 
 import memory as mem
 import pmd
+import records
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -131,7 +132,7 @@ def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
 
 def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config, monkeypatch):
     cfg = small(make_config, name="r", resume=True)
-    save = pmd.dcp.save
+    save = records.dcp.save
 
     def torn(state, checkpoint_id, **kwargs):
         if "3.partial" in str(checkpoint_id):
@@ -139,10 +140,10 @@ def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config
             raise KeyboardInterrupt
         save(state, checkpoint_id=checkpoint_id, **kwargs)
 
-    monkeypatch.setattr(pmd.dcp, "save", torn)
+    monkeypatch.setattr(records.dcp, "save", torn)
     with pytest.raises(KeyboardInterrupt):
         pmd.train(cfg)
-    monkeypatch.setattr(pmd.dcp, "save", save)
+    monkeypatch.setattr(records.dcp, "save", save)
     folder = Path(cfg.out, "r")
     assert [c.name for c in pmd.checkpoints(folder)] == ["1", "2"] and (folder / "checkpoints" / "3.partial").is_dir()
     with open(folder / "metrics.jsonl", "a") as file:

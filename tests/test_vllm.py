@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 import memory as mem
 import pmd
+import records
 from eval import load_task
 
 pytestmark = pytest.mark.skipif(pmd.vllm_version() is None, reason="vllm is not installed")
@@ -165,7 +166,7 @@ def solver(problems, tmp_path_factory):
     for _ in told(sampler, problems[::2], range(1, 6), 1, cfg):
         pass
     folder = tmp_path_factory.mktemp("solver")
-    pmd.save_model(sampler.trained, sampler.tokenizer, folder)
+    records.save_model(sampler.trained, sampler.tokenizer, folder)
     return folder
 
 
