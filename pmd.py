@@ -529,10 +529,11 @@ class VLLM(Sampler):
         self.awake = True
         out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
-        gap = float((ours - theirs).abs().mean())
-        if gap > self.cfg.max_sampler_gap:
+        # wider than for sampled text: on unlikely text bfloat16 differs more, 0.06 to 0.08 with SmolLM2-135M
+        gap, bound = float((ours - theirs).abs().mean()), 3 * self.cfg.max_sampler_gap
+        if gap > bound:
             raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
-                                     f"the trainer, bound {self.cfg.max_sampler_gap}; use --sampler transformers")
+                                     f"the trainer, bound {bound:.3g}; use --sampler transformers")
 
     @staticmethod
     def _tie(model):

@@ -159,11 +159,11 @@ def test_completions_are_distributed_as_transformers_are(problems, make_config):
 
 @pytest.fixture(scope="module")
 def solver(problems, tmp_path_factory):
-    """A folder with the embedded model after a few updates: it solves about half of the problems."""
+    """A folder with the embedded model after a few updates: it solves about a third of the problems."""
     torch.set_num_threads(1)
     cfg = dataclasses.replace(pmd.parse_flags([]), sampler="transformers", group_size=2)
     sampler, _ = samplers(cfg)
-    for _ in told(sampler, problems[::2], range(1, 6), 1, cfg):
+    for _ in told(sampler, problems[::2], range(1, 5), 1, cfg):
         pass
     folder = tmp_path_factory.mktemp("solver")
     records.save_model(sampler.trained, sampler.tokenizer, folder)
@@ -171,11 +171,13 @@ def solver(problems, tmp_path_factory):
 
 
 def test_runs_of_both_samplers_agree(solver, make_config):
-    """The whole loop, memory included: successes of the rollouts and of the last evaluation, over the same problems."""
+    """The whole loop, memory included: successes of the rollouts and of the last evaluation, over the same problems. Each
+    run learns from its own rollouts; the small rate keeps their weights, and so their chances, alike."""
     counts, n = {}, {}
     for sampler in ("vllm", "transformers"):
         cfg = make_config(model=str(solver), task="nano", sampler=sampler, name=sampler, steps=4, lr=1e-4, batch_size=24,
-                          mini_batch_size=24, group_size=8, eval_problems=160, eval_k=4, behavior_every=2)
+                          mini_batch_size=24, group_size=8, eval_problems=160, eval_k=4, eval_temperature=1.0,
+                          behavior_every=2)
         summary, folder = pmd.train(cfg), Path(cfg.out, sampler)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if "reward" in row]
@@ -188,7 +190,7 @@ def test_runs_of_both_samplers_agree(solver, make_config):
     assert (n["vllm"] == n["transformers"]).all()
     share = counts["transformers"] / n["vllm"]
     z = two_proportions(counts["vllm"], counts["transformers"], n["vllm"])
-    assert ((0.2 < share) & (share < 0.9)).all()
+    assert ((0.1 < share) & (share < 0.9)).all(), share
     assert (np.abs(z) < norm.isf(LEVEL / 4)).all(), (counts, z)
     # ten points less would have been noticed
     assert (two_proportions(counts["transformers"] - n["vllm"] // 10, counts["transformers"], n["vllm"]) <
