@@ -742,43 +742,26 @@ def evaluate(argv):
     task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=pmd.world(), name="", resume=False), quiet=not first)
     parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
     cfg = replace(cfg, method="eval", memory_from=args.memory, name=cfg.name or "-".join(parts).replace("/", "-"))
-<<<<<<< HEAD
-    folder = Path(cfg.out) / cfg.name
-    path, problems = folder / "evals" / "0-test.jsonl", task.test
-    if (folder / "config.json").exists():
-        records.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
-    memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
-                    retrieve_k=cfg.retrieve_k) if args.memory else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
-    if 0 < cfg.eval_problems < len(problems):
-        problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
-    rows = records.read_lines(path) if path.exists() else []
-    whole = {i for i, n in Counter(row["problem"] for row in rows).items() if n == cfg.eval_k}
-    rows = [row for row in rows if row["problem"] in whole]  # a stop may have come within a problem
-    records.write_lines(path, rows)
-=======
     folder, problems = Path(cfg.out) / cfg.name, task.test
     path, rows, memory = folder / "evals" / "0-test.jsonl", [], None
     if 0 < cfg.eval_problems < len(problems):
         problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
     if first:
         if (folder / "config.json").exists():
-            pmd.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
+            records.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
         if args.memory:
             memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
                             retrieve_k=cfg.retrieve_k)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pmd.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
-        rows = pmd.read_lines(path) if path.exists() else []
+        records.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
+        rows = records.read_lines(path) if path.exists() else []
         answered = Counter(row["problem"] for row in rows)
         rows = [row for row in rows if answered[row["problem"]] == cfg.eval_k]  # a stop may have come within a problem
-        pmd.write_lines(path, rows)
+        records.write_lines(path, rows)
     whole = pmd.broadcast({row["problem"] for row in rows})
     if first:
         print(task.card, end="\n" if task.card else "")
         print(f"{task.name} with {cfg.model}: {len(problems)} problems, {len(whole)} of them done before; {path}")
->>>>>>> h6
     todo = [p for p in problems if p.id not in whole]
     if todo:
         sampler = pmd.make_sampler(pmd.shard(pmd.load_policy(cfg), cfg), tokenizer, cfg)
@@ -794,21 +777,13 @@ def evaluate(argv):
             if first:
                 new = list(answer_rows(batch, samples, [v for _, _, v in judged]))
                 for row in new:
-                    pmd.append(path, row)
+                    records.append(path, row)
                 rows += new
             bar.update(len(batch))
-<<<<<<< HEAD
-    found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
-    records.write_lines(folder / "metrics.jsonl", [found])
-    k, shares = cfg.eval_k, [percent(found[key]) for key in ("maj_at_k", "best_at_k", "headroom")]
-    print(aligned(["task", "problems", f"avg@{k}", f"maj@{k}", f"best@{k}", "headroom", "tokens"], [[
-        task.name, f"{len(problems)}", percent(found["avg_at_k"], found["interval"]), *shares, f"{found['tokens']:.0f}"]]))
-=======
     if first:
         found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
-        pmd.write_lines(folder / "metrics.jsonl", [found])
+        records.write_lines(folder / "metrics.jsonl", [found])
         print(evaluated(task.name, found))
->>>>>>> h6
 
 
 def main(argv=None):

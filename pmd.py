@@ -61,7 +61,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-<<<<<<< HEAD
 from eval import WINDOW, Problem, answer_rows, load_task, need_sandbox, verify_all
 from kernels import distill_loss, policy_loss, score
 from memory import SUCCESS, Memory, compose_within, neutralise
@@ -97,12 +96,6 @@ from records import (
     total_steps,
 )
 from report import plot_curves, table
-=======
-from eval import WINDOW, Answers, Problem, answer_rows, load_task, need_sandbox, verify_all
-from kernels import distill_loss, policy_loss, score
-from memory import SUCCESS, Memory, compose_within, describe, neutralise
-from report import plot_curves, table
->>>>>>> h6
 
 MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct"}
 
