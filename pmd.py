@@ -16,7 +16,7 @@ Deviations from the paper
  2. The top-k's tail is a logsumexp over the logits outside it; SDPO's expm1 form is wrong where the student is confident.
  3. A dev split is held out of train to select checkpoints on (`--dev 0` trains on all, as Table 10 does).
  4. Behaviors are written by the policy itself, not by GPT-5.4.
- 5. A rollout is supervised whenever its teacher prompt differs from its own prompt (PMD; the paper does not say).
+ 5. A rollout is supervised whenever its teacher prompt differs from its own (`--supervise all`; the paper does not say).
  6. Insights are written before the step goes on, not by a server that may lag behind (B.1), by the policy of this step.
  7. `--ground_insights` (on for nano, off elsewhere): reflection on one attempt at a time, an insight must be contained in
     its evidence, a contradicting failure ends a strategy, a behavior needs two supports. See memory.Memory.
@@ -189,6 +189,10 @@ class Config:
     teacher: Literal["ema", "live"] = option("ema", "ema: a moving average of the student [SDPO; Tab. 11]. live: the "
                                                     "student's own weights of this update (Eq. 6)")
     ema_rate: float = option(0.05, "of the teacher, once per batch: 0 keeps the initial policy, 1 follows it [SDPO]")
+
+    supervise: Literal["all", "solved"] = option(
+        "all", "the rollouts a memory's teacher supervises. all: whose teacher reads more than the student [deviation 5]. "
+               "solved: of problems with a success so far, or feedback, which is SDPO's rule over all that is remembered")
 
     # GRPO, as in SDPO's repository: advantages not divided by their deviation, no reference KL, mean over tokens
     clip_low: float = option(0.2, "lower clip of the ratio [SDPO]")
@@ -622,6 +626,9 @@ def condition(rollouts, memory, tokenizer, step, cfg):
     else:
         refreshed = cfg.behaviors_refreshed or cfg.method == "pmd-transient"
         contexts = memory.contexts(rollouts, step, cfg.tiers.split(","), refreshed)
+        if cfg.supervise == "solved":
+            keys = ("strategies", "solution", "feedback")
+            contexts = [context if any(context[k] for k in keys) else {} for context in contexts]
     for r, context in zip(rollouts, contexts, strict=True):
         prompt = reprompt(r.problem, context, tokenizer, cfg)
         if prompt != r.problem.prompt:

@@ -274,6 +274,21 @@ def test_update_equals_one_written_from_scratch(policy, tokenizer, sampler, prob
     assert torch.allclose(found, wanted, atol=2e-6), (found - wanted).abs().max()
 
 
+def test_who_is_supervised(tokenizer, sampler, problems, make_config):
+    """all: whose teacher reads more than the student. solved: only where the problem had a success, or there is feedback."""
+    empty = {"strategies": [], "solution": "", "feedback": ""}
+    contexts = [empty | more for more in (
+        {"strategies": [("rule", "vo=rev")]}, {"lessons": [("trap", "vo!rev")], "behaviors": [("b", "vo=inc")]},
+        {"solution": "3 1 7 4"}, {"feedback": "No."}, {})]
+    memory = SimpleNamespace(contexts=lambda *args: [dict(c) for c in contexts])
+    for rule, wanted in (("all", [True, True, True, True, False]), ("solved", [True, False, True, True, False])):
+        cfg = make_config(group_size=1, supervise=rule)
+        sampler.cfg, sampler.step = cfg, 1
+        rollouts = pmd.attempt(sampler, problems[:5], cfg)
+        pmd.condition(rollouts, memory, tokenizer, 1, cfg)
+        assert [bool(r.teacher_ids) for r in rollouts] == wanted
+
+
 def test_grpo_equals_the_policy_gradient_at_the_first_update(policy, tokenizer, sampler, problems, make_config):
     cfg = make_config(method="grpo", group_size=8)
     sampler.cfg, sampler.step = cfg, 1
