@@ -14,11 +14,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from scipy import stats  # noqa: E402
 
-NAMES = {"grpo": "GRPO", "sdpo": "SDPO", "pmd": "PMD", "pmd-transient": "PMD, transient memory",
+NAMES = {"grpo": "GRPO", "sdpo": "SDPO", "pmd": "PMD", "pmd-solved": "PMD, supervised as SDPO is",
+         "pmd-transient": "PMD, transient memory",
          "frozen-memory": "frozen memory", "frozen-policy": "frozen policy, memory in the prompt",
          "pmd-experience": "PMD, experience", "pmd-experience,insight": "PMD, experience + insight"}
-COLORS = dict(zip(NAMES, ("tab:orange", "tab:green", "tab:blue", "tab:cyan", "tab:red", "tab:purple", "navy", "slateblue"),
-                  strict=True))
+COLORS = dict(zip(NAMES, ("tab:orange", "tab:green", "tab:blue", "tab:pink", "tab:cyan", "tab:red", "tab:purple", "navy",
+                          "slateblue"), strict=True))
 # Qwen3-8B, average of the four SciKnowEval domains (Tables 2 to 4), in percent
 PAPER = {"base": 47.9, "grpo": 69.4, "sdpo": 74.4, "pmd": 77.2, "pmd-transient": 75.7, "frozen-memory": 65.0,
          "frozen-policy": 54.0, "pmd-experience": 74.3, "pmd-experience,insight": 75.7}
@@ -121,7 +122,7 @@ def report(records, times, rates, out, grid) -> str:
     """Writes OUT/results.md and the figures; returns where. grid: the module study.py, for what it declares."""
     failed = {name: r["failed"] for name, r in records.items() if "failed" in r}
     checkpoints = {r["world"]: r["checkpoint"] for r in records.values()}
-    main = {m: Cell(records, "main", m) for m in ("grpo", "sdpo", "pmd", "pmd-transient", "frozen-memory", "frozen-policy")}
+    main = {m: Cell(records, "main", m) for m in grid.METHODS}
     main |= {f"pmd-{t}": Cell(records, "tiers", f"pmd-{t}") for t in grid.TIERS[:-1]}
     main = {label: cell for label, cell in main.items() if cell}
     lines = []
@@ -156,7 +157,8 @@ def report(records, times, rates, out, grid) -> str:
         say("## Tables 2 and 3: methods and controls", "avg@4 on held-out problems, without memory in the prompt; a frozen "
             "policy has it there, or it would score as the base.", "",
             markdown(head, [base, *(results_row(m, c, m) for m, c in main.items() if "experience" not in m)]))
-        pairs = [("pmd", "sdpo"), ("pmd", "grpo"), ("sdpo", "grpo"), ("pmd", "pmd-transient"), ("pmd-transient", "sdpo"),
+        pairs = [("pmd", "sdpo"), ("pmd", "grpo"), ("sdpo", "grpo"), ("pmd-solved", "pmd"), ("pmd-solved", "sdpo"),
+                 ("pmd", "pmd-transient"), ("pmd-transient", "sdpo"),
                  ("pmd", "frozen-memory"), ("pmd", "pmd-experience,insight"), ("pmd-experience,insight", "pmd-experience"),
                  ("pmd-experience", "sdpo")]
         for title, of in (("AUC", Cell.auc), ("final score", Cell.final)):
@@ -190,7 +192,7 @@ def report(records, times, rates, out, grid) -> str:
     memory_over_time(say, main)
     transfer(say, records, grid.SIZES)
     cost(say, main, times)
-    knobs(say, records, checkpoints, grid.KNOBS)
+    knobs(say, records, checkpoints, grid.KNOBS, grid.COMPARED)
     (out / "results.md").write_text("\n".join(lines), encoding="utf-8")
     figures(main, records, checkpoints, grid.SIZES, out)
     return f"{out / 'results.md'} and its figures"
@@ -248,7 +250,7 @@ def wrong_share(row):
 
 
 def memory_over_time(say, main):
-    remembers = [m for m in ("pmd", "pmd-transient", "frozen-policy") if m in main]
+    remembers = [m for m in ("pmd", "pmd-solved", "pmd-transient", "frozen-policy") if m in main]
     if not remembers:
         return
     rows = []
@@ -289,7 +291,7 @@ def cost(say, main, times):
         if not ratios:
             continue
         equal = "-"
-        if m in ("grpo", "pmd", "pmd-transient", "sdpo"):
+        if m in ("grpo", "pmd", "pmd-solved", "pmd-transient", "sdpo"):
             equal = text(at_equal_compute(main[m], main["sdpo"], own, seconds["sdpo"]).values())
         rows.append([NAMES[m], f"{np.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]", equal])
     say("## Table 7: cost of a step, and equal compute", "Seconds of a step over SDPO's in the same world (evaluation left "
@@ -322,7 +324,7 @@ SETTINGS = {
     "epochs": ("Steps", [("80", "main", ""), ("160 (score after 160)", "epochs", "-160")])}
 
 
-def knobs(say, records, checkpoints, parts):
+def knobs(say, records, checkpoints, parts, compared_methods):
     shown = [part for part in parts if any(name.startswith(f"{part}/") for name in records)]
     if not shown:
         return
@@ -338,16 +340,16 @@ def knobs(say, records, checkpoints, parts):
         title, settings = SETTINGS[part]
         rows = []
         for setting, where, suffix in settings:
-            cells = {m: Cell(records, where, m + suffix) for m in ("grpo", "sdpo", "pmd", "pmd-transient")}
+            cells = {m: Cell(records, where, m + suffix) for m in compared_methods}
             worlds = set(Cell(records, part, "pmd" + settings[-1][2]).runs)
             of = Cell.final if part == "epochs" else Cell.auc
             scores = {m: {w: v for w, v in of(c).items() if w in worlds} for m, c in cells.items() if c}
             if scores:
                 rows.append([setting, *(text(scores[m].values()) if m in scores else "-" for m in cells),
-                             *(text(gaps(scores["pmd"], scores[m]).values()) if {"pmd", m} <= scores.keys() else "-"
-                               for m in ("sdpo", "pmd-transient"))])
+                             *(text(gaps(scores[a], scores[b]).values()) if {a, b} <= scores.keys() else "-"
+                               for a, b in (("pmd", "sdpo"), ("pmd-solved", "sdpo"), ("pmd", "pmd-transient")))])
         say(f"### {title}", "", markdown(
-            ["", "GRPO", "SDPO", "PMD", "PMD, transient memory", "PMD - SDPO", "PMD - transient"], rows))
+            ["", *(NAMES[m] for m in compared_methods), "PMD - SDPO", "the other PMD - SDPO", "PMD - transient"], rows))
         if part == "sharing":
             rows = []
             for kind, where in (("common", "rarity"), ("apart", "sharing")):
@@ -392,7 +394,7 @@ def save(figure, path):
 def figures(main, records, checkpoints, sizes, out):
     if main:
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-        for ax, title, chosen in ((axes[0], "methods", ("grpo", "sdpo", "pmd", "pmd-transient")),
+        for ax, title, chosen in ((axes[0], "methods", ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient")),
                                   (axes[1], "controls", ("pmd", "pmd-experience,insight", "pmd-experience", "frozen-memory",
                                                          "frozen-policy"))):
             for m in chosen:
