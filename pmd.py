@@ -83,7 +83,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from eval import WINDOW, Answers, Problem, answer_rows, load_task, need_sandbox, verify_all
+from eval import WINDOW, Answers, Problem, answer_rows, json_lines, load_task, need_sandbox, verify_all
 from kernels import distill_loss, policy_loss, score
 from memory import SUCCESS, Memory, compose_within, describe, neutralise
 from report import plot_curves, table
@@ -1608,7 +1608,7 @@ def write_lines(path, rows):
 
 def read_lines(path):
     """The rows of a file of JSON lines; a last line without its end was cut by a kill, and is none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [row for _, row in json_lines(path, cut=True)]
 
 
 def settle(folder):

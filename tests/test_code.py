@@ -243,7 +243,7 @@ def test_tests_in_both_encodings():
 def test_broken_files_are_named(write, tmp_path):
     good = row(1, "2025-03-01")
     for rows, message in [
-            ((good, "{not json"), "lcb.jsonl, line 2 is not JSON"),
+            ((), "lcb.jsonl holds no problem"), ((good, "{not json"), "lcb.jsonl, line 2 is not JSON"),
             ((good, json.dumps(good)[:-9]), "lcb.jsonl, line 2 is not JSON"),
             ((good, "[1]"), "line 2 is not a JSON object"),
             ((good, {k: v for k, v in good.items() if k != "starter_code"}), "lcb.jsonl, line 2: starter_code must be"),
