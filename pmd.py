@@ -1502,7 +1502,7 @@ class Run:
                    "data": self.task.name, "abstractor": cfg.abstractor, "embedder": cfg.embedder, "memory": memory.sizes(),
                    "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
         write(self.folder / "summary.json", json.dumps(summary, indent=1))
-        plot_curves({cfg.method: history}, self.folder / "curve.png", title(cfg))
+        plot_curves({cfg.method: history}, self.folder / "curve.png", title(summary))
         print("\n" + table({cfg.method: summary}))
         if any(memory.sizes().values()):
             kinds = memory.tally("insight")
@@ -1523,8 +1523,8 @@ def memory_precision(memory, problems):
     return sum(found) / len(found) if found else None
 
 
-def title(cfg):
-    return f"{cfg.task}: avg@{cfg.eval_k} on held-out problems"
+def title(summary):
+    return f"{summary['data']}\navg@{summary['final']['k']} on held-out problems"
 
 
 def default_name(cfg):
@@ -1700,7 +1700,7 @@ def main():
         sys.exit(f"pmd.py: {error}")
     if folder and all(summaries.values()):  # other ranks than 0 have none
         curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}
-        plot_curves(curves, folder / "compare.png", title(cfg))
+        plot_curves(curves, folder / "compare.png", title(next(iter(summaries.values()))))
         print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")
 
 

@@ -297,13 +297,14 @@ def paired(a, b):
 
 
 def table(summaries) -> str:
-    """The results of one or more runs: held-out avg@k of the memory-free policy, with 95% intervals over problems."""
+    """The results of runs by their methods: held-out avg@k, with 95% intervals over problems."""
     def cell(row):
         return f"{row['avg_at_k']:.3f}" + (" [{:.3f}, {:.3f}]".format(*row["interval"]) if row.get("interval") else "")
 
     first = next(iter(summaries.values()))
-    rows = [("", f"avg@{first['final']['k']} on {first['final']['n_problems']} held-out problems, no memory in the prompt")]
-    rows += [("base policy", cell(first["base"]))]
+    prompt = "memory in the prompt of frozen-policy alone" if "frozen-policy" in summaries else "no memory in the prompt"
+    rows = [("", "avg@{k} on {n_problems} held-out problems of {data}, {prompt}".format(
+        **first["final"], data=first["data"], prompt=prompt)), ("base policy", cell(first["base"]))]
     for name, s in summaries.items():
         rows += [(f"{name}, after training", cell(s["final"]))]
         if s["dev_best"]:

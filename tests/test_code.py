@@ -173,11 +173,10 @@ def write(tmp_path):
     return write
 
 
-def test_eval_imports_alone_and_datasets_only_for_livecodebench():
-    others = {"datasets", "pyarrow", "matplotlib", "torch", "pmd", "memory", "report"}
-    code = f"import sys, eval; eval.load_task('nano'); print({others} & set(sys.modules))"
+def test_datasets_is_imported_by_livecodebench_alone():
+    code = "import sys, eval; eval.load_task('nano'); print('datasets' in sys.modules, 'pyarrow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
+    assert done.stdout == "False False\n", done.stderr
 
 
 def test_the_window_and_the_halves(write, tmp_path):

@@ -291,7 +291,7 @@ ANSWER = '{"problem": "p%d", "answer": "A", "reward": 1, "tokens": 1}\n'
     ("metrics.jsonl", DEV + '{"step": ', "metrics.jsonl, line 2 is not JSON"),
     ("config.json", '{"task": "nano",\n', "config.json, line 2 is not JSON"),
     ("config.json", '{"task": "nano"}', "config.json has no model"),
-    ("evals/10-test.jsonl", ANSWER % 0 + ANSWER % 0 + ANSWER % 1, "jsonl is not whole: its problems have 1 or 2 samples each"),
+    ("evals/10-test.jsonl", ANSWER % 0 + ANSWER % 0 + ANSWER % 1, "10-test.jsonl is not whole: .* 1 or 2 samples each"),
     ("evals/10-test.jsonl", "", "10-test.jsonl is not whole: its problems have no samples"),
     ("evals/10-test.jsonl", '{"problem": "p0"}\n', "10-test.jsonl, line 1 has no reward"),
     ("evals/10-test.jsonl", "[1]\n", "10-test.jsonl, line 1 is not a JSON object"),
@@ -302,6 +302,16 @@ def test_broken_runs_are_named(make_run, name, text, message):
     with pytest.raises(SystemExit, match=message) as caught:
         ev.main(["compare", str(run)])
     assert "\n" not in str(caught.value)
+
+
+def test_the_last_words_of_a_run_say_of_what_they_speak():
+    """Window, count and protocol; and whether a memory was in the prompt."""
+    row = {"avg_at_k": 0.5, "interval": [0.4, 0.6], "k": 4, "n_problems": 131, "step": 5, "n_checkpoints_searched": 2}
+    data = "livecodebench (sdpo, 2025-02-01 to 2025-05-01, 131 problems)"
+    summary = {"data": data, "base": row, "final": row, "dev_best": None, "test_best": {**row, "interval": None}}
+    said = f"avg@4 on 131 held-out problems of {data}, no memory in the prompt"
+    assert said in report.table({"pmd": summary}).split("\n")[0]
+    assert "memory in the prompt of frozen-policy alone" in report.table({"pmd": summary, "frozen-policy": summary})
 
 
 def test_no_run_at_all():
