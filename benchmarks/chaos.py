@@ -111,7 +111,7 @@ def end_state(folder):
     """Digest of what must not depend on interruptions."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for key in ("seconds", "tokens_per_second", "peak_gb"):
+        for key in ("seconds", "share", "tokens_per_second", "peak_gb"):
             row.pop(key, None)
     with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
         tables = [db.execute(f"SELECT * FROM {t}").fetchall() for t in ("item ORDER BY id", "event", "problem ORDER BY id")]

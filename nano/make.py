@@ -73,20 +73,26 @@ def answer_text(name, operations, digits):
 # Worlds
 # ---------------------------------------------------------------------------------------------------------------------
 
-def make_world(seed):
+def make_world(seed, names=NAMES, inputs=INPUTS, shared=True):
     """(train rows, test rows): 40 names, each with 4 train and 4 other test inputs, and the secret map behind them.
 
     Syllables come in three tiers of eight; the first alone forms the one-syllable names, the second appears only in
     longer names, the third only in the longest: a natural curriculum. A row's `hidden` is read by diagnostics only.
+
+    The study turns these knobs: names, (length, how many) pairs by length; inputs, per name and split; shared, whether
+    names share syllables (if not, there have to be enough of them).
     """
     rng = random.Random(f"nano world {seed}")
     order = rng.sample(HIDDEN, len(HIDDEN))
     secret = {s: rng.choice(list(OPERATIONS)) for s in HIDDEN}
-    tiers = [order[:8], order[8:16], order[16:]]
-    names = []
-    for length, _ in NAMES:
+    tiers, unused = [order[:8], order[8:16], order[16:]], iter(order)
+    counts, names = names, []
+    for length, _ in counts:
         pool = sum(tiers[: length - 1], [])
-        while len(names) < sum(c for n, c in NAMES if n <= length):
+        while len(names) < sum(c for n, c in counts if n <= length):
+            if not shared:
+                names.append([next(unused) for _ in range(length)])
+                continue
             newest = tiers[length - 1][len(names) % 8]  # every syllable of the tier in turn, so that each is shared
             used = Counter(sum(names, []))  # partners: those used least so far, so that each is shared
             name = sorted(pool, key=lambda s: (used[s], rng.random()))[: length - 1] + [newest]
@@ -95,21 +101,21 @@ def make_world(seed):
                 names.append(name)
     train, test = [], []
     for name in names:
-        inputs = set()
-        while len(inputs) < 2 * INPUTS:
-            inputs.add(tuple(rng.sample(range(10), 4)))
-        for i, digits in enumerate(sorted(inputs, key=lambda d: rng.random())):
+        drawn = set()
+        while len(drawn) < 2 * inputs:
+            drawn.add(tuple(rng.sample(range(10), 4)))
+        for i, digits in enumerate(sorted(drawn, key=lambda d: rng.random())):
             operations = [secret[s] for s in name]
             row = {"id": f"{'-'.join(name)}-{''.join(map(str, digits))}", "prompt": problem_text(name, list(digits)),
                    "answer": answer_text(name, operations, list(digits)), "verifier": "steps",
                    "hidden": " ".join(f"{s}={o}" for s, o in zip(name, operations, strict=True))}
-            (train if i < INPUTS else test).append(row)
+            (train if i < inputs else test).append(row)
     return train, test
 
 
-def write_world(seed, folder):
+def write_world(seed, folder, **knobs):
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in zip(("train", "test"), make_world(seed), strict=True):
+    for split, rows in zip(("train", "test"), make_world(seed, **knobs), strict=True):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

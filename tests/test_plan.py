@@ -162,6 +162,20 @@ def test_a_model_that_does_not_fit_is_told_a_cure_that_works(flags, gpus, said, 
     assert plan.fits(cured, qwen, 4 if gpus == 1 else gpus, 80)[0]
 
 
+def test_the_report_says_each_component_and_phase(qwen, capsys):
+    """And what it says adds up, fits or not, for micro-batches of several lengths."""
+    plan.report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)
+    said = capsys.readouterr().out
+    lines = {line[:24].strip(): line[24:].split() for line in said.splitlines()}
+    assert lines["GiB per GPU, computed"] == ["sample", "teacher", "loss", "scale", "backward", "root", "optimizer"]
+    assert {"weights, float32", "gradients, float32", "AdamW, float32", "EMA teacher, float32", "vLLM, asleep",
+            "vLLM, awake", "activations", "loss chunk", "head's gradient"} <= lines.keys()
+    assert lines["fits"] == ["yes"] * 7 and max(map(float, lines["total"])) == pytest.approx(
+        plan.peak(plan.plan(Config(gradient_checkpointing=True), qwen, 8, 80))[0] / 2**30, abs=0.01)
+    assert "keys and values" in said and "vLLM asleep (level 2)" in said
+    assert [word for word in said.split() if word == "largest"] == ["largest"] and "fits on 8 x 80 GiB" in said
+
+
 def test_an_evaluation_needs_no_room_for_training(qwen):
     """Weights of 32 GB and vLLM's half fit on one card, where gradients and AdamW's states do not."""
     assert not plan.fits(Config(method="grpo"), qwen, 1, 80)[0]

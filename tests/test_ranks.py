@@ -2,7 +2,8 @@
 
 Sums over shards are taken in another order, which moves a float32 loss by about 1e-7 of itself; Adam divides a gradient by
 its own size, so an element whose gradient is nearly 0 can move by a share of the learning rate (1e-3) whatever it was. Hence
-the tolerances: 1e-4 relative for metrics, and 1e-4 for weights of size 1 after six updates.
+the tolerances: 1e-4 relative for metrics, and for weights of size 1 after six updates 1e-4, which one in 10,000 elements may
+miss by less than one update's learning rate.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pmd
 from eval import main as evaluate
 
 HERE = Path(__file__).resolve().parent.parent
@@ -36,7 +39,7 @@ def run(out, name, ranks, *flags):
 def records(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for key in ("seconds", "tokens_per_second", "peak_gb"):
+        for key in ("seconds", "share", "tokens_per_second", "peak_gb"):
             row.pop(key, None)
     memory = []
     if (folder / "memory.db").exists():
@@ -59,7 +62,8 @@ def assert_same(one, other):
     weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
     assert sorted(weights) == sorted(others)
     for name, tensor in weights.items():
-        torch.testing.assert_close(others[name], tensor, rtol=0, atol=1e-4)
+        apart = (others[name] - tensor).abs()
+        assert apart.max() < 1e-3 and (apart > 1e-4).float().mean() < 1e-4, name
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +84,43 @@ def test_ranks_change_nothing(out, ranks):
     assert_same(out / "one", out / f"r{ranks}")
 
 
-@pytest.mark.parametrize("flags", [["--method", "grpo"], ["--method", "sdpo", "--teacher", "live"]])
-def test_the_baselines_too(out, flags):
+@pytest.fixture(scope="module")
+def untied(out):
+    """The embedded model with a head of its own, equal to its embedding at first."""
+    model = pmd.AutoModelForCausalLM.from_pretrained(pmd.MODELS["nano"])
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(out / "untied")
+    pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).save_pretrained(out / "untied")
+    return out / "untied"
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    (2, ["--method", "grpo", "--task", "nano"]),  # with the untied head
+    (2, ["--method", "sdpo", "--teacher", "live", "--gradient_checkpointing", "True"]),
+    (4, ["--method", "pmd", "--batch_size", "4", "--mini_batch_size", "1", "--group_size", "2"])])  # two ranks have no row
+def test_other_methods_heads_and_ranks_without_a_row(out, untied, ranks, flags):
     name = flags[1]
-    for ranks in (1, 2):
-        done = run(out, f"{name}{ranks}", ranks, *flags)
+    for count in (1, ranks):
+        done = run(out, f"{name}{count}", count, *flags, *(["--model", str(untied)] if name == "grpo" else []))
         assert done.returncode == 0, done.stderr[-2000:]
     assert any(row.get("updates") for row in records(out / f"{name}1")[0])
-    assert_same(out / f"{name}1", out / f"{name}2")
+    assert_same(out / f"{name}1", out / f"{name}{ranks}")
+    assert name != "grpo" or "lm_head.weight" in load_file(out / "grpo1" / "final" / "model.safetensors")
+
+
+def test_two_nodes(out):
+    """Two launchers that meet at an address, here on one machine, with a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+         "--rdzv-endpoint", where, "pmd.py", *FLAGS, "--out", str(out), "--name", "nodes"],
+        cwd=HERE, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    assert_same(out / "one", out / "nodes")
 
 
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])

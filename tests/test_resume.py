@@ -16,6 +16,7 @@ import pytest
 
 import memory as mem
 import pmd
+import records
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -24,7 +25,7 @@ def state(folder):
     """What must not depend on having been interrupted: final weights, memory rows, metrics without times."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in metrics:
-        for key in ("seconds", "tokens_per_second", "peak_gb"):
+        for key in ("seconds", "share", "tokens_per_second", "peak_gb"):
             row.pop(key, None)
     rows, events = [], []
     if (folder / "memory.db").exists():
@@ -131,7 +132,7 @@ def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
 
 def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config, monkeypatch):
     cfg = small(make_config, name="r", resume=True)
-    save = pmd.dcp.save
+    save = records.dcp.save
 
     def torn(state, checkpoint_id, **kwargs):
         if "3.partial" in str(checkpoint_id):
@@ -139,10 +140,10 @@ def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config
             raise KeyboardInterrupt
         save(state, checkpoint_id=checkpoint_id, **kwargs)
 
-    monkeypatch.setattr(pmd.dcp, "save", torn)
+    monkeypatch.setattr(records.dcp, "save", torn)
     with pytest.raises(KeyboardInterrupt):
         pmd.train(cfg)
-    monkeypatch.setattr(pmd.dcp, "save", save)
+    monkeypatch.setattr(records.dcp, "save", save)
     folder = Path(cfg.out, "r")
     assert [c.name for c in pmd.checkpoints(folder)] == ["1", "2"] and (folder / "checkpoints" / "3.partial").is_dir()
     with open(folder / "metrics.jsonl", "a") as file:
@@ -180,6 +181,8 @@ def test_a_fork_goes_on_from_a_kept_step_policy_and_memory_together(make_config)
     for wrong in ("whole@77", "whole", "none@2"):
         with pytest.raises(ValueError, match="--from .* is no RUN@STEP with a checkpoint.*kept there: (none|1, 2, 3, 4)"):
             pmd.check(dataclasses.replace(fork, name="f", fork_from=wrong))
+    with pytest.raises(ValueError, match="a teacher from --model nano, which can't teach a student from x"):
+        pmd.check(dataclasses.replace(fork, name="f", model="x"))
     assert pmd.parse_flags(["--from", "whole@2"]).fork_from == "whole@2"
 
 

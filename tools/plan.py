@@ -1,6 +1,6 @@
 """What fits: bytes per GPU of a run of pmd.py, phase by phase, computed before anything is loaded.
 
-    python tools/plan.py --model Qwen3-8B --gpus 8 --gpu_memory 80 --gradient_checkpointing
+    python tools/plan.py --model Qwen3-8B --gpus 8 --gpu_memory 80
     python tools/plan.py --what_fits                       the README's table
 
 It follows pmd.py: float32 weights, gradients, AdamW states and EMA teacher, sharded by FSDP2 over the GPUs of a job (one
@@ -302,7 +302,7 @@ def report(cfg, model, gpus, gpu_memory, utilization):
         room, length = kv_room(model, gpu_memory, utilization), cfg.max_prompt + cfg.max_completion
         print(f"\nvLLM awake: model {2 * model.parameters / GIB:.2f} in bfloat16, activations {PREFILL / GIB:.2f}, keys "
               f"and values {room / GIB:.2f} ({max(0, room // kv_bytes(model.config, length)):.0f} sequences of {length})\n"
-              "vLLM asleep (level 1): the model is in host memory, once for each GPU")
+              "vLLM asleep (level 2): it keeps no weights, and gets them anew when it wakes")
     print(f"\n{'--micro_tokens':>14}{'checkpointing':>15}{'activations':>13}{'most':>8}  fits")
     for on in (False, True):
         run = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": on})
@@ -337,7 +337,7 @@ def main():
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.5, help="vLLM's share; 0 without vLLM")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false")
     parser.add_argument("--what_fits", action="store_true", help="only the table of models, lengths and cards")
     for name in ("max_prompt", "max_completion", "max_reprompt", "micro_tokens", "method", "teacher", "dtype", "embedder"):
         parser.add_argument(f"--{name}", type=type(getattr(defaults, name)), default=getattr(defaults, name))

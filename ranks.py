@@ -1,0 +1,151 @@
+"""Several devices: one process each, under torchrun. Every rank runs train(); they differ in the data they hold. Rank 0 owns
+the memory's file and writes the records. One process is a world of one rank, through the same lines.
+
+cfg is pmd.Config throughout.
+"""
+
+import functools
+import os
+import shlex
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value) -> list:
+    """Every rank's value, on every rank."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def start_ranks(cfg):
+    """With several GPUs or --nproc, and outside torchrun, starts this program again, once for each; inside it, joins."""
+    count = cfg.nproc or max(1, torch.cuda.device_count() if cfg.device in ("", "cuda") else 1)
+    if "RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=60))  # a rank may wait for the others' generation
+        if device_of(cfg).type == "cuda":
+            torch.cuda.set_device(device_of(cfg))
+    elif count > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--",
+                   *sys.argv]
+        print("restarting as: " + shlex.join(command), flush=True)
+        os.execv(sys.executable, command)
+
+
+def device_of(cfg):
+    """This rank's device."""
+    if cfg.device not in ("", "cuda"):
+        return torch.device(cfg.device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute(model, cfg):
+    """The context of every forward pass: bfloat16 autocast over float32 weights, where that is asked for."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=compute_dtype(model.device, cfg) == torch.bfloat16)
+
+
+def compute_dtype(device, cfg):
+    return getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def shard(model, cfg):
+    """FSDP2: each rank holds a part of every weight; a layer is whole while it computes. Gradients are SUMMED over ranks
+    (losses are divided by global token counts), reduced in float32. The root group holds embedding, last norm and head, so
+    tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank."""
+    if world() == 1 or isinstance(model, FSDPModule):
+        return model
+    device = device_of(cfg)
+    bf16 = compute_dtype(device, cfg) == torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(device.type, (world(),))
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.call = lambda function: function()
+    register_fsdp_forward_method(model, "call")
+    return model
+
+
+def forward(model, function):
+    """function() as one forward pass of `model`: where that is sharded, its embedding and head are whole inside."""
+    return model.call(function) if isinstance(model, FSDPModule) else function()
+
+
+def reshard(model):
+    """Lets go of the whole weights that a pass without gradient leaves behind; they would be stale after a step."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole(tensor):
+    """All of a sharded tensor, on every rank; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class OnRankZero:
+    """The memory on several ranks: its methods run on rank 0; the others wait, generate with it, and get the result.
+
+    Methods not in SHARED are rank 0's own.
+    """
+
+    SHARED = ("record", "reflect", "abstract", "contexts", "inference_contexts", "forget", "truncate_after", "add_problems")
+
+    def __init__(self, memory, sampler):
+        self.memory, self.sampler = memory, sampler
+
+    @staticmethod
+    def generator(sampler):
+        """`generate` for rank 0's memory: tells the others first, who wait in `_follow`."""
+        def generate(prompts):
+            broadcast(("generate", prompts))
+            return sampler.ask(prompts)
+        return generate
+
+    def __getattr__(self, name):
+        if name not in self.SHARED:
+            return getattr(self.memory, name)
+        return functools.partial(self._lead if rank() == 0 else self._follow, name)
+
+    def _lead(self, name, *args, **kwargs):
+        result = getattr(self.memory, name)(*args, **kwargs)
+        return broadcast(("done", result))[1]
+
+    def _follow(self, name, *args, **kwargs):
+        while True:
+            kind, value = broadcast(None)
+            if kind == "done":
+                return value
+            self.sampler.ask(value)

@@ -1,0 +1,137 @@
+"""The study's arithmetic, on records made up so that every number can be told in advance, and its grid."""
+
+import json
+import math
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import NANO
+
+sys.path.append(str(NANO.parent / "study"))
+import tables
+
+import study
+
+
+def record(name, world, checkpoint=0, scores=(0, 0.2, 0.4), dev=(0, 0, 0), **more):
+    rows = [{"step": 10 * i, "avg": s, "maj": s, "best": s + 0.1, "tokens": 10.0} for i, s in enumerate(scores)]
+    steps = [{"step": 10 * i, "reward": s, "groups_solved": s, "memory": [i, 2 * i, i], "right": 0.75, "rejected": 0}
+             for i, s in enumerate(scores) if i]
+    return {"job": name, "world": world, "checkpoint": checkpoint, "test": rows, "solved": "0110", "steps": steps,
+            "dev": [{**row, "avg": d} for row, d in zip(rows, dev, strict=True)], **more}
+
+
+def records_of(*rows):
+    return {row["job"]: row for row in rows}
+
+
+def test_the_grid_is_the_declared_one():
+    main = study.grid("main", dict.fromkeys(study.TUNED, 1e-3))
+    assert len(main) == 24 * 6 and len({job.name for job in main}) == len(main)
+    assert Counter(job.checkpoint for job in main) == {0: 48, 1: 48, 2: 48}
+    assert not set(study.WORLDS) & set(study.TUNING_WORLDS)
+    known = {job.name for part in study.PARTS for job in study.grid(part, {})}
+    assert len(known) == sum(len(study.grid(part, {})) for part in study.PARTS)  # no two jobs share a name
+    assert all(need in known for part in study.PARTS for job in study.grid(part, {}) for need in job.needs)
+    # no method gets a knob that another does not: but for method, rate and lender the flags are the same
+    for part in ("main", "groups", "rarity", "epochs"):
+        own = ("method", "lr", "memory_from")
+        rest = {(job.world, job.kind, job.name.split("/")[1].removeprefix(job.flags["method"])):
+                Counter() for job in study.grid(part, {})}
+        for job in study.grid(part, {}):
+            flags = json.dumps({k: v for k, v in job.flags.items() if k not in own})
+            rest[job.world, job.kind, job.name.split("/")[1].removeprefix(job.flags["method"])][flags] += 1
+        assert all(len(flags) == 1 for flags in rest.values())
+    with pytest.raises(ValueError, match="there is no part 'all'; there are tuning, main"):
+        study.grid("all", {})
+
+
+def test_the_rate_of_a_method_is_its_best_by_auc():
+    rows = [record(f"tuning/{m}/{w}@{rate:g}", w, scores=(1, s, s)) for m in study.TUNED for w in study.TUNING_WORLDS
+            for rate, s in zip(study.RATES, (0.1, 0.3, 0.2, 0.25), strict=True)]
+    assert study.tuned(records_of(*rows)) == dict.fromkeys(study.TUNED, study.RATES[1])
+    assert study.tuned(records_of(*rows[:-1])).keys() == set(study.TUNED[:-1])  # not before all of its runs are there
+    assert study.auc(rows[0]) == pytest.approx(0.1)  # the base's score is not counted
+
+
+def test_cells():
+    cell = tables.Cell(records_of(
+        record("main/pmd/200", 200, scores=(0, 0.2, 0.6), dev=(0, 0.5, 0.5)),
+        record("main/pmd/201", 201, scores=(0, 0.9, 0.8)),
+        record("main/pmd-transient/200", 200), {"job": "main/pmd/202", "world": 202, "failed": "x"}), "main", "pmd")
+    assert cell.auc() == {200: pytest.approx(0.4), 201: pytest.approx(0.85)}
+    assert cell.on_dev() == {200: 0.2, 201: 0}  # the earliest of equals
+    assert cell.on_test() == {200: 0.6, 201: 0.9}
+    # 32 rollouts a step: .5 lies three quarters of the way from .2 at step 10 to .6 at step 20; 5/9 of that to step 10
+    assert cell.rollouts_to(0.5) == pytest.approx([17.5 * 32, 10 * 5 / 9 * 32])
+    assert list(cell.rollouts_to(0.9)) == [math.inf, 320]
+
+
+def test_intervals_and_differences():
+    values = [0.1, 0.4, 0.2, 0.5]
+    mean, low, high = tables.spread(values)
+    half = 3.182446 * np.std(values, ddof=1) / 2  # t of 3 degrees of freedom, from a table
+    assert (mean, low, high) == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-6)
+    assert tables.text([0.5]) == "0.500"
+    row = tables.compared({1: 0.5, 2: 0.7, 3: 0.1}, {1: 0.4, 2: 0.4, 4: 1}, {1: 0, 2: 1})
+    assert row[1] == "2 of 2" and row[4] == "+0.100, +0.300"
+    assert row[0].startswith("0.200")
+
+
+def test_equal_compute_gives_the_slower_method_fewer_steps():
+    fast, slow = (tables.Cell(records_of(record(f"main/{m}/200", 200, scores=(0, 0.4, 0.8))), "main", m)
+                  for m in ("sdpo", "pmd"))
+    found = tables.at_equal_compute(slow, fast, {200: 2.0}, {200: 1.0})  # twice as slow: steps 5 and 10
+    assert found == {200: pytest.approx((0.2 + 0.4) / 2)}
+
+
+def test_wrong_reflections_are_a_share_and_keyed(monkeypatch):
+    reply = json.dumps({"strategies": [{"title": "rule", "content": "vo=rev"}] * 10,
+                        "lessons": [{"title": "trap", "content": "vo!inc"}]})
+    monkeypatch.setattr(study.Unreliable.__base__, "ask", lambda self, prompts: [reply] * len(prompts))
+    sampler = object.__new__(study.Unreliable)
+    sampler.cfg, sampler.step = type("Config", (), {"seed": 0}), 1
+    prompts = [str(i) for i in range(100)]
+    assert sampler.ask(prompts) == [reply] * 100
+    monkeypatch.setattr(study.Unreliable, "share", 0.3)
+    changed = sampler.ask(prompts)
+    assert changed == sampler.ask(prompts)
+    contents = [item["content"] for text in changed for item in json.loads(text)["strategies"]]
+    assert 0.25 < sum(c != "vo=rev" for c in contents) / len(contents) < 0.35
+    assert all(c.split("=")[1] in study.OPERATIONS for c in contents)
+    assert all(json.loads(text)["lessons"] == [{"title": "trap", "content": "vo!inc"}] for text in changed)
+
+
+def test_worlds_of_other_kinds():
+    for kind, names, shares in (("rare", 40, True), ("common", 16, True), ("apart", 16, False)):
+        train, test = study.write_world.__globals__["make_world"](7, **study.WORLD_KINDS[kind])
+        assert len(train) == len(test) == 160 and not {r["id"] for r in train} & {r["id"] for r in test}
+        of = {tuple(row["id"].split("-")[:-1]) for row in train}
+        used = Counter(s for name in of for s in name)
+        assert len(of) == names and (max(used.values()) > 1) == shares
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_report_says_who_is_ahead_first(tmp_path, ahead):
+    top, low = (0, 0.5, 0.9), (0, 0.2, 0.7)
+    rows = []
+    for w, c in ((200, 0), (201, 0), (208, 1), (216, 2)):
+        gain = (w % 3) / 50
+        for m in study.METHODS:
+            scores = top if (m == "pmd") == ahead else low
+            rows.append(record(f"main/{m}/{w}", w, c, [s and s + gain * (m == "pmd") for s in scores]))
+        rows += [record(f"tiers/pmd-{t}/{w}", w, c) for t in study.TIERS[:-1]]
+    rows.append({"job": "main/pmd/223", "world": 223, "checkpoint": 2, "failed": "OSError: disk"})
+    times = {row["job"]: {"step_seconds": 2.0 if "pmd" in row["job"] else 1.0} for row in rows}
+    said = tables.report(records_of(*rows), times, {}, tmp_path, study)
+    text = (tmp_path / "results.md").read_text()
+    first = text.splitlines()[2]
+    assert first.startswith("**PMD minus SDPO in AUC, the primary comparison: " + ("0.2" if ahead else "-0.2"))
+    assert "PMD ahead in " + ("4" if ahead else "0") + " of 4 worlds" in first
+    assert f"is {'' if ahead else 'NOT '}the paper's" in first  # ties fall to the paper's order
+    assert "1 runs failed: main/pmd/223: OSError: disk" in text and "| **primary** PMD - SDPO |" in text
+    assert "| PMD | 2.00 [2.00, 2.00] |" in text and "results.md" in said
+    for name in ("curves", "differences", "memory"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
