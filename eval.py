@@ -103,11 +103,13 @@ REASON = "\nPlease reason step by step."
 
 def from_sciknoweval(row) -> dict:
     """An item of SDPO's SciKnowEval files in our schema; its prompt ends in lines `A: text` and holds the published form."""
-    letters = re.findall(r"^([A-Z]): ", str(row.get("prompt")), re.MULTILINE)
-    if row.get("answer") not in letters:
-        raise ValueError(f"the answer key {row.get('answer')!r} is none of the options {', '.join(letters)}")
-    return {"id": str(row.get("idx", "")), "prompt": row["prompt"], "answer": row["answer"], "verifier": "choice",
-            "system": row.get("system", "")}
+    if missing := [k for k in ("idx", "prompt", "answer", "system") if row.get(k) is None]:
+        raise ValueError(f"{' and '.join(missing)} must be given")
+    letters = re.findall(r"^([A-Z]): ", str(row["prompt"]), re.MULTILINE)
+    if row["answer"] not in letters:
+        raise ValueError(f"the answer key {row['answer']!r} is none of the options {', '.join(letters)}")
+    return {"id": str(row["idx"]), "prompt": row["prompt"], "answer": row["answer"], "verifier": "choice",
+            "system": row["system"]}
 
 
 def sciknoweval_from_hub(domain) -> list[list[Problem]]:
@@ -176,17 +178,20 @@ def sciknoweval(name, data, exclude_flagged):
     return name, *splits, "\n".join(lines)
 
 
-def json_lines(path):
-    """Yields (number, object) of a JSON-lines file. ValueError, with file and line, for a line that is none."""
+def json_lines(path, cut=False):
+    """Yields (number, object) of a JSON-lines file. ValueError, with file and line, for a line that is none.
+
+    cut: a last line without its end was cut by a kill, and is left out.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
-    for n, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):  # not splitlines: texts hold U+2028
+    for n, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1 if cut else None], 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise ValueError(f"{path}, line {n} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep
+            raise ValueError(f"{path}, line {n} is not JSON: {str(error).replace('line 1 ', '')}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {n} is not a JSON object")
         yield n, row
@@ -234,8 +239,9 @@ def read_problems(path, convert=dict) -> list[Problem]:
             if not all(isinstance(t, list) and t and all(isinstance(x, str) for x in t) for t in texts) \
                     or len(texts[0]) != len(texts[1]):
                 raise ValueError(f"{path}, line {n}: code needs inputs and outputs, two lists of texts of one length")
+        row.setdefault("system", "")
         bad = [k for k in ("id", "prompt", "answer", "verifier") if not isinstance(row.get(k), str) or not row[k]]
-        if bad:
+        if bad := bad + ["system"] * (not isinstance(row["system"], str)):
             raise ValueError(f"{path}, line {n}: {' and '.join(bad)} must be given, as text")
         if row["verifier"] not in VERIFIERS:
             raise ValueError(f"{path}, line {n}: no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
@@ -244,8 +250,8 @@ def read_problems(path, convert=dict) -> list[Problem]:
         if row["id"] in seen:
             raise ValueError(f"{path}, line {n} repeats the id {row['id']!r} of line {seen[row['id']]}")
         seen[row["id"]] = n
-        known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier")}
-        problems.append(Problem(**known, system=row.pop("system", ""), extra=row))
+        known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier", "system")}
+        problems.append(Problem(**known, extra=row))
     if not problems:
         raise ValueError(f"{path} holds no problem")
     return problems
@@ -319,8 +325,8 @@ def read_livecodebench(data):
         try:
             table = load_table(path)
         except Exception as error:
-            if path.suffix != ".parquet":
-                list(json_lines(path))  # names the line, which `datasets` does not
+            if path.suffix != ".parquet" and not list(json_lines(path)):  # names the line, which `datasets` does not
+                raise ValueError(f"{path} holds no problem") from error
             raise ValueError(f"{path} can't be read: {error.__cause__ or error}") from error
         yield from ((f"{path}, line {n}", row) for n, row in enumerate(table, 1))
 
@@ -695,12 +701,13 @@ class Answers(NamedTuple):
     tokens: np.ndarray
 
     @classmethod
-    def of(cls, rows):
+    def of(cls, rows, path=""):
+        """Of the rows of a file, which a ValueError names if it was cut: then its last problem has fewer samples."""
         groups = {}
         for row in rows:
             groups.setdefault(row["problem"], []).append(row)
-        if len(set(map(len, groups.values()))) != 1:
-            raise ValueError("its problems have different numbers of samples")
+        if len(sizes := sorted(set(map(len, groups.values())))) != 1:
+            raise ValueError(f"{path} is not whole: its problems have {' or '.join(map(str, sizes)) or 'no'} samples each")
         table = {key: [[row[key] for row in group] for group in groups.values()] for key in ("reward", "answer", "tokens")}
         return cls(list(groups), np.array(table["reward"]), table["answer"], np.array(table["tokens"]))
 

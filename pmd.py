@@ -1135,7 +1135,7 @@ def main():
         sys.exit(f"pmd.py: {error}")
     if folder and all(summaries.values()):  # other ranks than 0 have none
         curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}
-        plot_curves(curves, folder / "compare.png", title(cfg))
+        plot_curves(curves, folder / "compare.png", title(next(iter(summaries.values()))))
         print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")
 
 

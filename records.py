@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from eval import Answers
+from eval import Answers, json_lines
 from memory import SUCCESS, describe
 from ranks import broadcast, gather, rank, whole, world
 from report import plot_curves, table
@@ -313,7 +313,7 @@ class Run:
                    "data": self.task.name, "abstractor": cfg.abstractor, "embedder": cfg.embedder, "memory": memory.sizes(),
                    "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
         write(self.folder / "summary.json", json.dumps(summary, indent=1))
-        plot_curves({cfg.method: history}, self.folder / "curve.png", title(cfg))
+        plot_curves({cfg.method: history}, self.folder / "curve.png", title(summary))
         print("\n" + table({cfg.method: summary}))
         if any(memory.sizes().values()):
             kinds = memory.tally("insight")
@@ -334,8 +334,8 @@ def memory_precision(memory, problems):
     return sum(found) / len(found) if found else None
 
 
-def title(cfg):
-    return f"{cfg.task}: avg@{cfg.eval_k} on held-out problems"
+def title(summary):
+    return f"{summary['data']}\navg@{summary['final']['k']} on held-out problems"
 
 
 def default_name(cfg):
@@ -419,7 +419,7 @@ def write_lines(path, rows):
 
 def read_lines(path):
     """The rows of a file of JSON lines; a last line without its end was cut by a kill, and is none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [row for _, row in json_lines(path, cut=True)]
 
 
 def settle(folder):

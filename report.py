@@ -53,6 +53,20 @@ COSTS = {"SDPO": "37.0 54.6", "PMD": "53.6 54.9"}  # Tab. 7
 # Runs, and the rows they make
 # ---------------------------------------------------------------------------------------------------------------------
 
+CONFIG = ("task", "model", "method", "seed", "tiers", "memory_from", "retrieve_k")  # what is read here of those files
+STEP, ANSWER = ("seconds", "keywords", "memory"), ("problem", "reward", "answer", "tokens")
+
+
+def read_config(path):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno} is not JSON: {error.msg}") from error
+    if missing := [k for k in CONFIG if k not in config]:
+        raise ValueError(f"{path} has no {missing[0]}")
+    return config
+
+
 class Run:
     """What a run, or an evaluation of `python eval.py --model`, left in its folder. ValueError where that is none."""
 
@@ -60,12 +74,9 @@ class Run:
         self.folder = Path(folder)
         if not all((self.folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
             raise ValueError(f"{folder} is no run: it has no config.json and metrics.jsonl")
-        try:
-            self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.folder / 'config.json'}, line {error.lineno} is not JSON: {error}") from error
+        self.config = read_config(self.folder / "config.json")
         self.steps, tests, devs = [], {}, {}
-        for row in self.rows("metrics.jsonl", "step"):
+        for row in self.rows("metrics.jsonl", lambda row: ["step", *(["avg_at_k"] if "split" in row else STEP)]):
             if "split" in row:
                 (devs if row["split"] == "dev" else tests)[row["step"]] = row["avg_at_k"]
             else:
@@ -89,16 +100,17 @@ class Run:
             if memory.name:
                 self.label += f", memory of {memory.parent.name} in the prompt, top-{self.config['retrieve_k']}"
                 lender = memory.parent / "config.json"
-                lender = json.loads(lender.read_text(encoding="utf-8")) if lender.is_file() else {}
-                control = lender.get("method") == "frozen-policy" and all(
+                lender = read_config(lender) if lender.is_file() else {"method": ""}
+                control = lender["method"] == "frozen-policy" and all(
                     lender[k] == self.config[k] for k in ("model", "task", "retrieve_k"))  # answers as that run does
         variant = f" ({tiers})" * (tiers.count(",") < 2) + ", lenient" * (self.config.get("mcq") == "lenient")
         self.series = self.label + variant  # in Figure 2, which has many models and tasks for a memory
         self.label = FROZEN + variant if control else self.series
 
-    def rows(self, name, *keys):
+    def rows(self, name, keys):
+        """The rows of a file, each of which must have keys(row)."""
         for n, row in json_lines(self.folder / name):
-            if missing := [k for k in keys if k not in row]:
+            if missing := [k for k in keys(row) if k not in row]:
                 raise ValueError(f"{self.folder / name}, line {n} has no {missing[0]}")
             yield row
 
@@ -106,7 +118,8 @@ class Run:
         """At the step that is `selected` as base, final, dev or test."""
         step = self.selected[which]
         if step not in self.read:
-            self.read[step] = Answers.of(self.rows(f"evals/{step}-test.jsonl", "problem", "reward", "answer", "tokens"))
+            path = f"evals/{step}-test.jsonl"
+            self.read[step] = Answers.of(self.rows(path, lambda row: ANSWER), self.folder / path)
         return self.read[step]
 
 
@@ -284,13 +297,14 @@ def paired(a, b):
 
 
 def table(summaries) -> str:
-    """The results of one or more runs: held-out avg@k of the memory-free policy, with 95% intervals over problems."""
+    """The results of runs by their methods: held-out avg@k, with 95% intervals over problems."""
     def cell(row):
         return f"{row['avg_at_k']:.3f}" + (" [{:.3f}, {:.3f}]".format(*row["interval"]) if row.get("interval") else "")
 
     first = next(iter(summaries.values()))
-    rows = [("", f"avg@{first['final']['k']} on {first['final']['n_problems']} held-out problems, no memory in the prompt")]
-    rows += [("base policy", cell(first["base"]))]
+    prompt = "memory in the prompt of frozen-policy alone" if "frozen-policy" in summaries else "no memory in the prompt"
+    rows = [("", "avg@{k} on {n_problems} held-out problems of {data}, {prompt}".format(
+        **first["final"], data=first["data"], prompt=prompt)), ("base policy", cell(first["base"]))]
     for name, s in summaries.items():
         rows += [(f"{name}, after training", cell(s["final"]))]
         if s["dev_best"]:

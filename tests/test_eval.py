@@ -111,11 +111,14 @@ ROW = {"id": "1", "prompt": "p", "answer": "7", "verifier": "last_number"}
     (json.dumps({**ROW, "id": 7}), "line 2: id must be given, as text"),
     (json.dumps({**ROW, "id": "2", "verifier": "magic"}), "line 2: no verifier 'magic'"),
     (json.dumps({**ROW, "id": "2", "answer": "seven"}), "line 2: the answer 'seven' is no number"),
-    (json.dumps(ROW), "line 2 repeats the id '1' of line 1")])
+    (json.dumps({**ROW, "id": "2", "system": 5}), "line 2: system must be given, as text"),
+    (json.dumps(ROW), "line 2 repeats the id '1' of line 1"), (json.dumps({**ROW, "id": "2"})[:-9], "line 2 is not JSON"),
+    ("[" * 100_000, "line 2 is not JSON"), ('{"id": "\udcff"}', "line 2 is not JSON: 'utf-8' codec can't decode")])
 def test_a_broken_line_is_named(tmp_path, line, message):
-    (tmp_path / "t.jsonl").write_text(json.dumps(ROW) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=f"t.jsonl, {message}"):
+    (tmp_path / "t.jsonl").write_bytes((json.dumps(ROW) + "\n" + line + "\n").encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"t.jsonl, {message}") as caught:
         read_problems(tmp_path / "t.jsonl")
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_and_empty_files_and_unknown_tasks(tmp_path):
@@ -149,6 +152,10 @@ def test_sciknoweval_files(tmp_path, monkeypatch):
     (tmp_path / "physics/test.json").write_text(sciknoweval(answer="C"))
     with pytest.raises(ValueError, match="test.json, line 1: the answer key 'C' is none of the options A, B"):
         load_task("sciknoweval/physics", data=str(tmp_path))
+    for key in ("idx", "prompt", "answer", "system"):
+        (tmp_path / "physics/test.json").write_text(sciknoweval(**{key: None}))
+        with pytest.raises(ValueError, match=f"test.json, line 1: {key} must be given"):
+            load_task("sciknoweval/physics", data=str(tmp_path))
     with pytest.raises(ValueError, match="needs --data.*nowhere/physics is none"):
         load_task("sciknoweval/physics", data="nowhere")
 

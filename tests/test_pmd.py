@@ -774,7 +774,8 @@ def test_a_package_named_kernels_is_refused(tmp_path):
 
 @pytest.mark.parametrize("room, foreign", [
     ("kernels", {"transformers", "memory", "eval", "pmd"}), ("memory", {"torch", "transformers", "kernels", "eval", "pmd"}),
-    ("eval", {"torch", "transformers", "kernels", "memory", "pmd"})])
+    ("eval", {"torch", "transformers", "matplotlib", "kernels", "memory", "pmd", "report"}),
+    ("report", {"torch", "transformers", "kernels", "memory", "pmd"})])
 def test_each_room_imports_alone(room, foreign):
     code = f"import sys, {room}; print(sorted(set(sys.modules) & {foreign!r}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"

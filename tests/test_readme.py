@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import eval as eval_module
 import memory
 import pmd
 from eval import load_task, verify
@@ -70,3 +71,18 @@ def test_the_example_task_loads(tmp_path):
     for p in task.test:
         a, b = map(int, re.findall(r"\d", p.prompt))
         assert verify(p, f"{a} + {b} = {a + b}.").reward == 1 and verify(p, f"{a + b} or {a + b + 1}").reward == 0
+
+
+def test_the_example_verifier_and_its_row_work(tmp_path, monkeypatch):
+    """The README's own task: the file up to where it would start a run, then its problem."""
+    code = re.search(r"```python\n(# capitals\.py.*?)```", README, re.DOTALL)[1]
+    started = []
+    monkeypatch.setattr(pmd, "main", lambda: started.append(True))
+    monkeypatch.setattr("eval.VERIFIERS", dict(eval_module.VERIFIERS))
+    exec(compile(code, "capitals.py", "exec"), {})
+    line = re.search(r"^(\{.*\})$", README.split("capitals.py")[-1], re.MULTILINE)[1]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(line + "\n")
+    problem, = load_task(str(tmp_path), dev=0).test
+    assert started and verify(problem, "Oslo.\n").reward == 1 and verify(problem, "Bergen").reward == 0
+    assert verify(problem, " ").feedback == "The reply was empty."

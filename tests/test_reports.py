@@ -279,11 +279,20 @@ def test_variants_have_rows_of_their_own(make_run):
     assert line(text.split("Not in the paper's tables")[1], "PMD, lenient")
 
 
+DEV = '{"step": 0, "split": "dev", "avg_at_k": 0}\n'
+ANSWER = '{"problem": "p%d", "answer": "A", "reward": 1, "tokens": 1}\n'
+
+
 @pytest.mark.parametrize("name, text, message", [
-    ("metrics.jsonl", '{"step": 0}\n{"split": "test"}\n', "metrics.jsonl, line 2 has no step"),
-    ("metrics.jsonl", '{"step": 1}\n', "has no evaluation on test yet"),
-    ("metrics.jsonl", '{"step": 0}\n{"step": ', "metrics.jsonl, line 2 is not JSON"),
+    ("metrics.jsonl", DEV + '{"split": "test"}\n', "metrics.jsonl, line 2 has no step"),
+    ("metrics.jsonl", DEV + '{"split": "test", "step": 0}\n', "metrics.jsonl, line 2 has no avg_at_k"),
+    ("metrics.jsonl", DEV + '{"step": 1, "seconds": {}, "memory": {}}\n', "metrics.jsonl, line 2 has no keywords"),
+    ("metrics.jsonl", DEV, "has no evaluation on test yet"),
+    ("metrics.jsonl", DEV + '{"step": ', "metrics.jsonl, line 2 is not JSON"),
     ("config.json", '{"task": "nano",\n', "config.json, line 2 is not JSON"),
+    ("config.json", '{"task": "nano"}', "config.json has no model"),
+    ("evals/10-test.jsonl", ANSWER % 0 + ANSWER % 0 + ANSWER % 1, "10-test.jsonl is not whole: .* 1 or 2 samples each"),
+    ("evals/10-test.jsonl", "", "10-test.jsonl is not whole: its problems have no samples"),
     ("evals/10-test.jsonl", '{"problem": "p0"}\n', "10-test.jsonl, line 1 has no reward"),
     ("evals/10-test.jsonl", "[1]\n", "10-test.jsonl, line 1 is not a JSON object"),
     ("evals/10-test.jsonl", None, "not exist")])
@@ -293,6 +302,16 @@ def test_broken_runs_are_named(make_run, name, text, message):
     with pytest.raises(SystemExit, match=message) as caught:
         ev.main(["compare", str(run)])
     assert "\n" not in str(caught.value)
+
+
+def test_the_last_words_of_a_run_say_of_what_they_speak():
+    """Window, count and protocol; and whether a memory was in the prompt."""
+    row = {"avg_at_k": 0.5, "interval": [0.4, 0.6], "k": 4, "n_problems": 131, "step": 5, "n_checkpoints_searched": 2}
+    data = "livecodebench (sdpo, 2025-02-01 to 2025-05-01, 131 problems)"
+    summary = {"data": data, "base": row, "final": row, "dev_best": None, "test_best": {**row, "interval": None}}
+    said = f"avg@4 on 131 held-out problems of {data}, no memory in the prompt"
+    assert said in report.table({"pmd": summary}).split("\n")[0]
+    assert "memory in the prompt of frozen-policy alone" in report.table({"pmd": summary, "frozen-policy": summary})
 
 
 def test_no_run_at_all():
