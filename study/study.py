@@ -60,9 +60,9 @@ ARMS = {"pmd-solved": {"method": "pmd", "supervise": "solved"}}  # the other rea
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
 CHECKPOINTS = {0: "nano", 1: HERE / "models" / "1", 2: HERE / "models" / "2"}  # by the seed of pre-training
 SIZES = {"0.2M": HERE / "models" / "small", "0.6M": "nano", "0.9M": HERE / "models" / "large"}
-WORLDS = {200 + i: i // 8 for i in range(24)}  # {world: checkpoint}
+WORLDS = {200 + 8 * c + i: c for i in range(8) for c in CHECKPOINTS}  # {world: checkpoint}, in the order of the runs
 TUNING_WORLDS = {100: 0, 101: 1, 102: 2}
-KNOB_WORLDS = dict(list(WORLDS.items())[:8])  # those of the shipped checkpoint
+KNOB_WORLDS = {world: c for world, c in WORLDS.items() if c == 0}  # those of the shipped checkpoint
 TIERS = ("experience", "experience,insight", "experience,insight,behavior")
 WORLD_KINDS = {  # arguments of nano.make.make_world
     "plain": {},
