@@ -3,7 +3,7 @@
     python study/study.py                      # the declared grid: tuning, main, tiers (about two hours on two cores)
     python study/study.py --parts knobs        # a further part, or several: groups,rarity,sharing,rates,wrong,epochs
     python study/study.py --report             # study/results.md and the figures again, from the records
-    python study/study.py --quick --out FOLDER # two worlds, thirty steps, some minutes: shows that all of it works
+    python study/study.py --quick --out FOLDER # two worlds, twenty steps, some minutes: shows that all of it works
 
 Declared before the first run (this text, the grid below and tables.py were committed first):
 
@@ -308,7 +308,7 @@ def main():
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "study", help="the runs themselves; may be "
                         "deleted, and what is needed of them is made again")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--quick", action="store_true", help="two worlds, 30 steps: a check of the machinery, no result")
+    parser.add_argument("--quick", action="store_true", help="two worlds, 20 steps: a check of the machinery, no result")
     parser.add_argument("--report", action="store_true", help="tables and figures only")
     args = parser.parse_args()
     pmd.transformers_logging.set_verbosity_error()
@@ -318,7 +318,7 @@ def main():
             parser.error("--quick needs an --out of its own: its records are no results")
         global WORLDS, KNOB_WORLDS, TUNING_WORLDS, RATES
         WORLDS, KNOB_WORLDS, TUNING_WORLDS, RATES = {200: 0, 208: 1}, {200: 0}, {100: 0}, RATES[2:3]
-        short = {"steps": 30, "eval_problems": 40}
+        short = {"steps": 20, "eval_problems": 24}
         args.work = args.out / "runs"
     args.out.mkdir(parents=True, exist_ok=True)
     records = read(args.out / "records.jsonl")
