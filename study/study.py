@@ -1,7 +1,7 @@
 """The study: does PMD beat SDPO, when, and why? Every table of the paper in the embedded world, with seeds.
 
     python study/study.py                      # the declared grid: tuning, main, tiers (about two hours on two cores)
-    python study/study.py --parts knobs        # a further part, or several: groups,rarity,sharing,rates,wrong,epochs
+    python study/study.py --parts knobs        # a further part, or several: groups,rarity,sharing,rates,wrong,epochs,teacher
     python study/study.py --report             # study/results.md and the figures again, from the records
     python study/study.py --quick --out FOLDER # two worlds, twenty steps, some minutes: shows that all of it works
 
@@ -143,12 +143,14 @@ def grid(part, rates) -> list[Job]:
         return [job for grounded in (True, False) for share in (0.0, 0.1, 0.3, 0.5) if share or not grounded for job in
                 cells(part, ["pmd", "pmd-transient"], KNOB_WORLDS, rates, f"-{share:g}-{'' if grounded else 'un'}grounded",
                       wrong=share, flags={"ground_insights": grounded})]
+    if part == "teacher":
+        return cells(part, COMPARED[1:], KNOB_WORLDS, rates, "-live", flags={"teacher": "live"})
     if part == "epochs":
         return cells(part, COMPARED, KNOB_WORLDS, rates, "-160", flags={"steps": 2 * STEPS})
-    raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last six")
+    raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last seven")
 
 
-KNOBS = ("groups", "rarity", "sharing", "rates", "wrong", "epochs")
+KNOBS = ("groups", "rarity", "sharing", "rates", "wrong", "epochs", "teacher")
 PARTS = ("tuning", "main", "tiers", "transfer", *KNOBS)
 
 
@@ -303,7 +305,7 @@ def read(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last six")
+    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last seven")
     parser.add_argument("--out", type=Path, default=HERE, help="records, tables and figures are written here")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "study", help="the runs themselves; may be "
                         "deleted, and what is needed of them is made again")

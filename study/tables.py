@@ -321,6 +321,8 @@ SETTINGS = {
     "sharing": ("How much problems share", [("16 names, syllables shared", "rarity", "-common"),
                                             ("16 names, none shared", "sharing", "-apart")]),
     "rates": ("Learning rate", [(f"{r:g}", "rates", f"-{r:g}") for r in (3e-4, 6e-4, 1e-3, 2e-3)]),
+    "teacher": ("The teacher's weights", [("average of the student's, 0.05", "main", ""),
+                                          ("the student's own (Eq. 6)", "teacher", "-live")]),
     "epochs": ("Steps", [("80", "main", ""), ("160 (score after 160)", "epochs", "-160")])}
 
 
