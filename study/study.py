@@ -305,7 +305,7 @@ def read(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last seven")
+    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last 7")
     parser.add_argument("--out", type=Path, default=HERE, help="records, tables and figures are written here")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "study", help="the runs themselves; may be "
                         "deleted, and what is needed of them is made again")
