@@ -314,7 +314,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="tables and figures only")
     args = parser.parse_args()
     pmd.transformers_logging.set_verbosity_error()
-    names, short = args.parts.replace("knobs", ",".join(KNOBS)).split(","), {}
+    names, short = [] if args.report else args.parts.replace("knobs", ",".join(KNOBS)).split(","), {}
     if args.quick:
         if args.out == HERE:
             parser.error("--quick needs an --out of its own: its records are no results")
@@ -328,7 +328,7 @@ def main():
     if missing := sorted(path for path in used if not Path(path).is_dir()):
         parser.error(f"no checkpoint at {', '.join(missing)}; see {HERE / 'README.md'}")
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        for name in [] if args.report else names:
+        for name in names:
             jobs = grid(name, tuned(records))
             left = [job for job in jobs if job.name not in records]
             print(f"{name}: {len(jobs)} runs, {len(left)} of them left, about "
