@@ -140,7 +140,7 @@ def report(records, times, rates, out, grid) -> str:
         "chemistry. The paper's numbers (Qwen3-8B, average of four SciKnowEval domains, one run each, in percent) stand "
         "beside ours for the order only.")
 
-    if rates:
+    if any(name.startswith("tuning/") for name in records):
         def scored(method, rate):
             scores = tuning(records, method, rate)
             mean = f"{np.mean(scores):.3f}" if scores else "-"
