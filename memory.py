@@ -155,7 +155,7 @@ CODE = forms_in_words(
 FORMS = {"nano": NANO, "question": QUESTION, "code": CODE}
 
 
-def compose(problem, strategies=(), lessons=(), behaviors=(), examples=(), solution="", feedback="") -> str:
+def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedback="", examples=()) -> str:
     """The teacher's user message, block by block as in B.2; blocks without content are left out (Eq. 4 and 5).
 
     problem: str. strategies, lessons: (title, content) pairs. behaviors: (name, instruction) pairs. examples: (problem,

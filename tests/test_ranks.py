@@ -2,8 +2,9 @@
 
 Sums over shards are taken in another order, which moves a float32 loss by about 1e-7 of itself; Adam divides a gradient by
 its own size, so an element whose gradient is nearly 0 can move by a share of the learning rate (1e-3) whatever it was. Hence
-the tolerances: 1e-4 relative for metrics, and for weights of size 1 after six updates 1e-4, which one in 10,000 elements may
-miss by less than one update's learning rate.
+the tolerances: 1e-4 relative for metrics, and for weights of size 1 after six updates 1e-4, which one in 100 elements may miss
+by less than one update's learning rate: under GRPO an untied head's rows of tokens that hardly ever come have such gradients
+(2 in 1,000 were seen). A wrong sum over ranks moves them all.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ def assert_same(one, other):
     assert sorted(weights) == sorted(others)
     for name, tensor in weights.items():
         apart = (others[name] - tensor).abs()
-        assert apart.max() < 1e-3 and (apart > 1e-4).float().mean() < 1e-4, name
+        assert apart.max() < 1e-3 and (apart > 1e-4).float().mean() < 1e-2, name
 
 
 @pytest.fixture(scope="module")
