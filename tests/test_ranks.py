@@ -2,9 +2,9 @@
 
 Sums over shards are taken in another order, which moves a float32 loss by about 1e-7 of itself; Adam divides a gradient by
 its own size, so an element whose gradient is nearly 0 can move by a share of the learning rate (1e-3) whatever it was. Hence
-the tolerances: 1e-4 relative for metrics, and for weights of size 1 after six updates 1e-4, which one in 100 elements may miss
-by less than one update's learning rate: under GRPO an untied head's rows of tokens that hardly ever come have such gradients
-(2 in 1,000 were seen). A wrong sum over ranks moves them all.
+the tolerances: 1e-4 relative for metrics, and for weights of size 1 after six updates 1e-4, which one in 100 elements may
+miss by less than one update's learning rate: under GRPO an untied head's rows of tokens that hardly ever come have such
+gradients (2 in 1,000 were seen). A wrong sum over ranks moves them all.
 """
 
 import contextlib
