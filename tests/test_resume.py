@@ -108,8 +108,12 @@ def test_the_second_signal_ends_it_at_once(make_config, monkeypatch):
         return record(self, step, rollouts)
 
     monkeypatch.setattr(mem.Memory, "record", told_twice)
-    with pytest.raises(KeyboardInterrupt):
-        pmd.train(small(make_config, name="x"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pmd.train(small(make_config, name="x"))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_time_limit_and_the_exit_status(make_config):
