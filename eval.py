@@ -791,6 +791,7 @@ def evaluate(argv):
         found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
         records.write_lines(folder / "metrics.jsonl", [found])
         print(evaluated(task.name, found))
+    pmd.end_ranks()
 
 
 def main(argv=None):

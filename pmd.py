@@ -70,6 +70,7 @@ from ranks import (
     compute,
     compute_dtype,
     device_of,
+    end_ranks,
     forward,
     gather,
     local,
@@ -1128,7 +1129,9 @@ def main():
         sys.exit(f"pmd.py: {error}")
     try:
         summaries = {run.method: train(run) for run in runs}
+        end_ranks()
     except Stopped as stopped:
+        end_ranks()
         print(f"pmd.py: {stopped}", file=sys.stderr)
         sys.exit(stopped.code)
     except (FloatingPointError, OSError) as error:

@@ -57,6 +57,13 @@ def start_ranks(cfg):
         os.execv(sys.executable, command)
 
 
+def end_ranks():
+    """Leaves the group, where all ranks leave: a thread of gloo that outlives the interpreter can abort its process
+    (pytorch/pytorch#179291). A rank that fails does not call it, since NCCL may then wait for the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def device_of(cfg):
     """This rank's device."""
     if cfg.device not in ("", "cuda"):
