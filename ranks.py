@@ -59,8 +59,9 @@ def start_ranks(cfg):
 
 def end_ranks():
     """Leaves the group, where all ranks leave: a thread of gloo that outlives the interpreter can abort its process
-    (pytorch/pytorch#179291). A rank that fails does not call it, since NCCL may then wait for the others."""
-    if dist.is_initialized():
+    (pytorch/pytorch#179291). A rank that fails does not call it, since NCCL may then wait for the others. vLLM, once it is
+    imported, leaves the group itself, and complains where that was done before."""
+    if dist.is_initialized() and "vllm" not in sys.modules:
         dist.destroy_process_group()
 
 
