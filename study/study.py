@@ -1,7 +1,7 @@
 """The study: does PMD beat SDPO, when, and why? Every table of the paper in the embedded world, with seeds.
 
     python study/study.py                      # the declared grid: tuning, main, tiers (about two hours on two cores)
-    python study/study.py --parts knobs        # a further part, or several: groups,rarity,sharing,rates,wrong,epochs,teacher
+    python study/study.py --parts knobs        # a further part, or several: rarity,groups,wrong,sharing,teacher,epochs,rates
     python study/study.py --report             # study/results.md and the figures again, from the records
     python study/study.py --quick --out FOLDER # two worlds, twenty steps, some minutes: shows that all of it works
 
@@ -136,9 +136,9 @@ def grid(part, rates) -> list[Job]:
         return cells(part, COMPARED, KNOB_WORLDS, rates, "-apart", kind="apart") + [
             job for kind in ("apart", "common") for job in
             cells(part, ["pmd"], KNOB_WORLDS, rates, f"-{kind}-nobehavior", kind=kind, flags={"tiers": TIERS[1]})]
-    if part == "rates":
-        return [job for rate in RATES for job in
-                cells(part, COMPARED, KNOB_WORLDS, dict.fromkeys(COMPARED, rate), f"-{rate:g}")]
+    if part == "rates":  # a method's own rate is in main
+        return [job for rate in RATES for job in cells(part, [m for m in COMPARED if rates.get(m) != rate], KNOB_WORLDS,
+                                                       dict.fromkeys(COMPARED, rate), f"-{rate:g}")]
     if part == "wrong":
         return [job for grounded in (True, False) for share in (0.0, 0.1, 0.3, 0.5) if share or not grounded for job in
                 cells(part, ["pmd", "pmd-transient"], KNOB_WORLDS, rates, f"-{share:g}-{'' if grounded else 'un'}grounded",
@@ -150,7 +150,7 @@ def grid(part, rates) -> list[Job]:
     raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last seven")
 
 
-KNOBS = ("groups", "rarity", "sharing", "rates", "wrong", "epochs", "teacher")
+KNOBS = ("rarity", "groups", "wrong", "sharing", "teacher", "epochs", "rates")
 PARTS = ("tuning", "main", "tiers", "transfer", *KNOBS)
 
 

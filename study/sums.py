@@ -21,5 +21,5 @@ folder.mkdir(parents=True, exist_ok=True)
 for split, part in (("train", problems[:32]), ("test", problems[32:96])):
     with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
         for question, answer in part:
-            row = {"id": question.split(": ")[1].rstrip(" ="), "prompt": question, "answer": answer, "verifier": "last_number"}
-            file.write(json.dumps(row) + "\n")
+            row = {"id": question.split(": ")[1].rstrip(" ="), "prompt": question, "answer": answer}
+            file.write(json.dumps(row | {"verifier": "last_number"}) + "\n")

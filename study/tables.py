@@ -192,7 +192,7 @@ def report(records, times, rates, out, grid) -> str:
     memory_over_time(say, main)
     transfer(say, records, grid.SIZES)
     cost(say, main, times)
-    knobs(say, records, checkpoints, grid.KNOBS, grid.COMPARED)
+    knobs(say, records, checkpoints, rates, grid.KNOBS, grid.COMPARED)
     (out / "results.md").write_text("\n".join(lines), encoding="utf-8")
     figures(main, records, checkpoints, grid.SIZES, out)
     return f"{out / 'results.md'} and its figures"
@@ -326,7 +326,7 @@ SETTINGS = {
     "epochs": ("Steps", [("80", "main", ""), ("160 (score after 160)", "epochs", "-160")])}
 
 
-def knobs(say, records, checkpoints, parts, compared_methods):
+def knobs(say, records, checkpoints, rates, parts, compared_methods):
     shown = [part for part in parts if any(name.startswith(f"{part}/") for name in records)]
     if not shown:
         return
@@ -342,7 +342,10 @@ def knobs(say, records, checkpoints, parts, compared_methods):
         title, settings = SETTINGS[part]
         rows = []
         for setting, where, suffix in settings:
-            cells = {m: Cell(records, where, m + suffix) for m in compared_methods}
+            cells = {}
+            for m in compared_methods:
+                at_its_own_rate = part == "rates" and suffix == f"-{rates.get(m, 0):g}"
+                cells[m] = Cell(records, "main", m) if at_its_own_rate else Cell(records, where, m + suffix)
             worlds = set(Cell(records, part, "pmd" + settings[-1][2]).runs)
             of = Cell.final if part == "epochs" else Cell.auc
             scores = {m: {w: v for w, v in of(c).items() if w in worlds} for m, c in cells.items() if c}
@@ -460,6 +463,8 @@ def figures(main, records, checkpoints, sizes, out):
         for how, style in (("grounded", "-"), ("ungrounded", "--")):
             for i, m in enumerate(("pmd", "pmd-transient")):
                 points = [(share, spread(pair[i].auc().values())) for h, share, *pair in rows if h == how and pair[i]]
+                if not points:
+                    continue
                 x, y = [p[0] for p in points], np.array([p[1] for p in points])
                 ax.errorbar(x, y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), label=f"{NAMES[m]}, {how}", color=COLORS[m],
                             linestyle=style, marker="o", capsize=3)

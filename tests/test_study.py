@@ -135,3 +135,33 @@ def test_the_report_says_who_is_ahead_first(tmp_path, ahead):
     assert "| PMD | 2.00 [2.00, 2.00] |" in text and "results.md" in said
     for name in ("curves", "differences", "memory"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_knobs_are_paired_with_main_in_the_same_worlds(tmp_path):
+    rows = [record(f"main/{m}/{w}", w, scores=(0, 0.4, 0.4 + (m == "pmd") * 0.2))
+            for m in study.COMPARED for w in range(200, 204)]
+    rows += [record(f"groups/{m}-{g}/{w}", w, scores=(0, g / 10, g / 10))
+             for m in ("pmd", "sdpo") for g in (2, 8) for w in (200, 201)]
+    rows += [record(f"rates/{m}-{rate:g}/{w}", w, scores=(0, 0.1, 0.1 + (m == "sdpo") * 0.1))
+             for m in ("pmd", "sdpo") for rate in study.RATES[1:] for w in (200, 201)]
+    rows += [record(f"wrong/pmd-0.5-ungrounded/{w}", w, scores=(0, 0.25, 0.25)) for w in (200, 201)]
+    rows += [record(f"transfer/{size}-reads-{m}/{w}", w, scores=(s, s, s)) for size in study.SIZES for w in (200, 201)
+             for m, s in (("nothing", 0.0), ("frozen-policy", 0.5), ("pmd", 0.75))]
+    tables.report(records_of(*rows), {}, {"pmd": study.RATES[0], "sdpo": study.RATES[1]}, tmp_path, study)
+    text = (tmp_path / "results.md").read_text()
+    cells = {}  # {title: rows}
+    for block in text.split("### ")[1:]:
+        lines = [line.split("|")[1:-1] for line in block.splitlines() if "|" in line]
+        cells[block.splitlines()[0]] = [[cell.strip() for cell in line] for line in lines]
+    by_group = {row[0]: row for row in cells["Group size"]}
+    assert [by_group[g][3] for g in "248"] == ["0.200 [0.200, 0.200]", "0.500 [0.500, 0.500]", "0.800 [0.800, 0.800]"]
+    assert by_group["4"][6] == "0.100 [0.100, 0.100]" and by_group["8"][6] == "0.000 [0.000, 0.000]"
+    rates = {row[0]: row for row in cells["Learning rate"]}
+    assert rates["0.0003"][3] == "0.500 [0.500, 0.500]" and rates["0.0006"][2] == "0.400 [0.400, 0.400]"  # their own: main
+    assert rates["0.001"][2] == "0.150 [0.150, 0.150]" and rates["0.0006"][3] == "0.100 [0.100, 0.100]"
+    wrong = cells["How wrong may insights be?"]
+    assert ["grounded", "0", "0.500 [0.500, 0.500]", "0.400 [0.400, 0.400]"] in wrong
+    assert ["ungrounded", "0.5", "0.250 [0.250, 0.250]", "-"] in wrong
+    assert text.count("| 0.000 [0.000, 0.000] | 0.500 [0.500, 0.500] | 0.750 [0.750, 0.750] |") == 3
+    for name in ("transfer", "harm"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
