@@ -158,7 +158,7 @@ def report(records, times, rates, out, grid) -> str:
             "policy has it there, or it would score as the base.", "",
             markdown(head, [base, *(results_row(m, c, m) for m, c in main.items() if "experience" not in m)]))
         pairs = [("pmd", "sdpo"), ("pmd", "grpo"), ("sdpo", "grpo"), ("pmd-solved", "pmd"), ("pmd-solved", "sdpo"),
-                 ("pmd", "pmd-transient"), ("pmd-transient", "sdpo"),
+                 ("pmd-solved", "grpo"), ("pmd", "pmd-transient"), ("pmd-transient", "sdpo"),
                  ("pmd", "frozen-memory"), ("pmd", "pmd-experience,insight"), ("pmd-experience,insight", "pmd-experience"),
                  ("pmd-experience", "sdpo")]
         for title, of in (("AUC", Cell.auc), ("final score", Cell.final)):
@@ -412,18 +412,20 @@ def figures(main, records, checkpoints, sizes, out):
         axes[0].set_ylabel("avg@4 on held-out problems")
         save(figure, out / "curves.png")
     if {"pmd", "sdpo"} <= main.keys():
-        figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
-        others = [m for m in ("sdpo", "grpo", "pmd-transient", "frozen-memory") if m in main]
-        for i, m in enumerate(others):
-            d = gaps(main["pmd"].auc(), main[m].auc())
+        figure, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+        pairs = [(a, b) for a, b in (("pmd", "sdpo"), ("pmd-solved", "sdpo"), ("pmd", "grpo"), ("pmd-solved", "grpo"),
+                                     ("pmd", "pmd-transient"), ("pmd", "frozen-memory")) if {a, b} <= main.keys()]
+        for i, (a, b) in enumerate(pairs):
+            d = gaps(main[a].auc(), main[b].auc())
             for c in sorted(set(checkpoints.values())):
                 x = [v for w, v in d.items() if checkpoints[w] == c]
                 ax.plot(x, np.full(len(x), i) + 0.12 * (c - 1), ".", color=f"C{c}",
                         label=None if i else f"checkpoint {c}")
             value, low, high = spread(d.values())
-            ax.errorbar(value, i + 0.35, xerr=[[value - low], [high - value]], fmt="kD", markersize=4, capsize=3)
+            ax.errorbar(value, i - 0.35, xerr=[[value - low], [high - value]], fmt="kD", markersize=4, capsize=3)
         ax.axvline(0, color="gray", linewidth=1)
-        ax.set_yticks(range(len(others)), [f"PMD - {NAMES[m]}" for m in others])
+        ax.set_yticks(range(len(pairs)), [f"{NAMES[a]}\n- {NAMES[b]}" for a, b in pairs], fontsize=8)
+        ax.invert_yaxis()
         ax.set(xlabel="difference in AUC, a point a world; diamond: mean and 95% interval")
         ax.legend(fontsize=8)
         ax.grid(axis="x", alpha=0.3)
