@@ -490,14 +490,15 @@ class VLLM(Sampler):
         longest = min(cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
                       self.trained.config.max_position_embeddings)
         memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True} if self.cuda else {
-            "kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+            "kv_cache_memory_bytes": 2**30, "enforce_eager": True,
+            "enable_chunked_prefill": False}  # it rewinds a request's generator, which a CPU's can't do
         # torchrun's ranks are the engines': each on the GPU of its LOCAL_RANK (else all would take the first one)
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
             if world() > 1 else {}
         self.params = vllm.SamplingParams
         self.llm = vllm.LLM(
             str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained.device, cfg)).removeprefix("torch."),
-            max_model_len=longest, max_num_batched_tokens=max(8192, longest),  # no chunked prefill: it breaks seeds on CPU
+            max_model_len=longest, max_num_batched_tokens=max(8192, longest),
             generation_config="vllm", logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
             enable_prefix_caching=True, disable_log_stats=True, seed=cfg.seed, **memory, **parallel)
         self.verify()

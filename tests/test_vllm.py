@@ -91,6 +91,12 @@ def test_everything_the_engine_claims(name, untied, problems, make_config):
             assert s.finished == (s.ids[-1] in sampler.eos) and len(s.ids) <= cfg.max_completion
             assert len(s.ids) == len(s.rollout_logprobs)
 
+    # more prompts than one batch holds: none may be cut in two, or its draws would change
+    prompts = torch.randint(20, 100, (250, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    many = sampler.generate(prompts, [("many", i) for i in range(250)], 8, 1.0, 1.0)
+    last, = sampler.generate(prompts[-1:], [("many", 249)], 8, 1.0, 1.0)
+    assert last.ids == many[-1].ids and len({tuple(s.ids) for s in many}) > 100
+
     # the first token follows the model's own distribution at the temperature asked for
     prompt = alone[0][0].prompt_ids + alone[0][0].ids[:5]  # nano repeats the digits and the syllable, and has to guess
     with torch.no_grad():
