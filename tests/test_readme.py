@@ -64,6 +64,19 @@ def test_deviations_are_those_of_the_code():
     assert len(code) >= 9 and said == code
 
 
+def test_the_numbers_of_the_study_are_those_of_its_tables():
+    """A method's scores stand in its row there; a difference anywhere."""
+    said = re.search(r"^## Results\n(.*?)^## ", README, re.M | re.S)[1]
+    tables = (HERE / "study" / "results.md").read_text()
+    interval = re.compile(r"-?\d\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\]")
+    assert len(interval.findall(said)) >= 20 and all(found in tables for found in interval.findall(said))
+    rows = re.findall(r"^\| (\w[^|(]*?)(?: \(.*?\))? \|(.*?\|.*?)\|", said, re.M)
+    assert len([scores for _, scores in rows if interval.search(scores)]) >= 9
+    for method, scores in rows:
+        for score in interval.findall(scores):
+            assert re.search(rf"^\| {re.escape(method)} \|.*{re.escape(score)}", tables, re.M), (method, score)
+
+
 def test_the_example_task_loads(tmp_path):
     subprocess.run([sys.executable, "examples/sums.py", tmp_path / "sums"], cwd=HERE, check=True)
     task = load_task(str(tmp_path / "sums"))
