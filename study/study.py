@@ -141,7 +141,7 @@ def grid(part, rates) -> list[Job]:
                                                        dict.fromkeys(COMPARED, rate), f"-{rate:g}")]
     if part == "wrong":
         return [job for grounded in (True, False) for share in (0.0, 0.1, 0.3, 0.5) if share or not grounded for job in
-                cells(part, ["pmd", "pmd-transient"], KNOB_WORLDS, rates, f"-{share:g}-{'' if grounded else 'un'}grounded",
+                cells(part, ["pmd", "pmd-solved"], KNOB_WORLDS, rates, f"-{share:g}-{'' if grounded else 'un'}grounded",
                       wrong=share, flags={"ground_insights": grounded})]
     if part == "teacher":
         return cells(part, COMPARED[1:], KNOB_WORLDS, rates, "-live", flags={"teacher": "live"})
@@ -329,7 +329,8 @@ def main():
         parser.error(f"no checkpoint at {', '.join(missing)}; see {HERE / 'README.md'}")
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
         for name in names:
-            jobs = grid(name, tuned(records))
+            # world after world, so that a part which is stopped has whole worlds
+            jobs = sorted(grid(name, tuned(records)), key=lambda job: [*TUNING_WORLDS, *WORLDS].index(job.world))
             left = [job for job in jobs if job.name not in records]
             print(f"{name}: {len(jobs)} runs, {len(left)} of them left, about "
                   f"{estimate(left) / args.workers / 3600:.1f} hours with {args.workers} at a time", flush=True)

@@ -335,7 +335,7 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
         if part == "wrong":
             say("### How wrong may insights be?", "A share of the operations in the strategies that reflection writes is "
                 "exchanged for wrong ones, before the memory sees them.", "",
-                markdown(["", "share", "PMD", "PMD, transient memory"], [
+                markdown(["", "share", NAMES["pmd"], NAMES["pmd-solved"]], [
                     [how, f"{share:g}", *(text(c.auc().values()) if c else "-" for c in pair)]
                     for how, share, *pair in wrong(records)]), "", "![memory that harms](harm.png)")
             continue
@@ -367,12 +367,12 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
 
 
 def wrong(records):
-    """(grounded or not, share, PMD's cell, the transient one's)"""
+    """(grounded or not, share, PMD's cell, that of PMD supervised as SDPO is)"""
     for grounded in (True, False):
         how = "grounded" if grounded else "ungrounded"
         for share in (0.0, 0.1, 0.3, 0.5):
             where, suffix = ("main", "") if grounded and not share else ("wrong", f"-{share:g}-{how}")
-            pair = [Cell(records, where, m + suffix) for m in ("pmd", "pmd-transient")]
+            pair = [Cell(records, where, m + suffix) for m in ("pmd", "pmd-solved")]
             worlds = {r["world"] for name, r in records.items() if name.startswith("wrong/")}
             for cell in pair:
                 cell.runs = {w: r for w, r in cell.runs.items() if w in worlds}
@@ -463,7 +463,7 @@ def figures(main, records, checkpoints, sizes, out):
     if any(name.startswith("wrong/") for name in records):
         figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
         for how, style in (("grounded", "-"), ("ungrounded", "--")):
-            for i, m in enumerate(("pmd", "pmd-transient")):
+            for i, m in enumerate(("pmd", "pmd-solved")):
                 points = [(share, spread(pair[i].auc().values())) for h, share, *pair in rows if h == how and pair[i]]
                 if not points:
                     continue
