@@ -108,6 +108,7 @@ NANO = Forms(
 
 ITEM = '{"title": "at most ten words", "content": "two to four sentences"}'
 BEHAVIOR = '"name": "behavior_...", "instruction": "one or two sentences"'
+ECHOES = ("at most ten words", "two to four sentences", "one or two sentences")  # what a model that does not follow copies
 
 
 def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Forms:
@@ -563,8 +564,9 @@ class Memory:
                 ids = json.dumps([a.id for a in evidence])
                 for title, content in items:
                     item = Item(0, "insight", kind, problem.id, title, content, evidence=ids, policy_step=step - 1)
-                    if self._measured(item) and evidence and (not self.ground_insights or any(
-                            self._contained(content, f"{a.text}\n{a.feedback}") for a in evidence)):
+                    if self._measured(item) and evidence and content.casefold() not in ECHOES and (
+                            not self.ground_insights or
+                            any(self._contained(content, f"{a.text}\n{a.feedback}") for a in evidence)):
                         written.append(item)
                     else:
                         self._events[problem.id, "insight_rejected"] += 1
@@ -600,7 +602,7 @@ class Memory:
                            any(self._contained(instruction, text) for text in texts)]
                 item = Item(0, "behavior", "behavior", "", name, instruction, evidence=json.dumps(sources),
                             policy_step=None if self.written_elsewhere else step - 1)
-                supported = len(sources) >= 2 or not self.ground_insights
+                supported = (len(sources) >= 2 or not self.ground_insights) and instruction.casefold() not in ECHOES
                 if not (self._measured(item) and name.startswith("behavior_") and supported):
                     self._events["", "behavior_rejected"] += 1
                 elif name not in by_name or by_name[name].text != instruction:

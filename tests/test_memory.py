@@ -136,6 +136,25 @@ def test_a_kind_without_evidence_is_rejected(make_memory):
     assert [i.kind for i in memory.living("insight")] == ["lesson"] and memory.counts()["insight_rejected"] == 1
 
 
+def test_the_words_of_the_form_are_no_insight_and_no_behavior(make_memory):
+    """SmolLM2-135M gives the form back as it is, or with a capital."""
+    asked = mem.QUESTION.lessons_only, mem.QUESTION.cold_start
+    lessons, behaviors = (json.loads(form[form.index("{"):]) for form in asked)
+    lessons["lessons"][0]["content"] = lessons["lessons"][0]["content"].capitalize()
+    behaviors["behaviors"][0]["name"] = "behavior_x"
+    replies = iter((lessons, json.loads(insight_reply(["Balance the charges."])), behaviors))
+    memory = make_memory(lambda prompt: json.dumps(next(replies)), clusters=1)
+    memory.add_problems([P])
+    memory.record(1, attempts(["loss"], [0]))
+    memory.reflect(1, [P])
+    assert memory.living("insight") == [] and memory.counts()["insight_rejected"] == 1
+    memory.record(2, attempts(["win"], [1], step=2))
+    memory.reflect(2, [P])
+    memory.abstract(2)
+    assert len(memory.living("insight")) == 1 and memory.living("behavior") == []
+    assert memory.counts()["behavior_rejected"] == 1
+
+
 GOOD = insight_reply(["zo=rev"])
 
 
