@@ -13,6 +13,7 @@ import eval as eval_module
 import memory
 import pmd
 from eval import load_task, verify
+from records import read_lines
 
 HERE = Path(__file__).resolve().parent.parent
 README = (HERE / "README.md").read_text()
@@ -75,6 +76,19 @@ def test_the_numbers_of_the_study_are_those_of_its_tables():
     for method, scores in rows:
         for score in interval.findall(scores):
             assert re.search(rf"^\| {re.escape(method)} \|.*{re.escape(score)}", tables, re.M), (method, score)
+
+
+def test_the_numbers_of_the_demonstration_are_those_of_its_metrics():
+    text = (HERE / "study" / "README.md").read_text()
+    for method in ("grpo", "sdpo", "pmd"):
+        rows = read_lines(HERE / "study" / "smollm2" / f"{method}.jsonl")
+        tests = [row for row in rows if row.get("split") == "test"]
+        scores = [f"{row['avg_at_k']:.3f}" for row in tests]
+        first, last = ("[{:.3f}, {:.3f}]".format(*tests[i]["interval"]) for i in (0, -1))
+        supervised = sum(row.get("supervised_tokens", 0) for row in rows)
+        assert f"| {method.upper()} | {scores[0]} {first} | {scores[1]} | {scores[2]} | {scores[3]} {last} | " \
+            f"{tests[-1]['tokens']:.0f} | {supervised} |" in text
+        assert {scores[0], scores[3]} <= set(re.findall(r"0\.\d{3}", README.split("On real text")[1].split("## ")[0]))
 
 
 def test_the_example_task_loads(tmp_path):
