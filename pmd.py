@@ -1130,10 +1130,9 @@ def main():
         sys.exit(f"pmd.py: {error}")
     try:
         summaries = {run.method: train(run) for run in runs}
-        end_ranks()
     except Stopped as stopped:
-        end_ranks()
         print(f"pmd.py: {stopped}", file=sys.stderr)
+        end_ranks(stopped.code)
         sys.exit(stopped.code)
     except (FloatingPointError, OSError) as error:
         sys.exit(f"pmd.py: {error}")
@@ -1141,6 +1140,7 @@ def main():
         curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}
         plot_curves(curves, folder / "compare.png", title(next(iter(summaries.values()))))
         print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")
+    end_ranks()
 
 
 if __name__ == "__main__":

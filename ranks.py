@@ -4,6 +4,7 @@ the memory's file and writes the records. One process is a world of one rank, th
 cfg is pmd.Config throughout.
 """
 
+import atexit
 import functools
 import os
 import shlex
@@ -57,12 +58,20 @@ def start_ranks(cfg):
         os.execv(sys.executable, command)
 
 
-def end_ranks():
-    """Leaves the group, where all ranks leave: a thread of gloo that outlives the interpreter can abort its process
-    (pytorch/pytorch#179291). A rank that fails does not call it, since NCCL may then wait for the others. vLLM, once it is
-    imported, leaves the group itself, and complains where that was done before."""
-    if dist.is_initialized() and "vllm" not in sys.modules:
-        dist.destroy_process_group()
+def end_ranks(code=0):
+    """Ends the process of a rank, where all ranks end, after what is registered for its exit; outside torchrun does nothing.
+
+    Not through the interpreter's shutdown: torch's caches of sharded tensors keep gloo's threads beyond their group, and one
+    that still frees a tensor then aborts a process whose work is done (pytorch/pytorch#179291). A rank that fails does not
+    call this, since NCCL may wait for the others. vLLM, once imported, leaves the group itself, and complains otherwise.
+    """
+    if dist.is_initialized():
+        if "vllm" not in sys.modules:
+            dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def device_of(cfg):
