@@ -140,7 +140,7 @@ def grid(part, rates) -> list[Job]:
         return [job for rate in RATES for job in cells(part, [m for m in COMPARED if rates.get(m) != rate], KNOB_WORLDS,
                                                        dict.fromkeys(COMPARED, rate), f"-{rate:g}")]
     if part == "wrong":
-        return [job for grounded in (True, False) for share in (0.0, 0.1, 0.3, 0.5) if share or not grounded for job in
+        return [job for grounded in (True, False) for share in (0.0, 0.2, 0.5) if share or not grounded for job in
                 cells(part, ["pmd", "pmd-solved"], KNOB_WORLDS, rates, f"-{share:g}-{'' if grounded else 'un'}grounded",
                       wrong=share, flags={"ground_insights": grounded})]
     if part == "teacher":
@@ -250,7 +250,7 @@ class Unreliable(pmd.Sampler):
         exchanged = []
         for prompt, reply in zip(prompts, replies, strict=True):
             rng = random.Random(f"{self.cfg.seed} {self.step} {prompt}")
-            exchanged.append(re.sub(r'("content": ")(\w+)=(\w+)', lambda m, rng=rng: exchange(m, rng), reply))
+            exchanged.append(re.sub(r'("content": " *)(\w+)=(\w+)', lambda m, rng=rng: exchange(m, rng), reply))
         return exchanged
 
 

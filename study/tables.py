@@ -370,7 +370,7 @@ def wrong(records):
     """(grounded or not, share, PMD's cell, that of PMD supervised as SDPO is)"""
     for grounded in (True, False):
         how = "grounded" if grounded else "ungrounded"
-        for share in (0.0, 0.1, 0.3, 0.5):
+        for share in (0.0, 0.2, 0.5):
             where, suffix = ("main", "") if grounded and not share else ("wrong", f"-{share:g}-{how}")
             pair = [Cell(records, where, m + suffix) for m in ("pmd", "pmd-solved")]
             worlds = {r["world"] for name, r in records.items() if name.startswith("wrong/")}

@@ -13,6 +13,9 @@ sys.path.append(str(NANO.parent / "study"))
 import tables
 
 import study
+from memory import NANO as NANO_FORMS
+from memory import parse, parse_items, reflection_prompt
+from nano.make import attempt_text
 
 
 def record(name, world, checkpoint=0, scores=(0, 0.2, 0.4), dev=(0, 0, 0), **more):
@@ -102,6 +105,20 @@ def test_wrong_reflections_are_a_share_and_keyed(monkeypatch):
     assert 0.25 < sum(c != "vo=rev" for c in contents) / len(contents) < 0.35
     assert all(c.split("=")[1] in study.OPERATIONS for c in contents)
     assert all(json.loads(text)["lessons"] == [{"title": "trap", "content": "vo!inc"}] for text in changed)
+
+
+def test_the_embedded_model_s_own_reflections_are_made_wrong(monkeypatch, policy, tokenizer, make_config):
+    sampler = study.Unreliable(policy, tokenizer, make_config())
+    won = attempt_text(("lo", "mi"), ("rev", "inc"), (1, 2, 3, 4))
+    prompt = reflection_prompt(NANO_FORMS, "Apply lo mi to 1 2 3 4", [won], [], 1, 4)
+    said = {}
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(study.Unreliable, "share", share)
+        reply, = sampler.ask([prompt])
+        said[share] = dict(content.strip().split("=") for _, content in
+                           parse_items(parse(reply), "strategies", "title", "content"))
+    assert said[0.0] == {"lo": "rev", "mi": "inc"} and said[1.0].keys() == said[0.0].keys()
+    assert all(said[1.0][s] != said[0.0][s] and said[1.0][s] in study.OPERATIONS for s in ("lo", "mi"))
 
 
 def test_worlds_of_other_kinds():
