@@ -333,10 +333,12 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
     say("## When? The knobs", "Eight worlds, the shipped checkpoint; AUC, and differences paired by world. Exploratory.")
     for part in shown:
         if part == "wrong":
+            sdpo = Cell(records, "main", "sdpo").auc()
             say("### How wrong may insights be?", "A share of the operations in the strategies that reflection writes is "
                 "exchanged for wrong ones, before the memory sees them.", "",
-                markdown(["", "share", NAMES["pmd"], NAMES["pmd-solved"]], [
-                    [how, f"{share:g}", *(text(c.auc().values()) if c else "-" for c in pair)]
+                markdown(["", "share", NAMES["pmd"], NAMES["pmd-solved"], "PMD - SDPO", "the other PMD - SDPO"], [
+                    [how, f"{share:g}", *(text(c.auc().values()) if c else "-" for c in pair),
+                     *(text(d.values()) if (d := gaps(c.auc(), sdpo)) else "-" for c in pair)]
                     for how, share, *pair in wrong(records)]), "", "![memory that harms](harm.png)")
             continue
         title, settings = SETTINGS[part]

@@ -177,8 +177,9 @@ def test_knobs_are_paired_with_main_in_the_same_worlds(tmp_path):
     assert rates["0.0003"][3] == "0.500 [0.500, 0.500]" and rates["0.0006"][2] == "0.400 [0.400, 0.400]"  # their own: main
     assert rates["0.001"][2] == "0.150 [0.150, 0.150]" and rates["0.0006"][3] == "0.100 [0.100, 0.100]"
     wrong = cells["How wrong may insights be?"]
-    assert ["grounded", "0", "0.500 [0.500, 0.500]", "0.400 [0.400, 0.400]"] in wrong
-    assert ["ungrounded", "0.5", "0.250 [0.250, 0.250]", "-"] in wrong
+    assert ["grounded", "0", "0.500 [0.500, 0.500]", "0.400 [0.400, 0.400]", "0.100 [0.100, 0.100]",
+            "0.000 [0.000, 0.000]"] in wrong
+    assert ["ungrounded", "0.5", "0.250 [0.250, 0.250]", "-", "-0.150 [-0.150, -0.150]", "-"] in wrong
     assert text.count("| 0.000 [0.000, 0.000] | 0.500 [0.500, 0.500] | 0.750 [0.750, 0.750] |") == 3
     for name in ("transfer", "harm"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
