@@ -330,32 +330,32 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
     shown = [part for part in parts if any(name.startswith(f"{part}/") for name in records)]
     if not shown:
         return
-    say("## When? The knobs", "Eight worlds, the shipped checkpoint; AUC, and differences paired by world. Exploratory.")
+    say("## When? The knobs", "Worlds of the shipped checkpoint; AUC, and differences paired by world. Exploratory.")
     for part in shown:
         if part == "wrong":
             sdpo = Cell(records, "main", "sdpo").auc()
-            say("### How wrong may insights be?", "A share of the operations in the strategies that reflection writes is "
-                "exchanged for wrong ones, before the memory sees them.", "",
+            say("### How wrong may insights be?", f"{len(worlds_of(records, part))} worlds.",
+                "A share of the operations in the strategies that reflection writes is exchanged for wrong ones, before the "
+                "memory sees them.", "",
                 markdown(["", "share", NAMES["pmd"], NAMES["pmd-solved"], "PMD - SDPO", "the other PMD - SDPO"], [
                     [how, f"{share:g}", *(text(c.auc().values()) if c else "-" for c in pair),
                      *(text(d.values()) if (d := gaps(c.auc(), sdpo)) else "-" for c in pair)]
                     for how, share, *pair in wrong(records)]), "", "![memory that harms](harm.png)")
             continue
         title, settings = SETTINGS[part]
-        rows = []
+        rows, worlds = [], worlds_of(records, part)
         for setting, where, suffix in settings:
             cells = {}
             for m in compared_methods:
                 at_its_own_rate = part == "rates" and suffix == f"-{rates.get(m, 0):g}"
                 cells[m] = Cell(records, "main", m) if at_its_own_rate else Cell(records, where, m + suffix)
-            worlds = set(Cell(records, part, "pmd" + settings[-1][2]).runs)
             of = Cell.final if part == "epochs" else Cell.auc
             scores = {m: {w: v for w, v in of(c).items() if w in worlds} for m, c in cells.items() if c}
             if scores:
                 rows.append([setting, *(text(scores[m].values()) if m in scores else "-" for m in cells),
                              *(text(gaps(scores[a], scores[b]).values()) if {a, b} <= scores.keys() else "-"
                                for a, b in (("pmd", "sdpo"), ("pmd-solved", "sdpo"), ("pmd", "pmd-transient")))])
-        say(f"### {title}", "", markdown(
+        say(f"### {title}", f"{len(worlds)} worlds.", "", markdown(
             ["", *(NAMES[m] for m in compared_methods), "PMD - SDPO", "the other PMD - SDPO", "PMD - transient"], rows))
         if part == "sharing":
             rows = []
@@ -368,6 +368,10 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
                 markdown(["syllables", "difference", "worlds won", "p (t)", "p (Wilcoxon)"], rows))
 
 
+def worlds_of(records, part):
+    return {r["world"] for name, r in records.items() if name.startswith(f"{part}/")}
+
+
 def wrong(records):
     """(grounded or not, share, PMD's cell, that of PMD supervised as SDPO is)"""
     for grounded in (True, False):
@@ -375,7 +379,7 @@ def wrong(records):
         for share in (0.0, 0.2, 0.5):
             where, suffix = ("main", "") if grounded and not share else ("wrong", f"-{share:g}-{how}")
             pair = [Cell(records, where, m + suffix) for m in ("pmd", "pmd-solved")]
-            worlds = {r["world"] for name, r in records.items() if name.startswith("wrong/")}
+            worlds = worlds_of(records, "wrong")
             for cell in pair:
                 cell.runs = {w: r for w, r in cell.runs.items() if w in worlds}
             if any(pair):
@@ -462,7 +466,7 @@ def figures(main, records, checkpoints, sizes, out):
         ax.grid(alpha=0.3)
         save(figure, out / "transfer.png")
     rows = list(wrong(records))
-    if any(name.startswith("wrong/") for name in records):
+    if worlds_of(records, "wrong"):
         figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
         for how, style in (("grounded", "-"), ("ungrounded", "--")):
             for i, m in enumerate(("pmd", "pmd-solved")):
@@ -472,7 +476,7 @@ def figures(main, records, checkpoints, sizes, out):
                 x, y = [p[0] for p in points], np.array([p[1] for p in points])
                 ax.errorbar(x, y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), label=f"{NAMES[m]}, {how}", color=COLORS[m],
                             linestyle=style, marker="o", capsize=3)
-        worlds = {r["world"] for name, r in records.items() if name.startswith("wrong/")}
+        worlds = worlds_of(records, "wrong")
         for m in ("sdpo", "grpo"):
             if m in main:
                 ax.axhline(np.mean([v for w, v in main[m].auc().items() if w in worlds]), color=COLORS[m], linestyle=":",
