@@ -496,12 +496,22 @@ class VLLM(Sampler):
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
             if world() > 1 else {}
         self.params = vllm.SamplingParams
+        self._unlink()
         self.llm = vllm.LLM(
             str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained.device, cfg)).removeprefix("torch."),
             max_model_len=longest, max_num_batched_tokens=max(8192, longest),
             generation_config="vllm", logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
             enable_prefix_caching=True, disable_log_stats=True, seed=cfg.seed, **memory, **parallel)
+        self._unlink()
         self.verify()
+
+    def _unlink(self):
+        """Removes the names of the memory that ranks share on a CPU, which are the same in every job and would outlive it:
+        before, in case a job was killed at its start, and as soon as all ranks have opened it."""
+        if world() > 1 and not self.cuda:
+            for segment in Path("/dev/shm").glob("-*-cpushm_*"):
+                segment.unlink(missing_ok=True)
+            gather(None)  # none goes on before all are here
 
     def sleep(self):
         if self.cuda and self.awake:

@@ -222,7 +222,12 @@ def one(tmp_path_factory):
 @pytest.mark.parametrize("share", [1, 2], ids=["an engine each", "an engine over both"])
 def test_two_ranks_change_nothing(one, share):
     """Prompts spread over engines and gathered in order, weights made whole from their shards: the texts, and so the memory,
-    are those of one rank, as keyed sampling promises up to ties of float32."""
+    are those of one rank, as keyed sampling promises up to ties of float32. Nor does a job stumble over what a killed one
+    left in shared memory, or leave anything there itself."""
+    left = [Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{r}") for r in range(2)]
+    for segment in left:
+        segment.touch()
     done = run(one, f"two{share}", 2, "--sampler", "vllm", "--tensor_parallel", str(share))
     assert done.returncode == 0, done.stderr
     assert_same(one / "one", one / f"two{share}")
+    assert not any(segment.exists() for segment in left)
