@@ -28,8 +28,8 @@ A chunk is large, for its matrix products. Within it a loss works through tiles 
 leaves the gradient where the logits were. The function of a tile is all that is compiled, where there is work to pay for it.
 
 Cost, by `python benchmarks/kernels.py` on one CPU thread, N 2048, H 512, V 32768, float32, entropies included, over the
-four matrix products alone: reverse KL 1.16, JSD 1.19 (Liger-Kernel's JSD 1.63, the naive JSD 3.02); peak memory 252 MB at
-N 8192 (421; 12901). In bfloat16, where a CPU's products are four times faster: 2.14 and 2.36 (3.11; 10.1). Not run on a GPU.
+four matrix products alone: reverse KL 1.15, JSD 1.18 (Liger-Kernel's JSD 1.61, TRL's 5.96); peak memory 256 MB at N 8192
+(416; 17,198). In bfloat16, where a CPU's products are four times faster: 2.16 and 2.37 (3.08; 12.0). Not run on a GPU.
 
 Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a chunk or tile. Divergences and entropies are in nats.
 Read `oracle` first, then `distill_loss`, `_distill_tile`, `_ChunkedLoss`. This file imports torch only and has no version

@@ -1,14 +1,14 @@
-"""What the losses of kernels.py cost: against their matrix products, Liger-Kernel, the naive loss and SDPO's top-k.
+"""What the losses of kernels.py cost: against their matrix products, Liger-Kernel, TRL, the naive loss and SDPO's top-k.
 
-    python benchmarks/kernels.py [--quick] [--liger FOLDER]
+    python benchmarks/kernels.py [--quick] [--peers FOLDER]
 
 Every contender computes the loss and the gradients of hidden states and head; ours also computes both entropies and the
 log-probabilities, the others do not. The floor is the four matrix products alone, in chunks of 512 into memory that is
 reused. Contenders take turns, so that a ratio compares neighbours in time. On a CPU it uses one thread and CPU time, which a
 busy machine disturbs little; on a GPU, wall time between synchronisations. Medians, and [smallest, largest] ratios.
 
-Liger-Kernel's row needs a folder made by `pip install --no-deps --target FOLDER liger-kernel==0.8.5`: whole, it would bring
-Triton, which its chunked losses do not use.
+Liger-Kernel and TRL need a folder made by `pip install --no-deps --target FOLDER liger-kernel==0.8.5 trl==1.16.0` (whole,
+Liger-Kernel would bring Triton, which its chunked losses do not use).
 """
 import argparse
 import gc
@@ -106,16 +106,30 @@ def sdpo_top_k(inputs, top_k=100):
     (inputs["weights"] * divergence(with_tail(log_p), with_tail(log_q), 0.5)).sum().backward()
 
 
-def liger(folder):
-    """The JSD of Liger-Kernel, compiled as is its default, or None."""
+def peers(folder):
+    """{name: contender} of the JSDs that are installed: Liger-Kernel's fused one, compiled as is its default, and that of
+    TRL's GKD trainer on full logits, in their dtype."""
     sys.path.append(folder or "")
+    found = {}
     try:
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0, weight_soft_loss=1, beta=0.5, compiled=True, chunk_size=CHUNK)
+        found["Liger-Kernel JSD"] = lambda inputs: liger(*list(inputs.values())[:4], inputs["token_ids"]).backward()
     except ImportError:
-        print("Liger-Kernel: not measured; `pip install --no-deps --target FOLDER liger-kernel==0.8.5`, then --liger FOLDER")
-        return None
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=True, chunk_size=CHUNK)
-    return lambda inputs: loss(*list(inputs.values())[:4], inputs["token_ids"]).backward()
+        print("Liger-Kernel: not measured, see --help")
+    try:
+        from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+        def trl(inputs):
+            student, head, teacher, teacher_head = list(inputs.values())[:4]
+            with torch.no_grad():
+                teacher_logits = teacher @ teacher_head.T
+            GKDTrainer.generalized_jsd_loss(student @ head.T, teacher_logits, beta=0.5).backward()
+
+        found["TRL JSD"] = trl
+    except ImportError:
+        print("TRL: not measured, see --help")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -144,10 +158,8 @@ def ratio(above, below):
 
 
 def against_all(dtype, rounds, theirs):
-    contenders = {"floor": floor, "reverse KL": ours(1), "JSD": ours(0.5), "Liger-Kernel JSD": theirs,
-                  "naive reverse KL": naive(1), "naive JSD": naive(0.5), "the same, entropies": naive(0.5, True),
-                  "SDPO top-100 JSD": sdpo_top_k}
-    contenders = {name: contender for name, contender in contenders.items() if contender}
+    contenders = {"floor": floor, "reverse KL": ours(1), "JSD": ours(0.5), **theirs, "naive reverse KL": naive(1),
+                  "naive JSD": naive(0.5), "the same, entropies": naive(0.5, True), "SDPO top-100 JSD": sdpo_top_k}
     times = take_turns(contenders, make(2048, 512, 32768, dtype), rounds)
     print(f"\n{name_of(dtype)}, N 2048, H 512, V 32768, {rounds} rounds      over the floor         over our JSD")
     for name, seconds in times.items():
@@ -179,9 +191,9 @@ def slopes(dtype):
 def memory(name, rows, folder):
     """Run in a process of its own: prints the most memory that one step adds to inputs and gradients already there."""
     contender = {"JSD": ours(0.5), "JSD, top-k 100": ours(0.5, 100), "naive JSD": naive(0.5),
-                 "SDPO top-100 JSD": sdpo_top_k}.get(name) or liger(folder)
+                 "SDPO top-100 JSD": sdpo_top_k}.get(name) or peers(folder)[name]
     dtype = torch.float32
-    if not name.startswith(("naive", "SDPO")):
+    if not name.startswith(("naive", "SDPO", "TRL")):
         run(contender, make(1024, 512, 32768, dtype))  # compiles
     inputs = make(rows, 512, 32768, dtype)
     gc.collect()
@@ -203,12 +215,10 @@ def memory(name, rows, folder):
 def memories(theirs, folder):
     sizes = (2048, 8192)
     print("\nfloat32, H 512, V 32768: peak memory that a step adds, MB       N 2048    N 8192")
-    for name in ("JSD", "JSD, top-k 100", "Liger-Kernel JSD", "naive JSD", "SDPO top-100 JSD"):
-        if name.startswith("Liger") and not theirs:
-            continue
+    for name in ("JSD", "JSD, top-k 100", *theirs, "naive JSD", "SDPO top-100 JSD"):
         row = []
         for rows in sizes:
-            command = [sys.executable, __file__, "--memory_of", name, str(rows), "--liger", folder]
+            command = [sys.executable, __file__, "--memory_of", name, str(rows), "--peers", folder]
             child = subprocess.run(command, capture_output=True, text=True)
             row.append(f"{int(child.stdout.split()[-1]) / 1e6:8.0f}" if child.returncode == 0 else "  failed")
         print(f"  {name:55}", "  ".join(row), flush=True)
@@ -246,21 +256,21 @@ def name_of(dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape a dtype, fewer rounds, no slopes")
-    parser.add_argument("--liger", default="", help="folder that holds liger_kernel")
+    parser.add_argument("--peers", default="", metavar="FOLDER", help="holds liger_kernel and trl")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.memory_of:
-        return memory(args.memory_of[0], int(args.memory_of[1]), args.liger)
+        return memory(args.memory_of[0], int(args.memory_of[1]), args.peers)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, one thread, CPU time"
     print(f"{device}; torch {torch.__version__}; chunks of {CHUNK} rows")
-    theirs = liger(args.liger)
+    theirs = peers(args.peers)
     if not args.quick:
         against_the_floor(torch.float32, [(512, 512, 32768), (2048, 1024, 32768), (512, 512, 151936)])
         against_the_floor(torch.bfloat16, [(512, 512, 32768), (8192, 512, 32768), (512, 1024, 151936), (2048, 512, 151936)])
         slopes(torch.float32)
     computed()
-    memories(theirs, args.liger)
+    memories(theirs, args.peers)
     for dtype in (torch.bfloat16, torch.float32):
         against_all(dtype, 3 if args.quick else 5, theirs)
 
