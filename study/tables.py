@@ -297,7 +297,8 @@ def cost(say, main, times):
     say("## Table 7: cost of a step, and equal compute", "Seconds of a step over SDPO's in the same world (evaluation left "
         "out; two runs at a time on two cores): median [least, largest]. The paper: 1.45. Then AUC over the time in which "
         "SDPO makes its 80 steps: who is slower makes fewer, and who is faster than SDPO is not run beyond 80. Times differ "
-        "from run to run, and with them this table.", "",
+        "from run to run, and with them this table. GRPO scores every rollout before the update, for its ratios, and trains "
+        "on all of them; SDPO on those alone that have a successful sibling.", "",
         markdown(["", "seconds over SDPO's", "AUC in the time of SDPO's 80 steps"], rows))
 
 
