@@ -5,6 +5,7 @@ no assumption on their distribution, that of Wilcoxon's signed ranks. Worlds of 
 mean difference of each checkpoint is given apart. Nothing is corrected for the number of comparisons.
 """
 
+import functools
 import statistics
 
 import matplotlib
@@ -51,6 +52,9 @@ class Cell:
 
     def base(self):
         return {w: r["test"][0]["avg"] for w, r in self.runs.items()}
+
+    def after(self, step):
+        return {w: row["avg"] for w, r in self.runs.items() for row in r["test"] if row["step"] == step}
 
     def on_dev(self):
         """{world: test score of the checkpoint that is best on dev, the earliest of equals}"""
@@ -313,7 +317,7 @@ def at_equal_compute(cell, reference, seconds, of_reference):
     return found
 
 
-# what each knob's part holds: (title, [(setting, part, suffix of the label)])
+# what each knob's part holds: (title, [(setting, part, suffix of the label, and what is told if not AUC)])
 SETTINGS = {
     "groups": ("Group size", [("2", "groups", "-2"), ("4", "main", ""), ("8", "groups", "-8")]),
     "rarity": ("How rare success is at the start", [("no name of one syllable (0.7%)", "rarity", "-rare"),
@@ -324,7 +328,9 @@ SETTINGS = {
     "rates": ("Learning rate", [(f"{r:g}", "rates", f"-{r:g}") for r in (3e-4, 6e-4, 1e-3, 2e-3)]),
     "teacher": ("The teacher's weights", [("average of the student's, 0.05", "main", ""),
                                           ("the student's own (Eq. 6)", "teacher", "-live")]),
-    "epochs": ("Steps", [("80", "main", ""), ("160 (score after 160)", "epochs", "-160")])}
+    "epochs": ("Twice the steps: not AUC, but the score", [
+        *((f"after {step}", "epochs", "-160", functools.partial(Cell.after, step=step)) for step in (40, 80, 120, 160)),
+        ("of the best on dev", "epochs", "-160", Cell.on_dev)])}
 
 
 def knobs(say, records, checkpoints, rates, parts, compared_methods):
@@ -345,13 +351,13 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
             continue
         title, settings = SETTINGS[part]
         rows, worlds = [], worlds_of(records, part)
-        for setting, where, suffix in settings:
+        for setting, where, suffix, *told in settings:
             cells = {}
             for m in compared_methods:
                 at_its_own_rate = part == "rates" and suffix == f"-{rates.get(m, 0):g}"
                 cells[m] = Cell(records, "main", m) if at_its_own_rate else Cell(records, where, m + suffix)
-            of = Cell.final if part == "epochs" else Cell.auc
-            scores = {m: {w: v for w, v in of(c).items() if w in worlds} for m, c in cells.items() if c}
+            tell = told[0] if told else Cell.auc
+            scores = {m: {w: v for w, v in tell(c).items() if w in worlds} for m, c in cells.items() if c}
             if scores:
                 rows.append([setting, *(text(scores[m].values()) if m in scores else "-" for m in cells),
                              *(text(gaps(scores[a], scores[b]).values()) if {a, b} <= scores.keys() else "-"
@@ -405,13 +411,16 @@ def save(figure, path):
 
 def figures(main, records, checkpoints, sizes, out):
     if main:
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-        for ax, title, chosen in ((axes[0], "methods", ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient")),
-                                  (axes[1], "controls", ("pmd", "pmd-experience,insight", "pmd-experience", "frozen-memory",
-                                                         "frozen-policy"))):
+        methods = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient")
+        controls = ("pmd", "pmd-experience,insight", "pmd-experience", "frozen-memory", "frozen-policy")
+        long = {m: cell for m in methods if (cell := Cell(records, "epochs", f"{m}-160"))}
+        panels = [("methods", methods, main), ("controls", controls, main), ("twice the steps, 8 worlds", methods, long)]
+        width = 15 if long else 11
+        figure, axes = plt.subplots(1, 3 if long else 2, figsize=(width, 4.4), sharey=True, layout="constrained")
+        for ax, (title, chosen, cells) in zip(axes, panels, strict=False):
             for m in chosen:
-                if m in main:
-                    steps, curves = main[m].curve()
+                if m in cells:
+                    steps, curves = cells[m].curve()
                     band(ax, steps, curves, NAMES[m], COLORS[m], marker="o", markersize=3)
             ax.set(title=title, xlabel="step", ylim=(0, 1))
             ax.grid(alpha=0.3)

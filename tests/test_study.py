@@ -66,7 +66,7 @@ def test_cells():
         record("main/pmd-transient/200", 200), {"job": "main/pmd/202", "world": 202, "failed": "x"}), "main", "pmd")
     assert cell.auc() == {200: pytest.approx(0.4), 201: pytest.approx(0.85)}
     assert cell.on_dev() == {200: 0.2, 201: 0}  # the earliest of equals
-    assert cell.on_test() == {200: 0.6, 201: 0.9}
+    assert cell.on_test() == {200: 0.6, 201: 0.9} and cell.after(10) == {200: 0.2, 201: 0.9}
     # 32 rollouts a step: .5 lies three quarters of the way from .2 at step 10 to .6 at step 20; 5/9 of that to step 10
     assert cell.rollouts_to(0.5) == pytest.approx([17.5 * 32, 10 * 5 / 9 * 32])
     assert list(cell.rollouts_to(0.9)) == [math.inf, 320]
