@@ -1,7 +1,7 @@
 """The study: does PMD beat SDPO, when, and why? Every table of the paper in the embedded world, with seeds.
 
     python study/study.py                      # the declared grid: tuning, main, tiers (about two hours on two cores)
-    python study/study.py --parts knobs        # a further part, or several: rarity,groups,wrong,sharing,teacher,epochs,rates
+    python study/study.py --parts knobs        # or some of lessons,rarity,groups,wrong,sharing,teacher,epochs,rates
     python study/study.py --report             # study/results.md and the figures again, from the records
     python study/study.py --quick --out FOLDER # two worlds, twenty steps, some minutes: shows that all of it works
 
@@ -19,6 +19,8 @@ Declared before the first run (this text, the grid below and tables.py were comm
 - Three checkpoints are reported: final, best on dev, and best on test (never with an interval).
 - No run is dropped. One that fails is counted and named in results.md. (58 runs of the part `wrong` were, and its grid has
   changed: README.md says why.)
+- Added when the results were known, to explain them: part `lessons` (PMD whose teacher reads no lessons), and in `wrong` the
+  shares 0.1 and 0.8.
 
 One thread a run and one run a core. A record of every run is appended to study/records.jsonl when it ends, so that the
 command goes on where it stopped; its times go to study/timings.jsonl. Records are the same bit for bit whenever they are
@@ -50,6 +52,7 @@ from tqdm import tqdm  # noqa: E402
 
 import pmd  # noqa: E402
 from eval import main as evaluate  # noqa: E402
+from memory import Memory  # noqa: E402
 from nano.make import OPERATIONS, write_world  # noqa: E402
 from records import append, read_lines  # noqa: E402
 
@@ -64,6 +67,8 @@ SIZES = {"0.2M": HERE / "models" / "small", "0.6M": "nano", "0.9M": HERE / "mode
 WORLDS = {200 + 8 * c + i: c for i in range(8) for c in CHECKPOINTS}  # {world: checkpoint}, in the order of the runs
 TUNING_WORLDS = {100: 0, 101: 1, 102: 2}
 KNOB_WORLDS = {world: c for world, c in WORLDS.items() if c == 0}  # those of the shipped checkpoint
+WRONG = ((("pmd", "pmd-solved"), (0.2, 0.5), True), (("pmd", "pmd-solved"), (0.0, 0.2, 0.5), False),
+         (("pmd",), (0.1, 0.8), False))  # (methods, shares, grounded); grounded and 0 is main
 TIERS = ("experience", "experience,insight", "experience,insight,behavior")
 WORLD_KINDS = {  # arguments of nano.make.make_world
     "plain": {},
@@ -81,7 +86,8 @@ class Job:
     checkpoint: int = 0
     kind: str = "plain"  # of the world
     flags: dict = dataclasses.field(default_factory=dict)  # of pmd.Config
-    wrong: float = 0.0  # share of the strategies in the model's reflections that are made wrong
+    wrong: float = 0.0  # share of the operations in the model's reflected strategies that are made wrong
+    lessons: bool = True  # whether the teacher reads them
     model: str = ""  # for a reading
     memory: str | None = None  # the job whose memory is read; "" for none
     needs: tuple = ()  # names of jobs
@@ -141,17 +147,19 @@ def grid(part, rates) -> list[Job]:
         return [job for rate in RATES for job in cells(part, [m for m in COMPARED if rates.get(m) != rate], KNOB_WORLDS,
                                                        dict.fromkeys(COMPARED, rate), f"-{rate:g}")]
     if part == "wrong":
-        return [job for grounded in (True, False) for share in (0.0, 0.2, 0.5) if share or not grounded for job in
-                cells(part, ["pmd", "pmd-solved"], KNOB_WORLDS, rates, f"-{share:g}-{'' if grounded else 'un'}grounded",
+        return [job for methods, shares, grounded in WRONG for share in shares for job in
+                cells(part, methods, KNOB_WORLDS, rates, f"-{share:g}-{'' if grounded else 'un'}grounded",
                       wrong=share, flags={"ground_insights": grounded})]
+    if part == "lessons":
+        return cells(part, ["pmd"], WORLDS, rates, "-nolessons", lessons=False)
     if part == "teacher":
         return cells(part, COMPARED[1:], KNOB_WORLDS, rates, "-live", flags={"teacher": "live"})
     if part == "epochs":
         return cells(part, COMPARED, KNOB_WORLDS, rates, "-160", flags={"steps": 2 * STEPS})
-    raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last seven")
+    raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last eight")
 
 
-KNOBS = ("rarity", "groups", "wrong", "sharing", "teacher", "epochs", "rates")
+KNOBS = ("lessons", "rarity", "groups", "wrong", "sharing", "teacher", "epochs", "rates")
 PARTS = ("tuning", "main", "tiers", "transfer", *KNOBS)
 
 
@@ -191,6 +199,7 @@ def work(job, folder, short):
         try:
             if job.memory is None:
                 pmd.Sampler, Unreliable.share = Unreliable, job.wrong
+                pmd.Memory = Memory if job.lessons else WithoutLessons
                 cfg = pmd.Config(**{**pmd.PRESETS["nano"], "model": str(CHECKPOINTS[job.checkpoint]), "task": str(task),
                                     "seed": job.world, "steps": STEPS, "group_size": 4, "eval_k": K, "save_every": 0,
                                     "eval_every": EVERY, "out": str(out), "name": name, **job.flags, **short})
@@ -255,6 +264,13 @@ class Unreliable(pmd.Sampler):
         return exchanged
 
 
+class WithoutLessons(Memory):
+    """The memory, whose lessons no teacher reads; they are written, and behaviors abstracted from them, as ever."""
+
+    def contexts(self, *args):
+        return [{**context, "lessons": []} for context in super().contexts(*args)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # All of them
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +322,7 @@ def read(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last 7")
+    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last 8")
     parser.add_argument("--out", type=Path, default=HERE, help="records, tables and figures are written here")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "study", help="the runs themselves; may be "
                         "deleted, and what is needed of them is made again")
