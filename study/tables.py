@@ -1,11 +1,14 @@
 """The study's records as tables (results.md) and figures, in the paper's layout. See study.py for the design.
 
 Intervals are 95% t intervals over worlds; differences are paired by world, with the p of the paired t test and, which makes
-no assumption on their distribution, that of Wilcoxon's signed ranks. Worlds of one checkpoint share its pre-training: the
-mean difference of each checkpoint is given apart. Nothing is corrected for the number of comparisons.
+no assumption on their distribution, that of Wilcoxon's signed ranks (scipy's normal approximation where differences tie).
+Worlds of one checkpoint share its pre-training, which these intervals leave out of account: the mean difference of each
+checkpoint is given apart, and for the primary comparison the interval over these three means. Nothing is corrected for the
+number of comparisons.
 """
 
 import functools
+import itertools
 import statistics
 
 import matplotlib
@@ -18,9 +21,10 @@ from scipy import stats  # noqa: E402
 NAMES = {"grpo": "GRPO", "sdpo": "SDPO", "pmd": "PMD", "pmd-solved": "PMD, supervised as SDPO is",
          "pmd-transient": "PMD, transient memory",
          "frozen-memory": "frozen memory", "frozen-policy": "frozen policy, memory in the prompt",
-         "pmd-experience": "PMD, experience", "pmd-experience,insight": "PMD, experience + insight"}
+         "pmd-experience": "PMD, experience", "pmd-experience,insight": "PMD, experience + insight",
+         "pmd-nolessons": "PMD, lessons hidden"}
 COLORS = dict(zip(NAMES, ("tab:orange", "tab:green", "tab:blue", "tab:pink", "tab:cyan", "tab:red", "tab:purple", "navy",
-                          "slateblue"), strict=True))
+                          "slateblue", "black"), strict=True))
 # Qwen3-8B, average of the four SciKnowEval domains (Tables 2 to 4), in percent
 PAPER = {"base": 47.9, "grpo": 69.4, "sdpo": 74.4, "pmd": 77.2, "pmd-transient": 75.7, "frozen-memory": 65.0,
          "frozen-policy": 54.0, "pmd-experience": 74.3, "pmd-experience,insight": 75.7}
@@ -81,6 +85,7 @@ class Cell:
 def spread(values):
     """mean, low, high: the 95% t interval; of fewer than two values the mean alone"""
     x = np.array(list(values), float)
+    x = x[~np.isnan(x)]
     if len(x) < 2:
         return x.mean(), np.nan, np.nan
     half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
@@ -100,7 +105,7 @@ def gaps(a, b):
 def compared(a, b, checkpoints):
     """The cells of a row: difference with interval, worlds won, p of t and of Wilcoxon, mean of each checkpoint"""
     d = gaps(a, b)
-    x = np.array(list(d.values()))
+    x = np.round(list(d.values()), 9)  # or the last bit of a float would break a tie
     if len(x) < 2 or not x.any():
         return [text(x) if len(x) else "-", f"{int((x > 0).sum())} of {len(x)}", "-", "-", "-"]
     each = [f"{np.mean([d[w] for w in d if checkpoints[w] == c]):+.3f}" for c in sorted({checkpoints[w] for w in d})]
@@ -128,6 +133,7 @@ def report(records, times, rates, out, grid) -> str:
     checkpoints = {r["world"]: r["checkpoint"] for r in records.values()}
     main = {m: Cell(records, "main", m) for m in grid.METHODS}
     main |= {f"pmd-{t}": Cell(records, "tiers", f"pmd-{t}") for t in grid.TIERS[:-1]}
+    main["pmd-nolessons"] = Cell(records, "lessons", "pmd-nolessons")
     main = {label: cell for label, cell in main.items() if cell}
     lines = []
 
@@ -163,8 +169,9 @@ def report(records, times, rates, out, grid) -> str:
             markdown(head, [base, *(results_row(m, c, m) for m, c in main.items() if "experience" not in m)]))
         pairs = [("pmd", "sdpo"), ("pmd", "grpo"), ("sdpo", "grpo"), ("pmd-solved", "pmd"), ("pmd-solved", "sdpo"),
                  ("pmd-solved", "grpo"), ("pmd", "pmd-transient"), ("pmd-transient", "sdpo"),
-                 ("pmd", "frozen-memory"), ("pmd", "pmd-experience,insight"), ("pmd-experience,insight", "pmd-experience"),
-                 ("pmd-experience", "sdpo")]
+                 ("pmd", "frozen-memory"), ("pmd-transient", "frozen-policy"), ("frozen-memory", "frozen-policy"),
+                 ("pmd", "pmd-experience,insight"), ("pmd-experience,insight", "pmd-experience"),
+                 ("pmd-experience", "sdpo"), ("pmd-nolessons", "pmd"), ("pmd-nolessons", "sdpo")]
         for title, of in (("AUC", Cell.auc), ("final score", Cell.final)):
             rows = [[f"{'**primary** ' * (title == 'AUC' and (a, b) == ('pmd', 'sdpo'))}{NAMES[a]} - {NAMES[b]}",
                      *compared(of(main[a]), of(main[b]), checkpoints)] for a, b in pairs if a in main and b in main]
@@ -191,8 +198,8 @@ def report(records, times, rates, out, grid) -> str:
             markdown(["", "maj@4", "best@4", "headroom", "tokens"], rows))
         chosen = [m for m in ("grpo", "sdpo", "pmd") if m in main]
         say("## Figure 4: coverage", "Share of held-out problems that at least one of 4 samples solves at the final step, "
-            "and share that no other of these methods solves.", "",
-            markdown(["", "solved", "by it alone"], coverage(main, chosen)))
+            "by exactly these methods.", "", markdown(["solved by", "share"], [
+                [who, text(shares)] for who, shares in venn(main, chosen).items()]), "", "![coverage](coverage.png)")
     memory_over_time(say, main)
     transfer(say, records, grid.SIZES)
     cost(say, main, times)
@@ -210,13 +217,15 @@ def tuning(records, method, rate):
 def headline(main, checkpoints):
     """The first paragraph: the primary comparison, and whether the order is the paper's."""
     difference, won, t, wilcoxon, each = compared(main["pmd"].auc(), main["sdpo"].auc(), checkpoints)
+    d = gaps(main["pmd"].auc(), main["sdpo"].auc())
+    means = [np.mean([d[w] for w in d if checkpoints[w] == c]) for c in {checkpoints[w] for w in d}]
     order = [m for m in ("pmd", "pmd-transient", "sdpo", "grpo", "frozen-memory", "frozen-policy") if m in main]
     mean = {m: np.mean(list(main[m].auc().values())) for m in order}
     ours = sorted(order, key=mean.get, reverse=True)
     theirs = sorted(order, key=PAPER.get, reverse=True)
     same = "is the paper's" if ours == theirs else "is NOT the paper's (" + " > ".join(NAMES[m] for m in theirs) + ")"
     return (f"**PMD minus SDPO in AUC, the primary comparison: {difference}; PMD ahead in {won} worlds; p = {t} (paired t), "
-            f"{wilcoxon} (Wilcoxon); by checkpoint {each}.** The order by mean AUC, "
+            f"{wilcoxon} (Wilcoxon); by checkpoint {each}, over which alone {text(means)}.** The order by mean AUC, "
             + " > ".join(f"{NAMES[m]} {mean[m]:.3f}" for m in ours) + f", {same}; neighbours in it need not differ, see the "
             "paired differences.")
 
@@ -233,24 +242,23 @@ def tiers(say, main, records, names):
                   for (t, c), p in zip(reads.items(), (55.9, 58.3, 57.2), strict=True) if c]))
 
 
-def coverage(main, chosen):
-    worlds = set.intersection(*(set(main[m].runs) for m in chosen))
-    solved = {m: {w: np.array(list(main[m].runs[w]["solved"])) == "1" for w in worlds} for m in chosen}
-    rows = []
-    for m in chosen:
-        alone = {w: solved[m][w] & (sum(solved[o][w].astype(int) for o in chosen) == 1) for w in worlds}
-        rows.append([NAMES[m], text(x.mean() for x in solved[m].values()), text(x.mean() for x in alone.values())])
-    return rows
+def venn(main, chosen):
+    """{methods: [share of a world's held-out problems that exactly these solve]}, of every set of the chosen ones"""
+    worlds = sorted(set.intersection(*(set(main[m].runs) for m in chosen)))
+    solved = [np.array([list(main[m].runs[w]["solved"]) for w in worlds]) == "1" for m in chosen]  # of (worlds, problems)
+    sets = sorted(itertools.product((True, False), repeat=len(chosen)), key=sum, reverse=True)
+    return {", ".join(NAMES[m] for m, one in zip(chosen, which, strict=True) if one) or "none":
+            np.all([s == one for s, one in zip(solved, which, strict=True)], axis=0).mean(1) for which in sets}
 
 
 def of_steps(cell, get):
-    """(steps, {world: values}) of something in the training steps' records; worlds without it left out"""
+    """(steps, {world: values}) of something in the training steps' records; nan where a step has none"""
     steps = [row["step"] for row in next(iter(cell.runs.values()))["steps"]]
-    return steps, {w: v for w, r in cell.runs.items() if None not in (v := [get(row) for row in r["steps"]])}
+    return steps, {w: [get(row) for row in r["steps"]] for w, r in cell.runs.items()}
 
 
 def wrong_share(row):
-    return None if row["right"] is None else 1 - row["right"]
+    return np.nan if row["right"] is None else 1 - row["right"]
 
 
 def memory_over_time(say, main):
@@ -263,11 +271,11 @@ def memory_over_time(say, main):
                           ("behavior", lambda r: r["memory"][2]),
                           ("wrong strategies", wrong_share)):
             steps, values = of_steps(main[m], get)
-            if values:
-                mean = np.mean(list(values.values()), axis=0)
-                rows.append([NAMES[m], name, *(f"{v:.3f}" if name.startswith("wrong") else f"{v:.0f}" for v in mean)])
+            means = [spread(column)[0] for column in zip(*values.values(), strict=True)]
+            rows.append([NAMES[m], name, *(f"{v:.3f}" if name.startswith("wrong") else f"{v:.0f}" for v in means)])
     say("## Figure 6: growth of the memory, and how much of it is wrong", "Means over worlds at the step; wrong: the share "
-        "of living strategies that the hidden truth denies, over the worlds that have any from the tenth step on.", "",
+        "of living strategies that the hidden truth denies, over the worlds that have any at that step.", "",
+        "![memory](memory.png)", "",
         markdown(["", "", *steps], rows))
 
 
@@ -297,13 +305,16 @@ def cost(say, main, times):
         equal = "-"
         if m in ("grpo", "pmd", "pmd-solved", "pmd-transient", "sdpo"):
             equal = text(at_equal_compute(main[m], main["sdpo"], own, seconds["sdpo"]).values())
-        rows.append([NAMES[m], f"{np.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]", equal])
+        cpu = [times[r["job"]]["cpu"] / times[main["sdpo"].runs[w]["job"]]["cpu"] for w, r in main[m].runs.items()
+               if w in own and w in seconds["sdpo"]]
+        rows.append([NAMES[m], *(f"{np.median(x):.2f} [{min(x):.2f}, {max(x):.2f}]" for x in (ratios, cpu)), equal])
     say("## Table 7: cost of a step, and equal compute", "Seconds of a step over SDPO's in the same world (evaluation left "
-        "out; two runs at a time on two cores): median [least, largest]. The paper: 1.45. Then AUC over the time in which "
-        "SDPO makes its 80 steps: who is slower makes fewer, and who is faster than SDPO is not run beyond 80. Times differ "
-        "from run to run, and with them this table. GRPO scores every rollout before the update, for its ratios, and trains "
-        "on all of them; SDPO on those alone that have a successful sibling.", "",
-        markdown(["", "seconds over SDPO's", "AUC in the time of SDPO's 80 steps"], rows))
+        "out; two runs at a time on two cores): median [least, largest]. The paper: 1.45. Then the same of all the CPU "
+        "seconds of a run, evaluations included, which depend less on what else the machine did. Then AUC over the time in "
+        "which SDPO makes its 80 steps, on the clock: who is slower makes fewer, and who is faster than SDPO is not run "
+        "beyond 80. Times differ from run to run, and with them this table. GRPO scores every rollout before the update, "
+        "for its ratios, and trains on all of them; SDPO on those alone that have a successful sibling.", "", markdown(
+            ["", "seconds over SDPO's", "CPU seconds over SDPO's", "AUC in the time of SDPO's 80 steps"], rows))
 
 
 def at_equal_compute(cell, reference, seconds, of_reference):
@@ -333,21 +344,34 @@ SETTINGS = {
         ("of the best on dev", "epochs", "-160", Cell.on_dev)])}
 
 
+PAIRED = {"PMD - SDPO": ("pmd", "sdpo"), "the other PMD - SDPO": ("pmd-solved", "sdpo"),
+          "the other PMD - GRPO": ("pmd-solved", "grpo"), "PMD - transient": ("pmd", "pmd-transient")}
+
+
 def knobs(say, records, checkpoints, rates, parts, compared_methods):
-    shown = [part for part in parts if any(name.startswith(f"{part}/") for name in records)]
+    shown = [part for part in parts if part != "lessons" and any(name.startswith(f"{part}/") for name in records)]
     if not shown:
         return
-    say("## When? The knobs", "Worlds of the shipped checkpoint; AUC, and differences paired by world. Exploratory.")
+    say("## When? The knobs", "Worlds of the shipped checkpoint, the one where PMD is not behind SDPO in main; AUC, and "
+        "differences paired by world. Exploratory.")
     for part in shown:
         if part == "wrong":
             sdpo = Cell(records, "main", "sdpo").auc()
+            rows, unharmed = [], {}
+            for how, share, *pair in wrong(records):
+                unharmed.setdefault(how, [c.auc() for c in pair])
+                rows.append([how, f"{share:g}", text(last_wrong(pair[0])),
+                             *(text(c.auc().values()) if c else "-" for c in pair),
+                             *(text(d.values()) if (d := gaps(c.auc(), whole)) else "-"
+                               for c, whole in zip(pair, unharmed[how], strict=True)),
+                             *(text(d.values()) if (d := gaps(c.auc(), sdpo)) else "-" for c in pair)])
             say("### How wrong may insights be?", f"{len(worlds_of(records, part))} worlds.",
                 "A share of the operations in the strategies that reflection writes is exchanged for wrong ones, before the "
-                "memory sees them.", "",
-                markdown(["", "share", NAMES["pmd"], NAMES["pmd-solved"], "PMD - SDPO", "the other PMD - SDPO"], [
-                    [how, f"{share:g}", *(text(c.auc().values()) if c else "-" for c in pair),
-                     *(text(d.values()) if (d := gaps(c.auc(), sdpo)) else "-" for c in pair)]
-                    for how, share, *pair in wrong(records)]), "", "![memory that harms](harm.png)")
+                "memory sees them; lessons are left alone. Wrong at the end: the share of PMD's living strategies that the "
+                "hidden truth denies. Grounding keeps the wrong ones out; what it then costs is that fewer are left.", "",
+                markdown(["", "share", "wrong at the end", NAMES["pmd"], NAMES["pmd-solved"], "PMD - its share 0",
+                          "the other PMD - its share 0", "PMD - SDPO", "the other PMD - SDPO"], rows), "",
+                "![memory that harms](harm.png)")
             continue
         title, settings = SETTINGS[part]
         rows, worlds = [], worlds_of(records, part)
@@ -361,9 +385,9 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
             if scores:
                 rows.append([setting, *(text(scores[m].values()) if m in scores else "-" for m in cells),
                              *(text(gaps(scores[a], scores[b]).values()) if {a, b} <= scores.keys() else "-"
-                               for a, b in (("pmd", "sdpo"), ("pmd-solved", "sdpo"), ("pmd", "pmd-transient")))])
+                               for a, b in PAIRED.values())])
         say(f"### {title}", f"{len(worlds)} worlds.", "", markdown(
-            ["", *(NAMES[m] for m in compared_methods), "PMD - SDPO", "the other PMD - SDPO", "PMD - transient"], rows))
+            ["", *(NAMES[m] for m in compared_methods), *PAIRED], rows))
         if part == "sharing":
             rows = []
             for kind, where in (("common", "rarity"), ("apart", "sharing")):
@@ -379,11 +403,16 @@ def worlds_of(records, part):
     return {r["world"] for name, r in records.items() if name.startswith(f"{part}/")}
 
 
+def last_wrong(cell):
+    """The share of wrong strategies at the last step, of each world"""
+    return [wrong_share(r["steps"][-1]) for r in cell.runs.values()]
+
+
 def wrong(records):
     """(grounded or not, share, PMD's cell, that of PMD supervised as SDPO is)"""
     for grounded in (True, False):
         how = "grounded" if grounded else "ungrounded"
-        for share in (0.0, 0.2, 0.5):
+        for share in (0.0, 0.1, 0.2, 0.5, 0.8):
             where, suffix = ("main", "") if grounded and not share else ("wrong", f"-{share:g}-{how}")
             pair = [Cell(records, where, m + suffix) for m in ("pmd", "pmd-solved")]
             worlds = worlds_of(records, "wrong")
@@ -412,7 +441,7 @@ def save(figure, path):
 def figures(main, records, checkpoints, sizes, out):
     if main:
         methods = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient")
-        controls = ("pmd", "pmd-experience,insight", "pmd-experience", "frozen-memory", "frozen-policy")
+        controls = ("sdpo", "pmd", "pmd-experience,insight", "pmd-experience", "frozen-memory", "frozen-policy")
         long = {m: cell for m in methods if (cell := Cell(records, "epochs", f"{m}-160"))}
         panels = [("methods", methods, main), ("controls", controls, main), ("twice the steps, 8 worlds", methods, long)]
         width = 15 if long else 11
@@ -477,21 +506,47 @@ def figures(main, records, checkpoints, sizes, out):
         save(figure, out / "transfer.png")
     rows = list(wrong(records))
     if worlds_of(records, "wrong"):
-        figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-        for how, style in (("grounded", "-"), ("ungrounded", "--")):
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+        for j, (how, style) in enumerate((("grounded", "-"), ("ungrounded", "--"))):
             for i, m in enumerate(("pmd", "pmd-solved")):
-                points = [(share, spread(pair[i].auc().values())) for h, share, *pair in rows if h == how and pair[i]]
-                if not points:
-                    continue
-                x, y = [p[0] for p in points], np.array([p[1] for p in points])
-                ax.errorbar(x, y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), label=f"{NAMES[m]}, {how}", color=COLORS[m],
-                            linestyle=style, marker="o", capsize=3)
+                found = [(share, pair[i].auc()) for h, share, *pair in rows if h == how and pair[i]]
+                for ax, of in zip(axes, (lambda auc: auc, lambda auc, whole=found: gaps(auc, whole[0][1])), strict=True):
+                    if found:
+                        y = np.array([spread(of(auc).values()) for _, auc in found])
+                        x = [share + 0.006 * (2 * j + i - 1.5) for share, _ in found]  # side by side
+                        ax.errorbar(x, y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), label=f"{NAMES[m]}, {how}",
+                                    color=COLORS[m], linestyle=style, marker="o" if j else "s", capsize=3)
         worlds = worlds_of(records, "wrong")
-        for m in ("sdpo", "grpo"):
+        for m in ("sdpo", "pmd-transient"):
             if m in main:
-                ax.axhline(np.mean([v for w, v in main[m].auc().items() if w in worlds]), color=COLORS[m], linestyle=":",
-                           label=NAMES[m])
-        ax.set(xlabel="share of reflected strategies made wrong", ylabel="AUC", ylim=(0, 1))
-        ax.legend(fontsize=8)
-        ax.grid(alpha=0.3)
+                value, low, high = spread(v for w, v in main[m].auc().items() if w in worlds)
+                axes[0].axhline(value, color=COLORS[m], linestyle=":", label=f"{NAMES[m]}, as in main")
+                axes[0].axhspan(low, high, color=COLORS[m], alpha=0.1, linewidth=0)
+        axes[0].set(title="AUC", ylim=(0, 0.7))
+        axes[1].set(title="less that of share 0, paired by world")
+        axes[1].axhline(0, color="gray", linewidth=1)
+        for ax in axes:
+            ax.set(xlabel="share of the operations in reflected strategies made wrong")
+            ax.grid(alpha=0.3)
+        axes[0].legend(fontsize=8)
         save(figure, out / "harm.png")
+    if main:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+        for i, (m, c) in enumerate(main.items()):
+            maj, best = (np.mean(list(c.final(key).values())) for key in ("maj", "best"))
+            _, low, high = spread(c.final("best").values())
+            left.barh(i, maj, color=COLORS[m])
+            left.barh(i, best - maj, left=maj, color=COLORS[m], alpha=0.4)
+            left.errorbar(best, i, xerr=[[best - low], [high - best]], fmt="none", ecolor="black", capsize=3)
+        left.set_yticks(range(len(main)), [NAMES[m] for m in main], fontsize=8)
+        left.invert_yaxis()
+        left.set(xlim=(0, 1))
+        left.set_title("Figure 3: maj@4, and the headroom to best@4 (pale)", fontsize=10)
+        chosen = [m for m in ("grpo", "sdpo", "pmd") if m in main]
+        sets = venn(main, chosen)
+        right.barh(range(len(sets)), [np.mean(v) for v in sets.values()], color="tab:gray",
+                   xerr=np.array([[m - low, high - m] for m, low, high in map(spread, sets.values())]).T, capsize=3)
+        right.set_yticks(range(len(sets)), sets, fontsize=8)
+        right.invert_yaxis()
+        right.set_title("Figure 4: held-out problems solved by exactly these", fontsize=10)
+        save(figure, out / "coverage.png")

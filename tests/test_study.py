@@ -81,6 +81,15 @@ def test_intervals_and_differences():
     row = tables.compared({1: 0.5, 2: 0.7, 3: 0.1}, {1: 0.4, 2: 0.4, 4: 1}, {1: 0, 2: 1})
     assert row[1] == "2 of 2" and row[4] == "+0.100, +0.300"
     assert row[0].startswith("0.200")
+    assert tables.spread([0.1, np.nan, 0.3])[0] == pytest.approx(0.2)
+
+
+def test_coverage_counts_who_solves_exactly():
+    solved = {"grpo": "1100", "sdpo": "1010", "pmd": "1000"}
+    main = {m: tables.Cell(records_of({**record(f"main/{m}/200", 200), "solved": s}), "main", m) for m, s in solved.items()}
+    found = {who: list(share) for who, share in tables.venn(main, list(solved)).items()}
+    assert len(found) == 8 and found.pop("GRPO, SDPO, PMD") == [0.25] and found.pop("GRPO") == [0.25]
+    assert found.pop("SDPO") == [0.25] and found.pop("none") == [0.25] and set(map(tuple, found.values())) == {(0.0,)}
 
 
 def test_equal_compute_gives_the_slower_method_fewer_steps():
@@ -141,7 +150,7 @@ def test_the_report_says_who_is_ahead_first(tmp_path, ahead):
             rows.append(record(f"main/{m}/{w}", w, c, [s and s + gain * (m == "pmd") for s in scores]))
         rows += [record(f"tiers/pmd-{t}/{w}", w, c) for t in study.TIERS[:-1]]
     rows.append({"job": "main/pmd/223", "world": 223, "checkpoint": 2, "failed": "OSError: disk"})
-    times = {row["job"]: {"step_seconds": 2.0 if "pmd" in row["job"] else 1.0} for row in rows}
+    times = {row["job"]: {"step_seconds": 2.0 if "pmd" in row["job"] else 1.0, "cpu": 9.0} for row in rows}
     said = tables.report(records_of(*rows), times, {}, tmp_path, study)
     text = (tmp_path / "results.md").read_text()
     first = text.splitlines()[2]
@@ -149,7 +158,7 @@ def test_the_report_says_who_is_ahead_first(tmp_path, ahead):
     assert "PMD ahead in " + ("4" if ahead else "0") + " of 4 worlds" in first
     assert f"is {'' if ahead else 'NOT '}the paper's" in first  # ties fall to the paper's order
     assert "1 runs failed: main/pmd/223: OSError: disk" in text and "| **primary** PMD - SDPO |" in text
-    assert "| PMD | 2.00 [2.00, 2.00] |" in text and "results.md" in said
+    assert "| PMD | 2.00 [2.00, 2.00] | 1.00 [1.00, 1.00] |" in text and "results.md" in said
     for name in ("curves", "differences", "memory"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
@@ -161,7 +170,8 @@ def test_knobs_are_paired_with_main_in_the_same_worlds(tmp_path):
              for m in ("pmd", "sdpo") for g in (2, 8) for w in (200, 201)]
     rows += [record(f"rates/{m}-{rate:g}/{w}", w, scores=(0, 0.1, 0.1 + (m == "sdpo") * 0.1))
              for m in ("pmd", "sdpo") for rate in study.RATES[1:] for w in (200, 201)]
-    rows += [record(f"wrong/pmd-0.5-ungrounded/{w}", w, scores=(0, 0.25, 0.25)) for w in (200, 201)]
+    rows += [record(f"wrong/pmd-{share:g}-ungrounded/{w}", w, scores=(0, score, score)) for w in (200, 201)
+             for share, score in ((0, 0.5), (0.5, 0.25))]
     rows += [record(f"transfer/{size}-reads-{m}/{w}", w, scores=(s, s, s)) for size in study.SIZES for w in (200, 201)
              for m, s in (("nothing", 0.0), ("frozen-policy", 0.5), ("pmd", 0.75))]
     tables.report(records_of(*rows), {}, {"pmd": study.RATES[0], "sdpo": study.RATES[1]}, tmp_path, study)
@@ -177,9 +187,12 @@ def test_knobs_are_paired_with_main_in_the_same_worlds(tmp_path):
     assert rates["0.0003"][3] == "0.500 [0.500, 0.500]" and rates["0.0006"][2] == "0.400 [0.400, 0.400]"  # their own: main
     assert rates["0.001"][2] == "0.150 [0.150, 0.150]" and rates["0.0006"][3] == "0.100 [0.100, 0.100]"
     wrong = cells["How wrong may insights be?"]
-    assert ["grounded", "0", "0.500 [0.500, 0.500]", "0.400 [0.400, 0.400]", "0.100 [0.100, 0.100]",
-            "0.000 [0.000, 0.000]"] in wrong
-    assert ["ungrounded", "0.5", "0.250 [0.250, 0.250]", "-", "-0.150 [-0.150, -0.150]", "-"] in wrong
+    same, none = "0.500 [0.500, 0.500]", "0.000 [0.000, 0.000]"
+    assert ["grounded", "0", "0.250 [0.250, 0.250]", same, "0.400 [0.400, 0.400]", none, none, "0.100 [0.100, 0.100]",
+            none] in wrong
+    fell = "-0.250 [-0.250, -0.250]"
+    assert ["ungrounded", "0.5", "0.250 [0.250, 0.250]", "0.250 [0.250, 0.250]", "-", fell, "-", "-0.150 [-0.150, -0.150]",
+            "-"] in wrong
     assert text.count("| 0.000 [0.000, 0.000] | 0.500 [0.500, 0.500] | 0.750 [0.750, 0.750] |") == 3
     for name in ("transfer", "harm"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
