@@ -33,6 +33,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -52,6 +53,7 @@ import numpy as np
 import torch
 from sklearn.feature_extraction.text import HashingVectorizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -69,6 +71,7 @@ from ranks import (
     broadcast,
     compute,
     compute_dtype,
+    count_ranks,
     device_of,
     end_ranks,
     forward,
@@ -252,7 +255,7 @@ PRESETS = {
 
 def train(cfg: Config) -> dict:
     """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched."""
-    task, tokenizer = check(cfg)
+    task, tokenizer = check(cfg, quiet=rank() > 0)
     policy = load_policy(cfg)  # float32 master weights
     teacher = make_teacher(policy, cfg)  # the same model; it only reads more
     policy, teacher = shard(policy, cfg), shard(teacher, cfg)
@@ -414,10 +417,10 @@ class Sampler:
 
     def generate(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
         """One sample for each prompt (token ids) with its key (a tuple that JSON can write); every rank has them all."""
-        share = self.cfg.tensor_parallel  # so many ranks answer the same prompts
-        team, teams = rank() // share, world() // share
-        parts = gather(self.draw(prompts[team::teams], keys[team::teams], max_new_tokens, temperature, top_p))[::share]
-        return [parts[i % teams][i // teams] for i in range(len(prompts))]
+        own = dealt(prompts, rank() // self.cfg.tensor_parallel, world() // self.cfg.tensor_parallel)
+        drawn = self.draw([prompts[i] for i in own], [keys[i] for i in own], max_new_tokens, temperature, top_p)
+        samples = dict(pair for part in gather(list(zip(own, drawn, strict=True))) for pair in part)
+        return [samples[i] for i in range(len(prompts))]
 
     def sleep(self):
         """Leaves the device to the trainer; nothing to do where the trainer's own weights generate."""
@@ -553,7 +556,7 @@ class VLLM(Sampler):
     @torch.no_grad()
     def verify(self):
         """Pushes changed weights, then the true ones: `wake` compares both."""
-        norm = next(p for name, p in self.trained.named_parameters() if name.endswith("layernorm.weight"))
+        norm = next(p for p in self.trained.parameters() if p.dim() == 1)  # a bias would do as well
         model = self.trained
         ends = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
         scale = local(norm).clone()
@@ -582,6 +585,13 @@ class VLLM(Sampler):
             text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
             samples.append(Sample(prompt, new, logprobs, text, out.finish_reason == "stop"))
         return samples
+
+
+def dealt(prompts, team, teams) -> list[int]:
+    """The indices of the prompts that one of several engines answers. Equal neighbours stay together, so that an engine's
+    prefix cache holds the prompt that a group shares."""
+    group = itertools.accumulate(int(i > 0 and prompts[i] != prompts[i - 1]) for i in range(len(prompts)))
+    return [i for i, g in enumerate(group) if g % teams == team]
 
 
 def encode_prompt(tokenizer, user, system="") -> list[int]:
@@ -733,8 +743,11 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
     supervised = rollouts if cfg.method == "grpo" else [r for r in rollouts if r.teacher_ids]
     total = sum(len(r.ids) for r in supervised)
     if not total or cfg.method == "grpo" and not any(r.advantage for r in supervised):
-        return Counter(updates_skipped=1)
-    sums = {}
+        some = micro_batches(rollouts[: 4 * world()], cfg)  # the sampler is watched all the same
+        gaps = [sampler_gap(batch, own_logprobs(policy, batch, cfg)) for batch in some]
+        reshard(policy)
+        return add(checked(gaps, step, cfg), {"updates_skipped": 1})
+    sums, gaps = {}, []
     optimizer.zero_grad()
     policy.train(cfg.gradient_checkpointing)  # transformers recomputes in train mode only; nothing else differs
     for batch in micro_batches(supervised, cfg):
@@ -744,9 +757,10 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
             raise FloatingPointError(f"the loss is {out.loss.item()} at step {step}, on {problem_ids(batch)}")
         out.loss.backward()
         reshard(teacher)
-        gap = sampler_gap(batch, out.logprobs, step, cfg)
-        sums = add(sums, gap | {name: float(getattr(out, name).detach().sum()) for name in set(out._fields) - {"logprobs"}})
+        gaps.append(sampler_gap(batch, out.logprobs))
+        sums = add(sums, {name: float(getattr(out, name).detach().sum()) for name in set(out._fields) - {"logprobs"}})
     policy.eval()
+    gap = checked(gaps, step, cfg)
     with clock("optimizer"):
         norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
         if not torch.isfinite(norm):
@@ -755,19 +769,26 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
             group["lr"] = cfg.lr * min(1.0, (optimizer.updates + 1) / max(1, cfg.warmup_steps))
         optimizer.step()
         optimizer.updates += 1
-    sums = functools.reduce(add, gather(sums), {})
+    sums = functools.reduce(add, gather(sums), gap)
     return add(sums, {"tokens": total, "updates": 1, "grad_norm": float(norm)})
 
 
-def sampler_gap(batch, logprobs, step, cfg) -> dict:
-    """Sum and maximum of |log p_trainer - log p_sampler| over a micro-batch's tokens. FloatingPointError where their mean
-    says that the sampler does not run the weights that are trained: what it wrote would be learned from at wrong ratios."""
-    now = logprobs if not batch or batch[0].old_logprobs is None else flat([r.old_logprobs for r in batch], logprobs)
-    gap = (now - flat([r.rollout_logprobs for r in batch], logprobs)).abs()
-    if len(gap) and gap.mean() > cfg.max_sampler_gap:
-        raise FloatingPointError(f"sampler and trainer differ by {gap.mean():.3f} nats a token at step {step}, more than "
+def sampler_gap(batch, logprobs) -> dict:
+    """Sum and maximum of |log p_trainer - log p_sampler| over a micro-batch's tokens, and their number. logprobs (N,): the
+    trainer's now, where the rollouts don't hold older ones of the weights that sampled."""
+    ours = logprobs if not batch or batch[0].old_logprobs is None else torch.cat([r.old_logprobs for r in batch])
+    gap = (ours.cpu() - torch.cat([torch.zeros(0), *(r.rollout_logprobs for r in batch)])).abs()
+    return {"sampler_gap": float(gap.sum()), "sampler_gap_max": float(gap.max()) if len(gap) else 0.0, "compared": len(gap)}
+
+
+def checked(gaps, step, cfg) -> Counter:
+    """Sum of the gaps of all micro-batches and ranks. FloatingPointError where the mean says that the sampler does not run
+    the weights that are trained: what it wrote would be learned from at wrong ratios."""
+    gap = functools.reduce(add, gather(functools.reduce(add, gaps, Counter())), Counter())
+    if (mean := gap["sampler_gap"] / max(1, gap["compared"])) > cfg.max_sampler_gap:
+        raise FloatingPointError(f"sampler and trainer differ by {mean:.3f} nats a token at step {step}, more than "
                                  f"--max_sampler_gap {cfg.max_sampler_gap}: the sampler does not run the trained weights")
-    return {"sampler_gap": float(gap.sum()), "sampler_gap_max": float(gap.max()) if len(gap) else 0.0}
+    return gap
 
 
 def loss_of(batch, total, policy, teacher, cfg):
@@ -859,19 +880,31 @@ def evaluate(step, run, sampler, memory, cfg):
 # What a run is made of
 # ---------------------------------------------------------------------------------------------------------------------
 
-def check(cfg, quiet=False):
-    """(task, tokenizer), or a ValueError that says in one sentence what is wrong, before any work is lost."""
+class Unsupported(ValueError):
+    """A model that this code can't train, found out only when it is loaded."""
+
+
+def check(cfg, quiet=False, ranks=0):
+    """(task, tokenizer), or a ValueError that says in one sentence what is wrong, before any work is lost.
+
+    quiet: says nothing of what is left out. ranks: of the job that is to be started, where it is not this one's world().
+    """
+    ranks = ranks or world()
     for name, low, high in (("alpha", 0, 1), ("ema_rate", 0, 1), ("eval_top_p", 0, 1), ("response_novelty", -1, 1),
                             ("insight_novelty", -1, 1)):
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name} {getattr(cfg, name)} is outside [{low}, {high}]")
-    if fast_sampler(cfg) and vllm_version() != VLLM_VERSION:
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {cfg.device}, but torch finds no such device here; leave the flag out to run on the CPU")
+    if (gpus := torch.cuda.device_count()) < cfg.nproc and device_of(cfg).type == "cuda":
+        raise ValueError(f"--nproc {cfg.nproc} is more than the {gpus} GPUs of this machine, and each process needs its own")
+    if fast_sampler(cfg) and (vllm_version() or "").partition("+")[0] != VLLM_VERSION:
         raise ValueError(f"--sampler vllm was written for vllm {VLLM_VERSION}, and {vllm_version() or 'none'} is installed; "
                          "see requirements-gpu.txt, or use --sampler transformers")
-    if cfg.tensor_parallel < 1 or world() % cfg.tensor_parallel:
-        raise ValueError(f"--tensor_parallel {cfg.tensor_parallel} does not divide the {world()} processes")
-    if world() > cfg.batch_size:
-        raise ValueError(f"{world()} processes are more than the {cfg.batch_size} problems of a batch; raise --batch_size "
+    if cfg.tensor_parallel < 1 or ranks % cfg.tensor_parallel:
+        raise ValueError(f"--tensor_parallel {cfg.tensor_parallel} does not divide the {ranks} processes")
+    if ranks > cfg.batch_size:
+        raise ValueError(f"{ranks} processes are more than the {cfg.batch_size} problems of a batch; raise --batch_size "
                          "or lower --nproc")
     if cfg.log and not importlib.util.find_spec(cfg.log):
         raise ValueError(f"--log {cfg.log} needs its library: pip install {cfg.log}")
@@ -888,11 +921,15 @@ def check(cfg, quiet=False):
     if cfg.name and not cfg.resume and folder.exists():
         raise ValueError(f"{folder} exists; add --resume to continue it or choose another --name")
     if cfg.resume and (folder / "config.json").exists():
-        refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
+        refuse_changes(json.loads((folder / "config.json").read_text()), cfg, quiet)
     if cfg.fork_from and not (fork := checkpoint_of(cfg)).is_dir():
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
-    if cfg.fork_from and (other := json.loads((fork.parent.parent / "config.json").read_text())["model"]) != cfg.model:
+    def same(name):  # under whatever name
+        return MODELS.get(name, Path(name).resolve() if Path(name).is_dir() else name)
+
+    if cfg.fork_from and same(other := json.loads((fork.parent.parent / "config.json").read_text())["model"]) != \
+            same(cfg.model):
         raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
                          f"{cfg.model}; give the same")
     if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
@@ -921,6 +958,15 @@ def check(cfg, quiet=False):
         if getattr(tokenizer, what) is None:
             raise ValueError(f"the tokenizer of {cfg.model} has no {what}; use a chat model, or add it to the folder's "
                              "tokenizer_config.json")
+    positions = getattr(AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model)), "max_position_embeddings", None)
+    reads, writes = cfg.max_prompt, cfg.max_completion
+    if cfg.method in (*REMEMBERS, "frozen-memory", "sdpo"):
+        reads = max(reads, cfg.max_reprompt)
+        writes = max(writes, cfg.memory_completion if cfg.method in REMEMBERS else 0)
+    if positions and reads + writes > positions:
+        cure = f"--max_reprompt {positions - writes}" if cfg.max_prompt + writes <= positions else "a lower --max_completion"
+        raise ValueError(f"{cfg.model} has {positions} positions, and a prompt of {reads} tokens with a reply of {writes} "
+                         f"needs more; give {cure}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # only fills the left of a batch; masks come from lengths
     splits = {}
@@ -936,14 +982,19 @@ def check(cfg, quiet=False):
     if len(splits["train"]) < cfg.batch_size:
         raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(splits['train'])} training problems of "
                          f"{cfg.task}")
-    if device_of(cfg).type == "cuda" and importlib.util.find_spec("tools.plan"):  # a script that may be deleted
+    if device_of(cfg).type == "cuda" and (HERE / "tools" / "plan.py").is_file():  # a script that may be deleted
         from tools.plan import fits
         card = torch.cuda.get_device_properties(device_of(cfg)).total_memory / 2**30
         share = cfg.gpu_memory_utilization if fast_sampler(cfg) else 0
-        fine, sentence = fits(cfg, MODELS.get(cfg.model, cfg.model), world(), card, share)
+        try:
+            fine, sentence = fits(cfg, MODELS.get(cfg.model, cfg.model), ranks, card, share)
+        except Exception as error:  # of an architecture whose layers it can't trace, which may train all the same
+            fine, sentence = True, ""
+            if not quiet:
+                print(f"whether {cfg.model} fits could not be computed: {type(error).__name__}: {error}")
         if not fine:
             raise ValueError(sentence)
-    if cfg.method in (*REMEMBERS, "frozen-memory"):
+    if cfg.method in (*REMEMBERS, "frozen-memory") and rank() == 0:  # whose memory it is
         make_embedder(cfg)
     if cfg.method in REMEMBERS:
         make_abstractor(cfg, check=True)
@@ -968,7 +1019,7 @@ def vllm_version():
 def load_policy(cfg):
     """The model with float32 weights, whatever it was stored in: at lr 1e-6 an Adam step moves 2% of bfloat16 weights.
 
-    Without dropout, so that sampling and training see one and the same distribution. Raises ValueError for an
+    Without dropout, so that sampling and training see one and the same distribution. Raises Unsupported for an
     architecture whose logits are not its head times its last hidden state, which is what kernels.py takes them for.
     """
     policy = AutoModelForCausalLM.from_pretrained(MODELS.get(cfg.model, cfg.model), dtype=torch.float32).eval()
@@ -988,7 +1039,7 @@ def load_policy(cfg):
         probe = torch.arange(1, 9, device=policy.device)[None]
         logits = policy.get_decoder()(input_ids=probe).last_hidden_state @ policy.get_output_embeddings().weight.T
         if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
-            raise ValueError(f"{cfg.model} transforms its logits after the head, which the losses here do not support")
+            raise Unsupported(f"{cfg.model} transforms its logits after the head, which the losses here do not support")
     return policy
 
 
@@ -1128,23 +1179,26 @@ def compared(cfg):
 
 def main():
     cfg = parse_flags()
-    start_ranks(cfg)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if joined := "RANK" in os.environ:
+        start_ranks(cfg)
     try:
         cfg = replace(cfg, name=cfg.name or broadcast(default_name(cfg)))
         folder, runs = compared(cfg) if cfg.compare else (None, [cfg])
         for run in runs:
-            check(run, quiet=True)
+            check(run, quiet=True, ranks=count_ranks(cfg))
     except (ValueError, OSError) as error:
-        sys.exit(f"pmd.py: {error}")
+        sys.exit(f"pmd.py: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    if not joined:
+        start_ranks(cfg)  # only now, or every process would say what is wrong
     try:
         summaries = {run.method: train(run) for run in runs}
     except Stopped as stopped:
         print(f"pmd.py: {stopped}", file=sys.stderr)
         end_ranks(stopped.code)
         sys.exit(stopped.code)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, Unsupported) as error:
         sys.exit(f"pmd.py: {error}")
     if folder and all(summaries.values()):  # other ranks than 0 have none
         curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,19 +44,42 @@ def broadcast(value):
     return box[0]
 
 
+SHUTDOWN = 120  # seconds between SIGTERM and SIGKILL: the step at hand ends and is saved
+
+
+def count_ranks(cfg) -> int:
+    """Of this job, or of the one that `start_ranks` will start."""
+    return int(os.environ.get("WORLD_SIZE", 0)) or cfg.nproc or \
+        max(1, torch.cuda.device_count() if cfg.device in ("", "cuda") else 1)
+
+
 def start_ranks(cfg):
     """With several GPUs or --nproc, and outside torchrun, starts this program again, once for each; inside it, joins."""
-    count = cfg.nproc or max(1, torch.cuda.device_count() if cfg.device in ("", "cuda") else 1)
+    count = count_ranks(cfg)
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=60))  # a rank may wait for the others' generation
         if device_of(cfg).type == "cuda":
             torch.cuda.set_device(device_of(cfg))
     elif count > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--",
-                   *sys.argv]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+                   f"--shutdown-timeout={SHUTDOWN}", "--", *sys.argv]
         print("restarting as: " + shlex.join(command), flush=True)
         os.execv(sys.executable, command)
+
+
+def a_rank_has_ended() -> bool:
+    """Whether another rank of this launcher is gone, as far as /proc tells: then SIGTERM means that the job has failed."""
+    def runs(process):
+        try:
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            return parent == str(os.getppid()) and state not in "ZX" and \
+                b"\0LOCAL_RANK=" in (process / "environ").read_bytes()
+        except OSError:  # it has just ended, or is somebody else's
+            return False
+
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return count > 1 and Path("/proc").is_dir() and sum(map(runs, Path("/proc").glob("[0-9]*"))) < count
 
 
 def end_ranks(code=0):
@@ -96,6 +120,8 @@ def shard(model, cfg):
     tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank."""
     if world() == 1 or isinstance(model, FSDPModule):
         return model
+    if not hasattr(model.get_decoder(), "layers"):
+        raise ValueError(f"{cfg.model} has no list of layers to share out over {world()} processes; use --nproc 1")
     device = device_of(cfg)
     bf16 = compute_dtype(device, cfg) == torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from eval import Answers, json_lines
 from memory import SUCCESS, describe
-from ranks import broadcast, gather, rank, whole, world
+from ranks import a_rank_has_ended, broadcast, gather, rank, whole, world
 from report import plot_curves, table
 
 VERSION = "0.1.0"
@@ -45,7 +45,7 @@ class Clock:
     """Seconds by name, each second counted once: what runs inside stops the clock of what is around it."""
 
     def __init__(self):
-        self.seconds, self.running = Counter(), []
+        self.seconds, self.running, self.peak = Counter(), [], 0
 
     @contextlib.contextmanager
     def __call__(self, name):
@@ -60,6 +60,8 @@ class Clock:
     def _turn(self):
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # or the next name would pay for this one's kernels
+            free, total = torch.cuda.mem_get_info()  # torch's own count would hold what a sleeping vLLM has given back
+            self.peak = max(self.peak, total - free)  # where phases end, when torch still keeps what it took in them
         now = time.perf_counter()
         if self.running:
             self.seconds[self.running[-1]] += now - self.since
@@ -120,6 +122,8 @@ class Run:
 
     def _told(self, number, frame):
         """The first signal lets the step at hand end and saves; the next one ends the program at once."""
+        if a_rank_has_ended():  # the launcher takes the job down: there is nothing to wait for
+            os._exit(128 + number)
         self.stop = signal.Signals(number).name
         self.bar.write(f"{self.stop}: saving after this step; once more to quit at once")
         self._unlisten()
@@ -173,10 +177,10 @@ class Run:
             "teacher_active": sum(bool(r.teacher_ids) for r in rollouts) / n,
             "supervised_tokens": sums["tokens"], "updates": sums["updates"], "updates_skipped": sums["updates_skipped"]}
         if sums["tokens"]:
-            metrics |= {k: sums[k] / sums["tokens"] for k in ("divergence", "entropy", "teacher_entropy", "sampler_gap",
+            metrics |= {k: sums[k] / sums["tokens"] for k in ("divergence", "entropy", "teacher_entropy",
                                                               "clipped") if k in sums}
             metrics |= {k: sums[k] / sums["updates"] for k in ("loss", "grad_norm")}
-            metrics["sampler_gap_max"] = sums["sampler_gap_max"]
+        metrics |= {"sampler_gap": sums["sampler_gap"] / sums["compared"], "sampler_gap_max": sums["sampler_gap_max"]}
         if rates := [r.test_pass_rate for r in rollouts if r.test_pass_rate is not None]:
             metrics["test_pass_rate"] = sum(rates) / len(rates)
         metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
@@ -190,8 +194,8 @@ class Run:
         spent = sum(t for phase, t in metrics["seconds"].items() if phase not in ("evaluate", "save"))
         metrics["share"] = {phase: t / spent for phase, t in metrics["seconds"].items() if phase not in ("evaluate", "save")}
         metrics["tokens_per_second"] = sum(len(r.ids) for r in rollouts) / spent
-        metrics["peak_gb"] = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
-                              1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9  # of rank 0, so far
+        metrics["peak_gb"] = (clock.peak if torch.cuda.is_available() else 1024 *
+                              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9  # of rank 0, so far
         self.note(metrics)
         self.learned = f", reward {metrics['reward']:.2f}, memory {'/'.join(map(str, metrics['memory'].values()))}"
         self.bar.update()
@@ -343,7 +347,7 @@ def default_name(cfg):
            f"{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def refuse_changes(before, cfg):
+def refuse_changes(before, cfg, quiet=False):
     """A resumed run keeps its configuration, but for what only adds steps or output; that is noted."""
     free = {"resume", "steps", "epochs", "out", "name", "device", "nproc", "log_every", "save_every", "micro_tokens", "keep",
             "max_minutes", "log"}
@@ -351,7 +355,8 @@ def refuse_changes(before, cfg):
     said = {k: f"--{k} ({before.get(k)!r} before, {now[k]!r} now)" for k in now if before.get(k) != now[k]}
     if refused := [text for k, text in said.items() if k not in free]:
         raise ValueError(f"the run {cfg.name} was started with other flags: {', '.join(refused)}; use another --name")
-    if noted := [text for k, text in said.items() if k not in ("resume", "out", "name")]:
+    noted = [text for k, text in said.items() if k not in ("resume", "out", "name")]
+    if noted and not quiet:
         print(f"changed since the run was started: {', '.join(noted)}")
 
 

@@ -1,7 +1,7 @@
 """Your own task: a folder with two JSON-lines files. This one asks for sums of two one-digit numbers.
 
     python examples/sums.py sums
-    python pmd.py --model DIR --task sums --max_completion 64
+    python pmd.py --model DIR --task sums --max_completion 64 --max_reprompt 4096
 """
 
 import json

@@ -212,7 +212,7 @@ def test_what_a_gpu_adds_comes_in_order(make_config, monkeypatch, dtype):
     step = ["sleep 2", "update", "wake weights", "reload", "wake kv_cache", "reset"]
     assert engine.calls == 3 * pushed + 2 * step  # changed weights, true ones, those the run starts from; then each step
     rows = [json.loads(line) for line in Path(cfg.out, "run", "metrics.jsonl").read_text().splitlines()]
-    gaps = [row["sampler_gap"] for row in rows if row.get("updates")]
+    gaps = [row["sampler_gap"] for row in rows if "reward" in row]
     assert gaps and all(gap < 1e-4 if dtype == "float32" else 1e-4 < gap < 0.1 for gap in gaps)
 
 
@@ -367,7 +367,12 @@ def test_a_batch_without_signal_changes_nothing_and_is_counted(policy, tokenizer
         pmd.condition(rollouts, memory, tokenizer, 1, cfg)
         before = [p.clone() for p in policy.parameters()]
         sums = pmd.update(policy, policy, pmd.make_optimizer(policy, cfg), rollouts, 1, cfg)
-        assert sums == Counter(updates_skipped=1)
+        assert sums["updates_skipped"] == 1 and not sums["tokens"] and not sums["updates"]
+    assert sums["compared"] and sums["sampler_gap_max"] < 1e-4  # the sampler is watched all the same
+    for r in rollouts:
+        r.rollout_logprobs = r.rollout_logprobs - 0.2
+    with pytest.raises(FloatingPointError, match="differ by 0.200 nats a token at step 1, more than --max_sampler_gap"):
+        pmd.update(policy, policy, pmd.make_optimizer(policy, cfg), rollouts, 1, cfg)
         assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -389,7 +394,7 @@ def test_a_sampler_that_runs_other_weights_stops_the_run_before_the_weights_move
     for r in rollouts:
         r.rollout_logprobs = r.rollout_logprobs - 0.09
     sums = gradients(policy, copy.deepcopy(policy), rollouts, cfg)[1]
-    assert sums["sampler_gap"] / sums["tokens"] == pytest.approx(0.09, abs=1e-4) and sums["sampler_gap_max"] < 0.0901
+    assert sums["sampler_gap"] / sums["compared"] == pytest.approx(0.09, abs=1e-4) and sums["sampler_gap_max"] < 0.0901
     for r in rollouts:
         r.rollout_logprobs = r.rollout_logprobs - 0.02
     with pytest.raises(FloatingPointError, match="differ by 0.110 nats a token at step 3, more than --max_sampler_gap 0.1"):
@@ -660,7 +665,10 @@ def test_presets_and_flags():
     (dict(tiers="insight,magic"), "not magic"), (dict(task="sciknoweval/chemistry"), "sciknoweval/chemistry needs --data"),
     (dict(task="sciknoweval/alchemy"), "no domain 'alchemy'"), (dict(model="elsewhere"), "elsewhere is neither a Hugging"),
     (dict(model="Qwen3-8B"), "Qwen3-8B is neither .* nor a reachable name on the Hub"),
-    (dict(tensor_parallel=2), "--tensor_parallel 2 does not divide the 1 processes")])
+    (dict(tensor_parallel=2), "--tensor_parallel 2 does not divide the 1 processes"),
+    (dict(max_reprompt=1000), "nano has 1024 positions, .* 1000 tokens .* 96 needs more; give --max_reprompt 928"),
+    (dict(method="grpo", max_completion=1000), "with a reply of 1000 needs more; give a lower --max_completion"),
+    (dict(device="cuda"), "--device cuda, but torch finds no such device")])
 def test_bad_input_is_refused_in_one_sentence(make_config, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         pmd.check(make_config(**changes))
@@ -747,7 +755,8 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pmd.py", "--model", "Qwen3-8B", "--task", "sciknoweval/chemistry"])
     cfg = pmd.parse_flags()
     pmd.start_ranks(cfg)
-    assert started[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", "--", *sys.argv]
+    assert started[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8",
+                              "--shutdown-timeout=120", "--", *sys.argv]
     assert f"restarting as: {' '.join(started[0])}" in capsys.readouterr().out
     for alone in (dict(nproc=1), dict(device="cpu")):
         pmd.start_ranks(dataclasses.replace(cfg, **alone))
@@ -761,6 +770,17 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
     pmd.start_ranks(cfg)
     assert joined == ["cpu:gloo,cuda:nccl", torch.device("cuda", 3)] and len(started) == 1
+
+
+@pytest.mark.parametrize("teams", [1, 2, 3, 8])
+def test_groups_are_dealt_whole(teams):
+    prompts = [[p] for p in (0, 0, 0, 1, 1, 1, 2, 3, 3, 0)]  # the last is no neighbour of the first
+    shares = [pmd.dealt(prompts, team, teams) for team in range(teams)]
+    assert sorted(i for share in shares for i in share) == list(range(10))
+    for group in ({0, 1, 2}, {3, 4, 5}, {6}, {7, 8}, {9}):
+        assert sum(group <= set(share) for share in shares) == 1
+    groups = [len({(prompts[i][0], i == 9) for i in share}) for share in shares]
+    assert max(groups) - min(groups) <= 1
 
 
 def test_a_package_named_kernels_is_refused(tmp_path):

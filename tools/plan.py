@@ -17,7 +17,7 @@ Measured on a CPU (tests/test_plan.py): the resident memory of real updates, in 
 two, sharded, within 1 % where the peak is in the loss and 17 % below the plan where it is in the backward pass (gloo keeps
 less in flight). Not measured: whatever needs a GPU. Approximate there: the constants below, FSDP2's buffers in flight, and
 the attention kernels' workspace (left out, as the peak is in the MLP). Every micro-batch is taken to be full of completion
-tokens, frozen-policy to be trained like grpo: upper bounds. vLLM without tensor parallelism.
+tokens, frozen-policy to be trained like grpo: upper bounds.
 """
 import argparse
 import bisect
@@ -161,8 +161,9 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
     """{phase: {component: bytes}} on the fullest GPU; a phase is the moment in it when most is held.
 
     cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt, micro_tokens, method, teacher,
-    dtype, embedder, gradient_checkpointing. gpus: of the whole job. gpu_memory: GiB of one. micro_tokens: instead of cfg's.
-    utilization: vLLM's share of a GPU; 0 for the transformers sampler. context: bytes beside PyTorch's own, 0 on a CPU.
+    dtype, embedder, gradient_checkpointing, tensor_parallel. gpus: of the whole job. gpu_memory: GiB of one. micro_tokens:
+    instead of cfg's. utilization: vLLM's share of a GPU; 0 for the transformers sampler. context: bytes beside PyTorch's
+    own, 0 on a CPU.
     """
     config, g, sharded, ckpt = model.config, gpus, gpus > 1, cfg.gradient_checkpointing
     P, Pl, VH, H, L = model.parameters, model.layer, model.head, config.hidden_size, config.num_hidden_layers
@@ -242,15 +243,21 @@ def kv_bytes(config, length) -> float:
     return 2 * 2 * config.num_key_value_heads * head_dim(config) * tokens
 
 
-def kv_room(model, gpu_memory, utilization) -> float:
-    """What vLLM has for keys and values: its share, less the model in bfloat16 (2 P, whole on each GPU) and PREFILL."""
-    return utilization * gpu_memory * GIB - 2 * model.parameters - PREFILL
+def kv_room(cfg, model, gpu_memory, utilization) -> float:
+    """What vLLM has for keys and values: its share, less PREFILL and the model in bfloat16 (2 P, whole on each GPU or split
+    over those of an engine)."""
+    return utilization * gpu_memory * GIB - 2 * model.parameters / cfg.tensor_parallel - PREFILL
+
+
+def kv_needed(cfg, model) -> float:
+    """Keys and values of one sequence on one of an engine's GPUs, which share its heads."""
+    return kv_bytes(model.config, cfg.max_prompt + cfg.max_completion) / \
+        min(cfg.tensor_parallel, model.config.num_key_value_heads)
 
 
 def starved(cfg, model, gpu_memory, utilization) -> bool:
-    """Whether vLLM's share has no room for the keys and values of one sequence."""
-    length = cfg.max_prompt + cfg.max_completion
-    return utilization > 0 and kv_room(model, gpu_memory, utilization) < kv_bytes(model.config, length)
+    """Whether vLLM's share has no room for one sequence."""
+    return utilization > 0 and kv_room(cfg, model, gpu_memory, utilization) < kv_needed(cfg, model)
 
 
 def largest(cfg, model, gpus, gpu_memory, utilization=0.5) -> int:
@@ -277,10 +284,12 @@ def fits(cfg, model, gpus, gpu_memory, utilization=0.5) -> tuple[bool, str]:
     frugal = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": True})
     saving = "" if cfg.gradient_checkpointing else "--gradient_checkpointing "
     shares = sorted((u / 100 for u in range(5, 95, 5)), key=lambda u: abs(u - utilization)) if utilization else []
-    settings = [("", gpus, utilization), *((f"--gpu_memory_utilization {u} ", gpus, u) for u in shares),
-                *((f"{n} such GPUs and ", n, utilization) for n in (2, 4, 8, 16, 32, 64) if n > gpus)]
-    found = ((words + more, largest(run, model, n, gpu_memory, u))
-             for words, n, u in settings for more, run in (("", cfg), (saving, frugal)))
+    splits = [t for t in (2, 4, 8) if utilization and cfg.tensor_parallel < t <= gpus and gpus % t == 0]
+    settings = [("", gpus, utilization, {}), *((f"--gpu_memory_utilization {u} ", gpus, u, {}) for u in shares),
+                *((f"--tensor_parallel {t} ", gpus, utilization, {"tensor_parallel": t}) for t in splits),
+                *((f"{n} such GPUs and ", n, utilization, {}) for n in (2, 4, 8, 16, 32, 64) if n > gpus)]
+    found = ((words + more, largest(SimpleNamespace(**vars(run) | changed), model, n, gpu_memory, u))
+             for words, n, u, changed in settings for more, run in (("", cfg), (saving, frugal)))
     cure = next((f"{words}--micro_tokens {min(m, cfg.micro_tokens)}" for words, m in found if m), "a smaller model")
     return False, f"{model.name} does not fit on {where}: it would take {takes}; use {cure}"
 
@@ -299,10 +308,15 @@ def report(cfg, model, gpus, gpu_memory, utilization):
     print(f"{'total':24}" + "".join(f"{s / GIB:10.2f}" for s in sums))
     print(f"{'fits':24}" + "".join(f"{'yes' if s <= gpu_memory * GIB else 'NO':>10}" for s in sums))
     if utilization:
-        room, length = kv_room(model, gpu_memory, utilization), cfg.max_prompt + cfg.max_completion
-        print(f"\nvLLM awake: model {2 * model.parameters / GIB:.2f} in bfloat16, activations {PREFILL / GIB:.2f}, keys "
-              f"and values {room / GIB:.2f} ({max(0, room // kv_bytes(model.config, length)):.0f} sequences of {length})\n"
+        room = kv_room(cfg, model, gpu_memory, utilization)
+        sequences = max(0, room // kv_needed(cfg, model))
+        print(f"\nvLLM awake: model {2 * model.parameters / cfg.tensor_parallel / GIB:.2f} in bfloat16, activations "
+              f"{PREFILL / GIB:.2f}, keys and values {room / GIB:.2f}: {sequences:.0f} sequences of "
+              f"{cfg.max_prompt + cfg.max_completion} an engine\n"
               "vLLM asleep (level 2): it keeps no weights, and gets them anew when it wakes")
+    models = 1 + ("EMA teacher, float32" in phases["sample"])
+    print(f"the host's memory: {4 * models * model.parameters / GIB:.0f} a process, which first loads "
+          f"{'the model' if models == 1 else 'model and teacher'} whole")
     print(f"\n{'--micro_tokens':>14}{'checkpointing':>15}{'activations':>13}{'most':>8}  fits")
     for on in (False, True):
         run = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": on})
@@ -339,7 +353,8 @@ def main():
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.5, help="vLLM's share; 0 without vLLM")
     parser.add_argument("--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false")
     parser.add_argument("--what_fits", action="store_true", help="only the table of models, lengths and cards")
-    for name in ("max_prompt", "max_completion", "max_reprompt", "micro_tokens", "method", "teacher", "dtype", "embedder"):
+    for name in ("max_prompt", "max_completion", "max_reprompt", "micro_tokens", "method", "teacher", "dtype", "embedder",
+                 "tensor_parallel"):
         parser.add_argument(f"--{name}", type=type(getattr(defaults, name)), default=getattr(defaults, name))
     args = parser.parse_args()
     try:
