@@ -294,7 +294,7 @@ def transfer(say, records, sizes):
 
 def cost(say, main, times):
     seconds = {m: {w: times[r["job"]]["step_seconds"] for w, r in c.runs.items()
-                   if "step_seconds" in times.get(r["job"], {})} for m, c in main.items() if m != "pmd-nolessons"}  # run later
+                   if "step_seconds" in times.get(r["job"], {})} for m, c in main.items() if m != "pmd-nolessons"}
     if not seconds.get("sdpo"):
         return
     rows = []
