@@ -4,9 +4,7 @@ hand, and the command line on the embedded model."""
 import csv
 import itertools
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,6 @@ import pmd
 import report
 from memory import EXAMPLES, Memory
 
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared" / "data" / "sciknoweval"
 published = pytest.mark.skipif(not SHARED.is_dir(), reason="the published SciKnowEval files are not part of this repository")
