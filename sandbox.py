@@ -304,7 +304,6 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             prelude[name] = getattr(loaded, attribute) if attribute else loaded
     builtins.exit = builtins.quit = sys.exit
     stdout = sys.stdout
-    gc.collect()
     gc.freeze()  # what is here already need not be walked again when a test ends
     send(b"ready")
     status, compiled, error = attempt(None)  # where that fails there is no output, and each test says why by itself
