@@ -56,7 +56,7 @@ ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "
                "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 UNPROTECTED = """Running generated code WITHOUT a sandbox. It gets a fresh process with limits on CPU time, memory, file
 size and processes, and nothing else: it can read and write all that you can, use the network, signal your processes and
-leave some behind. Install bubblewrap (apt install bubblewrap), or do this only where there is nothing to lose."""
+leave some behind. Install the sandbox (apt install bubblewrap libseccomp2), or do this where nothing can be lost."""
 
 # What no contest program needs of the kernel. A name that the library does not know on this machine is passed over.
 REFUSED = """add_key keyctl request_key shmget shmat semget msgget mq_open memfd_secret io_uring_setup io_uring_enter
