@@ -970,7 +970,7 @@ def check(cfg, quiet=False, ranks=0):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # only fills the left of a batch; masks come from lengths
     splits = {}
-    for split in ("train", "dev", "test"):
+    for split in ("test",) if cfg.method == "eval" else ("train", "dev", "test"):
         problems = getattr(task, split)
         fits = [len(encode_prompt(tokenizer, p.prompt, p.system)) <= cfg.max_prompt for p in problems]
         splits[split] = [p for p, fit in zip(problems, fits, strict=True) if fit]
@@ -979,7 +979,7 @@ def check(cfg, quiet=False, ranks=0):
             print(f"{split}: {len(dropped)} problems dropped, longer than {cfg.max_prompt} tokens: {', '.join(dropped)}")
         if problems and not splits[split]:
             raise ValueError(f"no {split} problem of {cfg.task} is left within --max_prompt {cfg.max_prompt} tokens")
-    if len(splits["train"]) < cfg.batch_size:
+    if cfg.method != "eval" and len(splits["train"]) < cfg.batch_size:
         raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(splits['train'])} training problems of "
                          f"{cfg.task}")
     if device_of(cfg).type == "cuda" and (HERE / "tools" / "plan.py").is_file():  # a script that may be deleted

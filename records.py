@@ -314,8 +314,8 @@ class Run:
         summary = {"method": cfg.method, "task": cfg.task, "model": cfg.model, "seed": cfg.seed, "steps": self.total,
                    "rollouts": self.total * cfg.batch_size * cfg.group_size,
                    "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
-                   "data": self.task.name, "abstractor": cfg.abstractor, "embedder": cfg.embedder, "memory": memory.sizes(),
-                   "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
+                   "data": self.task.name, "mcq": cfg.mcq, "abstractor": cfg.abstractor, "embedder": cfg.embedder,
+                   "memory": memory.sizes(), "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
         write(self.folder / "summary.json", json.dumps(summary, indent=1))
         plot_curves({cfg.method: history}, self.folder / "curve.png", title(summary))
         print("\n" + table({cfg.method: summary}))

@@ -11,17 +11,24 @@ The walls, from the outside in:
   privileges, an empty environment; /usr and the interpreter read-only, /tmp and /dev/shm private and of 64 MiB each,
   nothing else writable. Where we are root, the user `nobody` makes the sandbox, since root's processes know no limit of
   their number; a mount namespace, made once, shows him the interpreter, which may lie in root's home.
+- `call_filter`, seccomp on every process inside: no kernel keys (the session's keyring is inherited, by any namespace),
+  no SysV memory (it belongs to no process, so no limit counts it), no sockets but local and IP ones (vsock knows no
+  network namespace), no tracing, io_uring, bpf, perf or mounts; and nobody may ignore SIGCHLD, since the CPU time of
+  children that the kernel reaps is counted nowhere.
 - `runner`, process 1 of the pid namespace: the kernel drops every signal that a process inside sends to it, it is not
   dumpable, so its memory and descriptors are closed to processes of the same user, and when it goes all go.
 - Each test is a fork of it with limits of its own: CPU time (of all its processes together), a wall limit four times as
   long against sleepers, memory, number of processes, file and output size. When its first process ends, all that it left
   behind is killed before the output is read.
 
-Not walled off: bugs of the kernel, and kernel memory that belongs to no process (a memfd that is not mapped, socket
-buffers). Files in /tmp live as long as the program's sandbox, so a test can see those of an earlier test.
+Not walled off: bugs of the kernel in the calls that are left, and kernel memory that belongs to no process (a memfd that is
+not mapped, socket buffers). What handles SIGCHLD itself fails (multiprocessing's forkserver, `wait` in a shell). Files in
+/tmp live as long as the program's sandbox, so a test can see those of an earlier test.
 """
 
 import builtins
+import contextlib
+import errno
 import functools
 import json
 import marshal
@@ -30,6 +37,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,7 +56,15 @@ ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "
                "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 UNPROTECTED = """Running generated code WITHOUT a sandbox. It gets a fresh process with limits on CPU time, memory, file
 size and processes, and nothing else: it can read and write all that you can, use the network, signal your processes and
-leave some behind. Install bubblewrap (apt install bubblewrap), or do this only where there is nothing to lose."""
+leave some behind. Install the sandbox (apt install bubblewrap libseccomp2), or do this where nothing can be lost."""
+
+# What no contest program needs of the kernel. A name that the library does not know on this machine is passed over.
+REFUSED = """add_key keyctl request_key shmget shmat semget msgget mq_open memfd_secret io_uring_setup io_uring_enter
+io_uring_register userfaultfd bpf perf_event_open ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp
+unshare setns mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr
+name_to_handle_at open_by_handle_at fanotify_init quotactl quotactl_fd acct swapon swapoff syslog init_module finit_module
+delete_module kexec_load kexec_file_load reboot settimeofday clock_settime clock_adjtime adjtimex iopl ioperm modify_ldt
+vmsplice move_pages migrate_pages lookup_dcookie vhangup nfsservctl""".split()
 
 START = "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code, globals())(*job)"
 
@@ -69,6 +85,7 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
     import _ctypes
     import atexit
     import builtins
+    import gc
     import marshal
     import os
     import select
@@ -88,8 +105,10 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         setrlimit,
     )
 
-    # PR_SET_DUMPABLE 0: no other process may trace us or open what is ours in /proc.
-    _ctypes.call_cdeclfunction(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (4, 0, 0, 0, 0))
+    def c_call(name, *arguments):
+        return _ctypes.call_cdeclfunction(_ctypes.dlsym(_ctypes.dlopen(None, 0), name), arguments)
+
+    c_call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE 0: no other process may trace us or open what is ours in /proc
     signal(2, SIG_IGN)  # SIGINT, the one signal Python handles: all others a process 1 never gets from inside
     alone = os.getpid() == 1  # else there is no pid namespace, and more than our children to be seen and killed
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
@@ -99,8 +118,11 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             data = data[os.write(results, data):]
 
     def usage(child):
-        """CPU seconds and resident bytes of the test's processes together (without a namespace: of its first one)."""
-        cpu = memory = 0
+        """CPU seconds and resident bytes of the test's processes together (without a namespace: of its first one).
+
+        Pages that processes share are counted once, which takes longer, so only where it can matter.
+        """
+        cpu, resident = 0, {}
         for pid in [p for p in os.listdir("/proc") if p.isdigit() and p != "1"] if alone else [str(child)]:
             try:
                 with open(f"/proc/{pid}/stat", "rb") as file:
@@ -108,23 +130,41 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             except OSError:  # it has just ended
                 continue
             cpu += sum(map(int, fields[11:15])) / ticks
-            memory += int(fields[21]) * page
-        return cpu, memory
+            resident[pid] = int(fields[21]) * page
+        if len(resident) > 1 and sum(resident.values()) > memory_limit:
+            for pid in resident:
+                try:
+                    with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+                        resident[pid] = 1024 * int(file.read().partition(b"\nPss:")[2].split()[0])
+                except PermissionError:  # it has made itself unreadable: all of it counts
+                    pass
+                except (OSError, IndexError):  # it has just ended
+                    resident[pid] = 0
+        return cpu, sum(resident.values())
 
     def plain(value):
-        """What JSON does not know: numpy's numbers and arrays are as good as Python's, other things their repr."""
-        return value.tolist() if hasattr(value, "tolist") else repr(value)
+        """What JSON does not know: numpy's numbers and arrays, fractions and decimals are as good as the numbers they equal,
+        other things their repr."""
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        for kind in (int, float):
+            try:
+                if (number := kind(value)) == value:
+                    return number
+            except (TypeError, ValueError, OverflowError):
+                pass
+        return repr(value)
 
     def call(namespace, arguments):
         """Calls the named function, a method of Solution or a bare one. Its value, as JSON, becomes the output."""
         owner = namespace.get("Solution")
         function = getattr(owner(), fn_name) if hasattr(owner, fn_name) else namespace[fn_name]
         encode = make_encoder(None, plain, encode_basestring_ascii, None, ": ", ", ", False, False, True)
-        answer = "".join(encode(function(*arguments), 0))
-        sys.stdout.flush()
-        os.ftruncate(1, 0)  # what it printed is no answer
+        answer = "".join(encode(function(*arguments), 0)).encode()
+        os.ftruncate(1, 0)  # what it printed is no answer, and what it left in a buffer never comes
         os.lseek(1, 0, 0)
-        print(answer)
+        while answer:
+            answer = answer[os.write(1, answer):]
 
     def explain(error):
         """Type, message and the last three lines of the program itself that led there."""
@@ -152,9 +192,9 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         sys.argv[:] = ["Solution.py"]
         sys.setrecursionlimit(50_000)
         sys.set_int_max_str_digits(50_000)
-        module = type(sys)("solution" if fn_name else "__main__")
-        sys.modules[module.__name__] = module
-        module.__dict__.update(prelude)
+        module = type(sys)(main)
+        sys.modules[main] = module
+        module.__dict__.update(prelude, __file__=path)
         try:
             parsed = marshal.loads(compiled) if compiled else compile(code, "Solution.py", "exec", dont_inherit=True)
             if given is None:
@@ -164,18 +204,32 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
                 exec(parsed, module.__dict__)
                 if fn_name:
                     call(module.__dict__, given)
+                    return 0
             except SystemExit:
                 if fn_name:
                     raise
             if "threading" in sys.modules:
                 sys.modules["threading"]._shutdown()
             atexit._run_exitfuncs()
-            if not sys.stdout.closed:
-                sys.stdout.flush()
+            flush()
+            sys.modules.pop(main, None)  # as Python ends: objects that say something when they go, files nobody closed
+            module = None
+            gc.collect()
+            flush()
+            c_call("fflush", None)
             return 0
         except BaseException as error:
             explain(error)
             return 1
+
+    def flush():
+        """Our stdout, and what the program may have put in its place, if that can be flushed."""
+        for stream in (sys.stdout, stdout):
+            try:
+                if not getattr(stream, "closed", False) and hasattr(stream, "flush"):
+                    stream.flush()
+            except ValueError:  # its buffer was detached, and is another's now
+                pass
 
     def attempt(given):
         """One test: status, output and error text. Files in memory are its streams, so no pipe can fill or stay open.
@@ -189,6 +243,7 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         if child == 0:
             exit_code = 1
             try:
+                c_call("prctl", 4, 1, 0, 0, 0)  # its pages may be counted
                 os.setsid()
                 for target, fd in enumerate(files):
                     os.dup2(fd, target)
@@ -230,7 +285,9 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             status, error = "runtime_error", said or b"It ended with exit code %d" % exit_code
         return status, output, error[:4000]
 
-    compiled, results = b"", os.dup(1)
+    compiled, results, main, path = b"", os.dup(1), "solution" if fn_name else "__main__", os.path.abspath("Solution.py")
+    with open(path, "wb") as file:  # for what reads or imports its own file
+        file.write(code.encode("utf-8", "replace"))
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         os.dup2(os.memfd_create(name), fd)  # a file, as the test's own will be, or Python would take it for a pipe
         stream = open(fd, mode, encoding="utf-8", errors="backslashreplace" if fd == 2 else "strict", closefd=False)
@@ -246,6 +303,8 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         if name:
             prelude[name] = getattr(loaded, attribute) if attribute else loaded
     builtins.exit = builtins.quit = sys.exit
+    stdout = sys.stdout
+    gc.freeze()  # what is here already need not be walked again when a test ends
     send(b"ready")
     status, compiled, error = attempt(None)  # where that fails there is no output, and each test says why by itself
     for given in inputs:
@@ -256,12 +315,51 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
 
 
 @functools.cache
+def call_filter() -> bytes:
+    """The system calls that no program may make, as BPF for bubblewrap: see REFUSED. ValueError where it can't be made."""
+    try:
+        import pyseccomp as seccomp
+    except (ImportError, RuntimeError) as error:  # the second where it finds no library
+        raise ValueError("generated code runs only in a sandbox, which needs libseccomp: install it (apt install "
+                         "libseccomp2; pip install pyseccomp), or give --unsafe_exec to run code without one") from error
+    rules, refuse = seccomp.SyscallFilter(seccomp.ALLOW), seccomp.ERRNO(errno.EPERM)
+    rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS)  # 32-bit calls have other numbers
+    for name in REFUSED:
+        try:
+            rules.add_rule(refuse, name)
+        except OSError:
+            pass
+    for call in ("socket", "socketpair"):
+        for family in {*range(socket.AF_INET6)} - {socket.AF_UNIX, socket.AF_INET}:
+            rules.add_rule(seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.EQ, family))
+        rules.add_rule(seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.GT, socket.AF_INET6))
+    # The kernel reads the low half of the number alone, so that is what is compared. Reading an action sets no new one.
+    rules.add_rule(refuse, "rt_sigaction", seccomp.Arg(0, seccomp.MASKED_EQ, 0xffffffff, signal.SIGCHLD),
+                   seccomp.Arg(1, seccomp.NE, 0))
+    with tempfile.TemporaryFile() as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+@contextlib.contextmanager
+def filtered(command):
+    """(command, descriptors to pass) of a sandbox with call_filter, in a descriptor of its own, since reading moves it."""
+    with os.fdopen(os.memfd_create("filter"), "w+b", buffering=0) as file:
+        file.write(call_filter())
+        file.seek(0)
+        yield [*command[:-1], "--seccomp", str(file.fileno()), command[-1]], (file.fileno(),)
+
+
+@functools.cache
 def sandbox_command() -> list[str]:
-    """The command that the interpreter's own arguments follow. ValueError, in a sentence, where there is no sandbox."""
+    """The command that the interpreter's own arguments follow, but for the filter, which `filtered` adds. ValueError, in a
+    sentence, where there is no sandbox."""
     for tool in ("bwrap", "nsenter", "setpriv")[:1 if os.getuid() else 3]:
         if not shutil.which(tool, path=ENVIRONMENT["PATH"]):
             raise ValueError(f"generated code runs only in a sandbox, which needs {tool}: install it (apt install "
                              "bubblewrap util-linux), or give --unsafe_exec to run code without one")
+    call_filter()
     python, base, site = os.path.realpath(sys._base_executable), sys.base_prefix, site_packages()
     outer = []
     if os.getuid() == 0:
@@ -275,15 +373,20 @@ def sandbox_command() -> list[str]:
         if why := view.communicate()[1]:
             raise ValueError(f"bubblewrap is installed but can't be used here: {why.strip()}")
         base, site = "/mnt/base", "/mnt/site"
+    # The names of the session's keys, which the filter does not keep from being read.
+    hidden = [part for name in ("/proc/keys", "/proc/key-users") if os.path.exists(name)
+              for part in ("--ro-bind", "/dev/null", name)]
     command = [
         *outer, "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
         "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "sandbox",
         "--ro-bind", "/usr", "/usr", "--ro-bind-try", "/lib", "/lib", "--ro-bind-try", "/lib64", "/lib64",
-        "--proc", "/proc", "--dev", "/dev",
+        "--ro-bind-try", "/bin", "/bin", "--proc", "/proc", *hidden, "--dev", "/dev",
         "--size", str(DISK), "--tmpfs", "/dev/shm", "--size", str(DISK), "--tmpfs", "/tmp",
         "--ro-bind", base, sys.base_prefix, "--ro-bind", site, "/site", "--chdir", "/tmp",
         "--remount-ro", "/dev", "--remount-ro", "/", python]
-    trial = subprocess.run([*command, "-S", "-c", "print(1)"], capture_output=True, text=True, env=ENVIRONMENT)
+    with filtered(command) as (whole, passed):
+        trial = subprocess.run([*whole, "-S", "-c", "print(1)"], capture_output=True, text=True, env=ENVIRONMENT,
+                               pass_fds=passed)
     if trial.stdout != "1\n":
         raise ValueError("bubblewrap is installed but makes no sandbox here (it has to be 0.8 or later, with user "
                          f"namespaces allowed); it says: {trial.stderr.strip()}")
@@ -332,20 +435,20 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
         inputs = [text.encode("utf-8", "replace") for text in inputs]
     site = "/site"
     try:
-        command = sandbox_command()
+        sandbox = filtered(sandbox_command())
     except ValueError:
         if not unsafe_exec:
             raise
-        command, site = [os.path.realpath(sys._base_executable)], site_packages()
+        sandbox, site = contextlib.nullcontext(([os.path.realpath(sys._base_executable)], ())), site_packages()
     words = set(re.findall(r"\w+", code))
     # What the program names of the prelude, plus modules worth importing once and not in each test.
     wanted = [(name, *prelude()[name]) for name in words & prelude().keys()]
     wanted += [("", name, None) for name in words & {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}]
     job = marshal.dumps((runner.__code__, (code, inputs, fn_name, time_limit, WALL * time_limit, memory_mb << 20,
                                            OUTPUT, PROCESSES, wanted, site)))
-    with slots, tempfile.TemporaryDirectory() as scratch, subprocess.Popen(
+    with slots, tempfile.TemporaryDirectory() as scratch, sandbox as (command, passed), subprocess.Popen(
             [*command, "-S", "-s", "-P", "-X", "utf8", "-c", START], env=ENVIRONMENT, cwd=scratch, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pass_fds=passed) as process:
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
 

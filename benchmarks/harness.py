@@ -7,7 +7,8 @@ and one that forgets the third (wrong, where the official algorithm stops and ou
 file, 90 small problems of our own take its place. `official` is the published algorithm in our own words: a process forked
 for each program, which sends its result through a multiprocessing.Manager, all tests one after another in one interpreter,
 stdin and stdout mocked, the program wrapped in a function, an alarm per test. `lean` is the same with a pipe for the
-manager. Rounds alternate between the contestants, since the machine is shared; the ratios come last.
+manager. Rounds alternate between the contestants, since the machine is shared; the ratios come last. A child loads the data:
+here `datasets` would make each fork of the contestants slower, and the memory of this process ten times what judging takes.
 """
 
 import argparse
@@ -20,18 +21,25 @@ import os
 import resource
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import Problem, code_problem, judge, load_task, same_text, same_value, verify
+from eval import Problem, code_problem, judge, same_text, same_value, verify
 
 STARS = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
          "functools", "operator", "io", "sys", "json", "builtins", "typing")
 MADE = [code_problem([{"input": f"{n} {i}\n", "output": f"{n * i}"} for i in range(8)], str(n), "Multiply.", "")
         for n in range(90)]
+
+
+LOAD = """import json, sys
+from eval import load_task
+task = load_task("livecodebench", dev=0, data=sys.argv[1], since="2000-01-01", until="3000-01-01")
+print(json.dumps([task.name, [p.extra for p in task.test]]))"""
 
 
 def by_heart(problem, forget):
@@ -187,8 +195,11 @@ def main():
     args = parser.parse_args()
     problems, source = MADE, "90 problems made here"
     if Path(args.data).exists():
-        task = load_task("livecodebench", dev=0, data=args.data, since="2000-01-01", until="3000-01-01")
-        problems, source = task.test, task.name
+        loaded = subprocess.run([sys.executable, "-c", LOAD, os.path.abspath(args.data)], check=True, stdout=subprocess.PIPE,
+                                cwd=Path(__file__).resolve().parent.parent)
+        source, tests = json.loads(loaded.stdout)
+        problems = [Problem(str(n), "", "its tests", "code", "", extra) for n, extra in enumerate(tests)]
+    assert "datasets" not in sys.modules
     print(f"{source}; {args.workers} workers")
     rates = throughput(problems, 1 if args.quick else 5, args.workers)
     for (kind, name), values in rates.items():

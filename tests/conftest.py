@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test waits for a network
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 
 import pmd
 from memory import Memory

@@ -3,12 +3,11 @@
 import base64
 import io
 import json
-import os
 import pickle
 import re
 import subprocess
 import sys
-import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from eval import (
     verify_all,
 )
 
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 HERE = Path(__file__).resolve().parent.parent
 runs_code = pytest.mark.skipif(bool(reason), reason=reason)
 
@@ -73,6 +71,24 @@ def test_blanks_at_line_ends_never_matter_and_values_always_do(rows, data):
     ("NaN", "1", 0), ('"1"', "1", 0), ('{"a": 1}', '{"a": 1.0}', 1)])
 def test_values_are_compared_as_json(output, expected, right):
     assert same_value(output, expected) == right
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers(-10 ** 30, 10 ** 30) | st.floats(allow_nan=False) | st.text(),
+                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
+@settings(max_examples=200)
+def test_the_longest_text_of_a_value_equals_its_shortest(value):
+    short = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    assert same_value(json.dumps(value, indent=1 if len(short) < 50 else None), short)
+
+
+def test_comparing_takes_no_time_from_the_judge():
+    """Sixteen MiB, as much as may come back, against answers of a few characters: they need not be parsed."""
+    for same, texts in ((same_value, ("[" + "[]," * 5_000_000 + "[]]", "[" + "1," * 7_500_000 + "1]")),
+                        (same_text, ("a\n" * 7_500_000, "1 " * 7_500_000))):
+        for text in texts:
+            start = time.process_time()
+            assert not same(text, "[1]")
+            assert time.process_time() - start < 0.3
 
 
 # -- feedback -----------------------------------------------------------------------------------------------------------
@@ -167,7 +183,8 @@ def row(n, date, function=False, hidden=5, **changes):
 @pytest.fixture
 def write(tmp_path):
     def write(*rows, name="lcb.jsonl"):
-        (tmp_path / name).write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
+        text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n"
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
         return str(tmp_path / name)
 
     return write
@@ -233,6 +250,19 @@ def test_hidden_tests_are_decoded_without_running_anything(text, message, capsys
     assert capsys.readouterr().out == ""
 
 
+@given(st.lists(st.tuples(st.integers(0, 10 ** 6), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 10 ** 6))
+@settings(max_examples=300, deadline=None)
+def test_a_broken_pickle_is_one_sentence(changes, length):
+    data = bytearray(pickle.dumps(json.dumps([{"input": "1", "output": "2"}])))
+    for place, byte in changes:
+        data[place % len(data)] = byte
+    for text in (bytes(data), bytes(data[:length % len(data)]), b"Va\n}b.", b"X\xff\xff\xff\xff."):
+        try:
+            decode_tests(base64.b64encode(zlib.compress(text)).decode())
+        except ValueError as error:
+            assert str(error).startswith("its tests can't be decoded") and "\n" not in str(error)
+
+
 def test_tests_in_both_encodings():
     tests = [{"input": "1\n", "output": "é"}]
     assert decode_tests(packed(tests)) == decode_tests(json.dumps(tests)) == tests
@@ -247,7 +277,24 @@ def test_broken_files_are_named(write, tmp_path):
             ((good, "[1]"), "line 2 is not a JSON object"),
             ((good, {k: v for k, v in good.items() if k != "starter_code"}), "lcb.jsonl, line 2: starter_code must be"),
             ((good, row(2, "2025-03-01", private_test_cases="oops")), "line 2: its tests can't be decoded"),
-            ((good, row(2, "2025-03-01", private_test_cases="[]")), "line 2 has no hidden tests"),
+            ((good, row(2, "2025-03-01", private_test_cases="[]")), "line 2: it has no hidden tests"),
+            ((good, row(2, "2025-03-01", private_test_cases=5)), "line 2: private_test_cases must be given, as text"),
+            ((good, row(2, "2025-03-01", starter_code=5)), "line 2: starter_code must be given, as text"),
+            ((row(1, "2025-03-01", question_content=["a"]),), "line 1: question_content must be given, as text"),
+            ((row(1, "2025-03-01", question_id=1),), "line 1: question_id must be given, as text"),
+            ((good, row(2, "2025-03-01", metadata="[]")), "line 2: its metadata is no JSON object"),
+            ((good, row(2, "2025-03-01", metadata="[" * 10 ** 5)), "line 2: maximum recursion depth"),
+            ((good, row(2, "2025-03-01", public_test_cases="[" * 10 ** 5)), "line 2: its tests can't be decoded: Recursion"),
+            ((good, "", "", row(2, "2025-03-01", private_test_cases="oops")), "line 4: its tests can't be decoded"),
+            ((good, "", {**row(2, "2025-03-01"), "metadata": None}), "line 3: metadata must be given"),
+            ((good, '{"a": "\udcff"}'), "lcb.jsonl, line 2 is not JSON: 'utf-8' codec can't decode"),
+            ((good, "", good), "line 3 repeats the question_id 'q1' of .*lcb.jsonl, line 1"),
+            ((good, row(2, "yesterday")), "line 2: its contest_date 'yesterday.*' is no day like 2025-02-01"),
+            ((json.dumps([good, good]),), "line 1 is not a JSON object"),
+            ((json.dumps(good, indent=1),), "line 1 is not JSON"),
+            ((good, row(2, "2025-03-01", True, private_test_cases='[{"input": "1\\nx", "output": "1"}]')),
+             "line 2: test 2 of double is not JSON, line by line"),
+            ((good, row(2, "2025-03-01", metadata='{"func_name": 5}')), "line 2: the function's name 5 must be a text"),
             ((row(1, "2024-01-02"), row(2, "2024-03-04")), "contests of 2024-01-02 to 2024-03-04: none to evaluate with")]:
         with pytest.raises(ValueError, match=message) as caught:
             load_task("livecodebench", data=write(*rows))
@@ -271,6 +318,11 @@ def test_code_in_a_file_of_your_own(tmp_path):
     for changes in ({"inputs": []}, {"outputs": ["4", "5"]}, {"inputs": [2]}, {"inputs": "2"}):
         (tmp_path / "t.jsonl").write_text(json.dumps({**mine, **changes}) + "\n")
         with pytest.raises(ValueError, match="t.jsonl, line 1: code needs inputs and outputs"):
+            read_problems(tmp_path / "t.jsonl")
+    for changes, message in (({"fn_name": 5}, "the function's name 5 must be a text"), ({"fn_name": "f", "inputs": ["2\nx"]},
+            "test 1 of f is not JSON, line by line"), ({"fn_name": "f", "outputs": ["x"]}, "test 1 of f is not JSON")):
+        (tmp_path / "t.jsonl").write_text(json.dumps({**mine, **changes}) + "\n")
+        with pytest.raises(ValueError, match=f"t.jsonl, line 1: {message}"):
             read_problems(tmp_path / "t.jsonl")
 
 
@@ -306,13 +358,29 @@ def by_heart(problem, forget=None):
     ("<answer>\n(b)\n</answer>", "B"), ("<answer>\\boxed{\\text{B}}</answer>", "B"), ("B) barium", "B"),
     ("The answer is B", "B"), ("I thought of A. The correct answer is **B**.", "B"), ("<answer>option B</answer>", "B"),
     ("so \\boxed{A}, no, \\boxed{B}", "B"), ("**B)** 1.4", "B"), ("A", "A"), ("<answer>C: not B</answer>", "C"),
-    ("(C)", "C"), ("", ""), ("Because of the ions.", "Because of the ions."), ("B or C", "B or C"),
+    ("(C)", "C"), ("", ""), ("answer: b", "B"), ("The answer is b.", "B"), ("B is the answer", "B"),
+    ("B, since the ions", "B"), ("B is the right answer, A is not", "B"), ("\\boxed{\\textbf{(B)}}", "B"),
+    ("$\\boxed{\\mathrm{B}}$", "B"), ("B - barium", "B"), ("A: chloride is wrong. The answer is B", "B"),
+    ("option A is wrong, so option B", "B"), ("A. is wrong; answer (B).", "B"), ("Not B, answer", "Not B, answer"),
+    ("The answer is not B", "The answer is not B"), ("The answer is a protein", "The answer is a protein"),
+    ("The answer is B or C", "The answer is B or C"),
+    ("\\boxed{A} or \\boxed{B}", "\\boxed{A} or \\boxed{B}"), ("B) or C)", "B) or C)"), ("A, B", "A, B"),
+    ("Option B is wrong", "Option B is wrong"), ("Because of the ions.", "Because of the ions."), ("B or C", "B or C"),
     ("A protein", "A protein")])
 def test_a_lenient_reading(text, lenient):
     problem = Problem("1", "p", "B", "choice")
     found = verify(problem, text, lenient=True)
     assert (found.answer, found.reward) == (lenient, float(lenient == "B"))
     assert verify(problem, text).reward <= found.reward and found.feedback == verify(problem, text).feedback == ""
+
+
+@pytest.mark.parametrize("text", ["answer" + " " * 10 ** 5 + "1", "answer " + "." * 10 ** 5, "answer b" * 20_000,
+                                  "or " * 50_000, "\\boxed{" * 50_000, "B is the " * 20_000,
+                                  "." * 10 ** 5 + "B" + "." * 10 ** 5 + "x"])
+def test_a_lenient_reading_takes_linear_time(text):
+    start = time.process_time()
+    verify(Problem("1", "p", "B", "choice"), text, lenient=True)
+    assert time.process_time() - start < 0.5
 
 
 def test_lenient_concerns_multiple_choice_alone():

@@ -152,6 +152,12 @@ def test_sciknoweval_files(tmp_path, monkeypatch):
     (tmp_path / "physics/test.json").write_text(sciknoweval(answer="C"))
     with pytest.raises(ValueError, match="test.json, line 1: the answer key 'C' is none of the options A, B"):
         load_task("sciknoweval/physics", data=str(tmp_path))
+    (tmp_path / "physics/test.json").write_text("\n\n" + sciknoweval(answer="C"))
+    with pytest.raises(ValueError, match="test.json, line 3: the answer key 'C'"):  # blank lines are lines
+        load_task("sciknoweval/physics", data=str(tmp_path))
+    (tmp_path / "physics/test.json").write_text(sciknoweval() + sciknoweval(idx=5)[:-9])
+    with pytest.raises(ValueError, match="test.json, line 2 is not JSON"):
+        load_task("sciknoweval/physics", data=str(tmp_path))
     for key in ("idx", "prompt", "answer", "system"):
         (tmp_path / "physics/test.json").write_text(sciknoweval(**{key: None}))
         with pytest.raises(ValueError, match=f"test.json, line 1: {key} must be given"):

@@ -4,8 +4,6 @@ What the training half of the hidden tests says may be seen by the teacher and r
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ import pmd
 import sandbox
 from eval import load_task
 
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 STRATEGY = "Read the whole input once and compute the answer with integers only."

@@ -716,6 +716,18 @@ def test_long_prompts_are_dropped_counted_and_listed(make_config, capsys):
     assert "test: 72 problems dropped" in said
 
 
+def test_for_an_evaluation_only_the_test_split_has_to_fit(make_config, tmp_path, capsys):
+    for split, n in (("train", 50), ("test", 1)):
+        row = {"id": split, "prompt": "1 " * n, "answer": "1", "verifier": "last_number"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    config = dict(task=str(tmp_path), max_prompt=20, dev=0.0, batch_size=1)
+    task, _ = pmd.check(make_config(method="eval", **config))
+    assert [p.id for p in task.test] == ["test"] and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="no train problem of .* is left within --max_prompt 20"):
+        pmd.check(make_config(**config))
+    assert "train: 1 problems dropped" in capsys.readouterr().out
+
+
 def test_another_tasks_memory_is_refused(make_config, tmp_path):
     memory = mem.Memory(tmp_path / "memory.db", pmd.make_embedder(make_config()), None, embedder="hashing")
     memory.add_problems([Question("p", "alpha beta")])

@@ -4,9 +4,7 @@ hand, and the command line on the embedded model."""
 import csv
 import itertools
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,6 @@ import pmd
 import report
 from memory import EXAMPLES, Memory
 
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared" / "data" / "sciknoweval"
 published = pytest.mark.skipif(not SHARED.is_dir(), reason="the published SciKnowEval files are not part of this repository")
@@ -277,6 +274,22 @@ def test_variants_have_rows_of_their_own(make_run):
     assert line(four, "Evolving memory + frozen policy (experience)")[-1] == "42.3"
     assert line(text.split("Table 3")[1], "frozen policy")[-1] == "34.3"
     assert line(text.split("Not in the paper's tables")[1], "PMD, lenient")
+    assert line(two, "Base", "32.4") and "dev-selected is in part selected on test" in " ".join(text.split())
+
+
+def test_a_base_policy_read_leniently_is_none_of_the_papers(make_run):
+    text = report.compare([make_run("c", mcq="lenient")])
+    assert "Base" not in text.split("Table 2")[1].split("Table 3")[0]
+    assert line(text.split("Not in the paper's tables")[1], "Base, lenient")
+    text = report.compare([make_run("d", mcq="lenient", seed=1), make_run("e", "sdpo")])
+    assert line(text.split("Table 2")[1], "Base", "32.4") and "Base, lenient" not in text
+
+
+def test_the_table_of_an_evaluation_says_lenient():
+    found = {"avg_at_k": 0.5, "k": 4, "n_problems": 9, "interval": None, "maj_at_k": 0.5, "best_at_k": 1, "headroom": 0.5,
+             "tokens": 3}
+    assert report.evaluated("t", {**found, "mcq": "lenient"}).split("\n")[2].startswith("t, lenient  9 ")
+    assert "lenient" not in report.evaluated("t", {**found, "mcq": "sdpo"})
 
 
 DEV = '{"step": 0, "split": "dev", "avg_at_k": 0}\n'
@@ -312,6 +325,7 @@ def test_the_last_words_of_a_run_say_of_what_they_speak():
     said = f"avg@4 on 131 held-out problems of {data}, no memory in the prompt"
     assert said in report.table({"pmd": summary}).split("\n")[0]
     assert "memory in the prompt of frozen-policy alone" in report.table({"pmd": summary, "frozen-policy": summary})
+    assert f"{data}, read leniently, no memory in" in report.table({"pmd": {**summary, "mcq": "lenient"}}).split("\n")[0]
 
 
 def test_no_run_at_all():

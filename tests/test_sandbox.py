@@ -89,7 +89,25 @@ HOSTILE = {
         "(s, signal.SIG_IGN) if s not in (32, 33) else 0\n try: os.kill(1, s)\n except OSError: pass",
     "takes the runner's limits": "import resource\nfor k in range(16): resource.prlimit(1, k, (0, 0))",
     "starves the runner": "import os\nos.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))\nos.setpriority(0, 1, 19)",
+    "reads the session's keys": "print(open('/proc/keys').read())\nKEYCTL\n"
+        "s = c.syscall(n + 2, 10, i(-3), b'user', b'TOKEN', 0)\n"
+        "b = ctypes.create_string_buffer(99)\nc.syscall(n + 2, 11, s, b, 99)\nprint(b.value)",
+    "plants a key": "KEYCTL\nif c.syscall(n, b'user', b'planted', b'x', 1, i(-3)) < 0:\n"
+                    " raise OSError(ctypes.get_errno(), 'no keys')",
+    "calls the machine's host": "import socket\nfor cid in (0, 1, 2):\n s = socket.socket(40)\n s.settimeout(.2)\n"
+                                " s.connect((cid, 1024))",
+    "traces its own child": "import ctypes, os, time\np = os.fork()\nif not p: time.sleep(9)\n"
+                            "print(ctypes.CDLL(None).ptrace(16, p, 0, 0))",
+    "calls in other numbers": "import ctypes\nprint(ctypes.CDLL(None).syscall(0x40000000 | 41, 40, 1, 0))",
     # resources
+    "hides CPU time by ignoring children": "import os, signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nBURN",
+    "hides CPU time by high halves": "import ctypes, os\na = (1).to_bytes(8, 'little') + bytes(144)\n"
+        "n = ctypes.c_ulong(17 | 1 << 32)\n"
+        "if ctypes.CDLL(None).syscall(134 if 'aarch64' in os.uname() else 13, n, a, None, 8): raise OSError('no')\nBURN",
+    "hides memory in segments": "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nc.shmat.restype = ctypes.c_void_p\n"
+        "for _ in range(6):\n s = c.shmget(0, 100 << 20, 0o1600)\n"
+        " if s < 0: raise OSError(ctypes.get_errno(), 'no segment')\n a = ctypes.c_void_p(c.shmat(s, None, 0))\n"
+        " ctypes.memset(a, 1, 100 << 20)\n c.shmdt(a)",
     "loops": "while True: pass",
     "loops and catches its timeout": "import signal\nfor s in range(1, 65):\n try: signal.signal(s, lambda *a: None)\n"
         " except (OSError, ValueError): pass\nwhile True:\n try:\n  while True: pass\n except BaseException: pass",
@@ -122,6 +140,17 @@ HOSTILE = {
     "refuses to die at exit": "import atexit\n@atexit.register\ndef f():\n while True: pass",
     "closes its streams": "import os\nfor fd in range(3): os.close(fd)\nimport sys\nsys.stdout = sys.stderr = None",
 }
+KEYCTL = """import ctypes, os
+i, n, c = ctypes.c_int, 217 if 'aarch64' in os.uname() else 248, ctypes.CDLL(None, use_errno=True)"""
+BURN = """import time
+for _ in range(9):
+ r, w = os.pipe()
+ if not os.fork():
+  while time.process_time() < .2: pass
+  os._exit(0)
+ os.close(w)
+ os.read(r, 1)"""
+HOSTILE = {name: code.replace("KEYCTL", KEYCTL).replace("BURN", BURN) for name, code in HOSTILE.items()}
 HOSTILE_FUNCTIONS = {
     "equals everything": "class E:\n def __eq__(s, o): return True\n def __hash__(s): return 0\ndef f(x): return E()",
     "is a text equal to everything": "class E(str):\n def __eq__(s, o): return True\ndef f(x): return E('a')",
@@ -207,6 +236,11 @@ def test_the_attacks_are_felt(outside):
                        "escapes through chroot": "not permitted", "reads VICTIM": "No such file",
                        "calls a local server": "Connection refused", "starts threads": "can't start new thread",
                        "becomes root": "Invalid argument", "takes memory": "MemoryError", "floods stdout": "File too large",
+                       "reads the session's keys": "Permission denied", "plants a key": "[Errno 1] no keys",
+                       "calls the machine's host": "not supported", "traces its own child": "-1",
+                       "calls in other numbers": "exit code -31", "hides memory in segments": "[Errno 1] no segment",
+                       "hides CPU time by ignoring children": "not permitted",
+                       "hides CPU time by high halves": "OSError: no",
                        "takes memory in many processes": "too much memory", "fills the disk": "No space left",
                        "fills shared memory": "No space left", "makes a file of a terabyte": "File too large",
                        "loops": "Time Limit", "sleeps": "Time Limit", "hides CPU time in forks": "Time Limit"}.items():
@@ -214,6 +248,35 @@ def test_the_attacks_are_felt(outside):
         assert said in found.feedback, name
     wrote = list(execute(outside(HOSTILE["writes everywhere"]), [""]))[0]
     assert wrote == ("ran", b"", "")
+
+
+def test_the_keys_of_the_session_stay_outside():
+    """A process with a key in its session's keyring judges programs that look for it and that plant another."""
+    code = """import ctypes, os, sys
+from eval import judge
+numbers, i = ctypes.CDLL(None), ctypes.c_int
+n = 217 if "aarch64" in os.uname() else 248
+if numbers.syscall(n + 2, 1, b"red-team") < 0 or numbers.syscall(n, b"user", b"TOKEN", b"secret-key", 10, i(-3)) < 0:
+    sys.exit(9)  # this kernel has no keys
+read, plant = sys.argv[1:]
+print(judge(read.replace("print(open('/proc/keys').read())", ""), ["1"], ["b'secret-key'"]), judge(plant, ["1"], [""]))
+print(numbers.syscall(n + 2, 10, i(-3), b"user", b"TOKEN", 0) > 0, numbers.syscall(n + 2, 10, i(-3), b"user", b"planted", 0))
+"""
+    done = subprocess.run([sys.executable, "-c", code, HOSTILE["reads the session's keys"], HOSTILE["plants a key"]],
+                          cwd=Path(sandbox.__file__).parent, capture_output=True, text=True)
+    if done.returncode == 9:
+        pytest.skip("this kernel has no keys")
+    assert "passed=True" not in done.stdout and done.stdout.endswith("True -1\n"), done.stdout + done.stderr
+
+
+def test_memory_that_processes_share_counts_once():
+    code = "from multiprocessing import Pool\nimport time\nx = b'x' * (200 << 20)\ndef f(i):\n y = x\n time.sleep(.3)\n" \
+           " return y[i]\nif __name__ == '__main__':\n with Pool(4) as p: print(sum(p.map(f, range(4), 1)))"
+    assert judge(code, [""], ["480"], memory_mb=700).passed  # five processes see 200 MiB each
+    copied = judge(code.replace("y = x", "y = x + b'y'"), [""], ["480"], memory_mb=700)
+    assert "too much memory" in copied.feedback
+    hidden = "y = x\n import ctypes\n ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)"  # then nobody can say what it shares
+    assert "too much memory" in judge(code.replace("y = x", hidden), [""], ["480"], memory_mb=700).feedback
 
 
 def test_processes_are_counted():
@@ -292,6 +355,35 @@ HONEST = {
     "no output where none is wanted": ("pass", [("", "")]),
     "numpy": ("import numpy as np\nprint(int(np.arange(5).sum()))", [("", "10")]),
     "several tests with state": ("seen = globals().get('seen', 0) + 1\nprint(seen, input())", [("a", "1 a"), ("b", "1 b")]),
+    "a stdout that only writes": ("import sys, os\nclass W:\n def write(s, x): os.write(1, x.encode())\n"
+                                  "sys.stdout = W()\nprint(5)", [("", "5")]),
+    "no stdout in the end": ("import sys\nprint(5)\nsys.stdout = None", [("", "5")]),
+    "a stdout without its buffer": ("import sys, io\nprint(5)\no = io.TextIOWrapper(sys.stdout.detach())\nprint(6, file=o)",
+                                    [("", "5\n6")]),
+    "a second file on stdout": ("out = open(1, 'w', closefd=False)\nprint(5, file=out)", [("", "5")]),
+    "os.fdopen": ("import os\nout = os.fdopen(1, 'w')\nout.write('5')", [("", "5")]),
+    "output when objects go": ("import math\nclass A:\n def __del__(s): print(math.floor(5.5))\na = A()\nb = A()\nb.b = b",
+                               [("", "5\n5")]),
+    "output of C": ("import ctypes\nctypes.CDLL(None).printf(b'5\\n')", [("", "5")]),
+    "a name and text of its file": ("import os\nprint(os.path.basename(__file__), len(open(__file__).read()))",
+                                    [("", "Solution.py 71")]),
+    "processes that import its file": ("from multiprocessing import get_context\ndef f(x): return x + 1\n"
+        "if __name__ == '__main__':\n with get_context('spawn').Pool(2) as p: print(sum(p.map(f, [1, 2])))", [("", "5")]),
+    "a shell": ("import os, subprocess as s\nprint(1, flush=True)\nos.system('echo 2')\n"
+                "print(s.run('echo $((1 + 2)) | cat', shell=True, capture_output=True, text=True).stdout)",
+                [("", "1\n2\n3")]),
+    "asyncio with a process": ("import asyncio\nasync def f():\n p = await asyncio.create_subprocess_shell('echo 5', "
+        "stdout=-1)\n print((await p.communicate())[0].decode())\nasyncio.run(f())", [("", "5")]),
+    "sockets of its own": ("import socket\na, b = socket.socketpair()\na.send(b'5')\nprint(b.recv(1).decode())",
+                           [("", "5")]),
+    "reading a signal's action": ("import signal\nprint(signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL)",
+                                  [("", "True")]),
+    "fractions and decimals": ("from fractions import Fraction as F\nfrom decimal import Decimal as D\n"
+                               "def f(x): return [F(x), D(x), F(5, 2), D('0.5'), {1: F(x)}]",
+                               [("5", '[5, 5, 2.5, 0.5, {"1": 5}]')], "f"),
+    "a value and no stdout": ("import sys\nsys.stdout = None\ndef f(x): return x", [("5", "5")], "f"),
+    "a value and words at exit": ("import atexit\natexit.register(lambda: print('x'))\ndef f(x): return x", [("5", "5")],
+                                  "f"),
     "class Solution": ("class Solution:\n def f(self, a: List[int], k: int) -> int: return sum(a) * k",
                        [("[1, 2, 3]\n4", "24"), ("[]\n1", "0")], "f"),
     "a bare function": ("def f(a, k): return sum(a) * k", [("[1, 2, 3]\n4", "24")], "f"),
@@ -383,6 +475,9 @@ def test_without_a_sandbox_only_on_request(monkeypatch, capsys):
     try:
         with pytest.raises(ValueError, match="apt install bubblewrap"):
             judge("print(1)", [""], ["1"])
+        monkeypatch.setitem(sys.modules, "pyseccomp", None)
+        with pytest.raises(ValueError, match="needs libseccomp: install it .apt install libseccomp2"):
+            sandbox.call_filter.__wrapped__()
         sandbox.allow_unsafe_exec()
         assert "WITHOUT a sandbox" in capsys.readouterr().err
         assert judge("print(int(input()) * 2)", ["1", "2"], ["2", "4"]).passed
