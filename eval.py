@@ -26,6 +26,7 @@ import argparse
 import base64
 import io
 import json
+import os
 import pickle
 import random
 import re
@@ -795,11 +796,16 @@ def evaluate(argv):
                         "success of the nearest training problem, and the --retrieve_k\nnearest behaviors [Tab. 4, Fig. 2]")
     args, rest = parser.parse_known_args(argv)
     cfg = pmd.parse_flags(["--model", args.model, *rest])
-    pmd.start_ranks(cfg)
-    first = pmd.rank() == 0
     pmd.transformers_logging.set_verbosity_error()
     pmd.transformers_logging.disable_progress_bar()
-    task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=pmd.world(), name="", resume=False), quiet=not first)
+    ranks, joined = pmd.count_ranks(cfg), "RANK" in os.environ
+    if joined:
+        pmd.start_ranks(cfg)
+    task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=ranks, name="", resume=False), ranks=ranks,
+                                quiet=pmd.rank() > 0 or not joined and ranks > 1)
+    if not joined:
+        pmd.start_ranks(cfg)  # only now, or every process would say what is wrong
+    first = pmd.rank() == 0
     parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
     cfg = replace(cfg, method="eval", memory_from=args.memory, name=cfg.name or "-".join(parts).replace("/", "-"))
     folder, problems = Path(cfg.out) / cfg.name, task.test

@@ -66,7 +66,7 @@ def config(make_config, tmp_path):
     rows = [row(100 * n, n % 2) for n in range(1, 5)]
     (tmp_path / "lcb.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return make_config("--task", "livecodebench", "--data", str(tmp_path / "lcb.jsonl"), dev=0.0, steps=1, batch_size=4,
-                       mini_batch_size=1, eval_problems=0, eval_k=2, max_prompt=2048, max_reprompt=4096, behavior_every=1,
+                       mini_batch_size=1, eval_problems=0, eval_k=2, max_prompt=800, max_reprompt=928, behavior_every=1,
                        behaviors_refreshed=True, ground_insights=False, clusters=1, name="run",
                        max_sampler_gap=100.0)  # the texts are scripted, so their log-probabilities are none
 
