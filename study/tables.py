@@ -386,7 +386,8 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
                 rows.append([setting, *(text(scores[m].values()) if m in scores else "-" for m in cells),
                              *(text(gaps(scores[a], scores[b]).values()) if {a, b} <= scores.keys() else "-"
                                for a, b in PAIRED.values())])
-        say(f"### {title}", f"{len(worlds)} worlds.", "", markdown(
+        whole = f"{len(worlds)} worlds." if len(worlds) >= 8 else f"Only {len(worlds)} of 8 worlds so far."
+        say(f"### {title}", whole, "", markdown(
             ["", *(NAMES[m] for m in compared_methods), *PAIRED], rows))
         if part == "sharing":
             rows = []
