@@ -42,7 +42,7 @@ from typing import NamedTuple
 
 import torch
 
-MEMORY_BUDGET = 2**29  # bytes for the logits of one chunk, the student's and the teacher's, as if in float32
+MEMORY_BUDGET = 2**31  # bytes for the logits of one chunk, the student's and the teacher's, as if in float32
 LARGEST_CHUNK = 1024   # rows, where nobody asks for more: 512 and 1024 are the fastest (benchmarks/kernels.py)
 TILE = 2**17           # logits of a tile, for each thread's cache; times 512 on a GPU, where it was not measured
 COMPILE_FROM = 2**25   # logits (N V) of a call: smaller ones never earn back the tens of seconds of compiling
@@ -140,9 +140,9 @@ def _distill_tile(logits, teacher_logits, token_ids, weights, old_logprobs, alph
         divergence, gradient = _divergence_and_gradient(log_p, log_q, alpha)  # (n,), (n, V)
     else:
         index = logits.topk(top_k, dim=-1).indices                            # (n, K)
-        divergence, of_buckets = _divergence_and_gradient(_buckets(log_p, index), _buckets(log_q, index), alpha)
-        # p_i / p_tail as a softmax of its own stays finite where p_tail underflows to 0.
-        share = log_p.scatter(-1, index, -math.inf).softmax(-1)               # (n, V)
+        buckets = _buckets(log_p, index)                                      # (n, K + 1)
+        divergence, of_buckets = _divergence_and_gradient(buckets, _buckets(log_q, index), alpha)
+        share = (log_p - buckets[:, -1:]).exp()  # p_i / p_tail: at most 1 in the tail; the others are replaced
         gradient = (share * of_buckets[:, -1:]).scatter(-1, index, of_buckets[:, :-1])
     logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
     if old_logprobs is not None:
@@ -303,7 +303,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # Whole tiles, so that no shape ever changes: what they hold beyond the last row is computed and dropped.
         per_row = [tensor if tensor is None else torch.nn.functional.pad(tensor, (0, tile)) for tensor in per_row]
         buffers = [states.new_empty(math.ceil(chunk_size / tile) * tile, vocabulary) for states, _ in pairs]
-        outputs = []
+        outputs = None
         for start in range(0, max(1, rows), chunk_size):  # no rows at all are one empty chunk
             chunk = slice(start, min(start + chunk_size, rows))
             n = chunk.stop - start
@@ -312,7 +312,10 @@ class _ChunkedLoss(torch.autograd.Function):
             for i in range(0, max(1, n), tile):
                 logits = (buffer[i: i + tile] for buffer in buffers)
                 of_rows = (tensor if tensor is None else tensor[start + i: start + i + tile] for tensor in per_row)
-                outputs.append(tile_function(*logits, *of_rows, *settings)[:, :n - i])
+                of_tile = tile_function(*logits, *of_rows, *settings)
+                if outputs is None:  # one tensor: small ones kept between large ones would break the heap to pieces
+                    outputs = of_tile.new_empty(len(of_tile), rows + tile)
+                outputs[:, start + i: start + i + tile] = of_tile  # what is beyond the chunk, the next one overwrites
             gradient = buffers[0][:n]
             if hidden_needs:
                 hidden_gradient[chunk] = gradient @ head
@@ -320,8 +323,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 head_gradient.addmm_(gradient.T, hidden[chunk])
             elif head_needs:
                 head_gradient += gradient.T @ hidden[chunk]
-        outputs = torch.cat(outputs, dim=1)               # (1 + outputs, N)
-        loss, outputs = outputs[0].sum(), outputs[1:]
+        loss, outputs = outputs[0, :rows].sum(), outputs[1:, :rows]
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
