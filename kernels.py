@@ -14,20 +14,18 @@ The ends are KLs by convention, as in SDPO's code; the middle row itself tends t
 
 Top-k with tail: p and q are reduced to K + 1 buckets, the student's K most likely tokens and a tail of all the others, and
 D is taken between the buckets. With g = dD/dz of the buckets, a top-k token receives its own g, and a token i of the tail
-g_tail p_i / p_tail. Deviation from SDPO's code: our tail is the logsumexp over the logits outside the top-k, which is
-exact; SDPO forms it as one minus the sum of the top-k, which cancels where the student is confident. At K = V there is no
-tail, and D is the full divergence.
+g_tail p_i / p_tail. Deviation from SDPO's code: our tail is the logsumexp over the logits outside the top-k; one minus the
+sum of the top-k, as there, cancels where the student is confident. At K = V there is no tail.
 
 The logits of N tokens are too many to hold, so rows are taken a chunk at a time. While a chunk's logits exist, its loss AND
 its gradient are formed, in closed form and still in the forward pass; gradients add up in float32, and the backward pass
 only scales them. No (N, V) tensor ever exists. A chunk is large, for its matrix products; within it a loss works through
-tiles of a few rows, which stay in the cache, and leaves the gradient where the logits were. The function of a tile is all
-that is compiled, where there is work to pay for it.
+tiles of a few rows, which stay in the cache, and leaves the gradient where the logits were.
 
 Matrix products run in the dtype of the inputs (or of autocast); logits are raised to float32 (float64 for float64 inputs)
-before anything else. Errors of loss and gradients, as root mean squares over draws, are at most 1.5 times those of the loss
-written naively; logits of +-1e4 give what is finite, and right to one step of float32 at their size. Do not use float16: its
-range is too small for gradients formed before a loss scale is known.
+before anything else. Errors of loss and gradients, as root mean squares over draws, are at most 1.5 times the naive loss's;
+logits of +-1e4 give finite numbers, right to a step of float32 at their size. Do not use float16: its range is too small for
+gradients formed before a loss scale is known.
 
 Cost, by `python benchmarks/kernels.py` on one CPU thread, N 2048, H 512, V 32768, float32, entropies included, over the
 four matrix products alone: reverse KL 1.15, JSD 1.18 (Liger-Kernel's JSD 1.61, TRL's 5.96); peak memory 256 MB at N 8192
@@ -47,7 +45,7 @@ import torch
 MEMORY_BUDGET = 2**31  # bytes for the logits of one chunk, the student's and the teacher's, as if in float32
 LARGEST_CHUNK = 1024   # rows, where nobody asks for more: 512 and 1024 are the fastest (benchmarks/kernels.py)
 TILE = 2**17           # logits of a tile, for each thread's cache; times 512 on a GPU, where it was not measured
-COMPILE_FROM = 2**25   # logits (N V) of a call: smaller ones never earn back the tens of seconds of compiling
+COMPILE_FROM = 2**25   # logits (N V) of a call whose tile function is compiled: fewer never earn the tens of seconds back
 
 
 class Distilled(NamedTuple):

@@ -189,8 +189,8 @@ def slopes(dtype):
 
 
 def memory(name, rows, folder):
-    """Run in a process of its own: prints the most memory, in bytes, that one step adds to its inputs, which have no gradients
-    yet: those it leaves are part of it."""
+    """Run in a process of its own: prints the most memory, in bytes, that one step adds to its inputs, the gradients that it
+    leaves included."""
     contender = {"JSD": ours(0.5), "JSD, top-k 100": ours(0.5, 100), "naive JSD": naive(0.5),
                  "SDPO top-100 JSD": sdpo_top_k}.get(name) or peers(folder)[name]
     dtype = torch.float32
