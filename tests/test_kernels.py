@@ -19,7 +19,7 @@ from kernels import distill_loss, oracle, policy_loss, score
 ROOT = Path(kernels.__file__).parent
 ALPHAS = (0, 0.1, 0.5, 0.9, 1)
 N, H, TEACHER_H, V = 11, 6, 4, 13
-DRAWS = 200
+DRAWS = {torch.float32: 400, torch.bfloat16: 20}  # in bfloat16 rounding the logits is nearly all of either error
 
 
 def make(rows=N, vocabulary=V, dtype=torch.float64, seed=0, scale=1.0):
@@ -313,7 +313,7 @@ def test_errors_are_those_of_the_naive_loss(alpha, dtype, teacher):
     at most 1.5 times the naive loss's. No bound holds draw by draw: now and then the naive error is 0 by luck. At logits of
     +-1e4 rounding the logits is all of either error: see test_extreme_logits_stay_finite for what is asked there."""
     errors = []
-    for seed in range(DRAWS):
+    for seed in range(DRAWS[dtype]):
         inputs = make(12, 100, dtype, seed, scale={"another": 0.7, "near": 0.7, "sharp": 3.0}[teacher])
         inputs["weights"] = inputs["weights"].float()
         if teacher == "near":
@@ -326,7 +326,7 @@ def test_errors_are_those_of_the_naive_loss(alpha, dtype, teacher):
         for loss in (distill_loss(**inputs, alpha=alpha, chunk_size=5).loss, naive(inputs, alpha)):
             actual = loss.detach(), *gradients(loss, inputs)
             errors.append([(mine - theirs).double().norm() for mine, theirs in zip(actual, expected, strict=True)])
-    ours, theirs = torch.tensor(errors).view(DRAWS, 2, 3).square().mean(0).sqrt()
+    ours, theirs = torch.tensor(errors).view(-1, 2, 3).square().mean(0).sqrt()
     assert (ours <= 1.5 * theirs).all(), (ours / theirs).tolist()
 
 
