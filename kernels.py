@@ -14,18 +14,18 @@ The ends are KLs by convention, as in SDPO's code; the middle row itself tends t
 
 Top-k with tail: p and q are reduced to K + 1 buckets, the student's K most likely tokens and a tail of all the others, and
 D is taken between the buckets. With g = dD/dz of the buckets, a top-k token receives its own g, and a token i of the tail
-g_tail p_i / p_tail. Deviation from SDPO's code: our tail is the logsumexp over the logits outside the top-k, which is
-exact; SDPO forms it as one minus the sum of the top-k, which cancels where the student is confident. At K = V there is no
-tail, and D is the full divergence.
+g_tail p_i / p_tail. Deviation from SDPO's code: our tail is the logsumexp over the logits outside the top-k; one minus the
+sum of the top-k, as there, cancels where the student is confident. At K = V there is no tail.
 
 The logits of N tokens are too many to hold, so rows are taken a chunk at a time. While a chunk's logits exist, its loss AND
 its gradient are formed, in closed form and still in the forward pass; gradients add up in float32, and the backward pass
-only scales them. No (N, V) tensor ever exists. Matrix products run in the dtype of the inputs (or of autocast); logits are
-raised to float32 (float64 for float64 inputs) before anything else. Do not use float16: its range is too small for
-gradients formed before a loss scale is known.
+only scales them. No (N, V) tensor ever exists. A chunk is large, for its matrix products; within it a loss works through
+tiles of a few rows, which stay in the cache, and leaves the gradient where the logits were.
 
-A chunk is large, for its matrix products. Within it a loss works through tiles of a few rows, which stay in the cache, and
-leaves the gradient where the logits were. The function of a tile is all that is compiled, where there is work to pay for it.
+Matrix products run in the dtype of the inputs (or of autocast); logits are raised to float32 (float64 for float64 inputs)
+before anything else. Errors of loss and gradients, as root mean squares over draws, are at most 1.5 times the naive loss's;
+logits of +-1e4 give finite numbers, right to a step of float32 at their size. Do not use float16: its range is too small for
+gradients formed before a loss scale is known.
 
 Cost, by `python benchmarks/kernels.py` on one CPU thread, N 2048, H 512, V 32768, float32, entropies included, over the
 four matrix products alone: reverse KL 1.15, JSD 1.18 (Liger-Kernel's JSD 1.61, TRL's 5.96); peak memory 256 MB at N 8192
@@ -42,10 +42,10 @@ from typing import NamedTuple
 
 import torch
 
-MEMORY_BUDGET = 2**29  # bytes for the logits of one chunk, the student's and the teacher's, as if in float32
+MEMORY_BUDGET = 2**31  # bytes for the logits of one chunk, the student's and the teacher's, as if in float32
 LARGEST_CHUNK = 1024   # rows, where nobody asks for more: 512 and 1024 are the fastest (benchmarks/kernels.py)
 TILE = 2**17           # logits of a tile, for each thread's cache; times 512 on a GPU, where it was not measured
-COMPILE_FROM = 2**25   # logits (N V) of a call: smaller ones never earn back the tens of seconds of compiling
+COMPILE_FROM = 2**25   # logits (N V) of a call whose tile function is compiled: fewer never earn the tens of seconds back
 
 
 class Distilled(NamedTuple):
@@ -72,8 +72,8 @@ def oracle(student_logits, teacher_logits, alpha, top_k=None):
     different shapes, alpha outside [0, 1] and top_k outside [1, V].
     """
     student, teacher = student_logits.double(), teacher_logits.detach().double()
-    _require(student.shape == teacher.shape, f"student_logits has shape {tuple(student.shape)}, but teacher_logits has "
-             f"shape {tuple(teacher.shape)}.")
+    _require(student.shape == teacher.shape,
+             f"student_logits has shape {tuple(student.shape)}, but teacher_logits has shape {tuple(teacher.shape)}.")
     _check_divergence(alpha, top_k, student.shape[-1])
     if top_k is not None and top_k < student.shape[-1]:
         index = student.topk(top_k, dim=-1).indices                            # (N, K)
@@ -105,13 +105,11 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
         p = softmax(student_hidden student_head^T), q = softmax(teacher_hidden teacher_head^T), y = token_ids
 
     student_hidden (N, H), student_head (V, H): receive gradients, each only if it requires one.
-    teacher_hidden (N, H'), teacher_head (V, H'): never do, even if the two heads are one tensor. None for teacher_head
-        is the student's (a live teacher).
+    teacher_hidden (N, H'), teacher_head (V, H'; None is the student's): never do, even if the two heads are one tensor.
     weights (N,): of any sign. A row of weight 0 costs nothing and may hold anything (NaN, a padding id).
     token_ids (N,): the tokens the student sampled, for logprobs and the ratio.
     alpha in [0, 1]; top_k in [1, V], or None for the full divergence: see the top of this file.
-    old_logprobs (N,): log p_old(y). Without them the ratio is 1 and is_clip has no effect.
-    is_clip: upper bound of the ratio, or None for no bound.
+    old_logprobs (N,): log p_old(y); None makes the ratio 1. is_clip: its upper bound, or None.
     chunk_size: rows of a chunk, else as many as fit memory_budget (bytes), at most 1024. Neither changes the result.
 
     Returns Distilled. Raises ValueError, naming the argument, where shapes, vocabularies, dtypes or strides do not fit, or
@@ -121,14 +119,14 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     _check("student_", student_hidden, student_head, weights=weights, token_ids=token_ids, old_logprobs=old_logprobs)
     _check("teacher_", teacher_hidden, teacher_head)
     vocabulary = len(student_head)
-    _require(len(teacher_head) == vocabulary, f"teacher_head has a vocabulary of {len(teacher_head)}, but student_head has "
-             f"one of {vocabulary}.")
+    _require(len(teacher_head) == vocabulary,
+             f"teacher_head has a vocabulary of {len(teacher_head)}, but student_head has one of {vocabulary}.")
     _require(len(teacher_hidden) == len(student_hidden),
              f"teacher_hidden has {len(teacher_hidden)} rows, but student_hidden has {len(student_hidden)}.")
     _require(is_clip is None or is_clip > 0, f"is_clip is {is_clip}, but must be above 0.")
     _check_divergence(alpha, top_k, vocabulary)
     return Distilled(*_sum_over_chunks(
-        _distill_tile, (alpha, None if top_k == vocabulary else top_k, is_clip), student_hidden, student_head,
+        _distill_tile, (alpha, None if top_k == vocabulary else top_k, is_clip), 5, student_hidden, student_head,
         (teacher_hidden, teacher_head), (token_ids, weights, old_logprobs), chunk_size, memory_budget))
 
 
@@ -140,9 +138,9 @@ def _distill_tile(logits, teacher_logits, token_ids, weights, old_logprobs, alph
         divergence, gradient = _divergence_and_gradient(log_p, log_q, alpha)  # (n,), (n, V)
     else:
         index = logits.topk(top_k, dim=-1).indices                            # (n, K)
-        divergence, of_buckets = _divergence_and_gradient(_buckets(log_p, index), _buckets(log_q, index), alpha)
-        # p_i / p_tail as a softmax of its own stays finite where p_tail underflows to 0.
-        share = log_p.scatter(-1, index, -math.inf).softmax(-1)               # (n, V)
+        buckets = _buckets(log_p, index)                                      # (n, K + 1)
+        divergence, of_buckets = _divergence_and_gradient(buckets, _buckets(log_q, index), alpha)
+        share = (log_p - buckets[:, -1:]).exp()  # p_i / p_tail: at most 1 in the tail; the others are replaced
         gradient = (share * of_buckets[:, -1:]).scatter(-1, index, of_buckets[:, :-1])
     logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
     if old_logprobs is not None:
@@ -192,7 +190,7 @@ def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip
     _check("", hidden, head, **per_row)
     _require(clip_low >= 0 and clip_high >= 0,
              f"clip_low is {clip_low} and clip_high is {clip_high}, but both must be at least 0.")
-    return PolicyLoss(*_sum_over_chunks(_policy_tile, (clip_low, clip_high), hidden, head, None, per_row.values(),
+    return PolicyLoss(*_sum_over_chunks(_policy_tile, (clip_low, clip_high), 4, hidden, head, None, per_row.values(),
                                         chunk_size))
 
 
@@ -222,7 +220,7 @@ def score(hidden, head, token_ids, chunk_size=None):
     """
     _check("", hidden, head, token_ids=token_ids)
     every_row = torch.ones(len(hidden), device=hidden.device)
-    return _sum_over_chunks(_score_tile, (), hidden, head, None, (token_ids, every_row), chunk_size)[1]
+    return _sum_over_chunks(_score_tile, (), 2, hidden, head, None, (token_ids, every_row), chunk_size)[1]
 
 
 def _score_tile(logits, token_ids, weights):
@@ -249,19 +247,20 @@ class LossHead(torch.nn.Module):
         return loss(hidden, self.weight, *arguments, **keywords)
 
 
-def _sum_over_chunks(tile_function, settings, hidden, head, teacher, per_row, chunk_size, memory_budget=MEMORY_BUDGET):
+def _sum_over_chunks(tile_function, settings, count, hidden, head, teacher, per_row, chunk_size, budget=MEMORY_BUDGET):
     """Drop rows of weight 0, run tile_function over the rest, put its outputs back: loss (), then each (N,).
 
     tile_function(logits, the teacher's if there is one, *per_row, *settings) sees a few rows. It returns the terms of the
-    loss and its outputs, (1 + outputs, n), and may leave the gradient of the terms' sum where the logits were. teacher is
+    loss, then its outputs, (count, n), and may leave the gradient of the terms' sum where the logits were. teacher is
     (hidden, head) or None; per_row is token_ids, weights, then tensors with N rows or None.
     """
     vocabulary, teacher = len(head), teacher or ()
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row_bytes = 2 * vocabulary * dtype.itemsize
-    _require(chunk_size is None or chunk_size >= 1, f"chunk_size is {chunk_size}, but must be at least 1.")
-    _require(chunk_size is not None or memory_budget >= row_bytes, f"memory_budget is {memory_budget} bytes, "
-             f"but one row of a vocabulary of {vocabulary} needs {row_bytes}.")
+    _require(chunk_size is None or isinstance(chunk_size, int) and chunk_size >= 1,
+             f"chunk_size is {chunk_size}, but must be a whole number, at least 1.")
+    _require(chunk_size is not None or budget >= row_bytes,
+             f"memory_budget is {budget} bytes, but one row of a vocabulary of {vocabulary} needs {row_bytes}.")
     token_ids, weights, *others = per_row
     keep = weights.detach().nonzero().squeeze(-1)
     per_row = [tensor if tensor is None else tensor.detach().index_select(0, keep)
@@ -274,8 +273,8 @@ def _sum_over_chunks(tile_function, settings, hidden, head, teacher, per_row, ch
         hidden, head = hidden.detach(), head.detach()
     # Outside the Function, so that autograd itself gives the dropped rows a gradient of 0.
     hidden, *states = (tensor.index_select(0, keep) for tensor in (hidden, *teacher[:1]))
-    loss, outputs = _ChunkedLoss.apply(hidden, head, (*states, *teacher[1:]), per_row, tile_function, settings,
-                                       chunk_size or min(LARGEST_CHUNK, int(memory_budget // row_bytes)))
+    loss, outputs = _ChunkedLoss.apply(hidden, head, (*states, *teacher[1:]), per_row, tile_function, settings, count,
+                                       chunk_size or min(LARGEST_CHUNK, int(budget // row_bytes)))
     return loss, *outputs.new_zeros(len(outputs), len(weights)).index_copy(1, keep, outputs)
 
 
@@ -283,36 +282,37 @@ class _ChunkedLoss(torch.autograd.Function):
     """Sum of a per-token loss of the logits hidden head^T, whose gradient is formed on the way forward."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher, per_row, tile_function, settings, chunk_size):
+    def forward(ctx, hidden, head, teacher, per_row, tile_function, settings, count, chunk_size):
         rows, vocabulary, dtype = len(hidden), len(head), per_row[1].dtype
         hidden_needs, head_needs = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if hidden_needs else None  # (N, H)
         head_gradient = torch.zeros_like(head, dtype=dtype) if head_needs else None        # (V, H)
         kind = hidden.device.type
-        autocast = torch.is_autocast_enabled(kind) and dtype != torch.float64
-        pairs = [[tensor.to(torch.get_autocast_dtype(kind) if autocast else tensor.dtype) for tensor in pair]
+        autocast = torch.is_autocast_enabled(kind)  # which never casts float64
+        pairs = [[x.to(torch.get_autocast_dtype(kind)) if autocast and x.dtype != torch.float64 else x for x in pair]
                  for pair in ((hidden, head), teacher) if pair]
         hidden, head = pairs[0]
 
         tile = min(chunk_size, max(1, TILE * (torch.get_num_threads() if kind == "cpu" else 512) // vocabulary))  # rows
         chunk_size = min(chunk_size, max(1, rows))
-        if rows * vocabulary >= COMPILE_FROM and _compiler_works(hidden.device):
-            tile_function = _compiled(tile_function)
+        if rows * vocabulary >= COMPILE_FROM:
+            tile_function = _compiler(hidden.device)(tile_function)
         else:
             tile = min(tile, chunk_size)
         # Whole tiles, so that no shape ever changes: what they hold beyond the last row is computed and dropped.
         per_row = [tensor if tensor is None else torch.nn.functional.pad(tensor, (0, tile)) for tensor in per_row]
         buffers = [states.new_empty(math.ceil(chunk_size / tile) * tile, vocabulary) for states, _ in pairs]
-        outputs = []
-        for start in range(0, max(1, rows), chunk_size):  # no rows at all are one empty chunk
+        # One tensor: a small one a tile, kept between large temporaries, would break the heap to pieces.
+        outputs = per_row[1].new_empty(count, rows + tile)
+        for start in range(0, rows, chunk_size):
             chunk = slice(start, min(start + chunk_size, rows))
             n = chunk.stop - start
             for (states, weight), logits in zip(pairs, buffers, strict=True):
                 torch.mm(states[chunk], weight.T, out=logits[:n])
-            for i in range(0, max(1, n), tile):
-                logits = (buffer[i: i + tile] for buffer in buffers)
-                of_rows = (tensor if tensor is None else tensor[start + i: start + i + tile] for tensor in per_row)
-                outputs.append(tile_function(*logits, *of_rows, *settings)[:, :n - i])
+            for i in range(start, chunk.stop, tile):  # what a tile says of rows beyond its chunk, the next one overwrites
+                logits = (buffer[i - start: i - start + tile] for buffer in buffers)
+                of_rows = (tensor if tensor is None else tensor[i: i + tile] for tensor in per_row)
+                outputs[:, i: i + tile] = tile_function(*logits, *of_rows, *settings)
             gradient = buffers[0][:n]
             if hidden_needs:
                 hidden_gradient[chunk] = gradient @ head
@@ -320,8 +320,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 head_gradient.addmm_(gradient.T, hidden[chunk])
             elif head_needs:
                 head_gradient += gradient.T @ hidden[chunk]
-        outputs = torch.cat(outputs, dim=1)               # (1 + outputs, N)
-        loss, outputs = outputs[0].sum(), outputs[1:]
+        loss, outputs = outputs[0, :rows].sum(), outputs[1:, :rows]
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
@@ -330,22 +329,18 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, _):
         # The product is still in float32; autograd casts it to the dtype of the input.
-        return *(None if saved is None else scale * saved for saved in ctx.saved_tensors), *[None] * 5
+        return *(None if saved is None else scale * saved for saved in ctx.saved_tensors), *[None] * 6
 
 
 @functools.cache
-def _compiled(tile_function):
-    return torch.compile(tile_function, dynamic=False, recompile_limit=64)
-
-
-@functools.cache
-def _compiler_works(device):
+def _compiler(device):
+    """torch.compile as it serves here; where it does not work, one warning and no change."""
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))
     except torch._dynamo.exc.TorchDynamoException as error:
         warnings.warn(f"kernels.py runs its losses uncompiled, which is slower: {str(error).splitlines()[0]}", stacklevel=2)
-        return False
-    return True
+        return lambda function: function
+    return functools.cache(functools.partial(torch.compile, dynamic=False, recompile_limit=64))
 
 
 def _require(condition, message):
@@ -355,23 +350,26 @@ def _require(condition, message):
 
 def _check_divergence(alpha, top_k, vocabulary):
     _require(0 <= alpha <= 1, f"alpha is {alpha}, but must be from 0 to 1.")
-    _require(top_k is None or 1 <= top_k <= vocabulary,
-             f"top_k is {top_k}, but must be from 1 to the vocabulary of {vocabulary}.")
+    _require(top_k is None or isinstance(top_k, int) and 1 <= top_k <= vocabulary,
+             f"top_k is {top_k}, but must be a whole number from 1 to the vocabulary of {vocabulary}.")
 
 
 def _check(role, hidden, head, **per_row):
     """Refuse hidden states and a head that do not fit together, or per-token arguments that do not fit."""
     for name, tensor in ((f"{role}hidden", hidden), (f"{role}head", head)):
-        _require(tensor.dim() == 2, f"{name} has shape {tuple(tensor.shape)}, but must have 2 dimensions.")
+        shape = tuple(tensor.shape)
+        _require(tensor.dim() == 2, f"{name} has shape {shape}, but must have 2 dimensions.")
         _require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, but must be floating point.")
-        _require(tensor.is_contiguous(), f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}, but must be "
-                 "contiguous; call .contiguous() on it.")
+        _require(tensor.is_contiguous(),
+                 f"{name} of shape {shape} has strides {tensor.stride()}, but must be contiguous; call .contiguous() on it.")
+    _require(len(head) > 0, f"{role}head has shape {shape}, but must have a vocabulary.")
     _require(hidden.shape[1] == head.shape[1],
              f"{role}hidden has width {hidden.shape[1]}, but {role}head has width {head.shape[1]}.")
-    _require(hidden.dtype == head.dtype or torch.is_autocast_enabled(hidden.device.type),
-             f"{role}hidden is {hidden.dtype}, but {role}head is {head.dtype}.")
+    cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, head.dtype)
+    _require(hidden.dtype == head.dtype or cast, f"{role}hidden is {hidden.dtype}, but {role}head is {head.dtype}.")
     for name, tensor in per_row.items():
-        _require(tensor is None or tensor.shape == (len(hidden),),
-                 f"{name} has shape {tuple(getattr(tensor, 'shape', ()))}, but {role}hidden has {len(hidden)} rows.")
+        said = "is None" if tensor is None else f"has shape {tuple(tensor.shape)}"
+        _require(name == "old_logprobs" if tensor is None else tensor.shape == (len(hidden),),
+                 f"{name} {said}, but {role}hidden has {len(hidden)} rows.")
         _require(name != "token_ids" or not (tensor.is_floating_point() or tensor.dtype == torch.bool),
                  f"{name} is {getattr(tensor, 'dtype', None)}, but must be an integer type.")

@@ -7,8 +7,8 @@ log-probabilities, the others do not. The floor is the four matrix products alon
 reused. Contenders take turns, so that a ratio compares neighbours in time. On a CPU it uses one thread and CPU time, which a
 busy machine disturbs little; on a GPU, wall time between synchronisations. Medians, and [smallest, largest] ratios.
 
-Liger-Kernel and TRL need a folder made by `pip install --no-deps --target FOLDER liger-kernel==0.8.5 trl==1.16.0` (whole,
-Liger-Kernel would bring Triton, which its chunked losses do not use).
+Liger-Kernel and TRL need a folder made by `pip install --no-deps --target FOLDER liger-kernel==0.8.5 trl==1.16.0 accelerate
+psutil` (whole, Liger-Kernel would bring Triton, which its chunked losses do not use), beside this repository's requirements.
 """
 import argparse
 import gc
@@ -115,8 +115,8 @@ def peers(folder):
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
         liger = LigerFusedLinearJSDLoss(weight_hard_loss=0, weight_soft_loss=1, beta=0.5, compiled=True, chunk_size=CHUNK)
         found["Liger-Kernel JSD"] = lambda inputs: liger(*list(inputs.values())[:4], inputs["token_ids"]).backward()
-    except ImportError:
-        print("Liger-Kernel: not measured, see --help")
+    except ImportError as error:
+        print(f"Liger-Kernel: not measured, see --help: {error}")
     try:
         from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
@@ -127,8 +127,8 @@ def peers(folder):
             GKDTrainer.generalized_jsd_loss(student @ head.T, teacher_logits, beta=0.5).backward()
 
         found["TRL JSD"] = trl
-    except ImportError:
-        print("TRL: not measured, see --help")
+    except ImportError as error:
+        print(f"TRL: not measured, see --help: {error}")
     return found
 
 
@@ -189,7 +189,8 @@ def slopes(dtype):
 
 
 def memory(name, rows, folder):
-    """Run in a process of its own: prints the most memory that one step adds to inputs and gradients already there."""
+    """Run in a process of its own: prints the most memory, in bytes, that one step adds to its inputs, the gradients that it
+    leaves included."""
     contender = {"JSD": ours(0.5), "JSD, top-k 100": ours(0.5, 100), "naive JSD": naive(0.5),
                  "SDPO top-100 JSD": sdpo_top_k}.get(name) or peers(folder)[name]
     dtype = torch.float32
