@@ -68,6 +68,7 @@ from kernels import distill_loss, policy_loss, score
 from memory import SUCCESS, Memory, compose_within, neutralise
 from ranks import (
     OnRankZero,
+    Unsupported,
     broadcast,
     compute,
     compute_dtype,
@@ -880,10 +881,6 @@ def evaluate(step, run, sampler, memory, cfg):
 # What a run is made of
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Unsupported(ValueError):
-    """A model that this code can't train, found out only when it is loaded."""
-
-
 def check(cfg, quiet=False, ranks=0):
     """(task, tokenizer), or a ValueError that says in one sentence what is wrong, before any work is lost.
 
@@ -925,13 +922,11 @@ def check(cfg, quiet=False, ranks=0):
     if cfg.fork_from and not (fork := checkpoint_of(cfg)).is_dir():
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
-    def same(name):  # under whatever name
-        return MODELS.get(name, Path(name).resolve() if Path(name).is_dir() else name)
-
-    if cfg.fork_from and same(other := json.loads((fork.parent.parent / "config.json").read_text())["model"]) != \
-            same(cfg.model):
-        raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
-                         f"{cfg.model}; give the same")
+    if cfg.fork_from:
+        other = json.loads((fork.parent.parent / "config.json").read_text())["model"]
+        if len({MODELS.get(name, Path(name).resolve() if Path(name).is_dir() else name) for name in (other, cfg.model)}) > 1:
+            raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
+                             f"{cfg.model}; give the same")
     if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
         raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
     task = load_task(cfg.task, cfg.dev, cfg.dev_seed, cfg.data, cfg.protocol, cfg.since, cfg.until, cfg.exclude_flagged)

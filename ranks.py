@@ -19,6 +19,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
+class Unsupported(ValueError):
+    """A model that this code can't train, found out only when it is loaded."""
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -49,8 +53,9 @@ SHUTDOWN = 120  # seconds between SIGTERM and SIGKILL: the step at hand ends and
 
 def count_ranks(cfg) -> int:
     """Of this job, or of the one that `start_ranks` will start."""
-    return int(os.environ.get("WORLD_SIZE", 0)) or cfg.nproc or \
-        max(1, torch.cuda.device_count() if cfg.device in ("", "cuda") else 1)
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", 1))
+    return cfg.nproc or max(1, torch.cuda.device_count() if cfg.device in ("", "cuda") else 1)
 
 
 def start_ranks(cfg):
@@ -117,11 +122,12 @@ def compute_dtype(device, cfg):
 def shard(model, cfg):
     """FSDP2: each rank holds a part of every weight; a layer is whole while it computes. Gradients are SUMMED over ranks
     (losses are divided by global token counts), reduced in float32. The root group holds embedding, last norm and head, so
-    tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank."""
+    tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank. Raises
+    Unsupported for a model without a list of layers."""
     if world() == 1 or isinstance(model, FSDPModule):
         return model
     if not hasattr(model.get_decoder(), "layers"):
-        raise ValueError(f"{cfg.model} has no list of layers to share out over {world()} processes; use --nproc 1")
+        raise Unsupported(f"{cfg.model} has no list of layers to share out over {world()} processes; use --nproc 1")
     device = device_of(cfg)
     bf16 = compute_dtype(device, cfg) == torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
