@@ -320,8 +320,8 @@ class Run:
         plot_curves({cfg.method: history}, self.folder / "curve.png", title(summary))
         print("\n" + table({cfg.method: summary}))
         if any(memory.sizes().values()):
-            kinds = memory.tally("insight")
-            most = max(self.task.train, key=lambda p: (kinds[p.id, "strategy"], kinds[p.id, "lesson"]))
+            kinds = memory.tally("insight") + memory.tally("experience")
+            most = max(self.task.train, key=lambda p: [kinds[p.id, k] for k in ("strategy", "lesson", "success", "failure")])
             print("\n" + describe(memory, most.id))
         print(f"\nall of it: {self.folder}  (curve.png, memory.db, samples.jsonl, evals/, final/)")
         memory.close()
