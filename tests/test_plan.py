@@ -162,6 +162,16 @@ def test_a_model_that_does_not_fit_is_told_a_cure_that_works(flags, gpus, said, 
     assert plan.fits(cured, qwen, 4 if gpus == 1 else gpus, 80)[0]
 
 
+def test_an_engine_over_several_gpus_holds_a_part_of_the_model_on_each(monkeypatch):
+    """65.5 GB of Qwen3-32B in bfloat16 don't fit into half of 80 GiB; a quarter of them leaves 40 - 2 GiB less 16.4 GB."""
+    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", lambda name: plan.AutoConfig.for_model(**plan.BUILT_IN[name]))
+    model, whole, split = plan.load("Qwen/Qwen3-32B"), Config(), Config(tensor_parallel=4)
+    fine, sentence = plan.fits(whole, model, 32, 80)
+    assert not fine and "vLLM's share of 0.5 can't hold the model and one sequence" in sentence
+    assert plan.kv_room(split, model, 80, 0.5) == pytest.approx(38 * 2**30 - 16.4e9, rel=0.01)
+    assert plan.kv_needed(split, model) == plan.kv_needed(whole, model) / 4 and plan.fits(split, model, 32, 80)[0]
+
+
 def test_the_report_says_each_component_and_phase(qwen, capsys):
     """And what it says adds up, fits or not, for micro-batches of several lengths."""
     plan.report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)

@@ -708,6 +708,14 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(make_config, t
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_can_t_be_planned_is_not_refused_for_it(make_config, monkeypatch, capsys):
+    monkeypatch.setattr(pmd, "device_of", lambda cfg: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(plan, "fits", lambda *args: [].layers)
+    pmd.check(make_config(sampler="transformers"))
+    assert "whether nano fits could not be computed: AttributeError" in capsys.readouterr().out
+
+
 def test_long_prompts_are_dropped_counted_and_listed(make_config, capsys):
     task, _ = pmd.check(make_config(max_prompt=13))  # names of one or two syllables fit
     assert 0 < len(task.train) < 144 and all(len(p.extra["hidden"].split()) < 3 for p in task.train)
