@@ -355,7 +355,7 @@ def filtered(command):
 def sandbox_command() -> list[str]:
     """The command that the interpreter's own arguments follow, but for the filter, which `filtered` adds. ValueError, in a
     sentence, where there is no sandbox."""
-    for tool in ("bwrap", "nsenter", "setpriv")[:1 if os.getuid() else 3]:
+    for tool in ("bwrap", "nsenter")[:1 if os.getuid() else 2]:
         if not shutil.which(tool, path=ENVIRONMENT["PATH"]):
             raise ValueError(f"generated code runs only in a sandbox, which needs {tool}: install it (apt install "
                              "bubblewrap util-linux), or give --unsafe_exec to run code without one")
@@ -368,8 +368,7 @@ def sandbox_command() -> list[str]:
                                 text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if pid := view.stdout.readline().strip():  # the mount namespace lives as long as our descriptor of it
             mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
-            outer = ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}",
-                     "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+            outer = ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}", "--setuid", "65534", "--setgid", "65534"]
         if why := view.communicate()[1]:
             raise ValueError(f"bubblewrap is installed but can't be used here: {why.strip()}")
         base, site = "/mnt/base", "/mnt/site"

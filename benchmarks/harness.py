@@ -7,13 +7,16 @@ and one that forgets the third (wrong, where the official algorithm stops and ou
 file, 90 small problems of our own take its place. `official` is the published algorithm in our own words: a process forked
 for each program, which sends its result through a multiprocessing.Manager, all tests one after another in one interpreter,
 stdin and stdout mocked, the program wrapped in a function, an alarm per test. `lean` is the same with a pipe for the
-manager. Rounds alternate between the contestants, since the machine is shared; the ratios come last. A child loads the data:
-here `datasets` would make each fork of the contestants slower, and the memory of this process ten times what judging takes.
+manager. Both fork from the process that asks, so its size decides their speed, and they are measured from three: a bare one,
+one that has loaded `datasets`, as LiveCodeBench's own harness has, and one that has loaded all that a trainer has. Rounds
+alternate between the contestants, since the machine is shared; the ratios come last. A child loads the data, or the first
+of the three processes would not be bare.
 """
 
 import argparse
 import ast
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -35,7 +38,8 @@ STARS = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "
 MADE = [code_problem([{"input": f"{n} {i}\n", "output": f"{n * i}"} for i in range(8)], str(n), "Multiply.", "")
         for n in range(90)]
 
-
+ASKING = {"a bare process": (), "one with datasets": ("datasets",),
+          "a trainer": ("pmd", "datasets", "sentence_transformers", "transformers.models.qwen3.modeling_qwen3")}
 LOAD = """import json, sys
 from eval import load_task
 task = load_task("livecodebench", dev=0, data=sys.argv[1], since="2000-01-01", until="3000-01-01")
@@ -117,29 +121,48 @@ def lean(job):
     return done
 
 
-def ours(job):
-    return judge(*job).passed
-
-
 # -- the measurements -----------------------------------------------------------------------------------------------------
 
 def spread(values, unit):
     return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}] {unit}"
 
 
+def load(modules):
+    """Makes this process as large as one that works with these modules."""
+    for name in modules:
+        importlib.import_module(name)
+
+
+def resident():
+    """MiB of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2 ** 20
+
+
+def ours(jobs, workers):
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda job: judge(*job).passed, jobs))
+
+
 def throughput(problems, rounds, workers):
-    """Verdicts a second of each contestant, round by round: {(programs, contestant): rates}."""
-    pools = {name: ProcessPoolExecutor(workers) for name in ("official", "lean")} | {"ours": ThreadPoolExecutor(workers)}
-    run, rates = {"official": official, "lean": lean, "ours": ours}, {}
+    """Verdicts a second of each contestant, round by round: {(programs, asking process, contestant): rates}."""
+    pools, rates = {}, {}
+    for asking, modules in ASKING.items():
+        for name in ("ours", "official", "lean"):
+            processes = 1 if name == "ours" else workers
+            pools[asking, name] = ProcessPoolExecutor(processes, initializer=load, initargs=(modules,))
+        print(f"{asking}: {pools[asking, 'ours'].submit(resident).result():.0f} MiB")
     for kind, forget in (("right programs", None), ("wrong programs", 2)):
         jobs = [(by_heart(p, forget), p.extra["inputs"], p.extra["outputs"], p.extra.get("fn_name")) for p in problems]
         for n in range(rounds + 1):
-            for name in sorted(pools, key=lambda name, n=n: (name != "ours") == n % 2):
+            for (asking, name), pool in sorted(pools.items(), key=lambda item, n=n: (item[0][1] != "ours") == n % 2):
                 start = time.perf_counter()
-                verdicts = list(pools[name].map(run[name], jobs))
+                if name == "ours":
+                    verdicts = pool.submit(ours, jobs, workers).result()
+                else:
+                    verdicts = list(pool.map({"official": official, "lean": lean}[name], jobs))
                 assert verdicts == [forget is None or len(job[1]) <= forget for job in jobs], f"{name} is wrong"
                 if n:  # the first round warms up
-                    rates.setdefault((kind, name), []).append(len(jobs) / (time.perf_counter() - start))
+                    rates.setdefault((kind, asking, name), []).append(len(jobs) / (time.perf_counter() - start))
     for pool in pools.values():
         pool.shutdown()
     return rates
@@ -162,17 +185,13 @@ def per_test(repeats):
 
 def memory(programs):
     """Resident MiB of this process after the first tenth of the programs, and after all; descriptors likewise."""
-    def state():
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2 ** 20, len(os.listdir("/proc/self/fd"))
-
     def one(n):
         assert not judge("print('7' * 100_000)", ["", "1"], ["7" * 100_000, str(n)]).passed
 
     with ThreadPoolExecutor(2) as pool:
         for part in (programs // 10, programs - programs // 10):
             list(pool.map(one, range(part)))
-            yield state()
+            yield resident(), len(os.listdir("/proc/self/fd"))
 
 
 def choices(n):
@@ -202,18 +221,18 @@ def main():
     assert "datasets" not in sys.modules
     print(f"{source}; {args.workers} workers")
     rates = throughput(problems, 1 if args.quick else 5, args.workers)
-    for (kind, name), values in rates.items():
-        print(f"{kind}, {name}: {spread(values, 'verdicts/s')}")
+    for (kind, asking, name), values in rates.items():
+        print(f"{kind}, {name} from {asking}: {spread(values, 'verdicts/s')}")
     for kind, values in per_test(3 if args.quick else 15).items():
         print(f"{kind}: {spread(values, 'ms')}")
     (before, open_before), (after, open_after) = memory(100 if args.quick else 1000)
     print(f"resident after a tenth and after all programs: {before:.1f} and {after:.1f} MiB; "
           f"descriptors {open_before} and {open_after}")
     print(f"multiple choice: {spread([choices(20_000) for _ in range(5)], 'verdicts/s')}")
-    for kind in ("right programs", "wrong programs"):
-        for other in ("official", "lean"):
-            ratios = [a / b for a, b in zip(rates[kind, "ours"], rates[kind, other], strict=True)]
-            print(f"ours / {other}, {kind}: {spread(ratios, 'times as fast')}")
+    for (kind, asking, name), values in rates.items():
+        if name != "ours":
+            ratios = [a / b for a, b in zip(rates[kind, asking, "ours"], values, strict=True)]
+            print(f"ours / {name} from {asking}, {kind}: {spread(ratios, 'times as fast')}")
 
 
 if __name__ == "__main__":
