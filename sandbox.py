@@ -18,8 +18,8 @@ The walls, from the outside in:
 - `runner`, process 1 of the pid namespace: the kernel drops every signal that a process inside sends to it, it is not
   dumpable, so its memory and descriptors are closed to processes of the same user, and when it goes all go.
 - Each test is a fork of it with limits of its own: CPU time (of all its processes together), a wall limit four times as
-  long against sleepers, memory, number of processes, file and output size. When its first process ends, all that it left
-  behind is killed before the output is read.
+  long against sleepers (who do not get it anew for each test), memory, number of processes, file and output size. When its
+  first process ends, all that it left behind is killed before the output is read.
 
 Not walled off: bugs of the kernel in the calls that are left, and kernel memory that belongs to no process (a memfd that is
 not mapped, socket buffers). What handles SIGCHLD itself fails (multiprocessing's forkserver, `wait` in a shell). Files in
@@ -235,7 +235,9 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         """One test: status, output and error text. Files in memory are its streams, so no pipe can fill or stay open.
 
         Given nothing, the program is compiled and the code is the output: parsing can take a hostile text's time, too.
+        The clock's limit holds for each test, and for all so far beyond the time that their CPU seconds explain.
         """
+        nonlocal spent, waited
         files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
         os.write(files[0], given if isinstance(given, bytes) else b"")
         os.lseek(files[0], 0, 0)
@@ -251,12 +253,13 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
                 exit_code = program(given)
             finally:
                 os._exit(exit_code)
-        pidfd, end, status, error = os.pidfd_open(child), time.monotonic() + wall_limit, "ran", b""
+        pidfd, start, status, error = os.pidfd_open(child), time.monotonic(), "ran", b""
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         while not poll.poll(50):
             cpu, memory = usage(child)
-            if cpu > time_limit or time.monotonic() > end:
+            wall = time.monotonic() - start
+            if cpu > time_limit or wall > wall_limit or waited + wall > wall_limit * (1 + (spent + cpu) / time_limit):
                 status = "time_limit"
                 break
             if memory > memory_limit:
@@ -275,6 +278,7 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
                 cpu += used.ru_utime + used.ru_stime
         except ChildProcessError:
             pass
+        spent, waited = spent + cpu, waited + time.monotonic() - start
         output, said = (os.pread(fd, min(os.fstat(fd).st_size, output_limit), 0) for fd in files[1:])
         for fd in (*files, pidfd):
             os.close(fd)
@@ -285,6 +289,7 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             status, error = "runtime_error", said or b"It ended with exit code %d" % exit_code
         return status, output, error[:4000]
 
+    spent = waited = 0.0  # by the tests so far, CPU seconds and seconds
     compiled, results, main, path = b"", os.dup(1), "solution" if fn_name else "__main__", os.path.abspath("Solution.py")
     with open(path, "wb") as file:  # for what reads or imports its own file
         file.write(code.encode("utf-8", "replace"))
@@ -425,8 +430,9 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
 
     fn_name: None for a program that reads stdin and prints; else the function (a method of Solution, or a bare one) to be
     called with the JSON values on the lines of the input. time_limit: CPU seconds a test; WALL times as much may pass on
-    the clock. memory_mb: MiB of address space of each process, and of resident memory of all together. No more programs
-    run at once than there are cores. ValueError where there is no sandbox, ValueError for a line that is no JSON.
+    the clock in a test, and in all tests beside WALL times the CPU seconds they used. memory_mb: MiB of address space of
+    each process, and of resident memory of all together. No more programs run at once than there are cores. ValueError
+    where there is no sandbox, ValueError for a line that is no JSON.
     """
     if fn_name:
         inputs = [[json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs]

@@ -425,6 +425,19 @@ def test_cpu_time_counts_not_the_clock():
             process.wait()
 
 
+def test_sleepers_get_their_time_once():
+    """Each test sleeps for less than a test may last; with many tests that would hold a slot for minutes."""
+    begin = time.monotonic()
+    judgement = judge("import time\ntime.sleep(.3)\nprint(1)", [""] * 40, ["1"] * 40, time_limit=0.2)
+    assert judgement.status == "time_limit" and judgement.n_passed >= 1
+    assert time.monotonic() - begin < 10
+
+
+def test_many_tests_with_work_have_time_each():
+    code = "import time\nend = time.process_time() + .1\nwhile time.process_time() < end: pass\nprint(1)"
+    assert judge(code, [""] * 12, ["1"] * 12, time_limit=0.3).passed  # all together they need the limit four times
+
+
 def test_the_runner_outlives_the_signals_of_its_programs():
     code = "import os\nfor s in (2, 9, 15, 19): os.kill(1, s)\nprint(1)"
     assert judge(code, ["", ""], ["1", "1"]).passed
