@@ -26,7 +26,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import pickle
 import random
 import re
@@ -798,13 +797,10 @@ def evaluate(argv):
     cfg = pmd.parse_flags(["--model", args.model, *rest])
     pmd.transformers_logging.set_verbosity_error()
     pmd.transformers_logging.disable_progress_bar()
-    ranks, joined = pmd.count_ranks(cfg), "RANK" in os.environ
-    if joined:
-        pmd.start_ranks(cfg)
-    task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=ranks, name="", resume=False), ranks=ranks,
-                                quiet=pmd.rank() > 0 or not joined and ranks > 1)
-    if not joined:
-        pmd.start_ranks(cfg)  # only now, or every process would say what is wrong
+    ranks = pmd.count_ranks(cfg)
+    with pmd.ranks_around(cfg):
+        task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=ranks, name="", resume=False), ranks=ranks,
+                                    quiet=pmd.rank() > 0 or pmd.world() < ranks)
     first = pmd.rank() == 0
     parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
     cfg = replace(cfg, method="eval", memory_from=args.memory, name=cfg.name or "-".join(parts).replace("/", "-"))

@@ -79,9 +79,9 @@ from ranks import (
     gather,
     local,
     rank,
+    ranks_around,
     reshard,
     shard,
-    start_ranks,
     whole,
     world,
 )
@@ -1176,17 +1176,14 @@ def main():
     cfg = parse_flags()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if joined := "RANK" in os.environ:
-        start_ranks(cfg)
     try:
-        cfg = replace(cfg, name=cfg.name or broadcast(default_name(cfg)))
-        folder, runs = compared(cfg) if cfg.compare else (None, [cfg])
-        for run in runs:
-            check(run, quiet=True, ranks=count_ranks(cfg))
+        with ranks_around(cfg):
+            cfg = replace(cfg, name=cfg.name or broadcast(default_name(cfg)))
+            folder, runs = compared(cfg) if cfg.compare else (None, [cfg])
+            for run in runs:
+                check(run, quiet=True, ranks=count_ranks(cfg))
     except (ValueError, OSError) as error:
         sys.exit(f"pmd.py: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
-    if not joined:
-        start_ranks(cfg)  # only now, or every process would say what is wrong
     try:
         summaries = {run.method: train(run) for run in runs}
     except Stopped as stopped:

@@ -5,6 +5,7 @@ cfg is pmd.Config throughout.
 """
 
 import atexit
+import contextlib
 import functools
 import os
 import shlex
@@ -71,6 +72,18 @@ def start_ranks(cfg):
                    f"--shutdown-timeout={SHUTDOWN}", "--", *sys.argv]
         print("restarting as: " + shlex.join(command), flush=True)
         os.execv(sys.executable, command)
+
+
+@contextlib.contextmanager
+def ranks_around(cfg):
+    """Starts the ranks after the checks in its body, or every process would say what is wrong; under torchrun, which has
+    started them, joins first."""
+    joined = "RANK" in os.environ
+    if joined:
+        start_ranks(cfg)
+    yield
+    if not joined:
+        start_ranks(cfg)
 
 
 def a_rank_has_ended() -> bool:

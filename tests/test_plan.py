@@ -23,6 +23,7 @@ import ctypes, gc, json, os, sys
 from pathlib import Path
 import torch
 import pmd
+import ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 def resident(key):
@@ -49,7 +50,7 @@ def measure(architecture, flags, rows):
         pmd.follow(teacher, policy, cfg)
     return resident("VmHWM") - before
 
-pmd.start_ranks(pmd.Config(nproc=1, device="cpu"))
+ranks.start_ranks(pmd.Config(nproc=1, device="cpu"))
 cases = json.loads(sys.argv[1])
 for dtype in ("float32", "bfloat16"):  # what is made once is made here
     measure(cases[0][0] | {"vocab_size": 64}, cases[0][1] | {"dtype": dtype}, cases[0][2])

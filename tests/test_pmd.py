@@ -774,12 +774,12 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     monkeypatch.setattr(pmd.os, "execv", lambda program, command: started.append(command))
     monkeypatch.setattr(sys, "argv", ["pmd.py", "--model", "Qwen3-8B", "--task", "sciknoweval/chemistry"])
     cfg = pmd.parse_flags()
-    pmd.start_ranks(cfg)
+    ranks.start_ranks(cfg)
     assert started[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8",
                               "--shutdown-timeout=120", "--", *sys.argv]
     assert f"restarting as: {' '.join(started[0])}" in capsys.readouterr().out
     for alone in (dict(nproc=1), dict(device="cpu")):
-        pmd.start_ranks(dataclasses.replace(cfg, **alone))
+        ranks.start_ranks(dataclasses.replace(cfg, **alone))
     assert len(started) == 1
 
     joined = []  # inside torchrun, each takes its own
@@ -788,7 +788,7 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
-    pmd.start_ranks(cfg)
+    ranks.start_ranks(cfg)
     assert joined == ["cpu:gloo,cuda:nccl", torch.device("cuda", 3)] and len(started) == 1
 
 
