@@ -10,6 +10,7 @@ number of comparisons.
 import functools
 import itertools
 import statistics
+import textwrap
 
 import matplotlib
 
@@ -205,7 +206,7 @@ def report(records, times, rates, out, grid) -> str:
     cost(say, main, times)
     knobs(say, records, checkpoints, rates, grid.KNOBS, grid.COMPARED)
     (out / "results.md").write_text("\n".join(lines), encoding="utf-8")
-    figures(main, records, checkpoints, grid.SIZES, out)
+    figures(main, records, checkpoints, rates, grid, out)
     return f"{out / 'results.md'} and its figures"
 
 
@@ -347,13 +348,15 @@ SETTINGS = {
 PAIRED = {"PMD - SDPO": ("pmd", "sdpo"), "the other PMD - SDPO": ("pmd-solved", "sdpo"),
           "the other PMD - GRPO": ("pmd-solved", "grpo"), "PMD - transient": ("pmd", "pmd-transient")}
 
+PANELS = ("rarity", "groups", "rates")  # the knobs of the figure; the others have two settings, or a figure of their own
+
 
 def knobs(say, records, checkpoints, rates, parts, compared_methods):
     shown = [part for part in parts if part != "lessons" and any(name.startswith(f"{part}/") for name in records)]
     if not shown:
         return
     say("## When? The knobs", "Worlds of the shipped checkpoint, the one where PMD is not behind SDPO in main; AUC, and "
-        "differences paired by world. Exploratory.")
+        "differences paired by world. Exploratory.", *(["", "![the knobs](knobs.png)"] if {*shown} & {*PANELS} else []))
     for part in shown:
         if part == "wrong":
             sdpo = Cell(records, "main", "sdpo").auc()
@@ -373,19 +376,11 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
                           "the other PMD - its share 0", "PMD - SDPO", "the other PMD - SDPO"], rows), "",
                 "![memory that harms](harm.png)")
             continue
-        title, settings = SETTINGS[part]
-        rows, worlds = [], worlds_of(records, part)
-        for setting, where, suffix, *told in settings:
-            cells = {}
-            for m in compared_methods:
-                at_its_own_rate = part == "rates" and suffix == f"-{rates.get(m, 0):g}"
-                cells[m] = Cell(records, "main", m) if at_its_own_rate else Cell(records, where, m + suffix)
-            tell = told[0] if told else Cell.auc
-            scores = {m: {w: v for w, v in tell(c).items() if w in worlds} for m, c in cells.items() if c}
-            if scores:
-                rows.append([setting, *(text(scores[m].values()) if m in scores else "-" for m in cells),
-                             *(text(gaps(scores[a], scores[b]).values()) if {a, b} <= scores.keys() else "-"
-                               for a, b in PAIRED.values())])
+        title, worlds = SETTINGS[part][0], worlds_of(records, part)
+        rows = [[setting, *(text(scores[m].values()) if m in scores else "-" for m in compared_methods),
+                 *(text(gaps(scores[a], scores[b]).values()) if {a, b} <= scores.keys() else "-"
+                   for a, b in PAIRED.values())]
+                for setting, scores in by_setting(records, part, rates, compared_methods)]
         whole = f"{len(worlds)} worlds." if len(worlds) >= 8 else f"Only {len(worlds)} of 8 worlds so far."
         say(f"### {title}", whole, "", markdown(
             ["", *(NAMES[m] for m in compared_methods), *PAIRED], rows))
@@ -398,6 +393,19 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
                                  *compared(full.auc(), without.auc(), checkpoints)[:4]])
             say("PMD minus PMD whose teacher reads no behaviors, AUC:", "",
                 markdown(["syllables", "difference", "worlds won", "p (t)", "p (Wilcoxon)"], rows))
+
+
+def by_setting(records, part, rates, methods):
+    """(setting, {method: {world: AUC, or what else the part tells}}) for each setting of a knob"""
+    worlds = worlds_of(records, part)
+    for setting, where, suffix, *told in SETTINGS[part][1]:
+        tell, scores = told[0] if told else Cell.auc, {}
+        for m in methods:
+            at_its_own_rate = part == "rates" and suffix == f"-{rates.get(m, 0):g}"
+            if cell := Cell(records, "main", m) if at_its_own_rate else Cell(records, where, m + suffix):
+                scores[m] = {w: v for w, v in tell(cell).items() if w in worlds}
+        if scores:
+            yield setting, scores
 
 
 def worlds_of(records, part):
@@ -439,7 +447,8 @@ def save(figure, path):
     plt.close(figure)
 
 
-def figures(main, records, checkpoints, sizes, out):
+def figures(main, records, checkpoints, rates, grid, out):
+    sizes = grid.SIZES
     if main:
         methods = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient")
         controls = ("sdpo", "pmd", "pmd-experience,insight", "pmd-experience", "frozen-memory", "frozen-policy")
@@ -505,6 +514,23 @@ def figures(main, records, checkpoints, sizes, out):
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
         save(figure, out / "transfer.png")
+    turned = {part: list(by_setting(records, part, rates, grid.COMPARED)) for part in PANELS if worlds_of(records, part)}
+    if turned:
+        figure, axes = plt.subplots(1, len(turned), figsize=(5 * len(turned), 4.2), sharey=True, layout="constrained",
+                                    squeeze=False)
+        for ax, (part, settings) in zip(axes[0], turned.items(), strict=True):
+            for i, m in enumerate(grid.COMPARED):
+                at = {n: spread(scores[m].values()) for n, (_, scores) in enumerate(settings) if scores.get(m)}
+                if at:
+                    x, y = np.array([*at]) + 0.06 * (i - 2), np.array([*at.values()])  # side by side
+                    ax.errorbar(x, y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), label=NAMES[m], color=COLORS[m], marker="o",
+                                markersize=4, capsize=3)
+            ax.set_xticks(range(len(settings)), [textwrap.fill(setting, 18) for setting, _ in settings], fontsize=8)
+            ax.set(title=SETTINGS[part][0], ylim=(0, 1))
+            ax.grid(alpha=0.3)
+        axes[0][0].set_ylabel("AUC, mean and 95% interval over worlds")
+        axes[0][0].legend(fontsize=8)
+        save(figure, out / "knobs.png")
     rows = list(wrong(records))
     if worlds_of(records, "wrong"):
         figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")

@@ -194,5 +194,5 @@ def test_knobs_are_paired_with_main_in_the_same_worlds(tmp_path):
     assert ["ungrounded", "0.5", "0.250 [0.250, 0.250]", "0.250 [0.250, 0.250]", "-", fell, "-", "-0.150 [-0.150, -0.150]",
             "-"] in wrong
     assert text.count("| 0.000 [0.000, 0.000] | 0.500 [0.500, 0.500] | 0.750 [0.750, 0.750] |") == 3
-    for name in ("transfer", "harm"):
+    for name in ("transfer", "harm", "knobs"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
