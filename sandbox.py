@@ -8,22 +8,23 @@ answer it has to print.
 
 The walls, from the outside in:
 - bubblewrap: own user, pid, net, ipc, uts and cgroup namespaces, no further user namespaces, no capabilities, no new
-  privileges, an empty environment; /usr and the interpreter read-only, /tmp and /dev/shm private and of 64 MiB each,
-  nothing else writable. Where we are root, the user `nobody` makes the sandbox, since root's processes know no limit of
-  their number; a mount namespace, made once, shows him the interpreter, which may lie in root's home.
+  privileges, an empty environment; /usr and the interpreter read-only, /tmp and /dev/shm private and of 64 MiB each, a
+  third such place for the tests' streams, nothing else writable. Where we are root, the user `nobody` makes the sandbox,
+  since root's processes know no limit of their number; a mount namespace, made once, shows him the interpreter, which may
+  lie in root's home.
 - `call_filter`, seccomp on every process inside: no kernel keys (the session's keyring is inherited, by any namespace),
-  no SysV memory (it belongs to no process, so no limit counts it), no sockets but local and IP ones (vsock knows no
-  network namespace), no tracing, io_uring, bpf, perf or mounts; and nobody may ignore SIGCHLD, since the CPU time of
-  children that the kernel reaps is counted nowhere.
+  no SysV memory and no memfd (they belong to no process, so no limit counts them), no sockets but local and IP ones (vsock
+  knows no network namespace), no tracing, io_uring, bpf, perf or mounts; and nobody may ignore SIGCHLD, since the CPU time
+  of children that the kernel reaps is counted nowhere.
 - `runner`, process 1 of the pid namespace: the kernel drops every signal that a process inside sends to it, it is not
   dumpable, so its memory and descriptors are closed to processes of the same user, and when it goes all go.
 - Each test is a fork of it with limits of its own: CPU time (of all its processes together), a wall limit four times as
   long against sleepers (who do not get it anew for each test), memory, number of processes, file and output size. When its
   first process ends, all that it left behind is killed before the output is read.
 
-Not walled off: bugs of the kernel in the calls that are left, and kernel memory that belongs to no process (a memfd that is
-not mapped, socket buffers). What handles SIGCHLD itself fails (multiprocessing's forkserver, `wait` in a shell). Files in
-/tmp live as long as the program's sandbox, so a test can see those of an earlier test.
+Not walled off: bugs of the kernel in the calls that are left, and the buffers of sockets and pipes, which belong to no
+process. What handles SIGCHLD itself fails (multiprocessing's forkserver, `wait` in a shell). Files in /tmp live as long as
+the program's sandbox, so a test can see those of an earlier test.
 """
 
 import builtins
@@ -47,7 +48,7 @@ from typing import NamedTuple
 import numpy
 
 OUTPUT = 16 << 20  # bytes that a test may write into any one file, its output among them
-DISK = 64 << 20  # bytes in /tmp, and again in /dev/shm
+DISK = 64 << 20  # bytes in /tmp, and again in /dev/shm, and of a test's input
 PROCESSES = 64  # of one test, threads counted
 WALL = 4.0  # the wall limit in units of the CPU limit: a loaded machine must not change a verdict
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,12 +60,12 @@ size and processes, and nothing else: it can read and write all that you can, us
 leave some behind. Install the sandbox (apt install bubblewrap libseccomp2), or do this where nothing can be lost."""
 
 # What no contest program needs of the kernel. A name that the library does not know on this machine is passed over.
-REFUSED = """add_key keyctl request_key shmget shmat semget msgget mq_open memfd_secret io_uring_setup io_uring_enter
-io_uring_register userfaultfd bpf perf_event_open ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp
-unshare setns mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr
-name_to_handle_at open_by_handle_at fanotify_init quotactl quotactl_fd acct swapon swapoff syslog init_module finit_module
-delete_module kexec_load kexec_file_load reboot settimeofday clock_settime clock_adjtime adjtimex iopl ioperm modify_ldt
-vmsplice move_pages migrate_pages lookup_dcookie vhangup nfsservctl""".split()
+REFUSED = """add_key keyctl request_key shmget shmat semget msgget mq_open memfd_create memfd_secret io_uring_setup
+io_uring_enter io_uring_register userfaultfd bpf perf_event_open ptrace process_vm_readv process_vm_writev process_madvise
+pidfd_getfd kcmp unshare setns mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick
+mount_setattr name_to_handle_at open_by_handle_at fanotify_init quotactl quotactl_fd acct swapon swapoff syslog init_module
+finit_module delete_module kexec_load kexec_file_load reboot settimeofday clock_settime clock_adjtime adjtimex iopl ioperm
+modify_ldt vmsplice move_pages migrate_pages lookup_dcookie vhangup nfsservctl""".split()
 
 START = "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code, globals())(*job)"
 
@@ -222,6 +223,10 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             explain(error)
             return 1
 
+    def unnamed():
+        """A file in memory without a name. Inside, it has a place of limited size, since the filter forbids a memfd."""
+        return os.open("/streams", os.O_TMPFILE | os.O_RDWR, 0o600) if alone else os.memfd_create("unnamed")
+
     def flush():
         """Our stdout, and what the program may have put in its place, if that can be flushed."""
         for stream in (sys.stdout, stdout):
@@ -232,13 +237,13 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
                 pass
 
     def attempt(given):
-        """One test: status, output and error text. Files in memory are its streams, so no pipe can fill or stay open.
+        """One test: status, output and error text. Its streams are files, so no pipe can fill or stay open.
 
         Given nothing, the program is compiled and the code is the output: parsing can take a hostile text's time, too.
         The clock's limit holds for each test, and for all so far beyond the time that their CPU seconds explain.
         """
         nonlocal spent, waited
-        files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
+        files = [unnamed(), unnamed(), unnamed()]
         os.write(files[0], given if isinstance(given, bytes) else b"")
         os.lseek(files[0], 0, 0)
         child = os.fork()
@@ -294,7 +299,7 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
     with open(path, "wb") as file:  # for what reads or imports its own file
         file.write(code.encode("utf-8", "replace"))
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        os.dup2(os.memfd_create(name), fd)  # a file, as the test's own will be, or Python would take it for a pipe
+        os.dup2(unnamed(), fd)  # a file, as the test's own will be, or Python would take it for a pipe
         stream = open(fd, mode, encoding="utf-8", errors="backslashreplace" if fd == 2 else "strict", closefd=False)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -386,6 +391,7 @@ def sandbox_command() -> list[str]:
         "--ro-bind", "/usr", "/usr", "--ro-bind-try", "/lib", "/lib", "--ro-bind-try", "/lib64", "/lib64",
         "--ro-bind-try", "/bin", "/bin", "--proc", "/proc", *hidden, "--dev", "/dev",
         "--size", str(DISK), "--tmpfs", "/dev/shm", "--size", str(DISK), "--tmpfs", "/tmp",
+        "--size", str(DISK + 2 * OUTPUT), "--tmpfs", "/streams",
         "--ro-bind", base, sys.base_prefix, "--ro-bind", site, "/site", "--chdir", "/tmp",
         "--remount-ro", "/dev", "--remount-ro", "/", python]
     with filtered(command) as (whole, passed):
@@ -432,12 +438,14 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
     called with the JSON values on the lines of the input. time_limit: CPU seconds a test; WALL times as much may pass on
     the clock in a test, and in all tests beside WALL times the CPU seconds they used. memory_mb: MiB of address space of
     each process, and of resident memory of all together. No more programs run at once than there are cores. ValueError
-    where there is no sandbox, ValueError for a line that is no JSON.
+    where there is no sandbox, for a line that is no JSON, and for an input of more than DISK.
     """
     if fn_name:
         inputs = [[json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs]
     else:
         inputs = [text.encode("utf-8", "replace") for text in inputs]
+        if (largest := max(map(len, inputs), default=0)) > DISK:
+            raise ValueError(f"an input of {largest} bytes is too large: the sandbox takes {DISK}")
     site = "/site"
     try:
         sandbox = filtered(sandbox_command())

@@ -108,6 +108,11 @@ HOSTILE = {
         "for _ in range(6):\n s = c.shmget(0, 100 << 20, 0o1600)\n"
         " if s < 0: raise OSError(ctypes.get_errno(), 'no segment')\n a = ctypes.c_void_p(c.shmat(s, None, 0))\n"
         " ctypes.memset(a, 1, 100 << 20)\n c.shmdt(a)",
+    "hides memory in memfds": "import os\nfds = [os.memfd_create('x') for _ in range(50)]\n"
+                              "for fd in fds: os.write(fd, bytes(15 << 20))",
+    "fills the place of its streams": "for n in range(99):\n"
+        " with open(f'/streams/TOKEN{n}', 'wb') as f: f.write(bytes(1 << 24))",
+    "forbids the next test its streams": "import os\nos.chmod('/streams', 0)",
     "loops": "while True: pass",
     "loops and catches its timeout": "import signal\nfor s in range(1, 65):\n try: signal.signal(s, lambda *a: None)\n"
         " except (OSError, ValueError): pass\nwhile True:\n try:\n  while True: pass\n except BaseException: pass",
@@ -239,6 +244,7 @@ def test_the_attacks_are_felt(outside):
                        "reads the session's keys": "Permission denied", "plants a key": "[Errno 1] no keys",
                        "calls the machine's host": "not supported", "traces its own child": "-1",
                        "calls in other numbers": "exit code -31", "hides memory in segments": "[Errno 1] no segment",
+                       "hides memory in memfds": "[Errno 1] Operation not permitted",
                        "hides CPU time by ignoring children": "not permitted",
                        "hides CPU time by high halves": "OSError: no",
                        "takes memory in many processes": "too much memory", "fills the disk": "No space left",
@@ -277,6 +283,13 @@ def test_memory_that_processes_share_counts_once():
     assert "too much memory" in copied.feedback
     hidden = "y = x\n import ctypes\n ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)"  # then nobody can say what it shares
     assert "too much memory" in judge(code.replace("y = x", hidden), [""], ["480"], memory_mb=700).feedback
+
+
+def test_an_input_that_the_sandbox_cannot_hold_is_refused():
+    size = sandbox.DISK
+    assert judge("import sys\nprint(len(sys.stdin.buffer.read()))", ["x" * size], [str(size)]).passed
+    with pytest.raises(ValueError, match=f"an input of {size + 1} bytes is too large"):
+        judge("", ["", "x" * (size + 1)], ["", ""])
 
 
 def test_processes_are_counted():
