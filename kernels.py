@@ -28,8 +28,8 @@ logits of +-1e4 give finite numbers, right to a step of float32 at their size. D
 gradients formed before a loss scale is known.
 
 Cost, by `python benchmarks/kernels.py --peers FOLDER` on one CPU thread, N 2048, H 512, V 32768, float32, entropies
-included, over the four matrix products alone: reverse KL 1.15, JSD 1.18 (Liger-Kernel's JSD 1.61, naive 3.00, TRL's 5.96);
-peak memory 251 MB at N 8192 (416; 12,895; 17,192). In bfloat16 on a CPU that has it: 2.16 and 2.37.
+included, over the four matrix products alone: reverse KL 1.05, JSD 1.09 (Liger-Kernel's JSD 1.28, naive 3.24, TRL's 5.39);
+peak memory 251 MB at N 8192 (416; 12,895; 17,192). In bfloat16 on a CPU that has it: 1.33 and 1.39.
 Not run on a GPU.
 
 Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a chunk or tile. Divergences and entropies are in nats.
