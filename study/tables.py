@@ -377,10 +377,16 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
                 "![memory that harms](harm.png)")
             continue
         title, worlds = SETTINGS[part][0], worlds_of(records, part)
+        settings = list(by_setting(records, part, rates, compared_methods))
         rows = [[setting, *(text(scores[m].values()) if m in scores else "-" for m in compared_methods),
                  *(text(gaps(scores[a], scores[b]).values()) if {a, b} <= scores.keys() else "-"
                    for a, b in PAIRED.values())]
-                for setting, scores in by_setting(records, part, rates, compared_methods)]
+                for setting, scores in settings]
+        if part in PANELS:  # ordered settings: does what PMD gains change from one end to the other?
+            (_, first), (_, last) = settings[0], settings[-1]
+            rows.append(["last less first", *("-" for _ in compared_methods), *(
+                text(gaps(gaps(last[a], last[b]), gaps(first[a], first[b])).values())
+                if {a, b} <= first.keys() & last.keys() else "-" for a, b in PAIRED.values())])
         whole = f"{len(worlds)} worlds." if len(worlds) >= 8 else f"Only {len(worlds)} of 8 worlds so far."
         say(f"### {title}", whole, "", markdown(
             ["", *(NAMES[m] for m in compared_methods), *PAIRED], rows))
