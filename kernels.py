@@ -19,22 +19,21 @@ sum of the top-k, as there, cancels where the student is confident. At K = V the
 
 The logits of N tokens are too many to hold, so rows are taken a chunk at a time. While a chunk's logits exist, its loss AND
 its gradient are formed, in closed form and still in the forward pass; gradients add up in float32, and the backward pass
-only scales them. No (N, V) tensor ever exists. A chunk is large, for its matrix products; within it a loss works through
-tiles of a few rows, which stay in the cache, and leaves the gradient where the logits were.
+only scales them. A chunk is large, for its matrix products; within it a loss works through tiles of a few rows, which stay
+in the cache, and leaves the gradient where the logits were.
 
-Matrix products run in the dtype of the inputs (or of autocast); logits are raised to float32 (float64 for float64 inputs)
-before anything else. Errors of loss and gradients, as root mean squares over draws, are at most 1.5 times the naive loss's;
-logits of +-1e4 give finite numbers, right to a step of float32 at their size. Do not use float16: its range is too small for
-gradients formed before a loss scale is known.
+Products run in the dtype of the inputs or of autocast, all else in float32 (float64 for float64 inputs). Errors of loss and
+gradients are at most 1.5 times the naive loss's (root mean squares over draws); logits of +-1e4 are safe. Not for float16:
+its range is too small for gradients formed before a loss scale is known.
 
 Cost, by `python benchmarks/kernels.py --peers FOLDER` on one CPU thread, N 2048, H 512, V 32768, float32, entropies
 included, over the four matrix products alone: reverse KL 1.05, JSD 1.09 (Liger-Kernel's JSD 1.28, naive 3.24, TRL's 5.39);
-peak memory 251 MB at N 8192 (416; 12,895; 17,192). In bfloat16 on a CPU that has it: 1.33 and 1.39.
-Not run on a GPU.
+peak memory 251 MB at N 8192 (416; 12,895; 17,192). In bfloat16 on a CPU that has it: 1.33 and 1.39. Not run on a GPU.
 
 Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a chunk or tile. Divergences and entropies are in nats.
-Read `oracle` first, then `distill_loss`, `_distill_tile`, `_ChunkedLoss`. This file imports torch only and has no version
-attribute, because transformers probes for an unrelated package that is also called `kernels`.
+Read `oracle` first, then `distill_loss`, `_distill_tile`, `_ChunkedLoss`. Where a head is sharded, call a loss within the
+forward pass of the module that holds it, as `ranks.forward` does. This file imports torch only and has no version attribute,
+because transformers probes for an unrelated package that is also called `kernels`.
 """
 import functools
 import math
@@ -106,7 +105,7 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
         p = softmax(student_hidden student_head^T), q = softmax(teacher_hidden teacher_head^T), y = token_ids
 
     student_hidden (N, H), student_head (V, H): receive gradients, each only if it requires one.
-    teacher_hidden (N, H'), teacher_head (V, H'; None is the student's): never do, even if the two heads are one tensor.
+    teacher_hidden (N, H'), teacher_head (V, H'): never do, even if the two heads are one tensor.
     weights (N,): of any sign. A row of weight 0 costs nothing and may hold anything (NaN, a padding id).
     token_ids (N,): the tokens the student sampled, for logprobs and the ratio.
     alpha in [0, 1]; top_k in [1, V], or None for the full divergence: see the top of this file.
@@ -116,7 +115,6 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     Returns Distilled. Raises ValueError, naming the argument, where shapes, vocabularies, dtypes or strides do not fit, or
     a value or token id is out of range. A non-finite loss is returned as it is.
     """
-    teacher_head = student_head if teacher_head is None else teacher_head
     _check("student_", student_hidden, student_head, weights=weights, token_ids=token_ids, old_logprobs=old_logprobs)
     _check("teacher_", teacher_hidden, teacher_head)
     vocabulary = len(student_head)
@@ -228,24 +226,6 @@ def _score_tile(logits, token_ids, weights):
     logits = logits.to(weights.dtype)
     logprobs = logits.gather(-1, token_ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
     return torch.stack([weights * logprobs, logprobs])
-
-
-class LossHead(torch.nn.Module):
-    """A head (V, H) that computes its own loss: head(hidden, distill_loss, ...); head(hidden) alone gives logits.
-
-    FSDP2 gathers a weight, and reduces its gradient, around the forward pass of the module that holds it. This one passes
-    its weight to the loss (distill_loss, policy_loss, score), second. Untied, fully_shard it as a group of its own; tied
-    to the embedding, leave it in the root's group, and call it within the root's forward pass. teacher_head None is this
-    weight, detached; gather an EMA teacher's with unshard() and reshard() around the call. Weights are divided by global
-    counts already: set_gradient_divide_factor(1.0). Every rank has to call it, with zero rows where it has none.
-    """
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, hidden, loss=torch.nn.functional.linear, *arguments, **keywords):
-        return loss(hidden, self.weight, *arguments, **keywords)
 
 
 def _sum_over_chunks(tile_function, settings, count, hidden, head, teacher, per_row, chunk_size, budget=MEMORY_BUDGET):

@@ -71,11 +71,11 @@ def ours(alpha, top_k=None):
     return lambda inputs: distill_loss(**inputs, alpha=alpha, top_k=top_k, chunk_size=CHUNK).loss.backward()
 
 
-def log_softmaxes(inputs):
+def full_logits(inputs):
     student, head, teacher, teacher_head = list(inputs.values())[:4]
     with torch.no_grad():
-        log_q = (teacher @ teacher_head.T).float().log_softmax(-1)
-    return (student @ head.T).float().log_softmax(-1), log_q
+        teacher_logits = teacher @ teacher_head.T
+    return student @ head.T, teacher_logits
 
 
 def divergence(log_p, log_q, alpha):
@@ -86,8 +86,9 @@ def divergence(log_p, log_q, alpha):
 
 
 def naive(alpha, entropies=False):
+    """The least that autograd on full logits can do."""
     def step(inputs):
-        log_p, log_q = log_softmaxes(inputs)
+        log_p, log_q = (logits.float().log_softmax(-1) for logits in full_logits(inputs))
         if entropies:  # and log-probabilities: the work that ours does
             with torch.no_grad():
                 [-(x.exp() * x).sum(-1) for x in (log_p, log_q)], log_p.gather(-1, inputs["token_ids"][:, None])
@@ -98,20 +99,20 @@ def naive(alpha, entropies=False):
 
 def sdpo_top_k(inputs, top_k=100):
     """SDPO's approximation: full logits, JSD over the student's 100 most likely tokens and 1 minus their sum."""
-    log_p, log_q = log_softmaxes(inputs)
-    index = log_p.topk(top_k, dim=-1).indices
+    logits, teacher_logits = (logits.float() for logits in full_logits(inputs))
+    index = logits.topk(top_k, dim=-1).indices
 
-    def with_tail(log_probs):
-        top = log_probs.gather(-1, index)
+    def with_tail(logits):
+        top = logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)
         mass = top.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
         return torch.cat([top, torch.log(-torch.expm1(mass))], -1)
 
-    (inputs["weights"] * divergence(with_tail(log_p), with_tail(log_q), 0.5)).sum().backward()
+    (inputs["weights"] * divergence(with_tail(logits), with_tail(teacher_logits), 0.5)).sum().backward()
 
 
 def peers(folder):
     """{name: contender} of the JSDs that are installed: Liger-Kernel's fused one, compiled as is its default, and that of
-    TRL's GKD trainer on full logits, in their dtype."""
+    TRL's SDPO trainer on full logits, in their dtype: the formula of SDPO's own code, operation by operation."""
     sys.path.append(folder or "")
     found = {}
     try:
@@ -121,15 +122,13 @@ def peers(folder):
     except ImportError as error:
         print(f"Liger-Kernel: not measured, see --help: {error}")
     try:
-        from trl.experimental.gkd.gkd_trainer import GKDTrainer
+        from trl.experimental.sdpo.loss_utils import compute_full_logit_self_distillation_loss
 
         def trl(inputs):
-            student, head, teacher, teacher_head = list(inputs.values())[:4]
-            with torch.no_grad():
-                teacher_logits = teacher @ teacher_head.T
-            GKDTrainer.generalized_jsd_loss(student @ head.T, teacher_logits, beta=0.5).backward()
+            per_token = compute_full_logit_self_distillation_loss(*full_logits(inputs), distillation_alpha=0.5)
+            (inputs["weights"] * per_token).sum().backward()
 
-        found["TRL JSD"] = trl
+        found["TRL SDPO JSD"] = trl
     except ImportError as error:
         print(f"TRL: not measured, see --help: {error}")
     return found

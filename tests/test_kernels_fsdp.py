@@ -1,84 +1,92 @@
-"""The head with its loss under FSDP2: two gloo processes must give the gradient of autograd on the definition in one."""
+"""The losses within the forward pass of a sharded model, which holds the head: two gloo processes must give, in float64, the
+loss and gradient of autograd on the definition in one. The whole program on several ranks: see test_ranks.py."""
 import copy
+import functools
 import os
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
-from kernels import LossHead, distill_loss, oracle, policy_loss
+import pmd
+import ranks
+from kernels import oracle
 
-N, H, V = 9, 6, 14
-PARTS = ([slice(0, 4), slice(4, 6)], [slice(6, 9), slice(9, 9)])  # micro-batches of each rank; one has no rows left
-CASES = tuple(product(("untied", "tied"), ("live", "ema", "policy")))
+H, V, TOTAL = 6, 14, 16  # TOTAL: tokens of all completions
+CASES = tuple(product(("untied", "tied"), ("live", "ema", "grpo")))
+
+
+class Decoder(torch.nn.Module):
+    """Embedding, something between that looks back, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(V, H)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(H, H)])
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(last_hidden_state=self.layers[0](self.embed_tokens(input_ids).cumsum(1)).tanh())
 
 
 class Tiny(torch.nn.Module):
-    """The parts of a language model that matter here: embedding, something between, head."""
+    """What the trainer asks of a model of transformers."""
+    device = torch.device("cpu")
 
     def __init__(self, tied):
         super().__init__()
-        self.embed_tokens = torch.nn.Embedding(V, H)
-        self.between = torch.nn.Linear(H, H)
-        self.lm_head = LossHead(self.embed_tokens.weight if tied else torch.nn.Parameter(torch.randn(V, H)))
+        self.model = Decoder()
+        self.lm_head = torch.nn.Linear(H, V, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, *loss):
-        hidden = self.between(self.embed_tokens(tokens)).tanh()
-        return self.lm_head(hidden, *loss) if loss else hidden
+    def get_decoder(self):
+        return self.model
+
+    def get_output_embeddings(self):
+        return self.lm_head
 
 
-def make(tied):
+def make(tied, kind):
+    """(config, student, teacher, rollouts of 7, 4 and 5 tokens)."""
+    cfg = pmd.Config(method="grpo" if kind == "grpo" else "pmd", alpha=0.5, top_k=0, rollout_clip=1.5, device="cpu")
     torch.manual_seed(0)
-    student, teacher = Tiny(tied).double(), Tiny(tied).double()
-    torch.manual_seed(1)
-    tokens, teacher_tokens, ids = torch.randint(V, (3, N))
-    weights, advantages = torch.rand(N).double() + 0.1, torch.randn(N).double()
-    return student, teacher, tokens, teacher_tokens, ids, weights, advantages
+    student, average = Tiny(tied == "tied").double(), Tiny(tied == "tied").double()
+    problem, rollouts = SimpleNamespace(id="p"), []
+    for i, length in enumerate((7, 4, 5)):
+        prompt, ids = torch.randint(V, (3 + i,)).tolist(), torch.randint(V, (length,)).tolist()
+        rollouts.append(SimpleNamespace(
+            problem=problem, prompt_ids=prompt, ids=ids, teacher_ids=[*torch.randint(V, (2,)).tolist(), *prompt],
+            rollout_logprobs=torch.randn(length) - 2.5, advantage=(0.5, -0.25, -0.25)[i],
+            old_logprobs=torch.randn(length) - 2.5 if kind == "grpo" else None))
+    return cfg, student, student if kind != "ema" else average, rollouts
 
 
-def shard(model, tied):
-    for module in (model.between, model) if tied else (model.between, model.lm_head, model):  # the root comes last
-        fully_shard(module)
-        module.set_gradient_divide_factor(1.0)
-
-
-def one_case(rank, tied, kind):
-    """(loss, {name: whole gradient}) of two micro-batches on each of two ranks."""
-    student, ema, tokens, teacher_tokens, ids, weights, advantages = make(tied)
-    shard(student, tied)
-    shard(ema, tied)
-    teacher = ema if kind == "ema" else student
+def one_case(tied, kind):
+    """(loss, {name: whole gradient}) of two micro-batches on each of two ranks; the last one has no rollout left."""
+    cfg, student, teacher, (first, second, third) = make(tied, kind)
+    teacher = ranks.shard(teacher, cfg)
+    student = ranks.shard(student, cfg)
     total = torch.zeros((), dtype=torch.float64)
-    for rows in PARTS[rank]:
-        if kind == "policy":
-            loss = student(tokens[rows], policy_loss, ids[rows], advantages[rows], weights[rows], None, 0.2, 0.2).loss
-        else:
-            with torch.no_grad():
-                teacher_hidden = teacher(teacher_tokens[rows])
-            teacher_head, group = None, ema if tied else ema.lm_head
-            if kind == "ema":
-                group.unshard()
-                teacher_head = ema.lm_head.weight
-            loss = student(tokens[rows], distill_loss, teacher_hidden, teacher_head, weights[rows], ids[rows], 0.5).loss
-            if kind == "ema":
-                group.reshard()
+    for batch in (([first], [second]), ([third], []))[ranks.rank()]:
+        loss = ranks.forward(student, functools.partial(pmd.loss_of, batch, TOTAL, student, teacher, cfg)).loss
         loss.backward()
+        ranks.reshard(teacher)
         total += loss.detach()
     dist.all_reduce(total)
-    assert all(p.grad is None for p in ema.parameters())
-    return total, {name: p.grad.full_tensor() for name, p in student.named_parameters()}
+    assert teacher is student or all(p.grad is None for p in teacher.parameters())
+    return total, {name: ranks.whole(p.grad) for name, p in student.named_parameters()}
 
 
 def work(rank, folder):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = {(tied, kind): one_case(rank, tied == "tied", kind) for tied, kind in CASES}
+    results = {case: one_case(*case) for case in CASES}
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
-    dist.destroy_process_group()
+    ranks.end_ranks()
 
 
 @pytest.fixture(scope="module")
@@ -88,25 +96,30 @@ def sharded(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
+def logits_of(model, prompt, ids):
+    hidden = model.model(torch.tensor([prompt + ids]), False).last_hidden_state[0, len(prompt) - 1: -1]
+    return hidden @ model.lm_head.weight.T
+
+
 @pytest.mark.parametrize("tied,kind", CASES)
 def test_two_ranks_equal_autograd_in_one_process(sharded, tied, kind):
-    student, ema, tokens, teacher_tokens, ids, weights, advantages = make(tied == "tied")
-    logits = student(tokens) @ student.lm_head.weight.T
-    if kind == "policy":
-        expected = (weights * -advantages * logits.log_softmax(-1)[torch.arange(N), ids]).sum()
-    else:
-        teacher = copy.deepcopy(student) if kind == "live" else ema
-        expected = (weights * oracle(logits, teacher(teacher_tokens) @ teacher.lm_head.weight.T, 0.5)).sum()
+    cfg, student, teacher, rollouts = make(tied, kind)
+    teacher, expected = copy.deepcopy(teacher), 0
+    for r in rollouts:
+        logits = logits_of(student, r.prompt_ids, r.ids)
+        now, sampled = logits.log_softmax(-1)[torch.arange(len(r.ids)), r.ids], r.rollout_logprobs.double()
+        if kind == "grpo":
+            old, a = r.old_logprobs.double(), r.advantage
+            ratio, weight = (now - old).exp(), (old - sampled).exp().clamp(max=1.5)
+            terms = -torch.minimum(ratio * a, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
+        else:
+            weight = (now.detach() - sampled).exp().clamp(max=1.5)
+            terms = oracle(logits, logits_of(teacher, r.teacher_ids, r.ids), 0.5)
+        expected = expected + (weight * terms).sum() / TOTAL
     loss, gradients = sharded[tied, kind]
-    torch.testing.assert_close(loss, -(weights * advantages).sum() if kind == "policy" else expected.detach(),
-                               rtol=1e-10, atol=1e-10)
+    float32 = dict(rtol=1e-6, atol=1e-7)  # in which gradients are summed over ranks, and GRPO's weights formed
+    torch.testing.assert_close(loss, expected.detach(), **float32 if kind == "grpo" else dict(rtol=1e-10, atol=1e-10))
     assert set(gradients) == {name for name, _ in student.named_parameters()}
     for name, gradient in zip(gradients, torch.autograd.grad(expected, list(student.parameters())), strict=True):
         assert gradient.abs().max() > 1e-3
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-10)
-
-
-def test_a_head_alone_gives_logits():
-    student, _, tokens, *_ = make(False)
-    hidden = student(tokens)
-    torch.testing.assert_close(student.lm_head(hidden), hidden @ student.lm_head.weight.T)
+        torch.testing.assert_close(gradients[name], gradient, **float32)
