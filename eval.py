@@ -800,7 +800,8 @@ def evaluate(argv):
     ranks = pmd.count_ranks(cfg)
     with pmd.ranks_around(cfg):
         task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=ranks, name="", resume=False), ranks=ranks,
-                                    quiet=pmd.rank() > 0 or pmd.world() < ranks)
+                                    quiet=pmd.rank() > 0 or pmd.world() < ranks,
+                                    reads=cfg.max_reprompt if args.memory else 0)
     first = pmd.rank() == 0
     parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
     cfg = replace(cfg, method="eval", memory_from=args.memory, name=cfg.name or "-".join(parts).replace("/", "-"))

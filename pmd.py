@@ -881,10 +881,11 @@ def evaluate(step, run, sampler, memory, cfg):
 # What a run is made of
 # ---------------------------------------------------------------------------------------------------------------------
 
-def check(cfg, quiet=False, ranks=0):
+def check(cfg, quiet=False, ranks=0, reads=0):
     """(task, tokenizer), or a ValueError that says in one sentence what is wrong, before any work is lost.
 
     quiet: says nothing of what is left out. ranks: of the job that is to be started, where it is not this one's world().
+    reads: tokens of a prompt that is longer than --max_prompt, where that is not the teacher's.
     """
     ranks = ranks or world()
     for name, low, high in (("alpha", 0, 1), ("ema_rate", 0, 1), ("eval_top_p", 0, 1), ("response_novelty", -1, 1),
@@ -954,7 +955,7 @@ def check(cfg, quiet=False, ranks=0):
             raise ValueError(f"the tokenizer of {cfg.model} has no {what}; use a chat model, or add it to the folder's "
                              "tokenizer_config.json")
     positions = getattr(AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model)), "max_position_embeddings", None)
-    reads, writes = cfg.max_prompt, cfg.max_completion
+    reads, writes = max(cfg.max_prompt, reads), cfg.max_completion
     if cfg.method in (*REMEMBERS, "frozen-memory", "sdpo"):
         reads = max(reads, cfg.max_reprompt)
         writes = max(writes, cfg.memory_completion if cfg.method in REMEMBERS else 0)

@@ -399,6 +399,9 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
     with open(tmp_path / "f/figure2.csv") as file:
         shown = [row["series"] for row in csv.DictReader(file)]
     assert shown[1] == "Base, memory of lender in the prompt, top-3 (experience)"  # a series, whatever the row's name
+    with pytest.raises(SystemExit, match="nano has 1024 positions, and a prompt of 1000 tokens .*; give --max_reprompt 992"):
+        ev.main([*flags[:-1], "long", "--memory", str(tmp_path / "lender/memory.db"), "--max_reprompt", "1000"])
+    assert not (tmp_path / "long").exists()
     with pytest.raises(SystemExit, match="there is no memory nowhere.db"):
         ev.main([*flags[:-1], "other", "--memory", "nowhere.db"])
     with pytest.raises(SystemExit, match="eval.py: there is no task 'chess'"):
