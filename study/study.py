@@ -1,7 +1,7 @@
 """The study: does PMD beat SDPO, when, and why? Every table of the paper in the embedded world, with seeds.
 
     python study/study.py                      # the declared grid: tuning, main, tiers (about two hours on two cores)
-    python study/study.py --parts knobs        # or some of lessons,rarity,groups,wrong,sharing,teacher,epochs,rates
+    python study/study.py --parts knobs        # or some of lessons,rarity,groups,wrong,sharing,teacher,epochs,late,rates
     python study/study.py --report             # study/results.md and the figures again, from the records
     python study/study.py --quick --out FOLDER # two worlds, twenty steps, some minutes: shows that all of it works
 
@@ -19,7 +19,9 @@ Declared before the first run (this text, the grid below and tables.py were comm
 - Three checkpoints are reported: final, best on dev, and best on test (never with an interval).
 - No run is dropped. One that fails is counted and named in results.md. (58 runs of the part `wrong` were, and its grid has
   changed: README.md says why.)
-- Added when the results were known, to explain them: part `lessons`, PMD whose teacher reads no lessons.
+- Added when the results were known, to explain them: part `lessons`, PMD whose teacher reads no lessons, and part `late`,
+  which asks why distillation turns down after 100 steps (part `epochs`): is it the rate, which falls to 0 over the second
+  half there, or the supervision of problems whose attempts all succeed, on which GRPO takes no step and which is left out?
 
 One thread a run and one run a core. A record of every run is appended to study/records.jsonl when it ends, so that the
 command goes on where it stopped; its times go to study/timings.jsonl. Records are the same bit for bit whenever they are
@@ -51,8 +53,9 @@ from tqdm import tqdm  # noqa: E402
 
 import pmd  # noqa: E402
 from eval import main as evaluate  # noqa: E402
-from memory import Memory  # noqa: E402
+from memory import SUCCESS, Memory  # noqa: E402
 from nano.make import OPERATIONS, write_world  # noqa: E402
+from pmd import condition, update  # noqa: E402
 from records import append, read_lines  # noqa: E402
 
 STEPS, EVERY, K = 80, 10, 4
@@ -85,6 +88,8 @@ class Job:
     flags: dict = dataclasses.field(default_factory=dict)  # of pmd.Config
     wrong: float = 0.0  # share of the operations in the model's reflected strategies that are made wrong
     lessons: bool = True  # whether the teacher reads them
+    falls: bool = False  # the learning rate, to 0 over the second half of the run
+    unsolved: bool = False  # nothing is supervised of problems whose attempts all succeed
     model: str = ""  # for a reading
     memory: str | None = None  # the job whose memory is read; "" for none
     needs: tuple = ()  # names of jobs
@@ -153,10 +158,14 @@ def grid(part, rates) -> list[Job]:
         return cells(part, COMPARED[1:], KNOB_WORLDS, rates, "-live", flags={"teacher": "live"})
     if part == "epochs":
         return cells(part, COMPARED, KNOB_WORLDS, rates, "-160", flags={"steps": 2 * STEPS})
-    raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last eight")
+    if part == "late":
+        return [job for arm in ("falls", "unsolved") for job in
+                cells(part, ("sdpo", "pmd-solved"), KNOB_WORLDS, rates, f"-{arm}", flags={"steps": 2 * STEPS},
+                      **{arm: True})]
+    raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last nine")
 
 
-KNOBS = ("lessons", "rarity", "groups", "wrong", "sharing", "teacher", "epochs", "rates")
+KNOBS = ("lessons", "rarity", "groups", "wrong", "sharing", "teacher", "epochs", "late", "rates")
 PARTS = ("tuning", "main", "tiers", "transfer", *KNOBS)
 
 
@@ -197,6 +206,8 @@ def work(job, folder, short):
             if job.memory is None:
                 pmd.Sampler, Unreliable.share = Unreliable, job.wrong
                 pmd.Memory = Memory if job.lessons else WithoutLessons
+                pmd.update = update_at_a_falling_rate if job.falls else update
+                pmd.condition = condition_the_unsolved if job.unsolved else condition
                 cfg = pmd.Config(**{**pmd.PRESETS["nano"], "model": str(CHECKPOINTS[job.checkpoint]), "task": str(task),
                                     "seed": job.world, "steps": STEPS, "group_size": 4, "eval_k": K, "save_every": 0,
                                     "eval_every": EVERY, "out": str(out), "name": name, **job.flags, **short})
@@ -268,6 +279,21 @@ class WithoutLessons(Memory):
         return [{**context, "lessons": []} for context in super().contexts(*args)]
 
 
+def update_at_a_falling_rate(policy, teacher, optimizer, rollouts, step, cfg):
+    """pmd.update, at a rate that falls to 0 over the second half of the run."""
+    share = min(1.0, 2 * (cfg.steps - step + 1) / cfg.steps)
+    return update(policy, teacher, optimizer, rollouts, step, dataclasses.replace(cfg, lr=cfg.lr * share))
+
+
+def condition_the_unsolved(rollouts, *rest):
+    """pmd.condition, but problems whose attempts all succeed supervise nothing."""
+    condition(rollouts, *rest)
+    failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
+    for r in rollouts:
+        if r.problem.id not in failed:
+            r.teacher_prompt, r.teacher_ids = "", []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # All of them
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +345,7 @@ def read(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last 8")
+    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last 9")
     parser.add_argument("--out", type=Path, default=HERE, help="records, tables and figures are written here")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "study", help="the runs themselves; may be "
                         "deleted, and what is needed of them is made again")

@@ -329,6 +329,9 @@ def at_equal_compute(cell, reference, seconds, of_reference):
     return found
 
 
+LATE = {"falls": "the rate falling to 0 from step 80 on",
+        "unsolved": "nothing supervised where all attempts succeed"}  # arms of the part of that name
+
 # what each knob's part holds: (title, [(setting, part, suffix of the label, and what is told if not AUC)])
 SETTINGS = {
     "groups": ("Group size", [("2", "groups", "-2"), ("4", "main", ""), ("8", "groups", "-8")]),
@@ -342,7 +345,9 @@ SETTINGS = {
                                           ("the student's own (Eq. 6)", "teacher", "-live")]),
     "epochs": ("Twice the steps: not AUC, but the score", [
         *((f"after {step}", "epochs", "-160", functools.partial(Cell.after, step=step)) for step in (40, 80, 120, 160)),
-        ("of the best on dev", "epochs", "-160", Cell.on_dev)])}
+        ("of the best on dev", "epochs", "-160", Cell.on_dev),
+        *((f"after 160, {said}", "late", f"-{arm}", functools.partial(Cell.after, step=160))
+          for arm, said in LATE.items())])}
 
 
 PAIRED = {"PMD - SDPO": ("pmd", "sdpo"), "the other PMD - SDPO": ("pmd-solved", "sdpo"),
@@ -352,7 +357,8 @@ PANELS = ("rarity", "groups", "rates")  # the knobs of the figure; the others ha
 
 
 def knobs(say, records, checkpoints, rates, parts, compared_methods):
-    shown = [part for part in parts if part != "lessons" and any(name.startswith(f"{part}/") for name in records)]
+    recorded = {name.partition("/")[0] for name in records}
+    shown = [part for part in parts if part in recorded and part not in ("lessons", "late")]
     if not shown:
         return
     say("## When? The knobs", "Worlds of the shipped checkpoint, the one where PMD is not behind SDPO in main; AUC, and "
@@ -399,6 +405,13 @@ def knobs(say, records, checkpoints, rates, parts, compared_methods):
                                  *compared(full.auc(), without.auc(), checkpoints)[:4]])
             say("PMD minus PMD whose teacher reads no behaviors, AUC:", "",
                 markdown(["syllables", "difference", "worlds won", "p (t)", "p (Wilcoxon)"], rows))
+        if part == "epochs" and "late" in recorded:
+            rows = [[NAMES[m], said, *compared(late.after(160), Cell(records, "epochs", f"{m}-160").after(160),
+                                               checkpoints)[:4]]
+                    for m in compared_methods for arm, said in LATE.items()
+                    if (late := Cell(records, "late", f"{m}-{arm}"))]
+            say("After 160 steps, minus the same method at a constant rate, everything supervised:", "",
+                markdown(["", "with", "difference", "worlds won", "p (t)", "p (Wilcoxon)"], rows))
 
 
 def by_setting(records, part, rates, methods):

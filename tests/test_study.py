@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +131,25 @@ def test_the_embedded_model_s_own_reflections_are_made_wrong(monkeypatch, policy
     assert all(said[1.0][s] != said[0.0][s] and said[1.0][s] in study.OPERATIONS for s in ("lo", "mi"))
 
 
+def test_the_late_arms_change_the_rate_and_who_is_supervised(monkeypatch, make_config):
+    rates = []
+    monkeypatch.setattr(study, "update", lambda *args: rates.append((args[4], args[5].lr)))
+    for step in (1, 80, 81, 120, 121, 160):
+        study.update_at_a_falling_rate(None, None, None, [], step, make_config(steps=160, lr=0.8))
+    assert rates == [(1, 0.8), (80, 0.8), (81, 0.8), (120, pytest.approx(0.41)), (121, pytest.approx(0.4)),
+                     (160, pytest.approx(0.01))]
+    rollouts = [SimpleNamespace(problem=SimpleNamespace(id=pid), reward=reward, teacher_prompt="", teacher_ids=[])
+                for pid, rewards in (("a", (1, 1)), ("b", (1, 0)), ("c", (0, 0))) for reward in rewards]
+
+    def condition(rollouts, memory):
+        for r in rollouts:
+            r.teacher_prompt, r.teacher_ids = memory, [7]
+
+    monkeypatch.setattr(study, "condition", condition)
+    study.condition_the_unsolved(rollouts, "read this")
+    assert [r.teacher_ids for r in rollouts] == [[], []] + 4 * [[7]] and rollouts[0].teacher_prompt == ""
+
+
 def test_worlds_of_other_kinds():
     for kind, names, shares in (("rare", 40, True), ("common", 16, True), ("apart", 16, False)):
         train, test = study.write_world.__globals__["make_world"](7, **study.WORLD_KINDS[kind])
@@ -174,6 +194,8 @@ def test_knobs_are_paired_with_main_in_the_same_worlds(tmp_path):
              for share, score in ((0, 0.5), (0.5, 0.25))]
     rows += [record(f"transfer/{size}-reads-{m}/{w}", w, scores=(s, s, s)) for size in study.SIZES for w in (200, 201)
              for m, s in (("nothing", 0.0), ("frozen-policy", 0.5), ("pmd", 0.75))]
+    rows += [record(f"{part}/sdpo-{arm}/{w}", w, scores=(0, *[0.1] * 15, score), dev=[0] * 17) for w in (200, 201)
+             for part, arm, score in (("epochs", "160", 0.25), ("late", "falls", 0.75), ("late", "unsolved", 0.5))]
     tables.report(records_of(*rows), {}, {"pmd": study.RATES[0], "sdpo": study.RATES[1]}, tmp_path, study)
     text = (tmp_path / "results.md").read_text()
     cells = {}  # {title: rows}
@@ -186,6 +208,12 @@ def test_knobs_are_paired_with_main_in_the_same_worlds(tmp_path):
     rates = {row[0]: row for row in cells["Learning rate"]}
     assert rates["0.0003"][3] == "0.500 [0.500, 0.500]" and rates["0.0006"][2] == "0.400 [0.400, 0.400]"  # their own: main
     assert rates["0.001"][2] == "0.150 [0.150, 0.150]" and rates["0.0006"][3] == "0.100 [0.100, 0.100]"
+    late = cells["Twice the steps: not AUC, but the score"]
+    assert [row[2] for row in late if row[0].startswith("after 160")] == [
+        f"{score} [{score}, {score}]" for score in ("0.250", "0.750", "0.500")]
+    assert [row[:4] for row in late if row[0] == "SDPO"] == [
+        ["SDPO", said, f"{more} [{more}, {more}]", "2 of 2"] for said, more in zip(tables.LATE.values(), ("0.500", "0.250"),
+                                                                                strict=True)]
     wrong = cells["How wrong may insights be?"]
     same, none = "0.500 [0.500, 0.500]", "0.000 [0.000, 0.000]"
     assert ["grounded", "0", "0.250 [0.250, 0.250]", same, "0.400 [0.400, 0.400]", none, none, "0.100 [0.100, 0.100]",
