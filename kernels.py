@@ -26,9 +26,10 @@ Products run in the dtype of the inputs or of autocast, all else in float32 (flo
 gradients are at most 1.5 times the naive loss's (root mean squares over draws); logits of +-1e4 are safe. Not for float16:
 its range is too small for gradients formed before a loss scale is known.
 
-Cost, by `python benchmarks/kernels.py --peers FOLDER` on one CPU thread, N 2048, H 512, V 32768, float32, entropies
-included, over the four matrix products alone: reverse KL 1.05, JSD 1.09 (Liger-Kernel's JSD 1.28, naive 3.24, TRL's 5.39);
-peak memory 251 MB at N 8192 (416; 12,895; 17,192). In bfloat16 on a CPU that has it: 1.33 and 1.39. Not run on a GPU.
+Cost, by `python benchmarks/kernels.py --peers FOLDER` on one CPU thread (AVX2), N 2048, H 512, V 32768, float32, entropies
+included, over the four matrix products alone: reverse KL 1.11, JSD 1.14 (Liger-Kernel's JSD 1.46, the least that autograd on
+full logits can do 3.07, SDPO's formula as TRL has it 3.73); peak memory 252 MB at N 8192 (416; 12,895; 13,971). With AVX-512
+1.05 and 1.09, there in bfloat16 1.33 and 1.39. Not run on a GPU.
 
 Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a chunk or tile. Divergences and entropies are in nats.
 Read `oracle` first, then `distill_loss`, `_distill_tile`, `_ChunkedLoss`. Where a head is sharded, call a loss within the

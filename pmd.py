@@ -198,6 +198,8 @@ class Config:
     supervise: Literal["all", "solved"] = option(
         "all", "the rollouts a memory's teacher supervises. all: whose teacher reads more than the student [deviation 5]. "
                "solved: of problems with a success so far, or feedback, which is SDPO's rule over all that is remembered")
+    supervise_mastered: bool = option(True, "also problems whose attempts of this step all succeed; with "
+                                            "--no_supervise_mastered they teach nothing, as under GRPO [ours]")
 
     # GRPO, as in SDPO's repository: advantages not divided by their deviation, no reference KL, mean over tokens
     clip_low: float = option(0.2, "lower clip of the ratio [SDPO]")
@@ -652,9 +654,10 @@ def condition(rollouts, memory, tokenizer, step, cfg):
         if cfg.supervise == "solved":
             keys = ("strategies", "solution", "feedback")
             contexts = [context if any(context[k] for k in keys) else {} for context in contexts]
+    failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
     for r, context in zip(rollouts, contexts, strict=True):
         prompt = reprompt(r.problem, context, tokenizer, cfg)
-        if prompt != r.problem.prompt:
+        if prompt != r.problem.prompt and (cfg.supervise_mastered or r.problem.id in failed):
             r.teacher_prompt, r.teacher_ids = prompt, encode_prompt(tokenizer, prompt, r.problem.system)
 
 

@@ -53,9 +53,9 @@ from tqdm import tqdm  # noqa: E402
 
 import pmd  # noqa: E402
 from eval import main as evaluate  # noqa: E402
-from memory import SUCCESS, Memory  # noqa: E402
+from memory import Memory  # noqa: E402
 from nano.make import OPERATIONS, write_world  # noqa: E402
-from pmd import condition, update  # noqa: E402
+from pmd import update  # noqa: E402
 from records import append, read_lines  # noqa: E402
 
 STEPS, EVERY, K = 80, 10, 4
@@ -89,7 +89,6 @@ class Job:
     wrong: float = 0.0  # share of the operations in the model's reflected strategies that are made wrong
     lessons: bool = True  # whether the teacher reads them
     falls: bool = False  # the learning rate, to 0 over the second half of the run
-    unsolved: bool = False  # nothing is supervised of problems whose attempts all succeed
     model: str = ""  # for a reading
     memory: str | None = None  # the job whose memory is read; "" for none
     needs: tuple = ()  # names of jobs
@@ -159,9 +158,9 @@ def grid(part, rates) -> list[Job]:
     if part == "epochs":
         return cells(part, COMPARED, KNOB_WORLDS, rates, "-160", flags={"steps": 2 * STEPS})
     if part == "late":
-        return [job for arm in ("falls", "unsolved") for job in
-                cells(part, ("sdpo", "pmd-solved"), KNOB_WORLDS, rates, f"-{arm}", flags={"steps": 2 * STEPS},
-                      **{arm: True})]
+        methods, long = ("sdpo", "pmd-solved"), {"steps": 2 * STEPS}
+        return cells(part, methods, KNOB_WORLDS, rates, "-falls", flags=long, falls=True) + \
+            cells(part, methods, KNOB_WORLDS, rates, "-unsolved", flags=long | {"supervise_mastered": False})
     raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last nine")
 
 
@@ -207,7 +206,6 @@ def work(job, folder, short):
                 pmd.Sampler, Unreliable.share = Unreliable, job.wrong
                 pmd.Memory = Memory if job.lessons else WithoutLessons
                 pmd.update = update_at_a_falling_rate if job.falls else update
-                pmd.condition = condition_the_unsolved if job.unsolved else condition
                 cfg = pmd.Config(**{**pmd.PRESETS["nano"], "model": str(CHECKPOINTS[job.checkpoint]), "task": str(task),
                                     "seed": job.world, "steps": STEPS, "group_size": 4, "eval_k": K, "save_every": 0,
                                     "eval_every": EVERY, "out": str(out), "name": name, **job.flags, **short})
@@ -283,15 +281,6 @@ def update_at_a_falling_rate(policy, teacher, optimizer, rollouts, step, cfg):
     """pmd.update, at a rate that falls to 0 over the second half of the run."""
     share = min(1.0, 2 * (cfg.steps - step + 1) / cfg.steps)
     return update(policy, teacher, optimizer, rollouts, step, dataclasses.replace(cfg, lr=cfg.lr * share))
-
-
-def condition_the_unsolved(rollouts, *rest):
-    """pmd.condition, but problems whose attempts all succeed supervise nothing."""
-    condition(rollouts, *rest)
-    failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
-    for r in rollouts:
-        if r.problem.id not in failed:
-            r.teacher_prompt, r.teacher_ids = "", []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -289,6 +289,22 @@ def test_who_is_supervised(tokenizer, sampler, problems, make_config):
         assert [bool(r.teacher_ids) for r in rollouts] == wanted
 
 
+@pytest.mark.parametrize("method", ("sdpo", "pmd"))
+def test_problems_that_are_mastered_need_not_be_supervised(tokenizer, sampler, problems, make_config, method):
+    """Three groups: all succeed, some do, none does."""
+    memory = SimpleNamespace(contexts=lambda rollouts, *args: [{"solution": "3 1 7 4"} for _ in rollouts])
+    sampler.cfg, sampler.step = make_config(group_size=2), 1
+    for flags, first in (([], True), (["--no_supervise_mastered"], False)):
+        cfg = make_config(*flags, method=method, group_size=2)
+        rollouts = pmd.attempt(sampler, problems[:3], cfg)
+        for r, reward in zip(rollouts, (1.0, 1.0, 1.0, 0.0, 0.0, 0.0), strict=True):
+            r.reward, r.feedback = reward, ""
+        pmd.condition(rollouts, memory, tokenizer, 1, cfg)
+        # SDPO shows a sibling's success only: the second group's success has none, the third group no success at all
+        rest = [True] * 4 if method == "pmd" else [False, True, False, False]
+        assert [bool(r.teacher_ids) for r in rollouts] == [bool(r.teacher_prompt) for r in rollouts] == [first] * 2 + rest
+
+
 def test_grpo_equals_the_policy_gradient_at_the_first_update(policy, tokenizer, sampler, problems, make_config):
     cfg = make_config(method="grpo", group_size=8)
     sampler.cfg, sampler.step = cfg, 1

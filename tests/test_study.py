@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,23 +130,13 @@ def test_the_embedded_model_s_own_reflections_are_made_wrong(monkeypatch, policy
     assert all(said[1.0][s] != said[0.0][s] and said[1.0][s] in study.OPERATIONS for s in ("lo", "mi"))
 
 
-def test_the_late_arms_change_the_rate_and_who_is_supervised(monkeypatch, make_config):
+def test_a_rate_that_falls_over_the_second_half(monkeypatch, make_config):
     rates = []
     monkeypatch.setattr(study, "update", lambda *args: rates.append((args[4], args[5].lr)))
     for step in (1, 80, 81, 120, 121, 160):
         study.update_at_a_falling_rate(None, None, None, [], step, make_config(steps=160, lr=0.8))
     assert rates == [(1, 0.8), (80, 0.8), (81, 0.8), (120, pytest.approx(0.41)), (121, pytest.approx(0.4)),
                      (160, pytest.approx(0.01))]
-    rollouts = [SimpleNamespace(problem=SimpleNamespace(id=pid), reward=reward, teacher_prompt="", teacher_ids=[])
-                for pid, rewards in (("a", (1, 1)), ("b", (1, 0)), ("c", (0, 0))) for reward in rewards]
-
-    def condition(rollouts, memory):
-        for r in rollouts:
-            r.teacher_prompt, r.teacher_ids = memory, [7]
-
-    monkeypatch.setattr(study, "condition", condition)
-    study.condition_the_unsolved(rollouts, "read this")
-    assert [r.teacher_ids for r in rollouts] == [[], []] + 4 * [[7]] and rollouts[0].teacher_prompt == ""
 
 
 def test_worlds_of_other_kinds():
