@@ -158,9 +158,10 @@ def grid(part, rates) -> list[Job]:
     if part == "epochs":
         return cells(part, COMPARED, KNOB_WORLDS, rates, "-160", flags={"steps": 2 * STEPS})
     if part == "late":
-        methods, long = ("sdpo", "pmd-solved"), {"steps": 2 * STEPS}
-        return cells(part, methods, KNOB_WORLDS, rates, "-falls", flags=long, falls=True) + \
-            cells(part, methods, KNOB_WORLDS, rates, "-unsolved", flags=long | {"supervise_mastered": False})
+        long = {"steps": 2 * STEPS}
+        return cells(part, ("sdpo", "pmd-solved"), KNOB_WORLDS, rates, "-falls", flags=long, falls=True) + \
+            cells(part, ("sdpo", "pmd", "pmd-solved"), KNOB_WORLDS, rates, "-unsolved",
+                  flags=long | {"supervise_mastered": False})
     raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last nine")
 
 
