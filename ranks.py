@@ -134,7 +134,7 @@ def compute_dtype(device, cfg):
 
 def shard(model, cfg):
     """FSDP2: each rank holds a part of every weight; a layer is whole while it computes. Gradients are SUMMED over ranks
-    (losses are divided by global token counts), reduced in float32. The root group holds embedding, last norm and head, so
+    (losses are divided by global token counts), never in bfloat16. The root group holds embedding, last norm and head, so
     tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank. Raises
     Unsupported for a model without a list of layers."""
     if world() == 1 or isinstance(model, FSDPModule):
@@ -143,7 +143,7 @@ def shard(model, cfg):
         raise Unsupported(f"{cfg.model} has no list of layers to share out over {world()} processes; use --nproc 1")
     device = device_of(cfg)
     bf16 = compute_dtype(device, cfg) == torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     mesh = init_device_mesh(device.type, (world(),))
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -10,7 +10,7 @@ busy machine disturbs little; on a GPU, wall time between synchronisations. Medi
 Liger-Kernel and TRL need a folder made by `pip install --no-deps --target FOLDER liger-kernel==0.8.5 trl==1.16.0 accelerate
 psutil` (whole, Liger-Kernel would bring Triton, which its chunked losses do not use), beside this repository's requirements.
 
-On two cores shared with others the float32 table took 9 minutes, the memory 20 (it needs 18 GB), float32's other shapes 7.
+On an idle machine with AVX2 float32's shapes and slopes took 12 minutes, the memory 7 (it needs 18 GB), the table 8.
 bfloat16 is left out where its products take over four times float32's time, as on a CPU without instructions for it (22).
 """
 import argparse
