@@ -172,17 +172,21 @@ def _entropy(log_p):
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip_low, clip_high, chunk_size=None):
+def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip_low, clip_high, clip_dual=None,
+                chunk_size=None):
     """Clipped policy-gradient surrogate of PPO and GRPO, as a weighted sum to be minimised.
 
         loss = sum_n weights_n * -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + clip_high) A_n)
         r_n = p_n(y_n) / p_old(y_n), p = softmax(hidden head^T), y = token_ids, A = advantages
 
+    With clip_dual a term of negative advantage is at most clip_dual |A_n| (dual clip; SDPO's code, through verl's
+    compute_policy_loss_vanilla, has 3.0).
+
     hidden (N, H), head (V, H): receive gradients, each only if it requires one.
     token_ids, advantages (N,); weights (N,) and chunk_size as in `distill_loss`.
     old_logprobs (N,): log p_old(y), or None for the detached log-probabilities of now: the ratio is then exactly 1, and
         its gradient that of log p(y).
-    clip_low, clip_high: at least 0.
+    clip_low, clip_high: at least 0. clip_dual: above 1, or None for no such bound.
 
     Returns PolicyLoss. Raises ValueError as `distill_loss`. A non-finite loss is returned as it is.
     """
@@ -190,21 +194,22 @@ def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip
     _check("", hidden, head, **per_row)
     _require(clip_low >= 0 and clip_high >= 0,
              f"clip_low is {clip_low} and clip_high is {clip_high}, but both must be at least 0.")
-    return PolicyLoss(*_sum_over_chunks(_policy_tile, (clip_low, clip_high), 4, hidden, head, None, per_row.values(),
-                                        chunk_size))
+    _require(clip_dual is None or clip_dual > 1, f"clip_dual is {clip_dual}, but must be above 1.")
+    settings = (clip_low, clip_high, math.inf if clip_dual is None else clip_dual)
+    return PolicyLoss(*_sum_over_chunks(_policy_tile, settings, 4, hidden, head, None, per_row.values(), chunk_size))
 
 
-def _policy_tile(logits, token_ids, weights, advantages, old_logprobs, clip_low, clip_high):
+def _policy_tile(logits, token_ids, weights, advantages, old_logprobs, clip_low, clip_high, clip_dual):
     """As `_distill_tile`, with PolicyLoss's others: (4, n)."""
     log_p = logits.to(weights.dtype).log_softmax(-1)  # (n, V)
     logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
     advantages = advantages.to(weights.dtype)
     ratio = (logprobs - (logprobs if old_logprobs is None else old_logprobs.to(weights.dtype))).exp()
-    # The minimum bounds the ratio from above where A is positive, from below where it is negative.
-    # Said this way, an infinite ratio never multiplies an advantage of 0.
+    # The minimum bounds the ratio from above where A is positive, from below where it is negative; the dual clip bounds it
+    # there from above, too. Said this way, an infinite ratio never multiplies an advantage of 0.
     rewarded = advantages >= 0
-    clipped = torch.where(rewarded, ratio > 1 + clip_high, ratio < 1 - clip_low)
-    bounded = torch.where(rewarded, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low))
+    clipped = torch.where(rewarded, ratio > 1 + clip_high, (ratio < 1 - clip_low) | (ratio > clip_dual))
+    bounded = torch.where(rewarded, ratio.clamp(max=1 + clip_high), ratio.clamp(1 - clip_low, clip_dual))
     terms = -weights * bounded * advantages
     # dr/dz = r (onehot(y) - p). Where the clip is active, the loss does not depend on r.
     slope = torch.where(clipped, 0.0, terms)[:, None]

@@ -24,6 +24,8 @@ Deviations from the paper
  9. nano embeds text by hashing its words; the paper uses Qwen3-Embedding-0.6B.
 10. LiveCodeBench's prompts, and SciKnowEval's system message where it comes from the Hub, are published forms in our words.
 11. Recomputation of activations is on outside nano (`--no_gradient_checkpointing`): without it 8B does not fit on one node.
+12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the mini-batch; Eq. 7 sums over
+    a response's tokens (`--loss_mean sum`). For GRPO it is the mean of SDPO's code too.
 """
 
 import argparse
@@ -185,6 +187,10 @@ class Config:
     mini_batch_size: int = option(32, "problems per update; at least batch_size: one update per batch [Tab. 11]")
     micro_tokens: int = option(32768, "padded tokens per forward pass: a memory knob that changes no result [ours]")
     rollout_clip: float = option(2.0, "bound on the per-token ratio of trainer to sampler [SDPO; Tab. 11: per token]")
+    loss_mean: Literal["sequence", "token", "sum"] = option(
+        "sequence", "how the tokens of a mini-batch are averaged, for every method. sequence: each trained rollout's token "
+                    "mean, summed and divided by ALL rollouts [SDPO's code]. token: one mean over all trained tokens [the "
+                    "name in SDPO's config]. sum: each rollout's sum over its tokens, divided by all rollouts [Eq. 7]")
     is_clip: float = option(2.0, "bound on the per-token ratio of this update's policy to the batch's [SDPO]")
 
     # distillation
@@ -201,9 +207,11 @@ class Config:
     supervise_mastered: bool = option(True, "also problems whose attempts of this step all succeed; with "
                                             "--no_supervise_mastered they teach nothing, as under GRPO [ours]")
 
-    # GRPO, as in SDPO's repository: advantages not divided by their deviation, no reference KL, mean over tokens
+    # GRPO, as in SDPO's repository: advantages not divided by their deviation, no reference KL
     clip_low: float = option(0.2, "lower clip of the ratio [SDPO]")
     clip_high: float = option(0.28, "upper clip of the ratio [SDPO]")
+    clip_dual: float = option(3.0, "upper clip of the ratio where the advantage is negative; acts with several updates a "
+                                   "batch [SDPO: verl's clip_ratio_c]")
 
     # memory
     max_successes: int = option(5, "experience: successes kept per problem [paper]")
@@ -254,6 +262,8 @@ PRESETS = {
                  warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, embedder="hashing",
                  gradient_checkpointing=False, memory_completion=96, clusters=20, eval_every=10, eval_k=8, save_every=40),
 }
+# On top of them, by task and method: where SDPO's repository runs a baseline with other values.
+METHOD_PRESETS = {("livecodebench", "grpo"): dict(mini_batch_size=8)}  # experiments/rich_feedback/run_baseline_grpo.sh
 
 
 def train(cfg: Config) -> dict:
@@ -741,12 +751,14 @@ def token_ids(rollouts, like):
 def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
     """One optimizer step on a mini-batch (Eq. 7, 8); returns sums over its supervised tokens.
 
-    Tokens are counted over the whole mini-batch before it is cut into micro-batches, so that the cut changes neither
-    loss nor gradient. Raises FloatingPointError on a loss or gradient that is not finite, before it touches the weights.
+    Rollouts and tokens are counted over the whole mini-batch before it is cut into micro-batches, so that the cut changes
+    neither loss nor gradient. Raises FloatingPointError on a loss or gradient that is not finite, before it touches the
+    weights.
     """
     supervised = rollouts if cfg.method == "grpo" else [r for r in rollouts if r.teacher_ids]
-    total = sum(len(r.ids) for r in supervised)
-    if not total or cfg.method == "grpo" and not any(r.advantage for r in supervised):
+    tokens = sum(len(r.ids) for r in supervised)
+    total = tokens if cfg.loss_mean == "token" else len(rollouts)
+    if not tokens or cfg.method == "grpo" and not any(r.advantage for r in supervised):
         some = micro_batches(rollouts[: 4 * world()], cfg)  # the sampler is watched all the same
         gaps = [sampler_gap(batch, own_logprobs(policy, batch, cfg)) for batch in some]
         reshard(policy)
@@ -774,7 +786,7 @@ def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
         optimizer.step()
         optimizer.updates += 1
     sums = functools.reduce(add, gather(sums), gap)
-    return add(sums, {"tokens": total, "updates": 1, "grad_norm": float(norm)})
+    return add(sums, {"tokens": tokens, "updates": 1, "grad_norm": float(norm)})
 
 
 def sampler_gap(batch, logprobs) -> dict:
@@ -796,7 +808,10 @@ def checked(gaps, step, cfg) -> Counter:
 
 
 def loss_of(batch, total, policy, teacher, cfg):
-    """The loss of one micro-batch, divided by the `total` tokens of its mini-batch: see kernels.py for what it returns."""
+    """The loss of one micro-batch, its share of the mean over the mini-batch: see kernels.py for what it returns.
+
+    total: what that mean divides by, the mini-batch's rollouts, or with `--loss_mean token` its supervised tokens.
+    """
     if cfg.method != "grpo":
         with clock("teacher"), torch.no_grad():  # before the student's pass: a live teacher has the student's weights
             teacher_hidden = forward(teacher, lambda: completion_hidden(teacher, [r.teacher_ids for r in batch], batch))
@@ -806,15 +821,22 @@ def loss_of(batch, total, policy, teacher, cfg):
     sampled = flat([r.rollout_logprobs for r in batch], head)
     old = None if batch and batch[0].old_logprobs is None else flat([r.old_logprobs for r in batch], head)
     # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout, rollout_clip)
-    weights = torch.full_like(sampled, 1 / total)
+    weights = flat([torch.full((len(r.ids),), token_weight(r, total, cfg)) for r in batch], head)
     weights = weights if old is None else weights * (old - sampled).exp().clamp(max=cfg.rollout_clip)
     if cfg.method == "grpo":
         advantages = flat([torch.full((len(r.ids),), r.advantage) for r in batch], head)
-        return policy_loss(hidden, head, ids, advantages, weights, old, cfg.clip_low, cfg.clip_high)
+        return policy_loss(hidden, head, ids, advantages, weights, old, cfg.clip_low, cfg.clip_high, cfg.clip_dual)
     # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside the kernel
     reference, clip = (sampled, cfg.rollout_clip) if old is None else (old, cfg.is_clip)
     return distill_loss(hidden, head, teacher_hidden, teacher.get_output_embeddings().weight.detach(), weights, ids,
                         cfg.alpha, cfg.top_k or None, old_logprobs=reference, is_clip=clip)
+
+
+def token_weight(rollout, total, cfg) -> float:
+    """The weight of each token of a rollout in the loss of its mini-batch, before the ratios. total: as in `loss_of`."""
+    if cfg.loss_mean == "sequence":
+        return 1 / (total * max(1, len(rollout.ids)))
+    return 1 / total
 
 
 def flat(rows, like):
@@ -1160,20 +1182,22 @@ def parse_flags(argv=None) -> Config:
         formatter_class=Help, allow_abbrev=False)
     given, _ = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
     given.task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
-    parser.set_defaults(**PRESETS.get("nano" if given.model == "nano" else given.task.split("/")[0], {}))
+    kind = "nano" if given.model == "nano" else given.task.split("/")[0]
+    parser.set_defaults(**PRESETS.get(kind, {}) | METHOD_PRESETS.get((kind, given.method), {}))
     cfg = Config(**vars(parser.parse_args(argv)))
     return replace(cfg, task=given.task)
 
 
-def compared(cfg):
-    """The folder of a comparison and its runs: several methods, same flags, same budget."""
+def compared(cfg, argv=None):
+    """The folder of a comparison and its runs: several methods, same flags (argv), same budget."""
     methods = [m.strip() for m in cfg.compare.split(",")]
     folder = Path(cfg.out) / (cfg.name or default_name(cfg))
-    runs = [replace(cfg, compare="", method=m, name=f"{folder.name}/{m}") for m in methods]
     known = get_args(Config.__dataclass_fields__["method"].type)
     if not set(methods) <= set(known) or len(set(methods)) < len(methods):
         raise ValueError(f"--compare takes different methods out of {', '.join(known)}, not {cfg.compare!r}")
-    return folder, runs
+    flags = sys.argv[1:] if argv is None else argv
+    runs = [parse_flags([*flags, "--method", m]) for m in methods]  # a method may have a preset of its own
+    return folder, [replace(run, compare="", name=f"{folder.name}/{run.method}") for run in runs]
 
 
 def main():

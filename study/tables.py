@@ -142,6 +142,8 @@ def report(records, times, rates, out, grid) -> str:
         lines.extend([*blocks, ""])
 
     say("# Results of the study")
+    if (out / "note.md").is_file():  # what has to be known of these records
+        say((out / "note.md").read_text(encoding="utf-8").strip())
     if {"pmd", "sdpo"} <= main.keys():
         say(headline(main, checkpoints))
     say(f"Made by `python study/study.py` from the {len(records)} records in records.jsonl; {len(failed)} runs failed"

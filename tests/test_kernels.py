@@ -557,7 +557,7 @@ def test_no_chunk_is_larger_than_the_largest_unless_asked_for(monkeypatch):
     hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
     for chunk_size, largest in ((None, 4), (6, 6)):
         for call in (lambda: distill_loss(**inputs | {"weights": ones}, alpha=0.5, chunk_size=chunk_size),  # noqa: B023
-                     lambda: policy_loss(hidden, head, ids, ones, ones, None, LOW, HIGH, chunk_size),  # noqa: B023
+                     lambda: policy_loss(hidden, head, ids, ones, ones, None, LOW, HIGH, None, chunk_size),  # noqa: B023
                      lambda: score(hidden, head, ids, chunk_size)):  # noqa: B023
             with Watch() as watch:
                 call()
@@ -666,21 +666,26 @@ def policy_inputs():
     return inputs, ratio, advantage, logprobs, weights
 
 
+@pytest.mark.parametrize("dual", (None, 2.5, 3.5))
 @pytest.mark.parametrize("chunk_size", (1, 7, 100, None))
-def test_policy_loss_equals_autograd_on_the_surrogate(chunk_size):
+def test_policy_loss_equals_autograd_on_the_surrogate(chunk_size, dual):
+    """The surrogate as verl writes it: the larger of two losses, and where A < 0 the smaller of that and dual |A|."""
     inputs, ratio, advantage, logprobs, weights = policy_inputs()
     old = logprobs.detach() - ratio.log()
     live_ratio = (logprobs - old).exp()
-    surrogate = torch.minimum(live_ratio * advantage, live_ratio.clamp(1 - LOW, 1 + HIGH) * advantage)
-    expected = (weights * -surrogate).sum()
+    losses = torch.maximum(-live_ratio * advantage, -live_ratio.clamp(1 - LOW, 1 + HIGH) * advantage)
+    if dual is not None:
+        losses = torch.where(advantage < 0, torch.minimum(losses, -dual * advantage), losses)
+    expected = (weights * losses).sum()
     hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
-    actual = policy_loss(hidden, head, ids, advantage, weights, old, LOW, HIGH, chunk_size)
+    actual = policy_loss(hidden, head, ids, advantage, weights, old, LOW, HIGH, dual, chunk_size)
     assert_near(actual.loss, expected)
     for mine, theirs in zip(gradients(actual.loss, inputs), gradients(expected, inputs), strict=True):
         assert_near(mine, theirs)
     live = weights != 0
-    clipped = ((advantage > 0) & (ratio > 1 + HIGH) | (advantage < 0) & (ratio < 1 - LOW)) & live
-    assert clipped.sum() == 4
+    below, above = ratio < 1 - LOW, ratio > (math.inf if dual is None else dual)
+    clipped = ((advantage > 0) & (ratio > 1 + HIGH) | (advantage < 0) & (below | above)) & live
+    assert clipped.sum() == (5 if dual == 2.5 else 4)  # of the ratios up to 3, one is beyond 2.5
     assert torch.equal(actual.clipped, clipped.double())
     assert_near(actual.logprobs, logprobs * live)
     log_p = (hidden @ head.T).log_softmax(-1)
@@ -733,6 +738,11 @@ def test_policy_loss_with_an_overflowing_ratio():
     unbounded = policy_loss(hidden, head, torch.tensor([0, 0]), -torch.ones(2), torch.ones(2),
                             torch.full((2,), -1e4), LOW, HIGH)
     assert not unbounded.loss.isfinite()  # the surrogate itself has no bound here, and says so
+    hidden.grad = None
+    bounded = policy_loss(hidden, head, torch.tensor([0, 0]), -torch.ones(2), torch.ones(2),
+                          torch.full((2,), -1e4), LOW, HIGH, 3.0)
+    bounded.loss.backward()
+    assert bounded.loss.item() == pytest.approx(6) and (hidden.grad == 0).all()
 
 
 @pytest.mark.parametrize("chunk_size", (1, 3, None))
@@ -808,6 +818,8 @@ def test_the_others_refuse():
         policy_loss(hidden, head, ids, None, ones, None, LOW, HIGH)
     with pytest.raises(ValueError, match="clip_low is -0.1 and clip_high is 0.28"):
         policy_loss(hidden, head, ids, ones, ones, None, -0.1, HIGH)
+    with pytest.raises(ValueError, match="clip_dual is 1.0, but must be above 1"):
+        policy_loss(hidden, head, ids, ones, ones, None, LOW, HIGH, 1.0)
     with pytest.raises(ValueError, match="token_ids holds ids from .* to 13, but the vocabulary has 13"):
         score(hidden, head, torch.arange(3, 14))
     with pytest.raises(ValueError, match="hidden has width 5, but head has width 6"):

@@ -218,12 +218,16 @@ def test_what_a_gpu_adds_comes_in_order(make_config, monkeypatch, dtype):
 
 # -- the update ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("loss_mean", ["sequence", "token", "sum"])
 @pytest.mark.parametrize("method", ["pmd", "grpo"])
-def test_micro_batches_change_neither_loss_nor_gradient(policy, tokenizer, sampler, problems, make_config, method):
-    cfg = make_config(method=method)
+def test_micro_batches_change_neither_loss_nor_gradient(policy, tokenizer, sampler, problems, make_config, method,
+                                                        loss_mean):
+    cfg = make_config(method=method, loss_mean=loss_mean)
     rollouts = conditioned(sampler, problems[::40], cfg, tokenizer)
     for i, r in enumerate(rollouts):
         r.advantage = i % 3 - 0.5
+        if i % 3 == 2:
+            r.teacher_ids = []
     list(pmd.mini_batches(rollouts, policy, dataclasses.replace(cfg, mini_batch_size=99)))
     teacher = copy.deepcopy(policy)
     whole, sums = gradients(policy, teacher, rollouts, cfg)
@@ -248,15 +252,39 @@ def test_checkpointing_and_bfloat16_compute(policy, tokenizer, sampler, problems
     assert 1e-4 < (plain - half).norm() / plain.norm() < 0.1
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_update_equals_one_written_from_scratch(policy, tokenizer, sampler, problems, make_config, alpha):
-    cfg = make_config(alpha=alpha)
-    rollouts = conditioned(sampler, problems[:2] + problems[140:], cfg, tokenizer)
-    rollouts[0].teacher_ids = []  # this one supervises nothing
-    found, _ = gradients(policy, copy.deepcopy(policy), rollouts, cfg)
+def of_lengths(rollouts, lengths, policy, cfg):
+    """The rollouts with completions of these lengths, as if they had been sampled so (which their ratio is to)."""
+    rng = torch.Generator().manual_seed(1)
+    for r, length in zip(rollouts, lengths, strict=True):
+        r.ids = (r.ids * length)[:length]
+    sampled = pmd.own_logprobs(policy, rollouts, cfg) + 0.1 * torch.randn(sum(lengths), generator=rng)
+    for r, row in zip(rollouts, sampled.split(lengths), strict=True):
+        r.rollout_logprobs = row
+    return rollouts
+
+
+def share(loss_mean, length, rollouts, tokens):
+    """What one token of a completion weighs in the three means, from their definitions."""
+    return {"sequence": 1 / length / rollouts, "token": 1 / tokens, "sum": 1 / rollouts}[loss_mean]
+
+
+LENGTHS = [2, 40, 11, 3, 25, 7, 60, 2, 5, 17, 1, 30]
+
+
+@pytest.mark.parametrize("loss_mean, alpha", [("sequence", 0.0), ("sequence", 0.5), ("sequence", 1.0), ("token", 0.5),
+                                              ("sum", 0.5), ("sum", 1.0)])
+def test_update_equals_one_written_from_scratch(policy, tokenizer, sampler, problems, make_config, loss_mean, alpha):
+    """Completions of 1 to 60 tokens, a third of which supervise nothing: these count among the rollouts, not the tokens."""
+    cfg = make_config(alpha=alpha, loss_mean=loss_mean)
+    rollouts = conditioned(sampler, problems[:2] + problems[-1:], cfg, tokenizer)
+    of_lengths(rollouts, LENGTHS, policy, cfg)
+    for r in rollouts[::3]:
+        r.teacher_ids = []
+    found, sums = gradients(policy, copy.deepcopy(policy), rollouts, cfg)
     policy.zero_grad()
-    total = sum(len(r.ids) for r in rollouts if r.teacher_ids)
-    for r in rollouts[1:]:  # one rollout at a time, plain logits, plain autograd, including the EOS
+    loss, supervised = 0.0, [r for r in rollouts if r.teacher_ids]
+    tokens = sum(len(r.ids) for r in supervised)
+    for r in supervised:  # one rollout at a time, plain logits, plain autograd
         p = policy(torch.tensor([r.prompt_ids + r.ids])).logits[0, len(r.prompt_ids) - 1: -1].log_softmax(-1)
         with torch.no_grad():
             q = policy(torch.tensor([r.teacher_ids + r.ids])).logits[0, len(r.teacher_ids) - 1: -1].log_softmax(-1)
@@ -268,10 +296,19 @@ def test_update_equals_one_written_from_scratch(policy, tokenizer, sampler, prob
         else:
             m = (0.5 * p.exp() + 0.5 * q.exp()).log()
             divergence = 0.5 * (p.exp() * (p - m)).sum(1) + 0.5 * (q.exp() * (q - m)).sum(1)
-        assert len(divergence) == len(r.ids) and r.ids[-1] == tokenizer.eos_token_id
-        ((ratio * divergence).sum() / total).backward()
+        term = (ratio * divergence).sum() * share(loss_mean, len(r.ids), len(rollouts), tokens)
+        term.backward()
+        loss += term.item()
     wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    assert torch.allclose(found, wanted, atol=2e-6), (found - wanted).abs().max()
+    assert len(supervised) == 8 and sums["tokens"] == tokens
+    assert sums["loss"] == pytest.approx(loss, rel=1e-5)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-6 * wanted.abs().max()), (found - wanted).abs().max()
+
+
+def test_the_end_of_a_completion_is_trained(sampler, problems, make_config, tokenizer):
+    rollouts = conditioned(sampler, problems[:2], make_config(), tokenizer)
+    assert all(r.ids[-1] == tokenizer.eos_token_id for r in rollouts if r.finished)
+    assert any(r.finished for r in rollouts)
 
 
 def test_who_is_supervised(tokenizer, sampler, problems, make_config):
@@ -305,8 +342,9 @@ def test_problems_that_are_mastered_need_not_be_supervised(tokenizer, sampler, p
         assert [bool(r.teacher_ids) for r in rollouts] == [bool(r.teacher_prompt) for r in rollouts] == [first] * 2 + rest
 
 
-def test_grpo_equals_the_policy_gradient_at_the_first_update(policy, tokenizer, sampler, problems, make_config):
-    cfg = make_config(method="grpo", group_size=8)
+@pytest.mark.parametrize("loss_mean", ["sequence", "token", "sum"])
+def test_grpo_equals_the_policy_gradient_at_the_first_update(policy, tokenizer, sampler, problems, make_config, loss_mean):
+    cfg = make_config(method="grpo", group_size=8, loss_mean=loss_mean)
     sampler.cfg, sampler.step = cfg, 1
     rollouts = pmd.attempt(sampler, problems[:4], cfg)
     for i, r in enumerate(rollouts):
@@ -314,15 +352,30 @@ def test_grpo_equals_the_policy_gradient_at_the_first_update(policy, tokenizer, 
     pmd.condition(rollouts, None, tokenizer, 1, cfg)
     assert sum(r.advantage for r in rollouts[:8]) == pytest.approx(0)
     assert rollouts[0].advantage == pytest.approx(1 - 3 / 8)
+    lengths = (3 * LENGTHS)[:len(rollouts)]
+    of_lengths(rollouts, lengths, policy, cfg)
     batch, = pmd.mini_batches(rollouts, policy, dataclasses.replace(cfg, mini_batch_size=99))
     found, _ = gradients(policy, policy, batch, cfg)
     policy.zero_grad()
-    total = sum(len(r.ids) for r in rollouts)
-    for r in rollouts:
+    for r in rollouts:  # the ratio to the batch's policy is 1, that to the sampler is a weight
         logits = policy(torch.tensor([r.prompt_ids + r.ids])).logits[0, len(r.prompt_ids) - 1: -1]
-        (-r.advantage * logits.log_softmax(-1).gather(1, torch.tensor(r.ids)[:, None]).sum() / total).backward()
+        now = logits.log_softmax(-1).gather(1, torch.tensor(r.ids)[:, None])[:, 0]
+        weight = (now.detach() - r.rollout_logprobs).exp().clamp(max=2.0)
+        weight = weight * share(loss_mean, len(r.ids), len(rollouts), sum(lengths))
+        (-r.advantage * weight * now).sum().backward()
     wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    assert torch.allclose(found, wanted, atol=5e-6), (found - wanted).abs().max()
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=5e-6 * wanted.abs().max()), (found - wanted).abs().max()
+
+
+def test_grpo_on_livecodebench_has_the_mini_batch_of_sdpos_baseline():
+    """experiments/rich_feedback/run_baseline_grpo.sh: 8 problems an update, where SDPO's own run has 1; lr 1e-6 for both."""
+    flags = ["--model", "Qwen3-8B", "--task", "livecodebench"]
+    grpo, sdpo = (pmd.parse_flags([*flags, "--method", method]) for method in ("grpo", "sdpo"))
+    assert (grpo.mini_batch_size, sdpo.mini_batch_size) == (8, 1) and grpo.lr == sdpo.lr == 1e-6
+    assert pmd.parse_flags([*flags, "--method", "grpo", "--mini_batch_size", "4"]).mini_batch_size == 4
+    assert pmd.parse_flags(["--method", "grpo"]).mini_batch_size == pmd.parse_flags([]).mini_batch_size
+    _, runs = pmd.compared(pmd.parse_flags([*flags, "--compare", "grpo,sdpo"]), [*flags, "--compare", "grpo,sdpo"])
+    assert [run.mini_batch_size for run in runs] == [8, 1]
 
 
 def test_several_updates_a_batch_use_the_ratio_to_the_batchs_policy(policy, tokenizer, sampler, problems, make_config):
