@@ -1,0 +1,89 @@
+"""Whether this checkout computes what another commit did: six methods, some steps each, equal but for times.
+
+    python tools/same.py HEAD              what is changed but not committed, against the last commit
+    python tools/same.py 406e6d3           this checkout, against an older commit
+    python tools/same.py HEAD --steps 8 --methods pmd,grpo
+
+A step that moves or rewrites code changes no result: run this before each commit of such a step. Every method runs in a
+process of its own on the embedded model, once here and once in a temporary worktree of the other commit. All rows of
+metrics.jsonl must be equal in all but the times; the first that is not is printed, and the exit status is 1. The runs take
+about two minutes on one core. A commit that is meant to change numbers, or the name of a metric, fails here: say so in it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent.parent
+TIMES = ("seconds", "share", "tokens_per_second", "peak_gb")  # of a row of metrics.jsonl
+METHODS = ("frozen-policy", "frozen-memory", "pmd", "pmd-transient", "sdpo", "grpo")  # the first lends the second its memory
+FLAGS = ("--batch_size 8 --mini_batch_size 4 --group_size 8 --behavior_every 2 --eval_problems 6 --eval_k 2 --eval_every 2 "
+         "--save_every 0 --device cpu --nproc 1").split()
+
+
+@contextlib.contextmanager
+def worktree(commit):
+    """A temporary checkout of a commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "other")
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", path, commit], cwd=HERE, check=True)
+        try:
+            yield path
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", path], cwd=HERE, check=True)
+
+
+def rows_of(checkout, method, steps, out) -> list[dict]:
+    """The rows of metrics.jsonl of a run by the code in a checkout, without their times."""
+    command = [sys.executable, "pmd.py", "--method", method, "--name", method, "--out", str(out), *FLAGS]
+    command += ["--steps", str(steps)]
+    if method == "frozen-memory":
+        command += ["--memory_from", "frozen-policy"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{method} failed in {checkout}:\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
+    rows = [json.loads(line) for line in (out / method / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def difference(ours, theirs) -> str:
+    """The first difference between two lists of rows, in words; empty if there is none."""
+    for mine, other in zip(ours, theirs, strict=False):
+        for key in sorted({*mine, *other}):
+            if mine.get(key) != other.get(key):
+                return f"step {other.get('step')}, {key}: {other.get(key)} there, {mine.get(key)} here"
+    if len(ours) != len(theirs):
+        return f"{len(theirs)} rows there, {len(ours)} here"
+    return ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit", help="what this checkout is compared with")
+    parser.add_argument("--steps", type=int, default=4, help="batches a run (default: 4)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="with commas between (default: all six)")
+    args = parser.parse_args()
+    different = False
+    with worktree(args.commit) as other, tempfile.TemporaryDirectory() as folder:
+        for method in tqdm(args.methods.split(","), unit="method"):
+            theirs = rows_of(other, method, args.steps, Path(folder, "theirs"))
+            ours = rows_of(HERE, method, args.steps, Path(folder, "ours"))
+            found = difference(ours, theirs)
+            updates = sum(row.get("updates", 0) for row in ours)
+            if not updates and method != "frozen-policy":
+                found = found or "the same, but no update was made, so that it says nothing: give more --steps"
+            tqdm.write(f"{method}: {found or f'the same {len(ours)} rows, {updates} updates'}")
+            different = different or bool(found)
+    sys.exit(1 if different else 0)
+
+
+if __name__ == "__main__":
+    main()
