@@ -20,8 +20,8 @@ To look at the memory of a run, also of one that is still going:
     python memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a table and a PNG
 
 Whatever a model wrote is data: it is stored as text, parsed as JSON by a tolerant parser that runs nothing, joined by
-concatenation (never as a format string), and `neutralise` breaks the tokenizer's control tokens in it before it enters
-a prompt.
+concatenation (never as a format string), and `neutralise` breaks the tokenizer's control tokens and the template's turn
+markers in it before it enters a prompt.
 
 Ours, because the paper does not say: thresholds of the gates, the clustering (k-means on question embeddings), which
 problems of a cluster its prompt shows, what is cut first under a token budget, how many existing behaviors an update
