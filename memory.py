@@ -20,8 +20,8 @@ To look at the memory of a run, also of one that is still going:
     python memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a table and a PNG
 
 Whatever a model wrote is data: it is stored as text, parsed as JSON by a tolerant parser that runs nothing, joined by
-concatenation (never as a format string), and `neutralise` breaks the tokenizer's control tokens in it before it enters
-a prompt.
+concatenation (never as a format string), and `neutralise` breaks the tokenizer's control tokens and the template's turn
+markers in it before it enters a prompt.
 
 Ours, because the paper does not say: thresholds of the gates, the clustering (k-means on question embeddings), which
 problems of a cluster its prompt shows, what is cut first under a token budget, how many existing behaviors an update
@@ -31,12 +31,15 @@ see `Memory`.
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import random
 import re
 import signal
 import sqlite3
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,23 +244,174 @@ def clean(text) -> str:
     return str(text).replace("\0", "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+class Folded(dict):
+    """A table for str.translate: each character as a normalising tokenizer may see it (NFKC, lower case), one for one."""
+
+    def __missing__(self, code):
+        folded = unicodedata.normalize("NFKC", chr(code)).lower()
+        self[code] = folded if len(folded) == 1 else chr(code)
+        return self[code]
+
+
+FOLDED = Folded()
+
+
 def neutralise(text, control_tokens) -> str:
-    """Breaks every control token in `text` with a space after its first character, so that it can't open a chat turn."""
-    pattern = "|".join(re.escape(t) for t in sorted(control_tokens, key=len, reverse=True) if len(t) > 1)
-    return re.sub(pattern, lambda m: m[0][0] + " " + m[0][1:], clean(text)) if pattern else clean(text)
+    """Breaks every control token in `text` with a space after its first character, so that it can't open a chat turn.
+
+    control_tokens: texts; one of a single character is left alone. They are found in upper and lower case, in full-width
+    and other compatible characters, and with any white space where they have some.
+    """
+    text, finder = clean(text), token_finder(frozenset(control_tokens))
+    while found := [m.start() + first_joint(m[0]) for m in finder.finditer(text.translate(FOLDED))]:
+        borders = [0, *found, len(text)]
+        text = " ".join(text[a:b] for a, b in itertools.pairwise(borders))  # where two overlap, the next round
+    return text
+
+
+@functools.cache
+def token_finder(control_tokens) -> re.Pattern:
+    """Finds any of the control tokens in a text that went through FOLDED."""
+    words = [t.translate(FOLDED).split() for t in sorted(control_tokens, key=len, reverse=True)]
+    patterns = [r"\s+".join(map(re.escape, w)) for w in words if max(map(len, w), default=0) > 1]
+    return re.compile("|".join(patterns) or r"(?!)")
+
+
+def first_joint(token) -> int:
+    """The first place between two characters that are no white space: a space there makes another text of any token."""
+    return next(i for i in range(1, len(token)) if not (token[i - 1].isspace() or token[i].isspace()))
+
+
+# Where a reply holds what it was asked for: a key and the list (or the one object) behind it
+ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+:\s*+(?=[\[{])""")
+# What opens or ends a value, with the string that follows. A quote inside a string need not be escaped: one that no
+# delimiter follows does not end it
+STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*+(?P=quote)?"""
+PIECE = re.compile(rf"[\[{{,:](?:\s*+{STRING})?|[\]}}]|</?think>", re.S | re.I)
+THOUGHT = re.compile(r"</?think>", re.I)
+MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
+
+
+@dataclass
+class Place:
+    """One asked-for key in a reply and the texts of the objects behind it."""
+
+    key: str
+    start: int
+    end: int  # of the list, or of its last whole object where the reply ends within the list
+    rows: list[str]
+    cut: bool = False  # the reply ended within the list
+    rest: str = ""  # the object that was open then
 
 
 def parse(reply) -> dict | None:
-    """The JSON object in a model's reply, or None. Code fences, trailing prose and missing brackets are repaired."""
-    if "{" not in reply:
-        return None
+    """{key: its objects} for each key that the prompts ask for (strategies, lessons, behaviors, actions) and a reply holds.
+
+    None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
+    several (their lists are joined), within another object. What stands in thoughts (<think>) does not count. The fields
+    of the objects come in lower case. Broken JSON is repaired, object by object; an object that was open when the reply
+    ended is left out, unless it lacks its closing bracket only: see `was_cut`.
+    """
+    found = {}
+    for place in places(reply):
+        rows = found.setdefault(place.key, [])
+        rows += [row for text in place.rows[:MAX_ITEMS] if (row := read_object(text))]
+        if row := read_json(place.rest.rstrip().removesuffix(",") + "}"):
+            rows.append(row)
+    return found or None
+
+
+def was_cut(reply) -> bool:
+    """Whether a reply ended within a list that was asked for, as at its token limit: the item that was open is dropped."""
+    return any(place.cut for place in places(reply)[-1:])
+
+
+def places(reply) -> list[Place]:
+    """Where the reply, its LaTeX made valid JSON, holds the asked-for keys; without those in thoughts."""
+    text = keep_latex(clean(reply)[:MAX_REPLY])
+    found = [place_at(text, m) for m in itertools.islice(ASKED.finditer(text), MAX_PLACES)]
+    outside = text
+    for place in found:  # a tag within an item is no tag
+        outside = outside[:place.start] + " " * (place.end - place.start) + outside[place.end:]
+    tags = [(place, THOUGHT.search(outside, place.end)) for place in found]
+    return [place for place, tag in tags if not (tag and tag[0].startswith("</"))]
+
+
+def place_at(text, match) -> Place:
+    """Reads the list (or object) behind a key, bracket by bracket; a closing bracket closes those that it skips, too."""
+    start, stack, begin = match.end(), [], None
+    place = Place(match[1].lower(), start, start, [])
+    outer = 1 if text[start] == "[" else 0  # brackets around an item
+    for piece in PIECE.finditer(text, start):
+        mark, at = piece[0][0], piece.start()
+        if mark == "<" or len(stack) > MAX_DEPTH:
+            return place
+        if mark in "[{":
+            if mark == "{" and len(stack) == outer:
+                begin = at
+            stack.append(mark)
+        if mark in "]}":
+            opener = "[" if mark == "]" else "{"
+            while stack and stack.pop() != opener:
+                pass
+            if begin is not None and len(stack) <= outer:
+                place.end = at + (mark == "}")
+                place.rows.append(text[begin: place.end])
+                begin = None
+            if not stack:
+                place.end = at + 1
+                return place
+    place.cut, place.rest = True, "" if begin is None else text[begin:]
+    return place
+
+
+def read_object(text) -> dict | None:
+    """A JSON object, repaired if need be."""
+    if row := read_json(text):
+        return row
     try:
-        found = repair_json(clean(reply)[:MAX_REPLY], return_objects=True)
-    except (RecursionError, ValueError):  # thousands of nested brackets
+        return fields_of(repair_json(text, return_objects=True))
+    except (RecursionError, ValueError):
         return None
-    if isinstance(found, list):  # the repairer returns a list where prose holds several objects
-        found = next((x for x in found if isinstance(x, dict)), None)
-    return found if isinstance(found, dict) else None
+
+
+def read_json(text) -> dict | None:
+    """A JSON object as the standard has it, but for raw line breaks in strings."""
+    try:
+        return fields_of(json.loads(text, strict=False))
+    except (RecursionError, ValueError):
+        return None
+
+
+def fields_of(row) -> dict | None:
+    return {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else None
+
+
+# Commands of LaTeX that begin like JSON's escapes for a line break and a tab. \ni and \tt are left out: i and t are words
+N_AND_T = frozenset("""
+    nabla natural ncong ne nearrow neg neq newcommand newline nexists ngeq ngeqslant ngtr nleftarrow nleq nleqslant nless
+    nmid nobreak nolimits nonumber not notag notin nparallel nprec npreceq nrightarrow nsim nsubseteq nsucc nsucceq
+    nsupseteq nu nwarrow nLeftarrow nLeftrightarrow nRightarrow nVdash nvdash nvDash tag tan tanh tau tbinom text textbf
+    textbackslash textit textmd textnormal textrm textsc textsf textstyle textsubscript textsuperscript texttt textup
+    tfrac therefore theta thetasym thickapprox thicksim thinspace tilde times to top triangle triangledown triangleleft
+    trianglelefteq triangleq triangleright trianglerighteq twoheadrightarrow
+    """.split())
+ESCAPE = re.compile(r"""\\(?:(["\\/']|u[0-9a-fA-F]{4})|([A-Za-z]*))""")  # JSON's (and ', for the repairer), or letters
+
+
+def keep_latex(text) -> str:
+    """Doubles the single backslashes of LaTeX in a JSON text, so that a reader of JSON keeps its commands.
+
+    The rule: `\\b`, `\\f` and `\\r` before a letter, `\\n` and `\\t` where all the letters that follow make a command of
+    LaTeX, and whatever JSON has no escape for, are LaTeX; the rest is JSON's. It errs where what follows a line break or a
+    tab happens to make one: `\\nu` before a line that begins with a lone u, `\\tan` before a column that begins with an.
+    """
+    def one(match):
+        json_has_it, letters = match[1], match[2]
+        control = letters in ("b", "f", "r") or letters and letters[0] in "nt" and letters not in N_AND_T
+        return match[0] if json_has_it or control else "\\" + match[0]
+
+    return ESCAPE.sub(one, text)
 
 
 def parse_items(found, key, first, second) -> list[tuple[str, str]]:
@@ -554,6 +708,7 @@ class Memory:
         replies = self.generate([prompt_of(*job) for job in jobs]) if jobs else []
         for (problem, read), reply in zip(jobs, replies, strict=True):
             self._events[problem.id, "reflection"] += 1
+            self._events.update({(problem.id, "reflection_truncated"): 1} if was_cut(reply) else {})
             found = parse(reply)
             strategies = parse_items(found, "strategies", "title", "content")
             lessons = parse_items(found, "lessons", "title", "content")
@@ -586,6 +741,7 @@ class Memory:
         by_name, written, ended = {b.title: b for b in bank}, {}, []
         for (strategies, known, _), reply in zip(jobs, replies, strict=True):
             self._events["", "abstraction"] += 1
+            self._events.update({("", "abstraction_truncated"): 1} if was_cut(reply) else {})
             found = parse(reply)
             if found is None:
                 self._events["", "abstract_parse_failure"] += 1

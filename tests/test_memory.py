@@ -1,6 +1,7 @@
 """Each rule of the memory against something independent: brute force, snapshots, hand-made cases."""
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -174,6 +175,141 @@ def test_malformed_reflections_yield_nothing_and_are_counted(make_memory, reply)
     memory.record(1, attempts(["win"], [1]))
     memory.reflect(1, [P])
     assert memory.living("insight") == [] and memory.counts()["reflect_parse_failure"] == 1
+
+
+RIGHT = {"strategies": [("Units", "Check the units first.")], "lessons": [("Signs", "Mind the sign of each term.")]}
+BOTH = json.dumps({key: [{"title": title, "content": content}] for key, ((title, content),) in RIGHT.items()})
+ONE, OTHER = (json.dumps({key: [{"title": title, "content": content}]}) for key, ((title, content),) in RIGHT.items())
+DRAFT = '{"strategies": [{"title": "Draft", "content": "Not so."}], "lessons": []}'
+FENCED = "```python\nx = {1: [2], 'strategies': 3}\n```\n```json\n%s\n```\nDone {so far}."
+
+
+def insights_of(reply):
+    found = mem.parse(reply)
+    return {key: mem.parse_items(found, key, "title", "content") for key in ("strategies", "lessons")}
+
+
+@pytest.mark.parametrize("reply", [
+    BOTH, r"As \frac{a}{b} and \{x\} show: " + BOTH, "The sets {1, 2}, {x: y} and [0, 1) matter. " + BOTH, FENCED % BOTH,
+    '{"analysis": "the two {differ} in one sign", "steps": [1, 2]}\n' + BOTH, ONE + "\n" + OTHER, ONE + OTHER,
+    f"<think>The sets {{1, 2}} and {{x: y}} matter.</think>\n{BOTH}", f"<think>{DRAFT} no</think>{BOTH}",
+    f"Hm, {DRAFT}, or {{x: </think>{BOTH}", "<think>\nan open thought { [\n" + BOTH,
+    '<think>{"strategies": [{"title": "Draft", "content": "cut</think>\n' + BOTH,
+    f"<think>a</think>{ONE}<think>b {DRAFT}</think>{OTHER}", f"[{ONE}, {OTHER}]", f"[{BOTH}]",
+    f'{{"output": {BOTH}}}', f'{{"result": [{{"x": {BOTH}}}]}}', BOTH.replace('"', "'"), BOTH.replace("}]", ",}, ]"),
+    BOTH.replace('"strategies"', '"Strategies"').replace('"title"', '"Title"').replace('"lessons"', '"LESSONS"'),
+    BOTH.replace('"title"', '"sure": True, "none": None, "title"'), BOTH.replace('"strategies"', "strategies"),
+    BOTH.replace('"strategies": [', '"strategies": ').replace('first."}]', 'first."}'), "Strategies: [see below\n" + BOTH,
+    '{"strategies": [...], "lessons": [...]}\n' + BOTH, BOTH[:-1], BOTH[:-2], BOTH[:-3], BOTH.replace("}]", "]", 1),
+    BOTH.replace("}]", "}", 1), BOTH.replace('"title"', '\n  // a comment\n  "title"'), str(json.loads(BOTH))])
+def test_the_json_is_found_wherever_it_stands(reply):
+    assert insights_of(reply) == RIGHT
+
+
+def test_a_tag_within_an_item_is_no_thought():
+    pieces = ["</think>", "<think>", "a </think> b <think> c", "<think> x </think>"]
+    for title, content, lesson in itertools.product(pieces, repeat=3):
+        reply = json.dumps({"strategies": [{"title": title, "content": content}],
+                            "lessons": [{"title": "t", "content": lesson}]})
+        assert insights_of(reply) == {"strategies": [(title, content)], "lessons": [("t", lesson)]}
+
+
+def test_a_schema_that_is_echoed_before_the_answer_is_rejected_alone(make_memory):
+    echo = mem.QUESTION.contrastive[mem.QUESTION.contrastive.index("{"):]
+    memory = make_memory(lambda prompt: f"I reply with {echo}\n{BOTH}")
+    memory.record(1, attempts(["win", "loss"], [1, 0]))
+    memory.reflect(1, [P])
+    assert {(i.title, i.text) for i in memory.living("insight")} == {*RIGHT["strategies"], *RIGHT["lessons"]}
+    assert memory.counts()["insight_rejected"] == 2
+
+
+def test_quotes_in_a_text_need_no_backslash():
+    content = 'Use the "golden" rule, and [that] is "it".'
+    reply = json.dumps({"strategies": [{"title": "T", "content": "HERE"}, {"title": "U", "content": "D."}]})
+    assert insights_of(reply.replace("HERE", content))["strategies"] == [("T", content), ("U", "D.")]
+
+
+@pytest.mark.parametrize("reply", [
+    "{" * 20_000, '{"a":' * 5000, "[" * 20_000, '{"a":["' * 3000, "<think>" * 3000, '"strategies":[' * 1500,
+    '"strategies":[{' * 1400, '"strategies":[' + '{"a":["' * 2500, '"strategies":[{"title":"' + 'a"' * 9000,
+    '"strategies":[{"a":' + '"a", ' * 4000 + "}]", '"strategies": [{' + '\\"' * 9000 + "}]", '"strategies"' + " " * 20_000,
+    ('"strategies": [{' + " " * 60 + '"' + " " * 60) * 150])
+def test_hostile_replies_take_no_time(reply):
+    start = time.process_time()
+    assert insights_of(reply) == {"strategies": [], "lessons": []}
+    assert time.process_time() - start < 1
+
+
+# A formula as a model writes it into JSON, with too few backslashes
+FORMULAS = [
+    r"\nu = c/\lambda", r"\theta", r"2\times 3", r"\frac{1}{2}", r"\rho", r"\beta", r"\bar{x}", r"\boxed{B}", r"\forall",
+    r"\rightarrow", r"\right)", r"\tau", r"\tan x", r"x \to 0", r"\text{mol}", r"\nabla", r"a \neq b", r"\not=", r"\notin",
+    r"\upsilon", r"\uparrow", r"\underline{x}", r"\unit", r"\alpha", r"\Delta\tau", r"\(x\)", r"\{a, b\}", r"5\,\%",
+    r"x\_1", r"\begin{array}", r"\bmod", r"\rangle", r"\triangle", r"\tfrac12", r"\ne 0", r"\therefore"]
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("end", ['"}]}', '",}]'])
+def test_latex_keeps_its_letters_in_good_json_and_in_broken(formula, end):
+    for said in (formula, formula.replace("\\", "\\\\")):  # as written, and escaped as JSON wants it
+        reply = '{"strategies": [{"title": "F", "content": "Use ' + said + " here." + end
+        assert insights_of(reply)["strategies"] == [("F", f"Use {formula} here.")]
+
+
+@pytest.mark.parametrize("said, meant", [
+    (r"First.\nNext sentence", "First.\nNext sentence"), (r"a\tb", "a\tb"), (r"a\tword\tnumber", "a\tword\tnumber"),
+    (r"one\nnot two", "one\nnot two"), (r"one\n\nu", "one\n\\nu"), (r"x\r\ny", "x\r\ny"), (r"\"quoted\"", '"quoted"'),
+    (r"1\/2", "1/2"), (r"\\frac", r"\frac"), (r"\\\\", r"\\"),
+    (r"caf\u00e9s \ud83d\ude00", "cafés 😀"), (r"- a\n- b", "- a\n- b"),
+    (r"x\b y\f", "x\b y\f"), (r"a\n1", "a\n1")])
+def test_what_json_says_stays(said, meant):
+    row, = mem.parse('{"strategies": [{"title": "T", "content": "' + said + '"}]}')["strategies"]
+    assert row["content"] == meant
+
+
+CUT_ME = json.dumps({
+    "strategies": [{"title": 'The "rule"', "content": "Balance, then count: {a} and [b].\nTwo\\three. Caf\u00e9."},
+                   {"title": "Units", "content": "Check }] the units. All of them, \\frac{a}{b} too."}],
+    "lessons": [{"title": "Signs", "content": "Mind 'the' sign \" of, each term."}]})
+
+
+@pytest.mark.parametrize("reply", [
+    CUT_ME, json.dumps(json.loads(CUT_ME), indent=1), str(json.loads(CUT_ME)), CUT_ME.replace("}, {", ",}, {"),
+    "<think>{</think> {x}: " + CUT_ME, CUT_ME[:-1] + "} So much for {this}."])
+def test_no_half_item_is_stored_wherever_the_reply_ends(reply):
+    whole = insights_of(reply)
+    assert [len(items) for items in whole.values()] == [2, 1] and not mem.was_cut(reply)
+    first, last = reply.index("content"), reply.index(" term.") + 6  # of what the lists hold
+    between = range(reply.index("too.") + 4, reply.index("Signs"))  # one list ends, the next begins
+    seen = 0
+    for end in range(len(reply)):
+        found = insights_of(reply[:end])
+        assert all(found[key] == whole[key][: len(found[key])] for key in found)
+        kept = len(found["strategies"]) + len(found["lessons"])
+        assert kept >= seen  # what is whole stays
+        seen = kept
+        if first <= end <= last and end not in between:
+            assert mem.was_cut(reply[:end])
+    assert seen == 3
+
+
+def test_a_reply_that_its_limit_cut_is_counted_and_its_whole_items_stay(make_memory):
+    reply = insight_reply(["One rule.", "Another rule that is"])
+    bank = behaviors(("behavior_a", "Do this."), ("behavior_b", "Never do"))
+    memory = make_memory(lambda prompt: reply[: reply.index(" is") + 3] if "Write strategies" in prompt else
+                         bank[: bank.index("Never do") + 8], clusters=1)
+    memory.add_problems([P])
+    memory.record(1, attempts(["win"], [1]))
+    memory.reflect(1, [P])
+    memory.abstract(1)
+    assert [i.text for i in memory.living("insight")] == ["One rule."]
+    assert [i.text for i in memory.living("behavior")] == ["Do this."]
+    counts = memory.counts()
+    assert counts["reflection_truncated"] == counts["abstraction_truncated"] == 1 and "reflect_parse_failure" not in counts
+    whole = make_memory(lambda prompt: insight_reply(["One rule."]))
+    whole.record(1, attempts(["win"], [1]))
+    whole.reflect(1, [P])
+    assert "reflection_truncated" not in whole.counts()
 
 
 def test_an_item_is_one_line_of_ten_words_and_four_sentences():
@@ -465,6 +601,16 @@ def test_control_tokens_are_broken(pieces):
     text = mem.neutralise("".join(pieces), control)
     assert not any(t in text for t in control)
     assert text.replace(" ", "") == "".join(pieces).replace(" ", "")
+
+
+@pytest.mark.parametrize("control, text, broken", [
+    (["[INST]"], "a [INST] b [inst]", "a [ INST] b [ inst]"),
+    (["### Assistant:"], "###  assistant: x", "# ##  assistant: x"),
+    (["<|im_end|>"], "\uff1c|IM_end\uff5c\uff1e", "\uff1c |IM_end\uff5c\uff1e"), (["ab|", "|cd"], "ab|cd", "a b| cd"),
+    (["# User"], "# User # Used", "# U ser # Used"), (["#", " ", "\n\n", "a b"], "# a b\n\n", "# a b\n\n"), ([], "x", "x"),
+    (["<|x|>"], "<|x|><|x|>", "< |x|>< |x|>"), (["<|K|>"], "<|\u212a|> \ufb01", "< |\u212a|> \ufb01")])
+def test_control_tokens_are_found_in_every_dress(control, text, broken):
+    assert mem.neutralise(text, control) == broken
 
 
 # -- grounding ----------------------------------------------------------------------------------------------------------
