@@ -5,8 +5,9 @@
     behavior     name and instruction, one bank       patterns that recur across the problems of a cluster, 500
 
 Everything lives in one SQLite file, append-only. A row has the step it was `born` and, once it is replaced, evicted or
-contradicted, the step it `ended`; nothing is ever overwritten. The memory as it stood at the end of step t is therefore
-a query (`as_of`), and so is going back to it (`truncate_after`). Counters come from the `event` table.
+contradicted, the step it `ended`; nothing is ever overwritten, and dropped is only the embedding of an attempt or insight
+that ended. The memory as it stood at the end of step t is therefore a query (`as_of`), and so is going back to it
+(`truncate_after`). Counters come from the `event` table.
 
 This file imports neither torch nor any model. It is handed plain callables:
 
@@ -459,6 +460,7 @@ class Item:
 
     @property
     def embedded_text(self) -> str:
+        """What its embedding is of."""
         return self.text if self.tier == "experience" else f"{self.title}: {self.text}"
 
     @classmethod
