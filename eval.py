@@ -825,6 +825,8 @@ def evaluate(argv):
     if first:
         print(task.card, end="\n" if task.card else "")
         print(f"{task.name} with {cfg.model}: {len(problems)} problems, {len(whole)} of them done before; {path}")
+        if memory and (said := memory.overlap(problems)):
+            print(said)
     todo = [p for p in problems if p.id not in whole]
     if todo:
         sampler = pmd.make_sampler(pmd.shard(pmd.load_policy(cfg), cfg), tokenizer, cfg)

@@ -5,12 +5,13 @@
     behavior     name and instruction, one bank       patterns that recur across the problems of a cluster, 500
 
 Everything lives in one SQLite file, append-only. A row has the step it was `born` and, once it is replaced, evicted or
-contradicted, the step it `ended`; nothing is ever overwritten. The memory as it stood at the end of step t is therefore
-a query (`as_of`), and so is going back to it (`truncate_after`). Counters come from the `event` table.
+contradicted, the step it `ended`; nothing is ever overwritten, and dropped is only the embedding of an attempt or insight
+that ended. The memory as it stood at the end of step t is therefore a query (`as_of`), and so is going back to it
+(`truncate_after`). Counters come from the `event` table.
 
 This file imports neither torch nor any model. It is handed plain callables:
 
-    embed(texts)      -> float32 array (len(texts), D), rows of unit length
+    embed(texts)      -> (len(texts), D) numbers of any type; `unit_rows` makes float32 rows of unit length of them
     generate(prompts) -> one text per prompt; the policy itself, through the run's sampler
     abstractor        -> the same for behaviors only, where another model writes them (the paper's was GPT-5.4)
 
@@ -282,8 +283,8 @@ def first_joint(token) -> int:
     return next(i for i in range(1, len(token)) if not (token[i - 1].isspace() or token[i].isspace()))
 
 
-# Where a reply holds what it was asked for: a key and the list (or the one object) behind it
-ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+:\s*+(?=[\[{])""")
+# Where a reply holds what it was asked for: a key and the list (or the one object, or a text, which is none) behind it
+ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+:\s*+(?=[\[{"])""")
 # What opens or ends a value, with the string that follows. A quote inside a string need not be escaped: one that no
 # delimiter follows does not end it
 STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*+(?P=quote)?"""
@@ -300,25 +301,39 @@ class Place:
     start: int
     end: int  # of the list, or of its last whole object where the reply ends within the list
     rows: list[str]
+    whole: str = ""  # all that stands behind the key, where that has an end
     cut: bool = False  # the reply ended within the list
     rest: str = ""  # the object that was open then
 
 
 def parse(reply) -> dict | None:
-    """{key: its objects} for each key that the prompts ask for (strategies, lessons, behaviors, actions) and a reply holds.
+    """{key: its rows} for each key that the prompts ask for (strategies, lessons, behaviors, actions) and a reply holds.
 
     None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
-    several (their lists are joined), within another object. What stands in thoughts (<think>) does not count. The fields
-    of the objects come in lower case. Broken JSON is repaired, object by object; an object that was open when the reply
-    ended is left out, unless it lacks its closing bracket only: see `was_cut`.
+    several (their lists are joined), within another object. What stands in thoughts (<think>) does not count. A row is an
+    object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
+    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only: see
+    `was_cut`.
     """
     found = {}
     for place in places(reply):
-        rows = found.setdefault(place.key, [])
-        rows += [row for text in place.rows[:MAX_ITEMS] if (row := read_object(text))]
+        found.setdefault(place.key, []).extend(rows_at(place))
+    return found or None
+
+
+def rows_at(place) -> list[dict | None]:
+    """The rows behind one key: of valid JSON all of them, of broken JSON the objects that were found in it."""
+    try:
+        value = json.loads(place.whole, strict=False)
+    except (RecursionError, ValueError):
+        rows = [read_object(text) for text in place.rows[:MAX_ITEMS]]
+        rows += [None] * (len(place.rows) - len(rows))
         if row := read_json(place.rest.rstrip().removesuffix(",") + "}"):
             rows.append(row)
-    return found or None
+        return rows
+    if not isinstance(value, list):
+        value = [value] if value else []
+    return [fields_of(row) for row in value]
 
 
 def was_cut(reply) -> bool:
@@ -341,6 +356,9 @@ def place_at(text, match) -> Place:
     """Reads the list (or object) behind a key, bracket by bracket; a closing bracket closes those that it skips, too."""
     start, stack, begin = match.end(), [], None
     place = Place(match[1].lower(), start, start, [])
+    if text[start] == '"':
+        place.rows.append("")  # a row that can't be read
+        return place
     outer = 1 if text[start] == "[" else 0  # brackets around an item
     for piece in PIECE.finditer(text, start):
         mark, at = piece[0][0], piece.start()
@@ -360,6 +378,7 @@ def place_at(text, match) -> Place:
                 begin = None
             if not stack:
                 place.end = at + 1
+                place.whole = text[start: place.end]
                 return place
     place.cut, place.rest = True, "" if begin is None else text[begin:]
     return place
@@ -451,24 +470,86 @@ def shortcuts(text) -> list[str]:
     return [family for family, pattern in SHORTCUTS.items() if re.search(pattern, text)]
 
 
+# What an abstraction may call its decisions. A new behavior of a known name updates it, so that both are one to us.
+WRITES = {"new", "add", "added", "create", "insert", "introduce", "update", "updated", "modify", "modified", "rewrite",
+          "revise", "edit", "change", "replace", "refine", "improve"}
+REMOVES = {"remove", "removed", "delete", "deleted", "drop", "discard", "retire", "forget"}
 
-def gate(cosines, held, cap, novelty) -> tuple[list[int], int]:
-    """The novelty gate of every tier: (which stay, how many newcomers were refused as near-duplicates).
+
+def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
+    """`parse_items` of all that stands under `key`, and how many of its rows are none: they are counted, not lost."""
+    rows = (found or {}).get(key, [])
+    items = parse_items(found, key, first, second)
+    return items, len(rows) - len(items)
+
+
+def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
+    """A parsed abstraction: ((name, instruction) pairs to write, names to remove, how many rows are neither).
+
+    Cold start and decisions may come under each other's key; a row without an action is written. None where the reply
+    has neither key.
+    """
+    if not found or not found.keys() & {"actions", "behaviors"}:
+        return None
+    rows = found.get("actions", []) + found.get("behaviors", [])
+    writes, removes = [], []
+    for row in rows[:MAX_ITEMS]:
+        row = row or {}
+        action, name = plain(str(row.get("action", "new"))).strip(".:!").casefold(), row.get("name")
+        if action in WRITES:
+            writes += parse_items({"row": [row]}, "row", "name", "instruction")
+        elif action in REMOVES and isinstance(name, str):
+            removes.append(plain(name))
+    return writes, removes, len(rows) - len(writes) - len(removes)
+
+
+def plain(text) -> str:
+    """A text without its white space's kind and amount, by which two texts are told to be the same."""
+    return " ".join(clean(text).split())
+
+
+def unit_rows(rows) -> np.ndarray:
+    """(n, D) numbers, in an array, lists or tensors of any type, as float32 rows of unit length. Zeros stay zeros.
+
+    Raises ValueError for what is no such table, and for numbers that are not finite.
+    """
+    rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy has no bfloat16
+    try:
+        rows = np.array(rows, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the embedder gave no table of numbers ({error}): name another --embedder") from error
+    if rows.ndim != 2:
+        raise ValueError(f"the embedder gave an array of shape {rows.shape} where each text has to have a row: name another "
+                         "--embedder")
+    if not np.isfinite(rows).all():
+        raise ValueError("the embedder gave numbers that are not finite, as float16 can: load it in float32, or name "
+                         "another --embedder")
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    lengths[(lengths == 0) | (np.abs(lengths - 1) < 1e-6)] = 1  # what is of unit length stays as it is, to the bit
+    return (rows / lengths).astype(np.float32)
+
+
+def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int, int]:
+    """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates, how many were updates).
 
     cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who come in one by one. A
-    newcomer nearer than `novelty` to any that stay is refused. When all `cap` places are taken, the most redundant goes:
-    the one with the highest cosine to any other, the newcomer included; the older of two.
+    newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. When all `cap`
+    places are taken, the most redundant goes: the one with the highest cosine to any other, the newcomer included; the
+    older of two. names: n keys. A newcomer takes the place of the one of its name; where it is refused, that one stays.
     """
-    stay, refused, cosines = list(range(held)), 0, cosines.copy()
+    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.copy()
     np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
     for new in range(held, len(cosines)):
-        if stay and cosines[new, stay].max() > novelty:
+        others = [i for i in stay if names is None or names[i] != names[new]]
+        if same[new, stay].any() or others and cosines[new, others].max() > novelty:
             refused += 1
             continue
+        updates += len(stay) - len(others)
+        stay = others
         if len(stay) >= cap:
             del stay[int(cosines[stay][:, [*stay, new]].max(1).argmax())]
         stay.append(new)
-    return stay, refused
+    return stay, refused, updates
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,7 +571,7 @@ CREATE TABLE item (
     shortcuts TEXT,       -- families of shortcut-like phrasing found in it, with spaces between
     born INTEGER, ended INTEGER,
     policy_step INTEGER,  -- steps the policy that wrote it had been trained for, NULL if another model wrote it
-    embedding BLOB        -- float32
+    embedding BLOB        -- float32; NULL of an experience or insight that ended, which no gate and no query needs
 );
 CREATE INDEX living ON item (tier, problem, kind) WHERE ended IS NULL;
 CREATE INDEX ending ON item (ended) WHERE ended IS NOT NULL;
@@ -501,6 +582,7 @@ CREATE INDEX happening ON event (step)
 """
 COLUMNS = "id, tier, kind, problem, title, text, reward, feedback, evidence, shortcuts, born, ended, policy_step"
 WITH_EMBEDDING = COLUMNS + ", embedding"
+ENDED = "ended = ?, embedding = CASE tier WHEN 'behavior' THEN embedding END"  # a teacher reads the bank of the step before
 AMONG = "IN (SELECT value FROM json_each(?))"  # membership in a JSON list, given as one argument
 
 CURES = {"SQLITE_BUSY": "another process is writing it; wait until it is done, or stop it",
@@ -515,7 +597,8 @@ CURES = {"SQLITE_BUSY": "another process is writing it; wait until it is done, o
 
 @dataclass
 class Item:
-    """One row of the memory; see TABLES for the fields. The embedding is None where the text alone was asked for."""
+    """One row of the memory; see TABLES for the fields. The embedding is None where the text alone was asked for, and where
+    it was dropped as the item ended."""
 
     id: int
     tier: str
@@ -537,6 +620,11 @@ class Item:
         """What it came from: an experience's rollout, an insight's experience ids, a behavior's problems."""
         return json.loads(self.evidence)  # only when asked: most readers of a row are not
 
+    @property
+    def embedded_text(self) -> str:
+        """What its embedding is of."""
+        return self.text if self.tier == "experience" else f"{self.title}: {self.text}"
+
     @classmethod
     def from_row(cls, row):
         item = cls(*row)
@@ -553,7 +641,8 @@ class Memory:
     make it fit is counted. drop_shortcuts: items with shortcut-like phrasing are dropped, not only counted (B.3).
 
     mode: "evolving"; "transient", where behaviors come from clusters of this step's problems only, and the caller ends
-    every step with `forget`; "frozen", another run's memory that is only read (the file is opened immutable).
+    every step with `forget`; "frozen", another run's memory that is only read (the file is opened immutable). Its steps and
+    rollouts are that run's: all that lives in it is read from the first step on.
 
     ground_insights, beyond the paper (it cures a small model that miscopies its own attempts and then locks in on the
     mistake). Reflection reads one attempt at a time, until an insight came from it. An insight is rejected unless that
@@ -604,7 +693,7 @@ class Memory:
                 self.db.execute("BEGIN IMMEDIATE")
                 for statement in TABLES.split(";\n"):
                     self.db.execute(statement)
-                about = {"schema": SCHEMA_VERSION, "embedder": embedder or "", "dimension": self.embed([" "]).shape[1],
+                about = {"schema": SCHEMA_VERSION, "embedder": embedder or "", "dimension": self._vectors([" "]).shape[1],
                          "caps": json.dumps(self.caps)}
                 self.db.executemany("INSERT INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in about.items()])
                 self.db.commit()
@@ -614,7 +703,7 @@ class Memory:
                              "the version that wrote it, or remove it")
         if embedder is not None and self.meta["embedder"] != embedder:
             raise ValueError(f"{path} was embedded by {self.meta['embedder']!r}, this run uses {embedder!r}: use that one")
-        if self.embed and (now := self.embed([" "]).shape[1]) != int(self.meta["dimension"]):
+        if self.embed and (now := self._vectors([" "]).shape[1]) != int(self.meta["dimension"]):
             raise ValueError(f"{path} holds embeddings of {self.meta['dimension']} dimensions, {embedder!r} gives {now}: "
                              "use the model that wrote it")
         self._sizes = Counter(dict(self._query("SELECT tier, COUNT(*) FROM item WHERE ended IS NULL GROUP BY tier")))
@@ -638,7 +727,7 @@ class Memory:
             with self._explained(), self.db:
                 yield
                 self.db.executemany("INSERT INTO event VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
-                                    [(step, *key, n) for key, n in self._events.items()])
+                                    [(step, *key, n) for key, n in self._events.items() if n])
         except BaseException:
             self._sizes = before
             raise
@@ -655,7 +744,7 @@ class Memory:
         """Embeds and clusters the training questions, once, before step 1. problems: objects with .id and .prompt."""
         if self._query("SELECT 1 FROM problem LIMIT 1"):
             return
-        vectors = self.embed([p.prompt for p in problems])
+        vectors = self._vectors([p.prompt for p in problems])
         labels = self._clustered(vectors, self.clusters)
         with self._writing():
             self.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", [
@@ -673,7 +762,7 @@ class Memory:
                       r.reward, clean(r.feedback), json.dumps([r.id]), policy_step=step - 1) for r in rollouts]
         for item in items:
             self._events[item.problem, item.kind] += 1
-        vectors = self.embed([i.text for i in items])
+        vectors = self._embedded(items)
         with self._writing(step):
             if self.ground_insights:
                 self._contradict(step, items)
@@ -685,7 +774,8 @@ class Memory:
         All prompts of the step go out as one batch. Insights accumulate behind the gate and are never overwritten.
         """
         ids = [p.id for p in problems]
-        attempts, insights, solved = self._of("experience", ids), self._of("insight", ids), self._success_fractions(ids)
+        attempts, insights = self._of("experience", ids), self._of("insight", ids)
+        solved = self._success_fractions(ids, step)
         jobs = []  # (problem, attempts) per prompt
         for p in problems:
             if self.ground_insights:  # one at a time
@@ -710,10 +800,11 @@ class Memory:
             self._events[problem.id, "reflection"] += 1
             self._events.update({(problem.id, "reflection_truncated"): 1} if was_cut(reply) else {})
             found = parse(reply)
-            strategies = parse_items(found, "strategies", "title", "content")
-            lessons = parse_items(found, "lessons", "title", "content")
+            strategies, odd = items_under(found, "strategies", "title", "content")
+            lessons, odder = items_under(found, "lessons", "title", "content")
             if not strategies and not lessons:
                 self._events[problem.id, "reflect_parse_failure"] += 1
+            self._events[problem.id, "insight_rejected"] += odd + odder
             for kind, outcome, items in (("strategy", "success", strategies), ("lesson", "failure", lessons)):
                 evidence = [a for a in read if a.kind == outcome]
                 ids = json.dumps([a.id for a in evidence])
@@ -733,41 +824,38 @@ class Memory:
         """Tier 3, Eq. 3: the insights of each cluster of similar questions become behaviors of the shared bank.
 
         An empty bank is filled from nothing (cold start); later the nearest existing behaviors are shown and the reply
-        decides which are new, updated or removed. A behavior's name is its key: a new one of a known name updates it.
+        decides which are new, updated or removed. A behavior's name is its key: a new one of a known name updates it, and
+        an update that the gate refuses leaves the old one as it was. Removals come first, whatever the order of a reply:
+        a behavior that is to take the place of others must not be refused for being like them.
         """
         bank = self.living("behavior")
         jobs = self._cluster_prompts(step, bank)
         replies = self.abstractor([prompt for *_, prompt in jobs]) if jobs else []
-        by_name, written, ended = {b.title: b for b in bank}, {}, []
-        for (strategies, known, _), reply in zip(jobs, replies, strict=True):
+        by_name, written, removed = {b.title: b.id for b in bank}, [], set()
+        for (strategies, _, _), reply in zip(jobs, replies, strict=True):
             self._events["", "abstraction"] += 1
             self._events.update({("", "abstraction_truncated"): 1} if was_cut(reply) else {})
-            found = parse(reply)
-            if found is None:
+            taken = decisions(parse(reply))
+            if taken is None:
                 self._events["", "abstract_parse_failure"] += 1
                 continue
-            key = "actions" if known else "behaviors"
-            if known:  # an action without an instruction can still remove
-                rows = found.get(key)
-                rows = [r for r in rows[:MAX_ITEMS] if isinstance(r, dict)] if isinstance(rows, list) else []
-                gone = [str(r.get("name")).strip() for r in rows if r.get("action") == "remove"]
-                ended += [by_name.pop(name) for name in gone if name in by_name]
-                found = {key: [r for r in rows if r.get("action") in ("new", "update")]}
-            for name, instruction in parse_items(found, key, "name", "instruction"):
+            writes, removes, unread = taken
+            removed.update(name for name in removes if name in by_name)
+            self._events["", "behavior_rejected"] += unread + sum(name not in by_name for name in removes)
+            for name, instruction in writes:
                 sources = [problem for problem, texts in strategies.items() if not self.ground_insights or
                            any(self._contained(instruction, text) for text in texts)]
                 item = Item(0, "behavior", "behavior", "", name, instruction, evidence=json.dumps(sources),
                             policy_step=None if self.written_elsewhere else step - 1)
                 supported = (len(sources) >= 2 or not self.ground_insights) and instruction.casefold() not in ECHOES
-                if not (self._measured(item) and name.startswith("behavior_") and supported):
+                if self._measured(item) and name.startswith("behavior_") and supported:
+                    written.append(item)
+                else:
                     self._events["", "behavior_rejected"] += 1
-                elif name not in by_name or by_name[name].text != instruction:
-                    written[name] = item
-        ended += [by_name[name] for name in written.keys() & by_name.keys()]
-        vectors = self._embedded(written.values())
+        vectors = self._embedded(written)
         with self._writing(step):
-            self._end(step, "behavior", [b.id for b in ended])
-            self._admit(step, list(written.values()), vectors)
+            self._end(step, "behavior", [by_name[name] for name in removed])
+            self._admit(step, written, vectors)
 
     def _cluster_prompts(self, step, bank):
         """({problem id: its strategies}, known behaviors, prompt) for each cluster that something is remembered of."""
@@ -814,35 +902,48 @@ class Memory:
         self._events.update([(item.problem, kind) for kind in [f"{item.tier}_proposed", *flags]])
         return not (families and self.drop_shortcuts)
 
+    def _vectors(self, texts):
+        """(len(texts), D): what `embed` says of them, as the store and all cosines need it."""
+        if not texts:
+            return np.zeros((0, int(self.meta["dimension"])), np.float32)
+        vectors = unit_rows(self.embed(texts))
+        if len(vectors) != len(texts):
+            raise ValueError(f"the embedder gave {len(vectors)} rows for {len(texts)} texts: name another --embedder")
+        return vectors
+
     def _embedded(self, items):
-        return self.embed([f"{i.title}: {i.text}" for i in items]) if items else []
+        return self._vectors([i.embedded_text for i in items])
 
     def _admit(self, step, items, vectors):
         """Puts items of one tier, with their embeddings, through the gate of their problem and kind."""
-        tier, held, groups, admitted, lost = items[0].tier if items else "", defaultdict(list), defaultdict(list), [], []
-        rows = self._query("SELECT id, problem, kind, embedding FROM item WHERE tier = ? AND ended IS NULL AND problem "
-                           f"{AMONG}", tier, json.dumps(list({i.problem for i in items})))
-        for id, problem, kind, embedding in sorted(rows, key=lambda row: row[0]):
-            held[problem, kind].append((id, np.frombuffer(embedding, np.float32)))
+        if not items:
+            return
+        tier, groups, admitted, lost = items[0].tier, defaultdict(list), [], []
+        held = self._of(tier, {i.problem for i in items}, WITH_EMBEDDING)
         for item, vector in zip(items, vectors, strict=True):
-            groups[item.problem, item.kind].append((item, vector))
+            item.embedding = vector
+            groups[item.problem, item.kind].append(item)
         for (problem, kind), new in groups.items():
-            old = held[problem, kind]
-            table = np.stack([vector for _, vector in old + new])
-            stay, refused = gate(table @ table.T, len(old), self.caps[kind], self.novelty[tier])
-            lost += [old[i][0] for i in set(range(len(old))) - set(stay)]
+            old = [i for i in held[problem] if i.kind == kind]
+            table = np.stack([i.embedding for i in old + new])
+            texts = np.array([plain(i.text) for i in old + new], object)
+            names = [i.title for i in old + new] if tier == "behavior" else None
+            stay, refused, updates = gate(table @ table.T, len(old), self.caps[kind], self.novelty[tier],
+                                          texts[:, None] == texts, names)
+            lost += [old[i].id for i in set(range(len(old))) - set(stay)]
             admitted += [new[i - len(old)] for i in stay if i >= len(old)]
-            for what, n in (("duplicate", refused), ("evicted", len(old) + len(new) - len(stay) - refused)):
-                self._events.update({(problem, f"{tier}_{what}"): n} if n else {})
+            evicted = len(old) + len(new) - len(stay) - refused - updates
+            for what, n in (("duplicate", refused), ("evicted", evicted), ("updated", updates)):
+                self._events[problem, f"{tier}_{what}"] += n
         self._end(step, tier, lost)
         self.db.executemany(
             f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
             [(tier, i.kind, i.problem, i.title, i.text, i.reward, i.feedback, i.evidence, i.shortcuts,
-              step, i.policy_step, vector.astype(np.float32).tobytes()) for i, vector in admitted])
+              step, i.policy_step, i.embedding.tobytes()) for i in admitted])
         self._sizes[tier] += len(admitted)
 
     def _end(self, step, tier, ids):
-        self.db.executemany("UPDATE item SET ended = ? WHERE id = ?", [(step, id) for id in ids])
+        self.db.executemany(f"UPDATE item SET {ENDED} WHERE id = ?", [(step, id) for id in ids])
         self._sizes[tier] -= len(ids)
 
     # -- grounding (ours, `ground_insights`) --------------------------------------------------------------------------
@@ -880,10 +981,10 @@ class Memory:
         rows = self._query(f"SELECT {WITH_EMBEDDING} FROM item WHERE tier = ? AND ended IS NULL {where}", tier, *args)
         return sorted(map(Item.from_row, rows), key=lambda i: i.id)
 
-    def _of(self, tier, problems) -> dict[str, list[Item]]:
-        """{problem id: the living items of a tier, oldest first, without their embeddings}"""
+    def _of(self, tier, problems, columns=COLUMNS) -> dict[str, list[Item]]:
+        """{problem id: the living items of a tier, oldest first, by default without their embeddings}"""
         found = defaultdict(list)
-        rows = self._query(f"SELECT {COLUMNS} FROM item WHERE tier = ? AND problem {AMONG} AND ended IS NULL",
+        rows = self._query(f"SELECT {columns} FROM item WHERE tier = ? AND problem {AMONG} AND ended IS NULL",
                            tier, json.dumps(list(problems)))
         for item in sorted(map(Item.from_row, rows), key=lambda i: i.id):
             found[item.problem].append(item)
@@ -901,14 +1002,20 @@ class Memory:
 
         A problem's own experience and insight after this step's update; behaviors from the bank as it was at the end
         of the step before (`refreshed`: after this step's refresh, as in Algorithm 1, lines 11 to 14); the most recent
-        stored success that is not the rollout's own. `tiers` hides blocks for the ablations and changes no extraction.
+        stored success that is not the rollout's own. `tiers` hides blocks for the ablations and changes no extraction;
+        solution and feedback are those of experience (Table 4's modes).
+        Of a frozen memory all behaviors and all successes: its steps and rollouts are another run's, even where the
+        numbers and ids are alike.
         """
+        frozen = self.mode == "frozen"
         problems = {r.problem.id: r.problem for r in rollouts}
         insights = self._of("insight", problems) if "insight" in tiers else defaultdict(list)
         attempts = self._of("experience", problems) if "experience" in tiers else defaultdict(list)
-        bank = [] if "behavior" not in tiers else self.living("behavior") if refreshed else self.as_of(step - 1, "behavior")
+        bank = []
+        if "behavior" in tiers:
+            bank = self.living("behavior") if refreshed or frozen else self.as_of(step - 1, "behavior")
         if self.query_feedback and bank:  # B.5: optional
-            queries = self.embed([f"{r.problem.prompt}\n{clean(r.feedback)}" for r in rollouts])
+            queries = self._vectors([f"{r.problem.prompt}\n{clean(r.feedback)}" for r in rollouts])
             skills = nearest(queries, bank, self.retrieve_k)
         else:
             found = nearest(self._question_vectors(problems.values()), bank, self.retrieve_k)
@@ -918,17 +1025,17 @@ class Memory:
         successes = {pid: [(a.text, a.sources) for a in attempts[pid] if a.kind == "success"] for pid in problems}
         contexts = []
         for r, behaviors in zip(rollouts, skills, strict=True):
-            others = [text for text, sources in successes[r.problem.id] if r.id not in sources]
+            others = [text for text, sources in successes[r.problem.id] if frozen or r.id not in sources]
             contexts.append({**texts[r.problem.id], "behaviors": [(b.title, b.text) for b in behaviors],
-                             "solution": others[-1] if others else "", "feedback": r.feedback})
-            if self.ground_insights:
+                             "solution": others[-1] if others else "",
+                             "feedback": r.feedback if "experience" in tiers else ""})
+            if self.ground_insights and not frozen:
                 outcome = "support_success" if r.reward > SUCCESS else "support_failure"
                 read = insights[r.problem.id] + behaviors
                 self._events.update([(f"#{i.id}", outcome) for i in read if i.born < step])
-        if self._events and self.mode != "frozen":
+        if self._events:
             with self._writing(step):
                 pass  # only the events
-        self._events.clear()
         return contexts
 
     def _question_vectors(self, problems):
@@ -936,20 +1043,22 @@ class Memory:
         ids = json.dumps([p.id for p in problems])
         stored = dict(self._query(f"SELECT id, embedding FROM problem WHERE id {AMONG}", ids))
         if unknown := [p for p in problems if p.id not in stored]:
-            vectors = self.embed([p.prompt for p in unknown])
+            vectors = self._vectors([p.prompt for p in unknown])
             stored |= {p.id: v.tobytes() for p, v in zip(unknown, vectors, strict=True)}
         return np.stack([np.frombuffer(stored[p.id], np.float32) for p in problems])
 
     def inference_contexts(self, problems, tiers=("experience", "insight", "behavior"), neighbors=1) -> list[dict]:
         """What may be put into the PROMPT of held-out problems, as keyword arguments of `compose`; they have no memory of
         their own, so they read the insight and the latest success of their `neighbors` nearest training problems, by
-        question embedding, and the nearest behaviors. Ours: the paper does not say how its frozen-policy rows feed memory
-        at test time."""
+        question embedding, and the nearest behaviors. A problem that was trained on (see `own_problems`) reads nothing of
+        itself: the next nearest takes its place. Ours: the paper does not say how its frozen-policy rows feed memory at
+        test time."""
         known = self._query("SELECT id, text, embedding FROM problem ORDER BY id")
-        table = np.stack([np.frombuffer(vector, np.float32) for *_, vector in known])
-        vectors = self.embed([p.prompt for p in problems])
-        near = np.argsort(-(vectors @ table.T), axis=1, kind="stable")[:, :neighbors]
-        ids = {known[i][0] for i in near.ravel()}
+        vectors, own = self._vectors([p.prompt for p in problems]), self.own_problems(problems)
+        table = np.array([np.frombuffer(vector, np.float32) for *_, vector in known]).reshape(len(known), vectors.shape[1])
+        order = np.argsort(-(vectors @ table.T), axis=1, kind="stable")
+        near = [[i for i in row if not is_own[i]][:neighbors] for row, is_own in zip(order, own, strict=True)]
+        ids = {known[i][0] for row in near for i in row}
         insights = self._of("insight", ids) if "insight" in tiers else defaultdict(list)
         attempts = self._of("experience", ids) if "experience" in tiers else {}
         solved = {pid: [a.text for a in found if a.kind == "success"][-1:] for pid, found in attempts.items()}
@@ -958,9 +1067,36 @@ class Memory:
                 | {"examples": [(known[i][1], text) for i in row for text in solved.get(known[i][0], ())]}
                 for row, behaviors in zip(near, skills, strict=True)]
 
-    def knows(self, problem) -> bool:
-        """Whether a problem of this id was among those that `add_problems` was given."""
-        return bool(self._query("SELECT 1 FROM problem WHERE id = ?", problem))
+    def own_problems(self, problems) -> np.ndarray:
+        """(len(problems), training problems in the order of their ids): whether the one is the other, by its id or by its
+        prompt up to white space."""
+        known = self._query("SELECT id, text FROM problem ORDER BY id")
+        ids, texts = np.array([id for id, _ in known], object), np.array([plain(text) for _, text in known], object)
+        own = [(ids == p.id) | (texts == plain(p.prompt)) for p in problems]
+        return np.array(own, bool).reshape(len(problems), len(known))
+
+    def overlap(self, problems) -> str:
+        """What a reader of `inference_contexts` has to be told of problems that were trained on; "" where there are none."""
+        own = self.own_problems(problems)
+        trained_on, alone = own.any(axis=1).sum(), own.all(axis=1).sum()
+        if not trained_on:
+            return ""
+        said = (f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was written on (the same "
+                "id or text): they read not their own insight and success but those of the nearest other problem")
+        return said + f"; {alone} have no other and read behaviors alone" * bool(alone)
+
+    def holds(self, step) -> bool:
+        """Whether anything was remembered at the end of `step`."""
+        return bool(self._query("SELECT 1 FROM item WHERE born <= ? AND (ended IS NULL OR ended > ?) LIMIT 1", step, step))
+
+    def last_step(self) -> int:
+        """The last step that left a trace; 0 for none."""
+        return max(self._query("SELECT COALESCE(MAX(step), 0) FROM event")[0][0],
+                   self._query("SELECT COALESCE(MAX(born), 0) FROM item")[0][0])
+
+    def prompts(self) -> dict[str, str]:
+        """{id: prompt} of the problems that `add_problems` was given."""
+        return dict(self._query("SELECT id, text FROM problem"))
 
     def sizes(self) -> dict[str, int]:
         """Living items in each tier."""
@@ -976,10 +1112,12 @@ class Memory:
         where, args = ("WHERE step = ?", (step,)) if step is not None else ("", ())
         return dict(self._query(f"SELECT kind, SUM(n) FROM event {where} GROUP BY kind ORDER BY kind", *args))
 
-    def _success_fractions(self, problems) -> dict[str, tuple[int, int]]:
-        """{problem id: (successes, attempts)} over the whole run so far: the confidence signal of reflection."""
-        rows = self._query("SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') AND subject "
-                           f"{AMONG} GROUP BY subject, kind", json.dumps(list(problems)))
+    def _success_fractions(self, problems, step) -> dict[str, tuple[int, int]]:
+        """{problem id: (successes, attempts)}: the confidence signal of reflection, over the whole run so far, or over this
+        step where memory ends with it."""
+        first = step if self.mode == "transient" else 0
+        rows = self._query("SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') AND step >= ? AND "
+                           f"subject {AMONG} GROUP BY subject, kind", first, json.dumps(list(problems)))
         n = {(subject, kind): total for subject, kind, total in rows}
         return {p: (n.get((p, "success"), 0), n.get((p, "success"), 0) + n.get((p, "failure"), 0)) for p in problems}
 
@@ -988,19 +1126,30 @@ class Memory:
     def forget(self, step):
         """Ends everything that lives at `step`: the transient control keeps nothing from one step to the next."""
         with self._writing(step):
-            self.db.execute("UPDATE item SET ended = ? WHERE ended IS NULL", (step,))
+            self.db.execute(f"UPDATE item SET {ENDED} WHERE ended IS NULL", (step,))
             self._sizes.clear()
 
     def truncate_after(self, step):
-        """Back to the end of `step`: what was born later is deleted, what ended later lives again."""
+        """Back to the end of `step`: what was born later is deleted, what ended later lives again.
+
+        Embeddings that were dropped are made anew. A transient memory is empty at the end of a step, also of one that
+        another run took: a fork's.
+        """
+        bare = [Item.from_row(row) for row in self._query(
+            f"SELECT {WITH_EMBEDDING} FROM item WHERE ended > ? AND born <= ? AND embedding IS NULL", step, step)]
+        vectors = self._embedded(bare) if self.embed else []
         with self._writing(step):  # sizes by what changes, as elsewhere: to count all would take longer than the rest
             dead = self.db.execute("SELECT tier FROM item WHERE born > ? AND +ended IS NULL", (step,)).fetchall()
             self.db.execute("DELETE FROM item WHERE born > ?", (step,))
             revived = self.db.execute("SELECT tier FROM item WHERE ended > ?", (step,)).fetchall()
             self.db.execute("UPDATE item SET ended = NULL WHERE ended > ?", (step,))
             self.db.execute("DELETE FROM event WHERE step > ?", (step,))
+            self.db.executemany("UPDATE item SET embedding = ? WHERE id = ?",
+                                [(v.tobytes(), i.id) for i, v in zip(bare, vectors, strict=bool(self.embed))])
             self._sizes.update(tier for tier, in revived)
             self._sizes.subtract(tier for tier, in dead)
+        if self.mode == "transient":
+            self.forget(step)
 
     def copy_to(self, path):
         """A copy of the file as it is now, for a checkpoint; a WAL database copied by hand may miss its last commits."""

@@ -68,7 +68,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval import WINDOW, Problem, answer_rows, load_task, need_sandbox, verify_all
 from kernels import distill_loss, policy_loss, score
-from memory import SUCCESS, Memory, compose_within, neutralise
+from memory import SUCCESS, Memory, compose_within, neutralise, plain, unit_rows
 from ranks import (
     OnRankZero,
     Unsupported,
@@ -1046,6 +1046,8 @@ def evaluate(step, run, sampler, memory, cfg):
                 problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
             texts = None
             if cfg.method == "frozen-policy":
+                if step == run.origin and rank() == 0 and (said := memory.overlap(problems)):
+                    run.bar.write(f"{split}: {said}")
                 contexts = memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
                 texts = [reprompt(p, c, sampler.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]
             samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
@@ -1101,7 +1103,11 @@ def check(cfg, quiet=False, ranks=0, reads=0):
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
     if cfg.fork_from:
-        other = json.loads((fork.parent.parent / "config.json").read_text())["model"]
+        forked = json.loads((fork.parent.parent / "config.json").read_text())
+        if forked["method"] == "frozen-memory" and cfg.method in REMEMBERS:
+            raise ValueError(f"--from {cfg.fork_from} has the memory of another run, whose steps are not its own, so that "
+                             f"--method {cfg.method} can't go on writing it; fork the run that wrote it")
+        other = forked["model"]
         if len({MODELS.get(name, Path(name).resolve() if Path(name).is_dir() else name) for name in (other, cfg.model)}) > 1:
             raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
                              f"{cfg.model}; give the same")
@@ -1115,14 +1121,7 @@ def check(cfg, quiet=False, ranks=0, reads=0):
         raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
                          f"--name frozen` makes such a run, {cfg.out}/frozen")
     if cfg.memory_from and not (cfg.resume and (folder / "memory.db").exists()):  # a resumed run has its copy
-        source, step = memory_source(cfg)
-        if not source.is_file() or step and not step.isdecimal():
-            raise ValueError(f"--memory_from {cfg.memory_from} is neither RUN nor RUN@STEP: there is no {source}, or the "
-                             "step is no number")
-        lent = Memory(source, None, None, embedder=cfg.embedder, mode="frozen")
-        if not any(lent.knows(p.id) for p in task.train):
-            raise ValueError(f"{source} is the memory of another task: it knows none of the problems of {cfg.task}")
-        lent.close()
+        check_lender(cfg, task)
     try:
         tokenizer = AutoTokenizer.from_pretrained(MODELS.get(cfg.model, cfg.model))
     except OSError as error:
@@ -1179,6 +1178,29 @@ def check(cfg, quiet=False, ranks=0, reads=0):
     return replace(task, **splits), tokenizer
 
 
+def check_lender(cfg, task):
+    """ValueError where --memory_from is not a memory of this task that holds something at its step."""
+    source, step = memory_source(cfg)
+    if not source.is_file() or step and not step.isdecimal():
+        raise ValueError(f"--memory_from {cfg.memory_from} is neither RUN nor RUN@STEP: there is no {source}, or the step "
+                         "is no number")
+    with contextlib.closing(Memory(source, None, None, embedder=cfg.embedder, mode="frozen")) as lent:
+        prompts, last = lent.prompts(), lent.last_step()
+        empty = not lent.holds(int(step or 10**9))
+    shared = [p for p in task.train if p.id in prompts]
+    if not shared:
+        raise ValueError(f"{source} is the memory of another task: it knows none of the problems of {cfg.task}")
+    if others := [p.id for p in shared if plain(prompts[p.id]) != plain(p.prompt)]:  # ids may be mere numbers
+        raise ValueError(f"{source} is the memory of another task: {len(others)} of its problems have ids of {cfg.task} "
+                         f"with other texts, such as {others[0]!r}")
+    if int(step or 0) > last:
+        raise ValueError(f"--memory_from {cfg.memory_from}: {source} has come to step {last} only; name that or an "
+                         "earlier one")
+    if empty:
+        raise ValueError(f"--memory_from {cfg.memory_from}: {source} holds nothing at the end of step {step or last}; name "
+                         "another step or run")
+
+
 def make_sampler(policy, tokenizer, cfg):
     return (VLLM if fast_sampler(cfg) else Sampler)(policy, tokenizer, cfg)
 
@@ -1223,8 +1245,9 @@ def load_policy(cfg):
 
 @functools.cache
 def load_embedder(name, device):
-    """embed of a sentence-transformers model; a ValueError if there is none of that name. Questions go in without the
-    instruction Qwen3-Embedding knows for queries: gates and clusters compare like with like, and the paper has none."""
+    """embed of a sentence-transformers model, float32 whatever type it was stored in; a ValueError if there is none of that
+    name. Questions go in without the instruction Qwen3-Embedding knows for queries: gates and clusters compare like with
+    like, and the paper has none."""
     from sentence_transformers import SentenceTransformer  # seconds to import, and nano does without
 
     try:
@@ -1233,7 +1256,7 @@ def load_embedder(name, device):
         raise ValueError(f"--embedder {name} is neither a sentence-transformers folder nor a reachable name on the Hub; "
                          "name another, or --embedder hashing, which needs no download") from error
     model.max_seq_length = min(model.max_seq_length or EMBED_TOKENS, EMBED_TOKENS)
-    return lambda texts: model.encode(list(texts), normalize_embeddings=True, show_progress_bar=len(texts) > 999)
+    return lambda texts: unit_rows(model.encode(list(texts), normalize_embeddings=True, show_progress_bar=len(texts) > 999))
 
 
 def make_embedder(cfg):

@@ -184,7 +184,7 @@ class Run:
         if rates := [r.test_pass_rate for r in rollouts if r.test_pass_rate is not None]:
             metrics["test_pass_rate"] = sum(rates) / len(rates)
         metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
-        events = memory.counts(step)
+        events = memory.counts(step) if cfg.method != "frozen-memory" else {}  # what happened in it is its own run's
         metrics |= {"memory": memory.sizes(), "memory_events": events}
         if proposed := events.get("insight_proposed", 0) + events.get("behavior_proposed", 0):
             metrics["shortcut_rate"] = events.get("shortcut", 0) / proposed
@@ -311,11 +311,12 @@ class Run:
         found = {name: row and {k: row[k] for k in keys} for name, row in pick.items()}
         del found["test_best"]["interval"]  # the best of several looks at the test split has no honest interval
         found["test_best"]["n_checkpoints_searched"] = len(tests)
+        events = memory.counts() if cfg.method != "frozen-memory" else {}
         summary = {"method": cfg.method, "task": cfg.task, "model": cfg.model, "seed": cfg.seed, "steps": self.total,
                    "rollouts": self.total * cfg.batch_size * cfg.group_size,
                    "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
                    "data": self.task.name, "mcq": cfg.mcq, "abstractor": cfg.abstractor, "embedder": cfg.embedder,
-                   "memory": memory.sizes(), "memory_events": memory.counts(), "version": VERSION, "commit": commit()}
+                   "memory": memory.sizes(), "memory_events": events, "version": VERSION, "commit": commit()}
         write(self.folder / "summary.json", json.dumps(summary, indent=1))
         plot_curves({cfg.method: history}, self.folder / "curve.png", title(summary))
         print("\n" + table({cfg.method: summary}))

@@ -70,7 +70,8 @@ class Scripted:
 
     def generate(self, prompts):
         def item():
-            return {"title": "some few words", "content": self.items[self.rng.integers(64)]}
+            content = f"{self.rng.integers(10**9)} {self.items[self.rng.integers(64)]}"  # equal texts would be refused
+            return {"title": "some few words", "content": content}
         actions = [{"action": "new", "name": f"behavior_{self.rng.integers(10**9)}", "instruction": item()["content"]}]
         return [json.dumps({"strategies": [item(), item()], "lessons": [item(), item()], "actions": actions})
                 for _ in prompts]
@@ -93,7 +94,7 @@ def fill(path, n, epochs=1, seed=0):
                 for j, (kind, vector) in enumerate(zip(kinds_of, vectors, strict=True)):
                     body = text["completion" if tier == "experience" else "insight"][(i + j) % 50]
                     yield (tier, kind, p.id, "some few words", body, 1.0, text["feedback"][0], f'["{epoch}/{p.id}/{j}"]',
-                           epoch, epoch + 1 if epoch < epochs else None, epoch, vector.tobytes())
+                           epoch, *((epoch + 1, epoch, None) if epoch < epochs else (None, epoch, vector.tobytes())))
 
     with memory.db:
         memory.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", [

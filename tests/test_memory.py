@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import Attempt, Question, Script, letters, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -312,6 +313,24 @@ def test_a_reply_that_its_limit_cut_is_counted_and_its_whole_items_stay(make_mem
     assert "reflection_truncated" not in whole.counts()
 
 
+@pytest.mark.parametrize("found, texts, rejected", [
+    ({"strategies": {"title": "t", "content": "alpha"}}, ["alpha"], 0),  # one object where a list is wanted
+    ({"strategies": {"title": "t", "content": "alpha"}, "lessons": {"title": "t", "content": "beta"}}, ["alpha", "beta"], 0),
+    ({"strategies": ["alpha", "beta"], "lessons": [{"title": "t", "content": "gamma"}]}, ["gamma"], 2),
+    ({"strategies": "alpha", "lessons": [{"title": "t", "content": "gamma"}]}, ["gamma"], 1),
+    ({"strategies": [{"title": "t"}, {"title": "t", "content": "alpha"}, None], "lessons": {}}, ["alpha"], 2),
+    ({"strategies": {"1": {"title": "t", "content": "alpha"}}}, [], 1),
+    ({"strategies": [{"title": "t", "content": f"{'x' * n}"} for n in range(1, 21)]}, ["x" * n for n in range(1, 11)], 4)])
+def test_a_reflection_in_another_shape_is_taken_or_counted(make_memory, found, texts, rejected):
+    memory = make_memory(lambda prompt: json.dumps(found), max_insights=10)
+    memory.record(1, attempts(["win", "loss"], [1, 0]))
+    memory.reflect(1, [P])
+    living = [i.text for i in memory.living("insight")]
+    assert living == texts if len(texts) < 10 else len(living) == 10
+    assert memory.counts().get("insight_rejected", 0) == rejected
+    assert memory.counts().get("reflect_parse_failure", 0) == (not texts)
+
+
 def test_an_item_is_one_line_of_ten_words_and_four_sentences():
     title = "one two three four five six seven eight nine ten eleven"
     content = "A b.\nC d! E f? Use 0.5 g, e.g. of x. G h. I j."
@@ -405,6 +424,142 @@ def test_cold_start_then_decisions(make_memory):
     assert {b.title: b.text for b in memory.as_of(1, "behavior")} == {"behavior_a": "alpha", "behavior_b": "beta"}
 
 
+def bank_of(memory):
+    return {b.title: b.text for b in memory.living("behavior")}
+
+
+@pytest.fixture
+def make_bank(make_memory):
+    """A memory whose bank has been filled, and whose next refresh replies as it is told."""
+
+    def make(pairs, *replies, problems=1, **knobs):
+        replies = iter([behaviors(*pairs), *(r if isinstance(r, str) else json.dumps(r) for r in replies)])
+        memory = make_memory(lambda prompt: next(replies), letters, clusters=problems, **knobs)
+        questions = [Question(f"p{i}", "abc"[i] * 9) for i in range(problems)]
+        memory.add_problems(questions[:problems])
+        memory.record(1, [Attempt(f"1/{q.id}/0", q, "win", 1.0) for q in questions[:1]])
+        memory.abstract(1)
+        assert bank_of(memory) == dict(pairs)
+        for q in questions[1:problems]:
+            memory.record(2, [Attempt(f"2/{q.id}/0", q, "win", 1.0)])
+        return memory
+
+    return make
+
+
+ABC = (("behavior_a", "aaa"), ("behavior_b", "bbb"), ("behavior_c", "ccc"))
+
+
+@pytest.mark.parametrize("rows, left, counted", [
+    # an update that the gate refuses leaves the old one, whether near another's text or equal to it
+    ([("update", "behavior_a", "bbbb")], dict(ABC), {"duplicate": 1}),
+    ([("update", "behavior_a", "bbb")], dict(ABC), {"duplicate": 1}),
+    ([("update", "behavior_a", "aaa")], dict(ABC), {"duplicate": 1}),  # nothing to do
+    ([("update", "behavior_a", "aaaa")], dict(ABC) | {"behavior_a": "aaaa"}, {"updated": 1}),  # near its own old text only
+    ([("new", "behavior_a", "bbbb")], dict(ABC), {"duplicate": 1}),  # the name is the key
+    ([("update", "behavior_a", "x")], dict(ABC) | {"behavior_a": "x"}, {"updated": 1}),
+    # two of one name: the last that the gate takes
+    ([("update", "behavior_a", "x"), ("update", "behavior_a", "y")], dict(ABC) | {"behavior_a": "y"}, {"updated": 2}),
+    ([("update", "behavior_a", "x"), ("update", "behavior_a", "bbb")], dict(ABC) | {"behavior_a": "x"},
+     {"updated": 1, "duplicate": 1}),
+    ([("update", "behavior_a", "bbb"), ("update", "behavior_a", "x")], dict(ABC) | {"behavior_a": "x"},
+     {"updated": 1, "duplicate": 1}),
+    ([("update", "behavior_a", "x"), ("update", "behavior_b", "x")], dict(ABC) | {"behavior_a": "x"},
+     {"updated": 1, "duplicate": 1}),
+    ([("update", "behavior_a", "bbb"), ("update", "behavior_b", "aaa")], dict(ABC), {"duplicate": 2}),  # exchanged
+    # removals come first: what is to take the place of others is not refused for being like them
+    ([("remove", "behavior_b"), ("update", "behavior_a", "bbbb")], {"behavior_a": "bbbb", "behavior_c": "ccc"},
+     {"updated": 1}),
+    ([("new", "behavior_d", "aaaa"), ("remove", "behavior_a")], dict(ABC[1:]) | {"behavior_d": "aaaa"}, {}),
+    ([("update", "behavior_a", "x"), ("remove", "behavior_a")], dict(ABC[1:]) | {"behavior_a": "x"}, {}),
+    ([("remove", "behavior_a"), ("update", "behavior_a", "x")], dict(ABC[1:]) | {"behavior_a": "x"}, {}),
+    ([("remove", "behavior_a"), ("remove", "behavior_a")], dict(ABC[1:]), {}),
+    ([("remove", "behavior_z")], dict(ABC), {"rejected": 1}),
+    ([("update", "behavior_z", "x")], dict(ABC) | {"behavior_z": "x"}, {})])  # of an unknown name: a new one
+def test_nothing_is_lost_by_an_update(make_bank, rows, left, counted):
+    memory = make_bank(ABC, actions(*rows))
+    memory.abstract(2)
+    assert bank_of(memory) == left and memory.sizes()["behavior"] == len(left)
+    kinds = {kind: f"behavior_{kind}" for kind in ("duplicate", "updated", "rejected", "evicted")}
+    assert {k: memory.counts(2)[kind] for k, kind in kinds.items() if kind in memory.counts(2)} == counted
+    assert {b.title: b.text for b in memory.as_of(1, "behavior")} == dict(ABC)
+
+
+def test_an_update_of_a_full_bank_evicts_nobody(make_bank):
+    memory = make_bank(ABC, actions(("update", "behavior_a", "x")), actions(("update", "behavior_b", "ccc")),
+                       actions(("new", "behavior_d", "y")), max_behaviors=3)
+    memory.abstract(2)
+    assert bank_of(memory) == dict(ABC) | {"behavior_a": "x"} and "behavior_evicted" not in memory.counts(2)
+    memory.abstract(3)
+    assert bank_of(memory) == dict(ABC) | {"behavior_a": "x"} and memory.counts(3)["behavior_duplicate"] == 1
+    memory.abstract(4)
+    assert len(bank_of(memory)) == 3 and "behavior_d" in bank_of(memory) and memory.counts(4)["behavior_evicted"] == 1
+
+
+def test_two_clusters_that_decide_about_one_name(make_bank):
+    memory = make_bank(ABC, actions(("update", "behavior_a", "x")), actions(("update", "behavior_a", "bbb"),
+                                                                            ("remove", "behavior_b")), problems=2)
+    memory.abstract(2)
+    assert bank_of(memory) == {"behavior_a": "bbb", "behavior_c": "ccc"} and memory.counts(2)["abstraction"] == 2
+
+
+def decision(action, name="behavior_x", instruction="xxx"):
+    return {"action": action, "name": name, "instruction": instruction}
+
+
+WRITTEN, REMOVED = dict(ABC) | {"behavior_x": "xxx"}, dict(ABC[1:])
+
+
+@pytest.mark.parametrize("reply, left", [
+    *(({"actions": [decision(word)]}, WRITTEN) for word in
+      ("new", "New", "NEW", " new ", "new.", "add", "Add", "create", "insert", "update", "Update", "modify", "Modify",
+       "rewrite", "revise", "edit", "change", "refine", "replace")),
+    *(({"actions": [decision(word, "behavior_a")]}, REMOVED) for word in
+      ("remove", "Remove", "REMOVE", " remove\n", "removed", "delete", "Delete", "drop", "discard", "retire")),
+    ({"actions": [{"action": "Delete", "name": " behavior_a "}]}, REMOVED),
+    ({"behaviors": [{"name": "behavior_x", "instruction": "xxx"}]}, WRITTEN),  # under the other prompt's key
+    ({"behaviors": [decision("remove", "behavior_a")]}, REMOVED),
+    ({"actions": [{"name": "behavior_x", "instruction": "xxx"}]}, WRITTEN),
+    ({"actions": decision("new")}, WRITTEN), ({"behaviors": decision("add")}, WRITTEN),
+    ({"actions": [decision("remove", "behavior_a")], "behaviors": [decision("new")]}, REMOVED | {"behavior_x": "xxx"})])
+def test_a_decision_in_other_words_is_taken(make_bank, reply, left):
+    memory = make_bank(ABC, reply)
+    memory.abstract(2)
+    assert bank_of(memory) == left and not memory.counts(2).keys() & {"behavior_rejected", "abstract_parse_failure"}
+
+
+def test_an_empty_bank_takes_decisions_too(make_memory):
+    memory = make_memory(lambda prompt: actions(("Add", "behavior_a", "alpha"), ("remove", "behavior_z")), clusters=1)
+    memory.add_problems([P])
+    memory.record(1, attempts(["win"], [1]))
+    memory.abstract(1)
+    assert bank_of(memory) == {"behavior_a": "alpha"} and memory.counts(1)["behavior_rejected"] == 1
+
+
+NO_ACTIONS = ("explode", "", "new, update or remove", 7, None, ["new"], {"new": 1}, "keep")
+NO_ROWS = ("add behavior_x: xxx", 3, None, [], {}, {"action": "remove"}, {"action": "remove", "name": ["behavior_a"]},
+           {"action": "new"}, {"action": "new", "name": "behavior_x"}, decision("new", "no_prefix"))
+
+
+@pytest.mark.parametrize("reply, rejected", [
+    *(({"actions": [decision(action)]}, 1) for action in NO_ACTIONS), *(({"actions": [row]}, 1) for row in NO_ROWS),
+    ({"actions": "none"}, 1), ({"actions": {"new": [decision("new")]}}, 1), ({"actions": [decision("new", "n")] * 20}, 20),
+    ({"new": [decision("new")]}, 0), (decision("new"), 0), ({"decisions": []}, 0), ({}, 0), ("no JSON", 0), ("[1, 2]", 0)])
+def test_what_is_no_decision_is_counted(make_bank, reply, rejected):
+    memory = make_bank(ABC, reply)
+    memory.abstract(2)
+    counts = memory.counts(2)
+    assert bank_of(memory) == dict(ABC) and counts.get("behavior_rejected", 0) == rejected
+    assert counts.get("abstract_parse_failure", 0) == (not rejected)
+
+
+@pytest.mark.parametrize("reply", [{"actions": []}, {"behaviors": []}])
+def test_nothing_to_decide_is_no_failure(make_bank, reply):
+    memory = make_bank(ABC, reply)
+    memory.abstract(2)
+    assert bank_of(memory) == dict(ABC) and set(memory.counts(2)) == {"abstraction"}
+
+
 def test_clusters_are_summarised_by_insight_and_else_by_experience(make_memory):
     memory = make_memory(lambda prompt: insight_reply(["alpha"]) if "Write strategies" in prompt else "{}", clusters=1)
     memory.add_problems([P, Q])
@@ -463,6 +618,77 @@ def test_transient_clusters_hold_this_steps_problems_only(make_memory):
         assert memory.contexts(rollouts, step, refreshed=True)[0]["behaviors"]
         memory.forget(step)
         assert memory.sizes() == {"experience": 0, "insight": 0, "behavior": 0} and not memory.living("behavior")
+
+
+@pytest.mark.parametrize("grounded", [False, True])
+def test_a_transient_step_is_as_if_the_run_began_with_it(make_memory, grounded):
+    """Nothing of a first step, where all was solved and three tiers were written, is read or counted in the second."""
+    def rule(prompt):
+        return insight_reply(["zo=rev"], ["zo!rev"]) if "Write behaviors" not in prompt else behaviors(
+            ("behavior_zo", "zo=rev"), ("behavior_ki", "ki=inc"))
+
+    second = attempts([LOSS, "other"], [0, 0], step=2) + attempts([LOSS], [0], Q, step=2)
+    seen = []
+    for first in (True, False):
+        memory = make_memory(rule, mode="transient", ground_insights=grounded, clusters=2)
+        memory.add_problems([P, Q])
+        if first:
+            won = attempts([WIN, "another"], [1, 1]) + attempts([WIN], [1], Q)
+            memory.record(1, won)
+            memory.reflect(1, [P, Q])
+            memory.abstract(1)
+            assert all(memory.sizes().values()) and memory.contexts(won, 1, refreshed=True)[0]["behaviors"]
+            memory.forget(1)
+        memory.generate.prompts.clear()
+        memory.record(2, second)
+        memory.reflect(2, [P, Q])
+        memory.abstract(2)
+        contexts = [memory.contexts(second, 2, refreshed=refreshed) for refreshed in (True, False)]
+        seen.append((memory.generate.prompts, contexts, memory.inference_contexts([Question("new", "Apply zo")]),
+                     memory.counts(2), memory.sizes(), memory.tally("insight"), memory.tally("experience")))
+    assert seen[0] == seen[1] and len(seen[0][0]) > 2
+
+
+@pytest.mark.parametrize("mode, said", [("transient", "low (0 of 4"), ("evolving", "medium (4 of 8")])
+def test_the_success_fraction_is_of_what_the_memory_spans(make_memory, mode, said):
+    memory = make_memory(mode=mode, forms="question")
+    for step, reward in ((1, 1.0), (2, 0.0)):
+        memory.record(step, attempts([f"{step} {word}" for word in "abcd"], [reward] * 4, step=step))
+        memory.reflect(step, [P])
+        if mode == "transient":
+            memory.forget(step)
+    assert said in memory.generate.prompts[-1] and "high (4 of 4" in memory.generate.prompts[0]
+
+
+def test_a_memory_that_becomes_transient_forgets_what_it_was_forked_with(make_memory):
+    memory = make_memory(lambda prompt: insight_reply(["alpha"]))
+    memory.record(1, attempts(["win"], [1]))
+    memory.reflect(1, [P])
+    memory.record(2, attempts(["more"], [1], step=2))
+    memory.mode = "transient"  # another run's flag, on a copy of the file
+    memory.truncate_after(1)
+    assert not any(memory.sizes().values()) and not any(memory.contexts(attempts(["x"], [0], step=2), 2)[0].values())
+
+
+def test_a_frozen_memory_is_read_whole_at_every_step(make_memory):
+    """Its steps and rollouts are the lender's: a behavior that it wrote in step 8 is read in step 1, one that it removed in
+    step 9 never, and its rollout 1/p/0 is not the reader's of that id."""
+    replies = iter([behaviors(("behavior_old", "alpha"), ("behavior_zo", "zo=rev")), actions(("remove", "behavior_old"))])
+    lender = make_memory(lambda prompt: next(replies) if "behaviors" in prompt else insight_reply(["beta"]), clusters=1,
+                         ground_insights=False)
+    lender.add_problems([P])
+    for step in range(1, 10):
+        lender.record(step, attempts([f"win {step} {'xyz'[step % 3] * 9}"], [1], step=step))
+    lender.reflect(9, [P])
+    lender.abstract(8), lender.abstract(9)
+    lender.close()
+    with contextlib.closing(mem.Memory(lender.path, words, None, mode="frozen", ground_insights=True)) as memory:
+        for step in (1, 2, 8, 9, 10, 99):
+            rollouts = [Attempt(f"{s}/p/0", P, "mine", 0.0) for s in range(1, 10)]
+            for refreshed in (False, True):
+                contexts = memory.contexts(rollouts, step, refreshed=refreshed)
+                assert all(c["behaviors"] == [("behavior_zo", "zo=rev")] for c in contexts)
+                assert all(c["strategies"] == [("rule", "beta")] and c["solution"] == "win 9 xxxxxxxxx" for c in contexts)
 
 
 def test_another_model_may_write_the_behaviors(tmp_path):
@@ -545,6 +771,92 @@ def test_shortcuts_are_measured_and_dropped_on_request(make_memory):
     assert [i.shortcuts for i in memory.living("insight")] == [""]
 
 
+# -- embedders ----------------------------------------------------------------------------------------------------------
+
+def times_seven(texts):
+    return letters(texts) * 7
+
+
+EMBEDDERS = {
+    "float16": lambda texts: letters(texts).astype(np.float16), "float64": lambda texts: letters(texts).astype(np.float64),
+    "no unit rows": times_seven, "float16, no unit rows": lambda texts: times_seven(texts).astype(np.float16),
+    "lists": lambda texts: letters(texts).tolist(), "a tuple of arrays": lambda texts: tuple(letters(texts)),
+    "bfloat16's rows in float32": lambda texts: torch.tensor(letters(texts)).bfloat16().float().numpy(),
+    "a bfloat16 tensor": lambda texts: torch.tensor(letters(texts)).bfloat16(),
+    "a list of bfloat16 tensors": lambda texts: list(torch.tensor(letters(texts)).bfloat16()),
+    "a tensor with a gradient": lambda texts: torch.tensor(letters(texts), requires_grad=True),
+    "not contiguous": lambda texts: np.asfortranarray(np.repeat(letters(texts), 2, axis=1))[:, ::2]}
+
+
+def lived(memory):
+    """All that embeddings decide: which items live, which clusters there are, what is retrieved."""
+    memory.add_problems([P, Q, Question("r", "zzzz yyyy")])
+    rollouts = attempts(["abc", "abcabc", "xyz"], [1, 1, 0]) + attempts(["mno", "nom"], [1, 1], Q)
+    memory.record(1, rollouts)
+    memory.reflect(1, [P, Q])
+    memory.abstract(1)
+    items = [(i.text, i.evidence) for tier in ("experience", "insight", "behavior") for i in memory.living(tier)]
+    held_out = memory.inference_contexts([Question("new", "mmmno")])
+    clusters = memory.db.execute("SELECT cluster FROM problem ORDER BY id").fetchall()
+    return items, clusters, memory.contexts(rollouts, 2), held_out, mem.describe(memory, "p"), memory.counts()
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_an_embedders_type_and_length_change_nothing(make_memory, name):
+    def rule(prompt):
+        if "Write behaviors" in prompt:
+            return behaviors(("behavior_m", "mno"), ("behavior_z", "zy"))
+        return insight_reply(["jjj kkk", "kkkjjj"], ["www"])
+
+    expected, memory = lived(make_memory(rule, letters, clusters=2)), make_memory(rule, EMBEDDERS[name], clusters=2)
+    assert lived(memory) == expected
+    rows = memory.db.execute("SELECT embedding FROM item UNION ALL SELECT embedding FROM problem").fetchall()
+    table = np.stack([np.frombuffer(row, np.float32) for row, in rows])
+    assert table.shape[1] == 26 and np.allclose(np.linalg.norm(table, axis=1), 1, atol=1e-6)
+
+
+def test_rows_of_unit_length_stay_to_the_bit_and_zeros_stay_zeros():
+    rows = letters(["abc", "def", "xyz"])
+    assert mem.unit_rows(rows).tobytes() == rows.tobytes()
+    once = mem.unit_rows(EMBEDDERS["bfloat16's rows in float32"](["abc", "aab"]))
+    assert mem.unit_rows(once).tobytes() == once.tobytes()
+    assert np.array_equal(mem.unit_rows(np.array([[0, 0], [3, 4]], np.float16)), np.array([[0, 0], [0.6, 0.8]], np.float32))
+
+
+@pytest.mark.parametrize("vectors, said", [
+    (lambda texts: [[np.nan, 1.0]] * len(texts), "not finite"), (lambda texts: [[1e39, np.inf]] * len(texts), "not finite"),
+    (lambda texts: [1.0] * len(texts), "shape"), (lambda texts: [["a"]] * len(texts), "no table"),
+    (lambda texts: [[1.0], [1.0, 2.0]], "no table"), (lambda texts: [[1.0, 0.0]] * 3, "3 rows for 1 texts")])
+def test_what_is_no_embedding_is_said_in_a_sentence(make_memory, vectors, said):
+    with pytest.raises(ValueError, match=f"the embedder gave .*{said}.*name another --embedder"):
+        make_memory(embed=vectors)
+
+
+def no_direction(texts):
+    return np.zeros((len(texts), 4), np.float32)
+
+
+def test_equal_texts_are_duplicates_in_every_tier_whatever_the_embedder_says(make_memory):
+    def rule(prompt):
+        if "Write strategies" in prompt:
+            return json.dumps({"strategies": [{"title": title, "content": "12"} for title in ("one", "two")],
+                               "lessons": [{"title": "one", "content": "13"}, {"title": "one", "content": "14"}]})
+        return behaviors(("behavior_a", "15"), ("behavior_b", "15"), ("behavior_c", "16"))
+
+    memory = make_memory(rule, no_direction, clusters=1, response_novelty=1.0, insight_novelty=1.0)
+    memory.add_problems([P])
+    memory.record(1, attempts(["", " ", "\n", "7", "7", "8"], [0] * 6) + attempts(["", "7"], [1, 1]))
+    memory.record(2, attempts(["7", " 8 ", "9"], [0] * 3, step=2))
+    living = sorted((i.kind, i.text) for i in memory.living("experience"))
+    assert living == [("failure", "7"), ("failure", "8"), ("failure", "9"), ("success", ""), ("success", "7")]
+    assert memory.counts()["experience_duplicate"] == 5
+    memory.reflect(2, [P])
+    assert [i.text for i in memory.living("insight")] == ["12", "13", "14"] and memory.counts()["insight_duplicate"] == 1
+    memory.abstract(2)
+    assert [b.title for b in memory.living("behavior")] == ["behavior_a", "behavior_c"]
+    assert memory.counts()["behavior_duplicate"] == 1
+
+
 # -- compose ------------------------------------------------------------------------------------------------------------
 
 def test_blocks_are_in_the_papers_order_and_absent_when_empty():
@@ -579,9 +891,11 @@ def test_tiers_hide_blocks(make_memory):
     memory.reflect(1, [P])
     memory.abstract(1)
     other = attempts(["loss"], [0], step=2)
+    other[0].feedback = "No."  # of the same block as the solution: Table 4's modes without experience hide both
     seen = {tiers: {k for k, v in memory.contexts(other, 2, tiers)[0].items() if v} for tiers in (
         ("experience",), ("insight",), ("behavior",), ("experience", "insight", "behavior"))}
-    assert list(seen.values()) == [{"solution"}, {"strategies"}, {"behaviors"}, {"solution", "strategies", "behaviors"}]
+    experience = {"solution", "feedback"}
+    assert list(seen.values()) == [experience, {"strategies"}, {"behaviors"}, experience | {"strategies", "behaviors"}]
 
 
 @given(st.integers(1, 60))
@@ -733,6 +1047,52 @@ def test_every_past_state_can_be_read_and_returned_to(make_memory):
     for step in (5, 5, 2, 0):
         memory.truncate_after(step)
         assert state() == states[step]
+
+
+def test_what_has_ended_keeps_no_embedding_and_comes_back_with_it(make_memory):
+    """Attempts and insights need theirs for the gate alone; a behavior's is asked for a step after it ended (Eq. 4). To go
+    back and on again ends in the very same file."""
+    def run(memory, first, last):
+        for step in range(first, last + 1):
+            rng = np.random.default_rng(step)
+            texts = [" ".join(f"w{w}" for w in rng.integers(0, 40, 3)) for _ in range(3)]
+            memory.record(step, attempts(texts, rng.integers(0, 2, 3), step=step) + attempts(texts[:1], [1], Q, step))
+            memory.reflect(step, [P, Q])
+            memory.abstract(step)
+
+    def rule(prompt):
+        n = sum(map(ord, prompt)) % 9973
+        return behaviors((f"behavior_{n % 7}", f"i{n}")) if "behaviors" in prompt else insight_reply([f"s{n}"], [f"l{n}"])
+
+    def rows(memory, what="*", where="TRUE"):
+        return memory.db.execute(f"SELECT {what} FROM item WHERE {where} ORDER BY id").fetchall()
+
+    limits = dict(max_successes=2, max_failures=2, max_insights=2, max_behaviors=2, clusters=2)
+    whole, broken = make_memory(rule, **limits), make_memory(rule, **limits)
+    for memory in (whole, broken):
+        memory.add_problems([P, Q])
+    run(whole, 1, 9)
+    kept = {(tier, ended is None, embedding is None) for tier, ended, embedding in rows(whole, "tier, ended, embedding")}
+    assert kept == {("experience", True, False), ("experience", False, True), ("insight", True, False), (
+        "insight", False, True), ("behavior", True, False), ("behavior", False, False)}
+    assert all(b.embedding is not None for step in range(1, 9) for b in whole.as_of(step, "behavior"))
+    run(broken, 1, 8)
+    for step in (5, 2):
+        revived = len(rows(broken, where=f"ended > {step} AND born <= {step} AND tier != 'behavior'"))
+        broken.truncate_after(step)
+        assert revived and all(i.embedding is not None for tier in ("experience", "insight") for i in broken.living(tier))
+        run(broken, step + 1, 9)
+        assert rows(broken) == rows(whole) and broken.counts() == whole.counts() and broken.sizes() == whole.sizes()
+
+
+def test_a_memory_without_an_embedder_goes_back_too(make_memory, tmp_path):
+    memory = make_memory(max_successes=1)
+    for step in (1, 2, 3):
+        memory.record(step, attempts([f"win {step}"], [1], step=step))
+    memory.copy_to(tmp_path / "copy.db")
+    with contextlib.closing(mem.Memory(tmp_path / "copy.db", None, None)) as copy:  # RUN@2
+        copy.truncate_after(2)
+    assert rows_of(tmp_path / "copy.db") == [("win 2", 2)]
 
 
 def test_provenance(make_memory):

@@ -1,5 +1,6 @@
 """The loop and its plumbing, on the embedded model: invariances, a from-scratch update, and what bad input is told."""
 
+import contextlib
 import copy
 import dataclasses
 import http.server
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+import eval
 import memory as mem
 import pmd
 import ranks
@@ -560,6 +562,21 @@ def test_a_sentence_transformers_folder_embeds(make_config):
         pmd.check(make_config(embedder="/none"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_embedder_stored_in_half_precision_gives_float32_of_unit_length(make_config, tmp_path, dtype):
+    """transformers loads the type that a folder has, and sentence-transformers hands float16 on."""
+    for source in NANO.iterdir():
+        if source.suffix in (".json", ".jinja"):
+            (tmp_path / source.name).write_bytes(source.read_bytes())
+    pmd.AutoModelForCausalLM.from_pretrained(NANO).to(dtype).save_pretrained(tmp_path)
+    texts = ["Apply zo to 3 1 7 4", "x"]
+    vectors = pmd.make_embedder(make_config(embedder=str(tmp_path), device="cpu"))(texts)
+    assert vectors.dtype == np.float32 and vectors.shape == (2, 96)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    whole = pmd.make_embedder(make_config(embedder=str(NANO), device="cpu"))(texts)
+    assert ((vectors * whole).sum(1) > 0.99).all()
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """Speaks as much of an OpenAI-compatible server as a test needs; `plan` holds what the next requests get."""
 
@@ -686,6 +703,98 @@ def test_the_controls(make_config, policy):
     assert {t for t, *_ in items} >= {"experience", "insight"} and all(born == ended for _, born, ended in items)
 
 
+def borrowed_memory(cfg, problems, **changes):
+    """runs/lender: a memory of these problems whose behaviors were written late, in steps 30 and 40, and whose rollouts have
+    the very ids that a borrower's will have."""
+    folder = Path(cfg.out, "lender")
+    folder.mkdir()
+    replies = iter([("behavior_early", "zo=inc"), ("behavior_late", "ki=rev")])
+
+    def rule(prompt):
+        if "behaviors" not in prompt:
+            return json.dumps({"strategies": [{"title": "rule", "content": "zo=rev"}]})
+        name, instruction = next(replies)
+        rows = [{"action": "remove", "name": "behavior_early"}] * (name == "behavior_late")
+        return json.dumps({"actions": [*rows, {"action": "new", "name": name, "instruction": instruction}]})
+
+    lender = mem.Memory(folder / "memory.db", pmd.make_embedder(cfg), Script(rule), embedder="hashing", clusters=1)
+    with contextlib.closing(lender):
+        lender.add_problems(problems)
+        for step in (1, 2):
+            lender.record(step, [Attempt(f"{step}/{p.id}/{j}", p, f"borrowed {'abcd'[j]} of {p.id}", 1.0)
+                                 for p in problems for j in range(4)])
+        lender.reflect(2, problems)
+        lender.abstract(30), lender.abstract(40)
+    return folder
+
+
+def test_what_the_teacher_of_a_frozen_memory_reads_in_its_first_step(make_config, problems, monkeypatch):
+    """All that lives in it: the lender's steps and the ids of its rollouts mean nothing to the borrower."""
+    cfg = make_config(method="frozen-memory", memory_from="lender", name="borrower", steps=2, dev=0.0)
+    task, _ = pmd.check(make_config(dev=0.0))
+    borrowed_memory(cfg, task.train)
+    seen, condition = [], pmd.condition
+
+    def spy(rollouts, memory, tokenizer, step, cfg):
+        condition(rollouts, memory, tokenizer, step, cfg)
+        seen.extend((step, r) for r in rollouts)
+
+    monkeypatch.setattr(pmd, "condition", spy)
+    summary = pmd.train(cfg)
+    assert {step for step, _ in seen} == {1, 2} and len(seen) == 2 * 3 * 4
+    for _, r in seen:
+        lines = r.teacher_prompt.splitlines()
+        assert lines[lines.index(mem.BEHAVIORS) + 1] == "1. behavior_late: ki=rev"
+        assert "behavior_early" not in r.teacher_prompt
+        assert lines[lines.index(mem.STRATEGIES) + 1] == "- rule: zo=rev"
+        assert lines[lines.index(mem.SOLUTION) + 1] == f"borrowed d of {r.problem.id}"  # the newest, whosever id it has
+    rows = [json.loads(line) for line in Path(cfg.out, "borrower", "metrics.jsonl").read_text().splitlines()]
+    assert [row["memory_events"] for row in rows if "memory_events" in row] == [{}, {}] and summary["memory_events"] == {}
+
+
+def test_a_frozen_memory_as_it_was_at_a_step(make_config):
+    cfg = make_config(method="frozen-memory", memory_from="lender@30", name="borrower", steps=1, dev=0.0)
+    task, _ = pmd.check(make_config(dev=0.0))
+    folder = borrowed_memory(cfg, task.train)
+    pmd.train(cfg)
+    sample, = [json.loads(line) for line in Path(cfg.out, "borrower", "samples.jsonl").read_text().splitlines()]
+    assert "1. behavior_early: zo=inc" in sample["teacher_prompt"] and "behavior_late" not in sample["teacher_prompt"]
+    for source, said in (("lender@41", "has come to step 40 only"), ("lender@0", "holds nothing at the end of step 0")):
+        with pytest.raises(ValueError, match=said):
+            pmd.check(dataclasses.replace(cfg, memory_from=source, name="other"))
+    memory = mem.Memory(folder / "memory.db", None, None, embedder="hashing")
+    memory.forget(41)
+    memory.close()
+    with pytest.raises(ValueError, match="lender: .*memory.db holds nothing at the end of step 40"):
+        pmd.check(dataclasses.replace(cfg, memory_from="lender", name="other"))
+
+
+def test_equal_ids_are_not_equal_problems(make_config):
+    """Ids may be numbers that every task has: SciKnowEval's domains."""
+    cfg = make_config(method="frozen-memory", memory_from="lender", name="borrower", dev=0.0)
+    task, _ = pmd.check(make_config(dev=0.0))
+    borrowed_memory(cfg, [Question(p.id, p.prompt if i else "other") for i, p in enumerate(task.train[:5])])
+    with pytest.raises(ValueError, match=f"memory of another task: 1 of its problems .* such as '{task.train[0].id}'"):
+        pmd.check(cfg)
+
+
+def test_forks_into_and_out_of_the_controls(make_config, monkeypatch):
+    """A transient memory starts empty, whatever its fork held; a borrowed memory, whose steps are another run's, is not
+    written on."""
+    flags = dict(steps=3, batch_size=8, mini_batch_size=8, save_every=1, keep=9)
+    pmd.train(make_config(name="whole", **flags))
+    held, record = [], mem.Memory.record
+    monkeypatch.setattr(mem.Memory, "record", lambda self, *args: held.append(self.sizes()) or record(self, *args))
+    transient = make_config(method="pmd-transient", name="transient", fork_from="whole@1", **flags)
+    pmd.train(transient)
+    assert [set(sizes.values()) for sizes in held] == [{0}, {0}]
+    pmd.train(make_config(method="frozen-memory", memory_from="whole", name="borrower", **flags))
+    for method in ("pmd", "pmd-transient", "frozen-policy"):
+        with pytest.raises(ValueError, match="--from borrower@2 has the memory of another run, .* fork the run that"):
+            pmd.check(make_config(method=method, name="out", fork_from="borrower@2", **flags))
+    pmd.check(make_config(method="sdpo", name="out", fork_from="borrower@2", **flags))
+
+
 def test_inference_contexts_read_the_nearest_training_problem(make_memory):
     train = [Question("p", "alpha beta"), Question("q", "gamma delta")]
     reply = json.dumps({"strategies": [{"title": "t", "content": "of {}"}]})
@@ -700,6 +809,78 @@ def test_inference_contexts_read_the_nearest_training_problem(make_memory):
     assert mem.compose("gamma gamma", **only).splitlines()[1:-1] == [mem.EXAMPLES, "gamma delta", "win"]
     neither, _ = memory.inference_contexts([Question("new", "gamma gamma"), Question("other", "beta")], ["behavior"])
     assert mem.compose("gamma gamma", **neither) == "gamma gamma"
+
+
+TRAINED_ON = [Question("p", "alpha beta"), Question("q", "alpha  beta gamma"), Question("r", "delta")]
+
+
+@pytest.fixture
+def memory_of_three(make_memory):
+    """Each with a strategy and a success of its own, and one behavior that came from all of them."""
+    def rule(prompt):
+        if "behaviors" in prompt:
+            return json.dumps({"behaviors": [{"name": "behavior_x", "instruction": "shared"}]})
+        own, = [p.id for p in TRAINED_ON if p.prompt in prompt.splitlines()]
+        return json.dumps({"strategies": [{"title": "t", "content": f"of {own}"}]})
+
+    memory = make_memory(rule, clusters=1)
+    memory.add_problems(TRAINED_ON)
+    memory.record(1, [Attempt(f"1/{p.id}/0", p, f"win {p.id}", 1.0) for p in TRAINED_ON])
+    memory.reflect(1, TRAINED_ON)
+    memory.abstract(1)
+    return memory
+
+
+@pytest.mark.parametrize("held_out, nearest", [
+    (Question("new", "alpha beta gamma delta"), "q"),  # nothing of its own
+    *((Question(*same), "q") for same in (("p", "alpha beta"), ("p", "another form of alpha beta"), ("x", "alpha beta"))),
+    *((Question("x", text), "p") for text in (
+        "alpha beta gamma", "alpha\tbeta\n gamma", "  alpha beta gamma\n", "alpha beta\xa0gamma", "alpha beta\r\ngamma")),
+    (Question("q", "delta"), "p")])  # one by its id, another by its text
+def test_a_problem_never_reads_its_own_solution_at_test(memory_of_three, held_out, nearest):
+    for n in (1, 2, 3):
+        context, other = memory_of_three.inference_contexts([held_out, Question("new", "delta delta")], neighbors=n)
+        first, = [p for p in TRAINED_ON if p.id == nearest]
+        assert context["examples"][0] == (first.prompt, f"win {nearest}") and ("t", f"of {nearest}") in context["strategies"]
+        own = {p.id for p in TRAINED_ON if p.id == held_out.id or p.prompt.split() == held_out.prompt.split()}
+        read = {text for _, text in context["examples"]} | {text for _, text in context["strategies"]}
+        assert not read & {f"{what} {id}" for id in own for what in ("win", "of")}
+        assert len(context["examples"]) == min(n, 3 - len(own))
+        assert context["behaviors"] == [("behavior_x", "shared")]
+        assert other["examples"][0] == ("delta", "win r")
+    said = memory_of_three.overlap([held_out, Question("new", "delta delta")])
+    assert said.startswith("1 of 2 problems are ones that the memory in the prompt was written on") if own else said == ""
+
+
+def test_where_no_other_problem_is_left_that_is_said(make_memory):
+    memory = make_memory()
+    memory.add_problems(TRAINED_ON[:1])
+    memory.record(1, [Attempt("1/p/0", TRAINED_ON[0], "win", 1.0)])
+    same, other = Question("x", "alpha\nbeta"), Question("y", "alpha")
+    mine, others = memory.inference_contexts([same, other])
+    assert mem.compose(same.prompt, **mine) == same.prompt and others["examples"] == [("alpha beta", "win")]
+    assert memory.overlap([same, other]).endswith("; 1 have no other and read behaviors alone")
+    assert memory.overlap([other]) == ""
+    nothing = make_memory()
+    assert mem.compose("x", **nothing.inference_contexts([same])[0]) == "x" and nothing.overlap([same]) == ""
+
+
+def test_an_evaluation_on_training_problems_says_so(make_config, tmp_path, capsys):
+    """What LiveCodeBench's protocol sdpo is, in small: the tests are the training problems. The prompt never holds the
+    problem's own solution."""
+    task, _ = pmd.check(make_config())
+    folder = tmp_path / "same"
+    folder.mkdir()
+    for split, problems in (("train", task.train[:8]), ("test", task.train[:4])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(
+            {k: getattr(p, k) for k in ("id", "prompt", "answer", "verifier")} | p.extra) + "\n" for p in problems))
+    flags = dict(task=str(folder), dev=0.0, batch_size=8, mini_batch_size=8, eval_problems=0, steps=1)
+    pmd.train(make_config(method="frozen-policy", name="lender", **flags))
+    sentence = "4 of 4 problems are ones that the memory in the prompt was written on"
+    assert capsys.readouterr().out.count(f"test: {sentence}") == 1
+    eval.main(["--model", "nano", "--task", str(folder), "--n", "1", "--memory", str(tmp_path / "lender" / "memory.db"),
+               "--out", str(tmp_path), "--name", "read", "--dev", "0"])
+    assert sentence in capsys.readouterr().out
 
 
 def test_batches_cover_an_epoch_without_repetition(problems, make_config):
