@@ -30,12 +30,14 @@ import pickle
 import random
 import re
 import sys
+import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, Inexact, InvalidOperation, localcontext
+from fractions import Fraction
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -500,31 +502,153 @@ def verify_choice(problem, completion) -> Verdict:
     return Verdict(float(answer == problem.answer), answer)
 
 
-# A letter that is said to be the answer: clearly, unless there is a first or a last group. Gaps are bounded, for speed.
-STATED = re.compile(
-    r"(\bor\W{1,9})?\b(?:(?i:answer|option|choice|boxed)(?i: is)?\W{1,9}(?i:option\W{1,3})?([A-Z]\b|[a-z]\b(?=\W*$|[).,;:]))"
-    r"|([A-Z]) is (?:the|my) (?:\w{1,9} )?(?:answer|option|choice)\b)"
-    r"(?=(\W{1,3}(?:or|and|isn.t|is (?:not|wrong|incorrect|false))\b)?)")
+# How a person says that a letter is the answer, in pieces. Gaps are bounded, so that no text takes long.
+TAKEN_BACK = (  # words before a statement that make it none
+    r"(?P<before>(?i:\b(?:or|nor|not|neither|never|anything|than|instead of|eliminate|exclude|rule out|cannot|\w{1,8}n.t)"
+    r"\W{1,3}(?:(?:be|the|choose|pick|select|go|with)\W{1,3}){0,3}))?")
+NAMED = (r"\b(?i:answer|option|choice|letter|boxed|pick|picked|choose|chose|select|selected|selection|go with|going with)"
+         r"(?i:.s)?\b")
+FILLED = (r"(?i:\W{1,3}(?:is|was|be|would|should|must|has|to|the|it.s|it|option|choice|letter|answer|probably|likely|"
+          r"clearly|definitely|indeed|thus|therefore|then|still|just)\b){0,5}")
+NAMED_IN_CHINESE = "(?:答案|选项|选择|选)(?:应该?|当然|为|是|就|选|项){0,4}"
+NAMED_LETTER = r"(?!I(?:'| [a-z]))(?:(?P<named>[A-Z])\b|(?P<small>[a-z])\b(?=\W*$|[).,;:]))"
+MEANT = (r"\b(?i:it.s|that.s|it is|that is|must be|should be|has to be|so|thus|hence|therefore|but|final|definitely|clearly|"
+         r"surely|probably|guess|say|think|believe)\W{1,9}(?P<meant>[A-Z])\b(?=\W*$|\W?[.,;:!?)])")
+JUDGED = r"\b(?P<judged>[A-Z]) (?:it is\b|is (?:(?:the|my) (?:\w{1,9} )?(?:answer|option|choice|one)|right|correct|true)\b)"
+DENIED = (  # and after it, such as another letter
+    r"(?=(?P<after>\W{0,3}(?:(?:or|nor)\b|(?:and\b|[/&+])\W{0,3}[A-HJ-Z]\b|\w{1,8}n.t\b|cannot\b|"
+    r"is (?:not|wrong|incorrect|false)\b)|\W{0,2},\W{0,3}[A-Z]\b(?! (?:is|was|isn)))?)")
+NAMED = rf"(?:{NAMED}{FILLED}|{NAMED_IN_CHINESE})\W{{1,9}}{NAMED_LETTER}"
+STATED = re.compile(rf"{TAKEN_BACK}(?:{NAMED}|{MEANT}|{JUDGED}){DENIED}")
+OPENING = re.compile(
+    r"\W*([A-Za-z])(?:\W*$| ?[).:;、](?! or\b| and\b)|,(?! (?:or |and )?[A-Z]\b)| [-–—] | (?:because|since|as)\b)")
+CORRECTION = re.compile(r"(?i)\b(?:wait|actually|sorry|correction|scratch that|on second thoughts?|i meant?|make that|oops|"
+                        r"my mistake|no(?= ?[,.:;!–—-]))\b|不对|更正|等等|抱歉")
+WRONG = re.compile(r"(?i)\b(?:wrong|incorrect|not (?:right|correct|it|that))\b")
+
+
+def letter_said(text) -> str:
+    """The letter that a text says is the answer, or "": the last clear statement of one (`B is the answer`), else the only
+    one that the text opens with (`B, since`), ends with as a sentence of its own, or has as the name of an option (`B:`).
+    """
+    stated = [found for found in STATED.finditer(text) if not found["before"] and not found["after"]]
+    if stated:
+        last = stated[-1]
+        return last["named"] or last["small"] or last["meant"] or last["judged"]
+    opening = OPENING.match(text)
+    letters = {opening[1], *re.findall(r"[.;:!?] {0,2}\W{0,2}([A-Z])(?=[).:,;])", text)} if opening else set()
+    end = len(text)
+    while end and not text[end - 1].isalnum():
+        end -= 1
+    closing = re.search(r"(?<!vs)(?:[.:;!?=。→]|->)[ (\[\"']{0,4}([A-Z])$", text[max(0, end - 12):end])
+    if closing:
+        letters.add(closing[1])
+    return letters.pop() if len(letters) == 1 else ""
 
 
 def verify_choice_lenient(problem, completion) -> Verdict:
-    """Multiple choice as a person would read it (`b`, `(B)`, `**B**`, `\\boxed{B}`, `B: 1.4`): ours, reported apart.
+    """Multiple choice as a person would read it (`b`, `(B)`, `\\boxed{B}`, `It's B.`, `答案：B`): ours, reported apart.
 
-    The last clear statement wins (`B is the answer`), else a letter alone, else one that the text starts with (`B, since`).
+    What comes after a correction counts above all: `A. No wait, B.` is B. What passes the strict rule passes here.
     """
-    said = completion.split("<answer>")[-1].split("</answer>")[0].strip()
-    plain = " ".join(re.sub(r"\\(?:text|math)\w*|[*$`{\\]", " ", said).replace("}", ")").split())
-    letters = [a or b for before, a, b, after in STATED.findall(plain) if not before and not after]
-    start = r"\W*([A-Za-z])(?:\W*$| ?[).:](?! or\b| and\b)|,(?! (?:or |and )?[A-Z]\b)| [-–—] )"
-    if letters := letters or re.findall(rf"\A{start}", plain):
-        said = letters[-1].upper()
-    return Verdict(float(said == problem.answer), said)
+    strict = verify_choice(problem, completion)
+    if strict.reward:
+        return strict
+    plain = unicodedata.normalize("NFKC", strict.answer)  # full-width letters and punctuation
+    plain = re.sub(r"\\(?:text|math)\w*|</?\w{1,9}>|[*$`{\\]", " ", plain.replace("\n", " ; "))
+    plain = re.sub(r"(?<=[\u3040-\u9fff])(?=[A-Za-z])|(?<=[A-Za-z])(?=[\u3040-\u9fff])", " ", plain)
+    parts = CORRECTION.split(" ".join(plain.replace("}", ")").replace("’", "'").split()))
+    said = ""
+    while parts and not said:
+        part = parts.pop()
+        said = letter_said(part.strip())
+        if parts and not said and WRONG.search(part):
+            break
+    if not said:
+        return strict
+    right = said.upper() == problem.answer.upper()
+    return Verdict(float(right), problem.answer if right else said.upper())
+
+
+# What a text has where a number may stand; of two that fit, the first. Signs, digits and separators are ASCII by then.
+LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u04ff"  # Latin, Greek, Cyrillic
+ODD = "\u00bc-\u00be\u2150-\u215e\u03c0\u221a"  # halves and thirds in one character, pi, a root
+NUMERALS = re.compile(
+    # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2.
+    rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?(?:\^\{{?[-+]?[{LETTERS}\d]+)?)"
+    # A date or a telephone number: digits with two hyphens or more between them.
+    r"|\d+(?:-\d+){2,}"
+    r"|(?P<hex>0x[0-9a-f]+)"
+    # A sign that does not stand between two numbers or names, perhaps the 1 of 1 3/4, digits, and what is joined to them.
+    rf"|(?:(?<![{LETTERS}\d)\]}}%])[-+])?(?:\d+ (?=\d+/))?(?:\d+|(?<![{LETTERS}\d.])\.\d+|[{ODD}])"
+    rf"(?:[.,:/'_]\d+|e[-+]?\d+|(?:\*\*|\^)\{{?[-+]?[{LETTERS}\d]+\}}?| ?(?:[{ODD}]|\\pi\b|\\sqrt\b))*",
+    re.IGNORECASE)
+NUMBER = re.compile(
+    r"(?P<sign>[-+]?)(?:(?P<decimal>(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e(?P<power>[-+]?\d+))?"
+    r"|(?:(?P<whole>\d+) )?(?P<above>\d+)/(?P<below>\d+))", re.IGNORECASE)
+PLAIN = [  # (how others and LaTeX write it, how we do), in this order
+    ("[\u2010-\u2013\u2212\ufe63\uff0d]", "-"), ("\uff0b", "+"), ("[\uff0e\u066b]", "."), ("[\uff0c\u066c]", ","),
+    ("[\uff0f\u2044]", "/"), (r"\\times\b|\\cdot\b|[\u00b7\u22c5]", "×"), (r"\{,\}|,\\!", ","),
+    (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_]|\\[,;: ])(?=\d{3}(?!\d))", ","),  # between groups of three
+    (r"(?<=\d) ?\\[cdt]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}", r" \1/\2"), (r"(?<=\d) ?\\[cdt]?frac *(\d)(\d)", r" \1/\2"),
+    (r"\\[cdt]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}", r"\1/\2"), (r"\\[cdt]?frac *(\d)(\d)", r"\1/\2"),
+    (r"(?<=\d) ?[×x*] ?10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"e\1"), (r"(?<![\w.,^*])10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"1e\1"),
+    (r"(?<=\d) / (?=\d)", "/"), (r"([=≈]) *- +(?=[.\d])", r"\1-")]
+
+
+def plain_digits(text) -> str:
+    """A text with the digits, signs and separators of numbers written in ASCII, and LaTeX's fractions with a slash."""
+    raised = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True)}
+    text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda found: "^" + found[0].translate(raised), text)
+    text = re.sub(r"[^\D0-9]", lambda found: str(unicodedata.decimal(found[0])), text)  # full-width, Arabic, all others
+    for theirs, ours in PLAIN:
+        text = re.sub(theirs, ours, text)
+    return text
+
+
+def read_number(text) -> Fraction | None:
+    """The number that a text in plain_digits is, or None: where it is none, and beyond 400 digits or powers of ten."""
+    found = NUMBER.fullmatch(text) if len(text) <= 400 else None
+    if not found:
+        return None
+    sign = -1 if found["sign"] == "-" else 1
+    if found["decimal"]:
+        power = int(found["power"] or 0)
+        return sign * Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** power if abs(power) <= 400 else None
+    whole, above, below = int(found["whole"] or 0), int(found["above"]), int(found["below"])
+    return sign * (whole + Fraction(above, below)) if below else None
+
+
+def last_number(text) -> tuple[Fraction | None, str]:
+    """The last numeral of a text as a number, None where it is none, and as a text, one for each number."""
+    text = plain_digits(text)
+    numerals = [found for found in NUMERALS.finditer(text) if not found["name"]]
+    if not numerals:
+        return None, ""
+    last = numerals[-1]
+    before = text[max(0, last.start() - 6):last.start()].replace(" ", "")
+    inside = before.endswith(("/", "√", "sqrt{", "sqrt(", "sqrt", "}{"))  # a denominator, or under a root
+    value = Fraction(int(last["hex"], 16)) if last["hex"] and len(last["hex"]) < 100 else read_number(last[0])
+    if inside or value is None:
+        return None, f"{before[-1:]}{last[0]}"[:100] + "..."
+    with localcontext(prec=2000) as context:
+        context.clear_flags()
+        quotient = Decimal(value.numerator) / Decimal(value.denominator)
+        return value, str(value) if context.flags[Inexact] else f"{quotient.normalize():f}"
 
 
 def verify_last_number(problem, completion) -> Verdict:
-    """The last number of the text equals the answer, as numbers: for sums, and for tasks of your own."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", completion)
-    return Verdict(float(bool(numbers) and float(numbers[-1]) == float(problem.answer)), numbers[-1] if numbers else "")
+    """The last number of the text equals the answer exactly, as rational numbers: for sums, and for tasks of your own.
+
+    Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x 10^-3, 3/4, 1 3/4, 0x1F,
+    in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers or names is
+    no sign (3-4). What follows a number is its unit and is not read: 50% is 50, 7kg is 7. What has digits and begins with a
+    letter is a name, and passed over: x2, H2O, v1.2.3. Other numerals are read whole or not at all, never a piece: where the
+    last one is 12,34 or 1.234.567, a date, a time, a power (2^10), a root or part of a fraction with letters, the reply is
+    wrong.
+    """
+    value, answer = last_number(completion)
+    return Verdict(float(value is not None and value == read_number(plain_digits(problem.answer))), answer)
 
 
 @dataclass(frozen=True)

@@ -374,6 +374,59 @@ def test_a_lenient_reading(text, lenient):
     assert verify(problem, text).reward <= found.reward and found.feedback == verify(problem, text).feedback == ""
 
 
+SAYS_B = [  # as models write it; the correction counts above all
+    "B", "b", "(B)", "**B**", "\\boxed{B}", "B.", "B: 1.4", "\\boxed{\\text{B}}", "B) barium", "The answer is B",
+    "option B", "It's B.", "It’s B.", "My pick: B", "Ｂ", "（Ｂ）", "答案：B", "答案是B", "答案是B选项", "正确答案为B。",
+    "选B", "我选择B。",
+    "故选：B", "应选B", "A. No wait, B.", "A... wait, no, B", "A. Actually, it's B.", "A. Sorry, B",
+    "The answer is A. Correction: B", "I first thought A, but the answer is B", "The answer isn't A, it's B",
+    "not A but B", "It is B, since the ions", "I'd go with B", "I choose B over C", "My answer would be B",
+    "The answer must be B", "The answer should be option B", "Answer = B", "Final answer: B", "Final: B",
+    "Because of the ions.\nB", "B\n\nBecause of the ions.", "B because of ions", "B it is", "B is correct",
+    "B is right, A is wrong", "A is wrong, B is right", "Definitely B", "I think it's B.", "I think B", "So B.",
+    "therefore, B", "A is wrong, so B.", "The answer is B and I am sure", "The answer is B and not C", "Answer B",
+    "ANSWER: B", "Letter B", "the letter B", "[B]", "\"B\"", "'B'", "B!", "B?", "$B$", "\\(B\\)",
+    "Not A. The answer is B", "answer: b", "The answer is b.", "A? No, B.", "A, no, B", "A – no: B",
+    "A: chloride is wrong. The answer is B", "B: Vitamin C.", "B: 25 °C", "option A is wrong, so option B",
+    "The right choice is B, not A", "I would select B", "A. On second thought, B.", "I mean B", "A. I mean B.",
+    "Between A and B, I pick B", "B, not A", "选项B", "答案应该是 B", "A。不对，应该选B", "B、因为",
+    "<b>B</b>", "- B", "> B",
+    "The correct option is:\n\nB", "B. Wait, is A possible? No, B.", "I'm confident it's B.", "That is B.", "→ B",
+    "answer is => B", "The answer is \"B\".", "The best answer is (B)", "The answer's B", "we get option (B).",
+    "Answer is clearly B.", "I am going with B"]
+SAYS_NOTHING = [  # denials, and two letters of which none is chosen
+    "not A", "A or B", "A and B", "A/B", "A, B", "Not B", "The answer is not B", "B or C", "Option B is wrong",
+    "B is wrong", "B is incorrect", "It isn't B", "It's not B", "It's A or B", "either A or B", "Both A and B",
+    "neither A nor B", "None of the above", "The answer is B or C", "The answer is A/B", "answer: A, B", "A protein",
+    "The answer is a protein", "Not option B", "It can't be option B", "rule out option B", "eliminate B",
+    "I don't know", "answer: I don't know", "", "AB", "A & B", "A+B", "vitamin C", "A. No wait, that's wrong.",
+    "Anything but B?", "all of them", "A) chloride: wrong. B) nitrate: right.", "B, C", "A; B", "A vs. B",
+    "The answer isn't B", "I would not pick B", "B isn't the answer", "B is not the answer", "不是B", "答案不是B", "A B",
+    "I cannot choose option B"]
+
+
+@pytest.mark.parametrize("text", SAYS_B)
+def test_lenient_reads_what_a_person_reads(text):
+    for reply in (text, f"<reasoning>A? C? D?</reasoning>\n<answer>\n{text}\n</answer>"):
+        found = verify(Problem("1", "p", "B", "choice"), reply, lenient=True)
+        assert (found.answer, found.reward) == ("B", 1)
+        assert verify(Problem("1", "p", "A", "choice"), reply, lenient=True).reward == 0
+
+
+@pytest.mark.parametrize("text", SAYS_NOTHING)
+def test_lenient_takes_no_letter_that_a_person_would_not(text):
+    found = [verify(Problem("1", "p", key, "choice"), text, lenient=True) for key in "ABCDEFGHI"]
+    assert [v.reward for v in found] == [0] * 9 and {v.answer for v in found} == {text}
+
+
+@given(st.text(max_size=40), st.sampled_from(["A", "b", "Paris", "A or B", "not A"]))
+def test_lenient_takes_all_that_strict_takes(text, key):
+    for reply in (key, f"<answer>{key}", f"{text}<answer>{key}</answer>{text}", text):
+        problem = Problem("1", "p", key, "choice")
+        strict, lenient = verify(problem, reply), verify(problem, reply, lenient=True)
+        assert strict.reward <= lenient.reward and (not strict.reward or lenient.answer == key)
+
+
 @pytest.mark.parametrize("text", ["answer" + " " * 10 ** 5 + "1", "answer " + "." * 10 ** 5, "answer b" * 20_000,
                                   "or " * 50_000, "\\boxed{" * 50_000, "B is the " * 20_000,
                                   "." * 10 ** 5 + "B" + "." * 10 ** 5 + "x"])

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import time
+from decimal import Context, Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -200,6 +203,128 @@ def test_multiple_choice_follows_the_published_rule(text, right):
     ("3 + 4 = 7", 1), ("**7**.", 1), ("7.0", 1), ("7 of 9", 0), ("", 0), ("17", 0), ("-7", 0), ("so 7", 1), ("0x7", 1)])
 def test_last_number(text, right):
     assert verify(Problem("1", "p", "7", "last_number"), text).reward == right
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------------
+
+READ = [(line.split(" -> ")[0], line.split(" -> ")[1]) for line in r"""
+The total is 1,234. -> 1234
+1,234,567.5 -> 1234567.5
+**1,234** -> 1234
+$1,000.00 -> 1000
+\boxed{$9{,}500} -> 9500
+1{,}234 -> 1234
+1\,234 -> 1234
+1'234 -> 1234
+1_000 -> 1000
+so it is .5 -> 0.5
+-.5 -> -0.5
+5. -> 5
+The answer is 7. -> 7
+7.00 -> 7
+007 -> 7
++5 -> 5
+-7 -> -7
+f(-4) -> -4
+x=-4 -> -4
+x = - 4 -> -4
+3-4 -> 4
+10-3 -> 3
+10 - 3 = 7 -> 7
+x-4 -> 4
+5 - 3/4 -> 0.75
+1e5 -> 100000
+1.5e-3 -> 0.0015
+1E5 -> 100000
+1e+5 -> 100000
+1.3x10^6 -> 1300000
+1.3 \times 10^{6} -> 1300000
+10^{-3} -> 0.001
+50% -> 50
+7\% -> 7
+7kg -> 7
+3rd -> 3
+7 m/s^2 -> 7
+3/4 -> 0.75
+-3/4 -> -0.75
+3 / 4 -> 0.75
+3×4 -> 4
+\frac{3}{4} -> 0.75
+-\dfrac{3}{4} -> -0.75
+\frac12 -> 0.5
+1 3/4 -> 1.75
+1\frac{3}{4} -> 1.75
+1/3 -> 1/3
+\boxed{12} -> 12
+\text{7} -> 7
+0x1F -> 31
+1 234 -> 234
+7 and H2O -> 7
+7 in v1.2.3 -> 7
+7 for x2 -> 7
+7 in cm^2 -> 7
+No.5 -> 5
+1..5 -> 5
+It is 7! -> 7
+-0 -> 0
+inf -> ""
+nan -> ""
+no digits -> ""
+""".strip().split("\n")]
+
+
+@pytest.mark.parametrize("text, number", READ + [
+    ("1\u2009234", "1234"), ("1\u00a0234\u00a0567", "1234567"), ("1\u202f234", "1234"), ("\u22127", "-7"), ("\u20137", "-7"),
+    ("\u20117", "-7"), ("\uff0d7", "-7"), ("that is it \u2014 7", "7"), ("3\u20134", "4"), ("\uff11\uff12", "12"),
+    ("\u0663\u0664", "34"), ("\u0661\u066c\u0662\u0663\u0664\u066b\u0665", "1234.5"), ("1.3 \u00d7 10\u2076", "1300000"),
+    ("\u7b54\u6848\u662f-7\u4e2a", "-7"), ("12 cm\u00b2", "12")])
+def test_numbers_are_read_whole(text, number):
+    """One text for one number: it is also what votes."""
+    number = number.strip('"')
+    for key in ("234", "5", "7", "1234", "-7", "0.75", number or "1"):
+        found = verify(Problem("x", "q", key, "last_number"), text)
+        assert found.answer == number and found.reward == float(key == number), (key, found)
+
+
+@pytest.mark.parametrize("text", [
+    "12,34", "0,5", "1.234.567", "12,345,67", "1,234.567.8", "192.168.0.1", "2024-05-01", "01/05/2024", "10:30", "555-12-34",
+    "2^10", "2**10", "5\u00b2", "\u00bd", "3\u00bd", "2\u03c0", "2\\pi", "\u221a2", "2\\sqrt{2}", "\\frac{\\pi}{2}",
+    "\\frac{x}{2}", "x/2",
+    "5/0", "1e999999999", "1e-999999999", "1e" + "9" * 5000, "9" * 5000, "1,2,34"])
+def test_what_can_t_be_read_whole_is_wrong_and_no_piece_of_it_is_right(text):
+    start = time.process_time()
+    for key in ("1", "2", "4", "5", "10", "30", "34", "0.5", "3", "67", "567", "234567", "1024", "25", "12", "2024", "9"):
+        found = verify(Problem("x", "q", key, "last_number"), f"The answer is 7, no, {text}")
+        assert found.reward == 0 and found.answer not in ("", "7")
+    assert time.process_time() - start < 0.5
+
+
+@given(st.integers(-10 ** 40, 10 ** 40), st.integers(0, 8),
+       st.sampled_from(["{}", "It is {}.", "**{}**", "\\boxed{{{}}}", "({})"]), st.booleans())
+@settings(max_examples=200)
+def test_every_decimal_is_read_exactly(digits, places, sentence, grouped):
+    """Against Fraction: the number itself is right, its neighbour in the last place is not."""
+    number = Fraction(digits, 10 ** places)
+    text = f"{Decimal(digits).scaleb(places * -1, Context(prec=60)):{',' if grouped else ''}f}"
+    assert Fraction(text.replace(",", "")) == number
+    said = sentence.format(text)
+    keys = [f"{Decimal(d).scaleb(places * -1, Context(prec=60)):f}" for d in (digits, digits + 1)]
+    assert [verify(Problem("x", "q", key, "last_number"), said).reward for key in keys] == [1, 0]
+
+
+@given(st.fractions(), st.fractions())
+def test_equal_numbers_have_one_text_and_others_another(a, b):
+    texts = [verify(Problem("x", "q", "1", "last_number"), f"{x.numerator}/{x.denominator}").answer for x in (a, b)]
+    assert (texts[0] == texts[1]) == (a == b) and Fraction(texts[0]) == a
+
+
+@pytest.mark.parametrize("text", [part * 10 ** 5 for part in (
+    "9", "1-", "1/", "= ", "x", "1 ", "1^", "1e", "a_", "\u00b2", "\\frac{1", "1,234")] + [
+    "-" * 10 ** 5 + "1", "=" + " " * 10 ** 5, "\\frac" + " " * 10 ** 5])
+def test_reading_numbers_takes_linear_time(text):
+    start = time.process_time()
+    verify(Problem("x", "q", "1", "last_number"), text)
+    assert time.process_time() - start < 1
 
 
 def test_parquet_files_are_read_like_json_lines(tmp_path):
