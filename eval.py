@@ -24,12 +24,16 @@ the Hub, `livecodebench` a window of LiveCodeBench in its official files, a path
 
 import argparse
 import base64
+import hashlib
 import io
 import json
+import keyword
 import pickle
 import random
 import re
 import sys
+import tempfile
+import traceback
 import unicodedata
 import zlib
 from collections import Counter
@@ -39,16 +43,22 @@ from datetime import date, datetime
 from decimal import Decimal, Inexact, InvalidOperation, localcontext
 from fractions import Fraction
 from math import comb
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from sandbox import CORES, allow_unsafe_exec, execute, sandbox_command
+from sandbox import CORES, DISK, allow_unsafe_exec, execute, sandbox_command
 
 NANO = Path(__file__).resolve().parent / "nano"
+SCIKNOWEVAL_HUB = "hicai-zju/SciKnowEval"
 SCIKNOWEVAL = {"biology": (450, 50), "chemistry": (1890, 210), "material": (841, 94), "physics": (720, 80)}  # Tab. 10
+SDPO_SPLITS = {"biology": "9349f38c83f7d86c", "chemistry": "e2254d6e32009a6f", "material": "2391f902dc62214b",
+               "physics": "9e5f0145a7a5f98b"}  # see digest
+LIVECODEBENCH_HUB = "hf://datasets/livecodebench/code_generation_lite"
+LIVECODEBENCH_FILES = ("test.jsonl", *(f"test{n}.jsonl" for n in range(2, 7)))
 LIVECODEBENCH = ("question_content", "question_id", "contest_date", "starter_code", "public_test_cases",
                  "private_test_cases", "metadata")
 WINDOW = ("2025-02-01", "2025-05-01")  # the paper's and SDPO's: contests from the first day on, before the second
@@ -114,25 +124,39 @@ def from_sciknoweval(row) -> dict:
             "system": row["system"]}
 
 
-def sciknoweval_from_hub(domain) -> list[list[Problem]]:
+def sciknoweval_from_hub(domain, source="") -> list[list[Problem]]:
     """Train and test of a domain, rebuilt as SDPO built its files: L3, multiple choice, 90/10 by `datasets` with seed 42.
 
-    Not run: the Hub was out of reach. The split was checked without it (`idx` is the position before the split, and the
-    published files have exactly these); that the Hub has the items in the order they had then was not.
+    source: the Hub's name of the data set, or a folder in its layout: a card (README.md) that names the files, and those.
+    As in SDPO's loader no configuration is named, since the card has one with all domains, v2. Not run on the Hub itself,
+    which was out of reach; run on such a folder, with the card's front matter and the published columns.
     """
     import datasets  # here: it takes a second, and no other task needs it
+    folder, source = source, str(source or SCIKNOWEVAL_HUB)
     try:
-        table = datasets.load_dataset("hicai-zju/SciKnowEval", domain.capitalize(), split="test")
+        with tempfile.TemporaryDirectory() as scratch:  # the cache takes two folders with one card for the same data
+            cache = {"cache_dir": scratch, "keep_in_memory": True} if folder else {}
+            table = datasets.load_dataset(source, split="test", **cache)
     except Exception as error:
         raise ValueError(f"sciknoweval/{domain} needs --data, a folder with {domain}/train.json and test.json (SDPO's "
-                         f"repository has it as datasets/sciknoweval), or the Hub: {str(error).splitlines()[0]}") from error
-    table = table.filter(lambda row: row["details"]["level"] == "L3" and row["type"] in ("mcq-4-choices", "mcq-2-choices"))
+                         f"repository has it as datasets/sciknoweval), or the Hub's {source}, which can't be loaded: "
+                         f"{' '.join(str(error.__cause__ or error).split())}") from error
+    if missing := {"question", "choices", "answerKey", "type", "domain", "details"} - set(table.column_names):
+        raise ValueError(f"{source} has no column {', '.join(sorted(missing))}")
+    table = table.select([n for n, row in enumerate(table) if str(row["domain"]).lower() in (domain, f"{domain}s")
+                          and row["details"]["level"] == "L3" and row["type"] in ("mcq-4-choices", "mcq-2-choices")])
+    if len(table) < 2:
+        raise ValueError(f"{source} has {len(table)} multiple-choice items of level L3 in {domain}: too few for two splits")
     parts = table.add_column("idx", list(range(len(table)))).train_test_split(test_size=0.1, seed=42)
 
     def problem(row):
         options = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
         prompt = f"{row['question']}\n\n" + "\n".join(f"{label}: {text}" for label, text in options) + REASON
-        return Problem(str(row["idx"]), prompt, row["answerKey"], "choice", HUB_SYSTEM)
+        try:
+            return read_problem(from_sciknoweval(
+                {"idx": row["idx"], "prompt": prompt, "answer": row["answerKey"], "system": HUB_SYSTEM}))
+        except ValueError as error:
+            raise ValueError(f"{source}, item {row['idx']} of {domain} (L3, multiple choice): {error}") from error
 
     return [[problem(row) for row in parts[split]] for split in ("train", "test")]
 
@@ -155,16 +179,24 @@ def defects(train, test) -> list[list[str]]:
     return [[defect(p, (), ()) for p in train], [defect(p, prompts, stems) for p in test]]
 
 
+def digest(splits) -> str:
+    """Of the ids, prompts and answers of splits, in their order; the system messages may be in our words."""
+    items = [[[p.id, p.prompt, p.answer] for p in split] for split in splits]
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
+
+
 def sciknoweval(name, data, exclude_flagged):
     """(name, train, test, card) of a domain, from SDPO's files in the folder `data` or from the Hub."""
     domain = name.partition("/")[2]
     if domain not in SCIKNOWEVAL:
         raise ValueError(f"sciknoweval has no domain {domain!r}; it has {', '.join(SCIKNOWEVAL)}")
     folder = Path(data) / domain
-    if data and not folder.is_dir():
+    if data and folder.is_dir():
+        splits = [read_problems(folder / f"{split}.json", from_sciknoweval, table_rows) for split in ("train", "test")]
+    elif not data or (Path(data) / "README.md").is_file():  # the Hub's, or a copy of its repository
+        splits = sciknoweval_from_hub(domain, data)
+    else:
         raise ValueError(f"{name} needs --data, a folder with {domain}/train.json and test.json; {folder} is none")
-    splits = sciknoweval_from_hub(domain) if not data else [
-        read_problems(folder / f"{split}.json", from_sciknoweval, table_rows) for split in ("train", "test")]
     if (sizes := tuple(map(len, splits))) != SCIKNOWEVAL[domain]:
         raise ValueError(f"{name} has {sizes[0]} train and {sizes[1]} test items, but {SCIKNOWEVAL[domain][0]} and "
                          f"{SCIKNOWEVAL[domain][1]} were published; for items of your own, give --task a folder")
@@ -172,6 +204,8 @@ def sciknoweval(name, data, exclude_flagged):
     lines = [f"{name}: {sizes[0]} train and {sizes[1]} test items of HICAI-ZJU/SciKnowEval (L3), as split by SDPO"]
     for split, flags in zip(("train", "test"), found, strict=True):
         lines += [f"  {split}: {n} {kind}" for kind, n in sorted(Counter(filter(None, flags)).items())]
+    if digest(splits) != SDPO_SPLITS[domain]:
+        lines += ["  NOT to the letter the items, or not in the splits, that SDPO and the paper used"]
     lines += [f"  flagged items are {'excluded' if exclude_flagged else 'used; --exclude_flagged leaves them out'}"]
     if exclude_flagged:
         splits = [[p for p, flag in zip(split, flags, strict=True) if not flag]
@@ -187,7 +221,10 @@ def json_lines(path, cut=False):
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
-    for n, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1 if cut else None], 1):
+    data = Path(path).read_bytes()
+    if b"\0" in data[:4] and data[:4].strip(b"\0"):  # JSON begins with two characters of ASCII
+        raise ValueError(f"{path} is not in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8")
+    for n, line in enumerate(data.split(b"\n")[:-1 if cut else None], 1):
         if not line.strip():
             continue
         try:
@@ -221,10 +258,22 @@ def table_rows(path):
             raise ValueError(f"{len(table)} objects on {len(numbers)} lines, where each has to have one")
         yield from zip(numbers, table, strict=True)
     except Exception as error:  # of pyarrow, of datasets, of the file system
-        if not parquet and not sum(1 for _ in json_lines(path)):  # names the line, which they do not
+        if not parquet and not whole_lines(path):  # names the line, which they do not
             raise ValueError(f"{path} holds no problem") from error
         said = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{path} can't be read as {'Parquet' if parquet else 'JSON lines'}: {said}") from error
+
+
+def whole_lines(path) -> int:
+    """How many rows a JSON-lines file has. ValueError, with file and line, for one that is no JSON or can't be held."""
+    rows = 0
+    for n, row in json_lines(path):
+        try:
+            refuse_unholdable(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n}: {error}") from error
+        rows += 1
+    return rows
 
 
 def numbered_rows(path):
@@ -245,12 +294,75 @@ def call_tests(tests, name):
     """ValueError where a function can't be called on these tests: all values must be JSON, and its name a text."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"the function's name {name!r} must be a text")
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"no function can have the name {name!r}")
     for n, (given, wanted) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True), 1):
         try:
             for line in [*filter(str.strip, given.split("\n")), wanted]:
                 json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"test {n} of {name} is not JSON, line by line: {error}") from error
+
+
+def code_tests(row):
+    """ValueError where a row can't be verified by `code`: it has to have inputs and outputs that fit each other."""
+    texts = (row.get("inputs"), row.get("outputs"))
+    if not all(isinstance(t, list) and t and all(isinstance(x, str) for x in t) for t in texts) \
+            or len(texts[0]) != len(texts[1]):
+        raise ValueError("code needs inputs and outputs, two lists of texts of one length")
+    if row.get("fn_name") is not None:
+        call_tests(row, row["fn_name"])
+    elif (largest := max(len(x.encode()) for x in texts[0])) > DISK:
+        raise ValueError(f"an input of {largest} bytes is too large: the sandbox takes {DISK}")
+
+
+def refuse_unholdable(row):
+    """ValueError for half a surrogate pair in any text of a row: UTF-8, and so no file, database or tokenizer, can hold it;
+    and for a NUL in what a model reads. Refused and not cleaned, since two ids could become one.
+    """
+    for key, value in row.items():
+        try:
+            text = json.dumps([key, value], ensure_ascii=False, default=str)
+        except RecursionError as error:
+            raise ValueError(f"{key} is nested too deeply") from error
+        if not holdable(text):
+            raise ValueError(f"{shown(key)} holds half a surrogate pair, such as \\ud83d, which UTF-8 can't hold; write the "
+                             "whole character, or none")
+        if key in ("id", "prompt", "answer", "system") and "\0" in str(value):
+            raise ValueError(f"{key} holds the character NUL; leave it out")
+
+
+def refuse_unreachable(problem):
+    """ValueError where no reply can be right: verify, asked of the ideal reply to a verifier of ours, does not say 1.
+
+    What a verifier of one's own takes is not known. The tests of `code` are checked by code_tests.
+    """
+    ideal = {verify_steps: problem.answer, verify_last_number: problem.answer,
+             verify_choice: f"<answer>{problem.answer}</answer>"}.get(VERIFIERS[problem.verifier])
+    if ideal is None or verify(problem, ideal).reward == 1:
+        return
+    raise ValueError(f"the answer {shown(problem.answer)} " + {
+        "last_number": "is no number that last_number can read, such as 7, -0.5, 1e-3 or 3/4",
+        "choice": "can't be matched by any reply: what stands between <answer> and </answer> is read without white space "
+                  "around it"}.get(problem.verifier, "can't be matched by any reply"))
+
+
+def read_problem(row) -> Problem:
+    """A row of our schema as a problem. ValueError, in one sentence, where it is none, or no reply to it can be right."""
+    refuse_unholdable(row)
+    if row.get("verifier") == "code":
+        row.setdefault("answer", "its tests")
+        code_tests(row)
+    row.setdefault("system", "")
+    bad = [k for k in ("id", "prompt", "answer", "verifier") if not isinstance(row.get(k), str) or not row[k].strip()]
+    if bad := bad + ["system"] * (not isinstance(row["system"], str)):
+        raise ValueError(f"{' and '.join(bad)} must be given, as text")
+    if row["verifier"] not in VERIFIERS:
+        raise ValueError(f"no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
+    known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier", "system")}
+    problem = Problem(**known, extra=row)
+    refuse_unreachable(problem)
+    return problem
 
 
 def read_problems(path, convert=dict, rows=numbered_rows) -> list[Problem]:
@@ -260,32 +372,13 @@ def read_problems(path, convert=dict, rows=numbered_rows) -> list[Problem]:
     problems, seen = [], {}
     for n, row in rows(path):
         try:
-            row = convert(row)
+            problem = read_problem(convert(row))
         except ValueError as error:
             raise ValueError(f"{path}, line {n}: {error}") from error
-        if row.get("verifier") == "code":
-            row.setdefault("answer", "its tests")
-            texts = (row.get("inputs"), row.get("outputs"))
-            if not all(isinstance(t, list) and t and all(isinstance(x, str) for x in t) for t in texts) \
-                    or len(texts[0]) != len(texts[1]):
-                raise ValueError(f"{path}, line {n}: code needs inputs and outputs, two lists of texts of one length")
-            try:
-                row.get("fn_name") is None or call_tests(row, row["fn_name"])
-            except ValueError as error:
-                raise ValueError(f"{path}, line {n}: {error}") from error
-        row.setdefault("system", "")
-        bad = [k for k in ("id", "prompt", "answer", "verifier") if not isinstance(row.get(k), str) or not row[k]]
-        if bad := bad + ["system"] * (not isinstance(row["system"], str)):
-            raise ValueError(f"{path}, line {n}: {' and '.join(bad)} must be given, as text")
-        if row["verifier"] not in VERIFIERS:
-            raise ValueError(f"{path}, line {n}: no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
-        if row["verifier"] == "last_number" and not re.fullmatch(r"-?\d+(\.\d+)?", row["answer"]):
-            raise ValueError(f"{path}, line {n}: the answer {row['answer']!r} is no number, as last_number wants it")
-        if row["id"] in seen:
-            raise ValueError(f"{path}, line {n} repeats the id {row['id']!r} of line {seen[row['id']]}")
-        seen[row["id"]] = n
-        known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier", "system")}
-        problems.append(Problem(**known, extra=row))
+        if problem.id in seen:
+            raise ValueError(f"{path}, line {n} repeats the id {problem.id!r} of line {seen[problem.id]}")
+        seen[problem.id] = n
+        problems.append(problem)
     if not problems:
         raise ValueError(f"{path} holds no problem")
     return problems
@@ -343,12 +436,21 @@ def decode_tests(text) -> list[dict]:
 
 
 def read_livecodebench(data):
-    """Yields (where, row) of the official files: a JSON-lines file, a folder of them, or the Hub's where data is empty."""
-    if not data:  # not run: the parquet branch, since the Hub runs no loading scripts any more
-        import datasets
-        name = "livecodebench/code_generation_lite"
-        table = datasets.load_dataset(name, revision="refs/pr/6", split="test")
-        yield from ((f"{name}, row {n}", row) for n, row in enumerate(table, 1))
+    """Yields (where, row) of the official files: a JSON-lines file, a folder of them, or the Hub's where data is empty.
+
+    The Hub has them beside a loading script, which `datasets` runs no more and refuses, so they are loaded by their names:
+    all six, 4.5 GB, which are release_v6. Not run on the Hub itself, which was out of reach; run on a folder like it.
+    """
+    if not data:
+        import datasets  # here: it takes a second, and no other task needs it
+        for name in LIVECODEBENCH_FILES:
+            place = f"{LIVECODEBENCH_HUB}/{name}"
+            try:
+                table = datasets.load_dataset("json", data_files=place, split="train")
+            except Exception as error:
+                raise ValueError(f"livecodebench needs --data, its official files, or the Hub's {place}, which can't be "
+                                 f"loaded: {' '.join(str(error.__cause__ or error).split())}") from error
+            yield from ((f"{place}, row {n}", row) for n, row in enumerate(table, 1))
         return
     files = sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet")) if Path(data).is_dir() \
         else [Path(data)]
@@ -367,8 +469,8 @@ def code_problem(tests, id, prompt, system, **extra) -> Problem:
 def livecodebench(data, protocol, since, until):
     """(name, train, test): the contests of since <= date < until (YYYY-MM-DD), under a protocol of the table above.
 
-    The name says protocol, window and number of problems, for reports. SDPO's half of the tests is drawn with seed 0 in the
-    order of the file, as its description has it; its script was not at hand to compare.
+    The name says protocol, window and number of problems, for reports. SDPO's half of the tests is drawn as its script does:
+    numpy's seed 0, problem by problem in the order of the file, max(1, n // 2) of n tests, which keep their order.
     """
     if protocol not in ("sdpo", "older", "official"):
         raise ValueError(f"livecodebench has no protocol {protocol!r}; it has sdpo, older and official")
@@ -398,8 +500,11 @@ def livecodebench(data, protocol, since, until):
                 raise ValueError("its metadata is no JSON object")
             if not hidden:
                 raise ValueError("it has no hidden tests")
-            if (name := metadata.get("func_name")) is not None:
-                call_tests(code_problem(public + hidden, "", "", "").extra, name)
+            name = metadata.get("func_name")
+            texts = (row["question_id"], row["question_content"], row["starter_code"])
+            whole = code_problem(public + hidden, *texts, fn_name=name)
+            refuse_unholdable(vars(whole))
+            code_tests(whole.extra)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
         content, starter, system, block = row["question_content"], row["starter_code"], "", "longest"
@@ -471,9 +576,14 @@ def task_folder(name) -> Path:
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
 
+SUCCESS = 0.5  # a reward above this is a success: that of memory.py, which knows nothing of tasks, nor they of it
+MAX_FEEDBACK = 20_000  # characters of feedback that are kept: it is tokenised for every teacher and every reflection
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """reward: 1.0 or 0.0. answer: what the estimators vote on. feedback: text for the teacher, empty where there is none.
+    """reward: a number from 0 to 1. answer: text that the estimators vote on, the same for all answers that the verifier
+    takes for equal. feedback: text for the teacher, empty where there is none.
 
     For programs, test_pass_rate is the share of tests passed (never the reward) and status that of Judgement, or no_code.
     """
@@ -490,7 +600,7 @@ def verify_steps(problem, completion) -> Verdict:
     words, wanted = completion.split(), problem.answer.split()
     right = len(words) == len(wanted) and all(
         w == a or a.endswith("=*") and w.startswith(a[:-1]) for w, a in zip(words, wanted, strict=True))
-    return Verdict(float(right), " ".join(w for w in words if "=" not in w))
+    return Verdict(float(right), " ".join(w.partition("=")[0] + "=*" if "=" in w else w for w in words))
 
 
 def verify_choice(problem, completion) -> Verdict:
@@ -745,14 +855,25 @@ def extract_code(completion, block="longest") -> str:
     return "\n".join(lines[fences[-2] + 1:fences[-1]]) if len(fences) > 1 else ""
 
 
+def no_code(completion) -> str:
+    """The feedback where extract_code finds nothing: why, as far as the fences tell. The rule is SDPO's, to the letter."""
+    if "```" not in completion:
+        return "Incorrect Format\nThere is no code block: put the code between ```python and ```."
+    if completion.count("```") % 2:
+        return "Truncated Attempt\nThe code block has no end."
+    if any(map(str.strip, re.findall(r"```[^\n]*\n(.*?)```", completion, re.DOTALL))):
+        return ("Incorrect Format\nThe code block can't be read: its first line has to be ```python with nothing after it, "
+                "not even a blank or a carriage return.")
+    return "Incorrect Format\nThe code block has no line of code: put the code on its own lines between ```python and ```."
+
+
 def verify_code(problem, completion) -> Verdict:
     """A program that passes every test in problem.extra; feedback only where that holds no `feedback: false`."""
     tests, code = problem.extra, extract_code(completion, problem.extra.get("block", "longest"))
     if code.strip():
         found = judge(code, tests["inputs"], tests["outputs"], tests.get("fn_name"))
     else:
-        found = Judgement(False, "no_code", 0, "Truncated Attempt\nThe code block has no end." if completion.count("```") % 2
-                          else "Incorrect Format\nThere is no code block: put the code between ```python and ```.")
+        found = Judgement(False, "no_code", 0, no_code(completion))
     feedback = found.feedback if tests.get("feedback", True) else ""
     return Verdict(float(found.passed), code, feedback, found.n_passed / len(tests["inputs"]), found.status)
 
@@ -761,10 +882,69 @@ VERIFIERS = {"steps": verify_steps, "choice": verify_choice, "last_number": veri
 
 
 def verify(problem, completion, lenient=False) -> Verdict:
-    """The verdict on one completion (text): a pure function of both. lenient concerns multiple choice alone."""
+    """The verdict on one completion (text): a pure function of both. lenient concerns multiple choice alone.
+
+    ValueError, which names verifier and problem, for a verifier that fails or returns what is no verdict: see checked.
+    """
+    verifier = VERIFIERS[problem.verifier]
     if lenient and problem.verifier == "choice":
-        return verify_choice_lenient(problem, completion)
-    return VERIFIERS[problem.verifier](problem, completion)
+        verifier = verify_choice_lenient
+    try:
+        verdict = verifier(problem, completion)
+    except Exception as error:  # whatever a verifier of one's own raises
+        if verifier is verify_code and isinstance(error, ValueError):  # there is no sandbox, in a sentence
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(f"the verifier {problem.verifier} failed on problem {problem.id!r}: {type(error).__name__} in "
+                         f"{Path(last.filename).name}, line {last.lineno}: {' '.join(str(error).split())}") from error
+    try:
+        return checked(verdict)
+    except ValueError as error:
+        raise ValueError(f"the verifier {problem.verifier} returned {error} for problem {problem.id!r}") from error
+
+
+def checked(verdict) -> Verdict:
+    """The verdict with numbers of Python's own, its feedback cut to MAX_FEEDBACK. ValueError, with what is wrong and what it
+    has to be, for one that estimators, memory and records could not use.
+    """
+    if not isinstance(verdict, Verdict):
+        raise ValueError(f"{shown(verdict)}, where it has to return a Verdict")
+    reward, rate, answer = number(verdict.reward), number(verdict.test_pass_rate), verdict.answer
+    if reward is None or not 0 <= reward <= 1:  # a NaN is not
+        raise ValueError(f"the reward {shown(verdict.reward)}, where it has to be a number from 0 to 1")
+    if verdict.test_pass_rate is not None and (rate is None or not 0 <= rate <= 1):
+        raise ValueError(f"the test_pass_rate {shown(verdict.test_pass_rate)}, where it has to be None or from 0 to 1")
+    if number(answer) is not None:
+        answer = str(answer)
+    for name, text in (("answer", answer), ("feedback", verdict.feedback), ("status", verdict.status)):
+        if not isinstance(text, str):
+            raise ValueError(f"the {name} {shown(text)}, where it has to be a text")
+        if not holdable(text):
+            raise ValueError(f"the {name} {shown(text)}, with half a surrogate pair, which UTF-8 can't hold")
+    feedback = verdict.feedback.replace("\0", "\ufffd")  # a program may print one
+    if len(feedback) > MAX_FEEDBACK:
+        feedback = f"{feedback[:MAX_FEEDBACK]}\n[cut here: {len(feedback)} characters]"
+    return replace(verdict, reward=reward, test_pass_rate=rate, answer=answer, feedback=feedback)
+
+
+def number(value) -> float | None:
+    """A number or truth value of Python or numpy as a float, or None where it is neither."""
+    return float(value) if isinstance(value, (Real, np.bool_)) else None
+
+
+def shown(value) -> str:
+    """A value in an error: on one line, and short."""
+    text = " ".join(ascii(value).split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def holdable(text) -> bool:
+    """Whether UTF-8 can hold a text: not where it has half a surrogate pair, as JSON's escapes allow."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def verify_all(problems, completions, lenient=False) -> list[Verdict]:
@@ -782,7 +962,7 @@ def need_sandbox(task, unsafe_exec=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Estimators. rewards: (problems, k) of 0 and 1.
+# Estimators. rewards: (problems, k) from 0 to 1.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def avg_at_k(rewards) -> float:
@@ -791,31 +971,36 @@ def avg_at_k(rewards) -> float:
 
 
 def best_at_k(rewards, k=None) -> float:
-    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being right."""
-    rewards = np.asarray(rewards)
-    n = rewards.shape[1]
+    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being above SUCCESS."""
+    solved = np.asarray(rewards) > SUCCESS
+    n = solved.shape[1]
     k = n if k is None else k
-    return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in rewards.sum(1)]))
+    return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in solved.sum(1)]))
 
 
 def majority(rewards, answers) -> np.ndarray:
-    """(problems,) whether the most frequent answer is right, a tie counting in expectation. answers: (problems, k)."""
+    """(problems,) the mean reward of the samples that gave the most frequent answer; of several such answers, their mean.
+
+    answers: (problems, k), texts. The empty answer is one as well.
+    """
     scores = []
     for row, said in zip(rewards, answers, strict=True):
         votes = Counter(said)
-        top = [a for a, n in votes.items() if n == max(votes.values())]
-        right = {a for a, r in zip(said, row, strict=True) if r}
-        scores.append(sum(a in right for a in top) / len(top))
+        most = max(votes.values())
+        top = [[r for a, r in zip(said, row, strict=True) if a == answer] for answer, n in votes.items() if n == most]
+        scores.append(np.mean(top))  # as many rewards of each
     return np.array(scores)
 
 
 def maj_at_k(rewards, answers) -> float:
-    """The share of problems whose most frequent answer is right."""
+    """The mean reward of each problem's most frequent answer, which for rewards of 0 and 1 is how often it is right."""
     return float(majority(rewards, answers).mean())
 
 
 def headroom(rewards, answers) -> np.ndarray:
-    """(problems,) what a perfect choice among the k samples would add to their majority: best@k - maj@k (Fig. 3)."""
+    """(problems,) what a perfect choice among the k samples would add to their majority: for rewards of 0 and 1,
+    best@k - maj@k (Fig. 3); never below 0.
+    """
     return np.asarray(rewards).max(1) - majority(rewards, answers)
 
 
