@@ -11,13 +11,14 @@
 
 A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line, or the same rows as `.parquet`:
 
-    id        text, unique in the task
+    id        text, unique in its file
     prompt    the user message
     answer    what the verifier compares with (for `code`: instead of it, inputs, outputs and perhaps fn_name, see judge)
     verifier  a name in VERIFIERS
     system    the system message (optional)
 
-All other keys are kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, `nano/7` another of its
+What can't work is refused by line: a key that no reply can match, half a surrogate pair in any text. All other keys are
+kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, `nano/7` another of its
 worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain of SciKnowEval in SDPO's files or from
 the Hub, `livecodebench` a window of LiveCodeBench in its official files, a path any folder of yours.
 """
@@ -537,11 +538,11 @@ def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0],
               exclude_flagged=False) -> Task:
     """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
 
-    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them; for livecodebench,
-    the official file or a folder of such; empty for the Hub. protocol, since, until: of livecodebench. exclude_flagged: of
-    sciknoweval, leaves out what `defects` finds. dev: the share of the training split that is held out, by `seed`, to
-    select checkpoints on (the default seed is that of SDPO's own splits). Raises ValueError in one sentence for a task or
-    file that can't be used.
+    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them, or a copy of the
+    Hub's repository; for livecodebench, the official file or a folder of such; empty for the Hub. protocol, since, until:
+    of livecodebench. exclude_flagged: of sciknoweval, leaves out what `defects` finds. dev: the share of the training split
+    that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits). Raises ValueError
+    in one sentence for a task or file that can't be used.
     """
     if not 0 <= dev < 1:
         raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
