@@ -11,42 +11,55 @@
 
 A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line, or the same rows as `.parquet`:
 
-    id        text, unique in the task
+    id        text, unique in its file
     prompt    the user message
     answer    what the verifier compares with (for `code`: instead of it, inputs, outputs and perhaps fn_name, see judge)
     verifier  a name in VERIFIERS
     system    the system message (optional)
 
-All other keys are kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, `nano/7` another of its
+What can't work is refused by line: a key that no reply can match, half a surrogate pair in any text. All other keys are
+kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, `nano/7` another of its
 worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain of SciKnowEval in SDPO's files or from
 the Hub, `livecodebench` a window of LiveCodeBench in its official files, a path any folder of yours.
 """
 
 import argparse
 import base64
+import hashlib
 import io
 import json
+import keyword
 import pickle
 import random
 import re
 import sys
+import tempfile
+import traceback
+import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, Inexact, InvalidOperation, localcontext
+from fractions import Fraction
 from math import comb
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from sandbox import CORES, allow_unsafe_exec, execute, sandbox_command
+from sandbox import CORES, DISK, allow_unsafe_exec, execute, sandbox_command
 
 NANO = Path(__file__).resolve().parent / "nano"
+SCIKNOWEVAL_HUB = "hicai-zju/SciKnowEval"
 SCIKNOWEVAL = {"biology": (450, 50), "chemistry": (1890, 210), "material": (841, 94), "physics": (720, 80)}  # Tab. 10
+SDPO_SPLITS = {"biology": "9349f38c83f7d86c", "chemistry": "e2254d6e32009a6f", "material": "2391f902dc62214b",
+               "physics": "9e5f0145a7a5f98b"}  # see digest
+LIVECODEBENCH_HUB = "hf://datasets/livecodebench/code_generation_lite"
+LIVECODEBENCH_FILES = ("test.jsonl", *(f"test{n}.jsonl" for n in range(2, 7)))
 LIVECODEBENCH = ("question_content", "question_id", "contest_date", "starter_code", "public_test_cases",
                  "private_test_cases", "metadata")
 WINDOW = ("2025-02-01", "2025-05-01")  # the paper's and SDPO's: contests from the first day on, before the second
@@ -112,25 +125,39 @@ def from_sciknoweval(row) -> dict:
             "system": row["system"]}
 
 
-def sciknoweval_from_hub(domain) -> list[list[Problem]]:
+def sciknoweval_from_hub(domain, source="") -> list[list[Problem]]:
     """Train and test of a domain, rebuilt as SDPO built its files: L3, multiple choice, 90/10 by `datasets` with seed 42.
 
-    Not run: the Hub was out of reach. The split was checked without it (`idx` is the position before the split, and the
-    published files have exactly these); that the Hub has the items in the order they had then was not.
+    source: the Hub's name of the data set, or a folder in its layout: a card (README.md) that names the files, and those.
+    As in SDPO's loader no configuration is named, since the card has one with all domains, v2. Not run on the Hub itself,
+    which was out of reach; run on such a folder, with the card's front matter and the published columns.
     """
     import datasets  # here: it takes a second, and no other task needs it
+    folder, source = source, str(source or SCIKNOWEVAL_HUB)
     try:
-        table = datasets.load_dataset("hicai-zju/SciKnowEval", domain.capitalize(), split="test")
+        with tempfile.TemporaryDirectory() as scratch:  # the cache takes two folders with one card for the same data
+            cache = {"cache_dir": scratch, "keep_in_memory": True} if folder else {}
+            table = datasets.load_dataset(source, split="test", **cache)
     except Exception as error:
         raise ValueError(f"sciknoweval/{domain} needs --data, a folder with {domain}/train.json and test.json (SDPO's "
-                         f"repository has it as datasets/sciknoweval), or the Hub: {str(error).splitlines()[0]}") from error
-    table = table.filter(lambda row: row["details"]["level"] == "L3" and row["type"] in ("mcq-4-choices", "mcq-2-choices"))
+                         f"repository has it as datasets/sciknoweval), or the Hub's {source}, which can't be loaded: "
+                         f"{' '.join(str(error.__cause__ or error).split())}") from error
+    if missing := {"question", "choices", "answerKey", "type", "domain", "details"} - set(table.column_names):
+        raise ValueError(f"{source} has no column {', '.join(sorted(missing))}")
+    table = table.select([n for n, row in enumerate(table) if str(row["domain"]).lower() in (domain, f"{domain}s")
+                          and row["details"]["level"] == "L3" and row["type"] in ("mcq-4-choices", "mcq-2-choices")])
+    if len(table) < 2:
+        raise ValueError(f"{source} has {len(table)} multiple-choice items of level L3 in {domain}: too few for two splits")
     parts = table.add_column("idx", list(range(len(table)))).train_test_split(test_size=0.1, seed=42)
 
     def problem(row):
         options = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
         prompt = f"{row['question']}\n\n" + "\n".join(f"{label}: {text}" for label, text in options) + REASON
-        return Problem(str(row["idx"]), prompt, row["answerKey"], "choice", HUB_SYSTEM)
+        try:
+            return read_problem(from_sciknoweval(
+                {"idx": row["idx"], "prompt": prompt, "answer": row["answerKey"], "system": HUB_SYSTEM}))
+        except ValueError as error:
+            raise ValueError(f"{source}, item {row['idx']} of {domain} (L3, multiple choice): {error}") from error
 
     return [[problem(row) for row in parts[split]] for split in ("train", "test")]
 
@@ -153,16 +180,24 @@ def defects(train, test) -> list[list[str]]:
     return [[defect(p, (), ()) for p in train], [defect(p, prompts, stems) for p in test]]
 
 
+def digest(splits) -> str:
+    """Of the ids, prompts and answers of splits, in their order; the system messages may be in our words."""
+    items = [[[p.id, p.prompt, p.answer] for p in split] for split in splits]
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
+
+
 def sciknoweval(name, data, exclude_flagged):
     """(name, train, test, card) of a domain, from SDPO's files in the folder `data` or from the Hub."""
     domain = name.partition("/")[2]
     if domain not in SCIKNOWEVAL:
         raise ValueError(f"sciknoweval has no domain {domain!r}; it has {', '.join(SCIKNOWEVAL)}")
     folder = Path(data) / domain
-    if data and not folder.is_dir():
+    if data and folder.is_dir():
+        splits = [read_problems(folder / f"{split}.json", from_sciknoweval, table_rows) for split in ("train", "test")]
+    elif not data or (Path(data) / "README.md").is_file():  # the Hub's, or a copy of its repository
+        splits = sciknoweval_from_hub(domain, data)
+    else:
         raise ValueError(f"{name} needs --data, a folder with {domain}/train.json and test.json; {folder} is none")
-    splits = sciknoweval_from_hub(domain) if not data else [
-        read_problems(folder / f"{split}.json", from_sciknoweval, table_rows) for split in ("train", "test")]
     if (sizes := tuple(map(len, splits))) != SCIKNOWEVAL[domain]:
         raise ValueError(f"{name} has {sizes[0]} train and {sizes[1]} test items, but {SCIKNOWEVAL[domain][0]} and "
                          f"{SCIKNOWEVAL[domain][1]} were published; for items of your own, give --task a folder")
@@ -170,6 +205,8 @@ def sciknoweval(name, data, exclude_flagged):
     lines = [f"{name}: {sizes[0]} train and {sizes[1]} test items of HICAI-ZJU/SciKnowEval (L3), as split by SDPO"]
     for split, flags in zip(("train", "test"), found, strict=True):
         lines += [f"  {split}: {n} {kind}" for kind, n in sorted(Counter(filter(None, flags)).items())]
+    if digest(splits) != SDPO_SPLITS[domain]:
+        lines += ["  NOT to the letter the items, or not in the splits, that SDPO and the paper used"]
     lines += [f"  flagged items are {'excluded' if exclude_flagged else 'used; --exclude_flagged leaves them out'}"]
     if exclude_flagged:
         splits = [[p for p, flag in zip(split, flags, strict=True) if not flag]
@@ -185,7 +222,10 @@ def json_lines(path, cut=False):
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
-    for n, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1 if cut else None], 1):
+    data = Path(path).read_bytes()
+    if b"\0" in data[:4] and data[:4].strip(b"\0"):  # JSON begins with two characters of ASCII
+        raise ValueError(f"{path} is not in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8")
+    for n, line in enumerate(data.split(b"\n")[:-1 if cut else None], 1):
         if not line.strip():
             continue
         try:
@@ -219,10 +259,22 @@ def table_rows(path):
             raise ValueError(f"{len(table)} objects on {len(numbers)} lines, where each has to have one")
         yield from zip(numbers, table, strict=True)
     except Exception as error:  # of pyarrow, of datasets, of the file system
-        if not parquet and not sum(1 for _ in json_lines(path)):  # names the line, which they do not
+        if not parquet and not whole_lines(path):  # names the line, which they do not
             raise ValueError(f"{path} holds no problem") from error
         said = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{path} can't be read as {'Parquet' if parquet else 'JSON lines'}: {said}") from error
+
+
+def whole_lines(path) -> int:
+    """How many rows a JSON-lines file has. ValueError, with file and line, for one that is no JSON or can't be held."""
+    rows = 0
+    for n, row in json_lines(path):
+        try:
+            refuse_unholdable(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n}: {error}") from error
+        rows += 1
+    return rows
 
 
 def numbered_rows(path):
@@ -243,12 +295,75 @@ def call_tests(tests, name):
     """ValueError where a function can't be called on these tests: all values must be JSON, and its name a text."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"the function's name {name!r} must be a text")
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"no function can have the name {name!r}")
     for n, (given, wanted) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True), 1):
         try:
             for line in [*filter(str.strip, given.split("\n")), wanted]:
                 json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"test {n} of {name} is not JSON, line by line: {error}") from error
+
+
+def code_tests(row):
+    """ValueError where a row can't be verified by `code`: it has to have inputs and outputs that fit each other."""
+    texts = (row.get("inputs"), row.get("outputs"))
+    if not all(isinstance(t, list) and t and all(isinstance(x, str) for x in t) for t in texts) \
+            or len(texts[0]) != len(texts[1]):
+        raise ValueError("code needs inputs and outputs, two lists of texts of one length")
+    if row.get("fn_name") is not None:
+        call_tests(row, row["fn_name"])
+    elif (largest := max(len(x.encode()) for x in texts[0])) > DISK:
+        raise ValueError(f"an input of {largest} bytes is too large: the sandbox takes {DISK}")
+
+
+def refuse_unholdable(row):
+    """ValueError for half a surrogate pair in any text of a row: UTF-8, and so no file, database or tokenizer, can hold it;
+    and for a NUL in what a model reads. Refused and not cleaned, since two ids could become one.
+    """
+    for key, value in row.items():
+        try:
+            text = json.dumps([key, value], ensure_ascii=False, default=str)
+        except RecursionError as error:
+            raise ValueError(f"{key} is nested too deeply") from error
+        if not holdable(text):
+            raise ValueError(f"{shown(key)} holds half a surrogate pair, such as \\ud83d, which UTF-8 can't hold; write the "
+                             "whole character, or none")
+        if key in ("id", "prompt", "answer", "system") and "\0" in str(value):
+            raise ValueError(f"{key} holds the character NUL; leave it out")
+
+
+def refuse_unreachable(problem):
+    """ValueError where no reply can be right: verify, asked of the ideal reply to a verifier of ours, does not say 1.
+
+    What a verifier of one's own takes is not known. The tests of `code` are checked by code_tests.
+    """
+    ideal = {verify_steps: problem.answer, verify_last_number: problem.answer,
+             verify_choice: f"<answer>{problem.answer}</answer>"}.get(VERIFIERS[problem.verifier])
+    if ideal is None or verify(problem, ideal).reward == 1:
+        return
+    raise ValueError(f"the answer {shown(problem.answer)} " + {
+        "last_number": "is no number that last_number can read, such as 7, -0.5, 1e-3 or 3/4",
+        "choice": "can't be matched by any reply: what stands between <answer> and </answer> is read without white space "
+                  "around it"}.get(problem.verifier, "can't be matched by any reply"))
+
+
+def read_problem(row) -> Problem:
+    """A row of our schema as a problem. ValueError, in one sentence, where it is none, or no reply to it can be right."""
+    refuse_unholdable(row)
+    if row.get("verifier") == "code":
+        row.setdefault("answer", "its tests")
+        code_tests(row)
+    row.setdefault("system", "")
+    bad = [k for k in ("id", "prompt", "answer", "verifier") if not isinstance(row.get(k), str) or not row[k].strip()]
+    if bad := bad + ["system"] * (not isinstance(row["system"], str)):
+        raise ValueError(f"{' and '.join(bad)} must be given, as text")
+    if row["verifier"] not in VERIFIERS:
+        raise ValueError(f"no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
+    known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier", "system")}
+    problem = Problem(**known, extra=row)
+    refuse_unreachable(problem)
+    return problem
 
 
 def read_problems(path, convert=dict, rows=numbered_rows) -> list[Problem]:
@@ -258,32 +373,13 @@ def read_problems(path, convert=dict, rows=numbered_rows) -> list[Problem]:
     problems, seen = [], {}
     for n, row in rows(path):
         try:
-            row = convert(row)
+            problem = read_problem(convert(row))
         except ValueError as error:
             raise ValueError(f"{path}, line {n}: {error}") from error
-        if row.get("verifier") == "code":
-            row.setdefault("answer", "its tests")
-            texts = (row.get("inputs"), row.get("outputs"))
-            if not all(isinstance(t, list) and t and all(isinstance(x, str) for x in t) for t in texts) \
-                    or len(texts[0]) != len(texts[1]):
-                raise ValueError(f"{path}, line {n}: code needs inputs and outputs, two lists of texts of one length")
-            try:
-                row.get("fn_name") is None or call_tests(row, row["fn_name"])
-            except ValueError as error:
-                raise ValueError(f"{path}, line {n}: {error}") from error
-        row.setdefault("system", "")
-        bad = [k for k in ("id", "prompt", "answer", "verifier") if not isinstance(row.get(k), str) or not row[k]]
-        if bad := bad + ["system"] * (not isinstance(row["system"], str)):
-            raise ValueError(f"{path}, line {n}: {' and '.join(bad)} must be given, as text")
-        if row["verifier"] not in VERIFIERS:
-            raise ValueError(f"{path}, line {n}: no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
-        if row["verifier"] == "last_number" and not re.fullmatch(r"-?\d+(\.\d+)?", row["answer"]):
-            raise ValueError(f"{path}, line {n}: the answer {row['answer']!r} is no number, as last_number wants it")
-        if row["id"] in seen:
-            raise ValueError(f"{path}, line {n} repeats the id {row['id']!r} of line {seen[row['id']]}")
-        seen[row["id"]] = n
-        known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier", "system")}
-        problems.append(Problem(**known, extra=row))
+        if problem.id in seen:
+            raise ValueError(f"{path}, line {n} repeats the id {problem.id!r} of line {seen[problem.id]}")
+        seen[problem.id] = n
+        problems.append(problem)
     if not problems:
         raise ValueError(f"{path} holds no problem")
     return problems
@@ -341,12 +437,21 @@ def decode_tests(text) -> list[dict]:
 
 
 def read_livecodebench(data):
-    """Yields (where, row) of the official files: a JSON-lines file, a folder of them, or the Hub's where data is empty."""
-    if not data:  # not run: the parquet branch, since the Hub runs no loading scripts any more
-        import datasets
-        name = "livecodebench/code_generation_lite"
-        table = datasets.load_dataset(name, revision="refs/pr/6", split="test")
-        yield from ((f"{name}, row {n}", row) for n, row in enumerate(table, 1))
+    """Yields (where, row) of the official files: a JSON-lines file, a folder of them, or the Hub's where data is empty.
+
+    The Hub has them beside a loading script, which `datasets` runs no more and refuses, so they are loaded by their names:
+    all six, 4.5 GB, which are release_v6. Not run on the Hub itself, which was out of reach; run on a folder like it.
+    """
+    if not data:
+        import datasets  # here: it takes a second, and no other task needs it
+        for name in LIVECODEBENCH_FILES:
+            place = f"{LIVECODEBENCH_HUB}/{name}"
+            try:
+                table = datasets.load_dataset("json", data_files=place, split="train")
+            except Exception as error:
+                raise ValueError(f"livecodebench needs --data, its official files, or the Hub's {place}, which can't be "
+                                 f"loaded: {' '.join(str(error.__cause__ or error).split())}") from error
+            yield from ((f"{place}, row {n}", row) for n, row in enumerate(table, 1))
         return
     files = sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet")) if Path(data).is_dir() \
         else [Path(data)]
@@ -365,8 +470,8 @@ def code_problem(tests, id, prompt, system, **extra) -> Problem:
 def livecodebench(data, protocol, since, until):
     """(name, train, test): the contests of since <= date < until (YYYY-MM-DD), under a protocol of the table above.
 
-    The name says protocol, window and number of problems, for reports. SDPO's half of the tests is drawn with seed 0 in the
-    order of the file, as its description has it; its script was not at hand to compare.
+    The name says protocol, window and number of problems, for reports. SDPO's half of the tests is drawn as its script does:
+    numpy's seed 0, problem by problem in the order of the file, max(1, n // 2) of n tests, which keep their order.
     """
     if protocol not in ("sdpo", "older", "official"):
         raise ValueError(f"livecodebench has no protocol {protocol!r}; it has sdpo, older and official")
@@ -396,8 +501,11 @@ def livecodebench(data, protocol, since, until):
                 raise ValueError("its metadata is no JSON object")
             if not hidden:
                 raise ValueError("it has no hidden tests")
-            if (name := metadata.get("func_name")) is not None:
-                call_tests(code_problem(public + hidden, "", "", "").extra, name)
+            name = metadata.get("func_name")
+            texts = (row["question_id"], row["question_content"], row["starter_code"])
+            whole = code_problem(public + hidden, *texts, fn_name=name)
+            refuse_unholdable(vars(whole))
+            code_tests(whole.extra)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
         content, starter, system, block = row["question_content"], row["starter_code"], "", "longest"
@@ -430,11 +538,11 @@ def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0],
               exclude_flagged=False) -> Task:
     """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
 
-    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them; for livecodebench,
-    the official file or a folder of such; empty for the Hub. protocol, since, until: of livecodebench. exclude_flagged: of
-    sciknoweval, leaves out what `defects` finds. dev: the share of the training split that is held out, by `seed`, to
-    select checkpoints on (the default seed is that of SDPO's own splits). Raises ValueError in one sentence for a task or
-    file that can't be used.
+    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them, or a copy of the
+    Hub's repository; for livecodebench, the official file or a folder of such; empty for the Hub. protocol, since, until:
+    of livecodebench. exclude_flagged: of sciknoweval, leaves out what `defects` finds. dev: the share of the training split
+    that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits). Raises ValueError
+    in one sentence for a task or file that can't be used.
     """
     if not 0 <= dev < 1:
         raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
@@ -469,9 +577,14 @@ def task_folder(name) -> Path:
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
 
+SUCCESS = 0.5  # a reward above this is a success: that of memory.py, which knows nothing of tasks, nor they of it
+MAX_FEEDBACK = 20_000  # characters of feedback that are kept: it is tokenised for every teacher and every reflection
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """reward: 1.0 or 0.0. answer: what the estimators vote on. feedback: text for the teacher, empty where there is none.
+    """reward: a number from 0 to 1. answer: text that the estimators vote on, the same for all answers that the verifier
+    takes for equal. feedback: text for the teacher, empty where there is none.
 
     For programs, test_pass_rate is the share of tests passed (never the reward) and status that of Judgement, or no_code.
     """
@@ -488,7 +601,7 @@ def verify_steps(problem, completion) -> Verdict:
     words, wanted = completion.split(), problem.answer.split()
     right = len(words) == len(wanted) and all(
         w == a or a.endswith("=*") and w.startswith(a[:-1]) for w, a in zip(words, wanted, strict=True))
-    return Verdict(float(right), " ".join(w for w in words if "=" not in w))
+    return Verdict(float(right), " ".join(w.partition("=")[0] + "=*" if "=" in w else w for w in words))
 
 
 def verify_choice(problem, completion) -> Verdict:
@@ -500,31 +613,153 @@ def verify_choice(problem, completion) -> Verdict:
     return Verdict(float(answer == problem.answer), answer)
 
 
-# A letter that is said to be the answer: clearly, unless there is a first or a last group. Gaps are bounded, for speed.
-STATED = re.compile(
-    r"(\bor\W{1,9})?\b(?:(?i:answer|option|choice|boxed)(?i: is)?\W{1,9}(?i:option\W{1,3})?([A-Z]\b|[a-z]\b(?=\W*$|[).,;:]))"
-    r"|([A-Z]) is (?:the|my) (?:\w{1,9} )?(?:answer|option|choice)\b)"
-    r"(?=(\W{1,3}(?:or|and|isn.t|is (?:not|wrong|incorrect|false))\b)?)")
+# How a person says that a letter is the answer, in pieces. Gaps are bounded, so that no text takes long.
+TAKEN_BACK = (  # words before a statement that make it none
+    r"(?P<before>(?i:\b(?:or|nor|not|neither|never|anything|than|instead of|eliminate|exclude|rule out|cannot|\w{1,8}n.t)"
+    r"\W{1,3}(?:(?:be|the|choose|pick|select|go|with)\W{1,3}){0,3}))?")
+NAMED = (r"\b(?i:answer|option|choice|letter|boxed|pick|picked|choose|chose|select|selected|selection|go with|going with)"
+         r"(?i:.s)?\b")
+FILLED = (r"(?i:\W{1,3}(?:is|was|be|would|should|must|has|to|the|it.s|it|option|choice|letter|answer|probably|likely|"
+          r"clearly|definitely|indeed|thus|therefore|then|still|just)\b){0,5}")
+NAMED_IN_CHINESE = "(?:答案|选项|选择|选)(?:应该?|当然|为|是|就|选|项){0,4}"
+NAMED_LETTER = r"(?!I(?:'| [a-z]))(?:(?P<named>[A-Z])\b|(?P<small>[a-z])\b(?=\W*$|[).,;:]))"
+MEANT = (r"\b(?i:it.s|that.s|it is|that is|must be|should be|has to be|so|thus|hence|therefore|but|final|definitely|clearly|"
+         r"surely|probably|guess|say|think|believe)\W{1,9}(?P<meant>[A-Z])\b(?=\W*$|\W?[.,;:!?)])")
+JUDGED = r"\b(?P<judged>[A-Z]) (?:it is\b|is (?:(?:the|my) (?:\w{1,9} )?(?:answer|option|choice|one)|right|correct|true)\b)"
+DENIED = (  # and after it, such as another letter
+    r"(?=(?P<after>\W{0,3}(?:(?:or|nor)\b|(?:and\b|[/&+])\W{0,3}[A-HJ-Z]\b|\w{1,8}n.t\b|cannot\b|"
+    r"is (?:not|wrong|incorrect|false)\b)|\W{0,2},\W{0,3}[A-Z]\b(?! (?:is|was|isn)))?)")
+NAMED = rf"(?:{NAMED}{FILLED}|{NAMED_IN_CHINESE})\W{{1,9}}{NAMED_LETTER}"
+STATED = re.compile(rf"{TAKEN_BACK}(?:{NAMED}|{MEANT}|{JUDGED}){DENIED}")
+OPENING = re.compile(
+    r"\W*([A-Za-z])(?:\W*$| ?[).:;、](?! or\b| and\b)|,(?! (?:or |and )?[A-Z]\b)| [-–—] | (?:because|since|as)\b)")
+CORRECTION = re.compile(r"(?i)\b(?:wait|actually|sorry|correction|scratch that|on second thoughts?|i meant?|make that|oops|"
+                        r"my mistake|no(?= ?[,.:;!–—-]))\b|不对|更正|等等|抱歉")
+WRONG = re.compile(r"(?i)\b(?:wrong|incorrect|not (?:right|correct|it|that))\b")
+
+
+def letter_said(text) -> str:
+    """The letter that a text says is the answer, or "": the last clear statement of one (`B is the answer`), else the only
+    one that the text opens with (`B, since`), ends with as a sentence of its own, or has as the name of an option (`B:`).
+    """
+    stated = [found for found in STATED.finditer(text) if not found["before"] and not found["after"]]
+    if stated:
+        last = stated[-1]
+        return last["named"] or last["small"] or last["meant"] or last["judged"]
+    opening = OPENING.match(text)
+    letters = {opening[1], *re.findall(r"[.;:!?] {0,2}\W{0,2}([A-Z])(?=[).:,;])", text)} if opening else set()
+    end = len(text)
+    while end and not text[end - 1].isalnum():
+        end -= 1
+    closing = re.search(r"(?<!vs)(?:[.:;!?=。→]|->)[ (\[\"']{0,4}([A-Z])$", text[max(0, end - 12):end])
+    if closing:
+        letters.add(closing[1])
+    return letters.pop() if len(letters) == 1 else ""
 
 
 def verify_choice_lenient(problem, completion) -> Verdict:
-    """Multiple choice as a person would read it (`b`, `(B)`, `**B**`, `\\boxed{B}`, `B: 1.4`): ours, reported apart.
+    """Multiple choice as a person would read it (`b`, `(B)`, `\\boxed{B}`, `It's B.`, `答案：B`): ours, reported apart.
 
-    The last clear statement wins (`B is the answer`), else a letter alone, else one that the text starts with (`B, since`).
+    What comes after a correction counts above all: `A. No wait, B.` is B. What passes the strict rule passes here.
     """
-    said = completion.split("<answer>")[-1].split("</answer>")[0].strip()
-    plain = " ".join(re.sub(r"\\(?:text|math)\w*|[*$`{\\]", " ", said).replace("}", ")").split())
-    letters = [a or b for before, a, b, after in STATED.findall(plain) if not before and not after]
-    start = r"\W*([A-Za-z])(?:\W*$| ?[).:](?! or\b| and\b)|,(?! (?:or |and )?[A-Z]\b)| [-–—] )"
-    if letters := letters or re.findall(rf"\A{start}", plain):
-        said = letters[-1].upper()
-    return Verdict(float(said == problem.answer), said)
+    strict = verify_choice(problem, completion)
+    if strict.reward:
+        return strict
+    plain = unicodedata.normalize("NFKC", strict.answer)  # full-width letters and punctuation
+    plain = re.sub(r"\\(?:text|math)\w*|</?\w{1,9}>|[*$`{\\]", " ", plain.replace("\n", " ; "))
+    plain = re.sub(r"(?<=[\u3040-\u9fff])(?=[A-Za-z])|(?<=[A-Za-z])(?=[\u3040-\u9fff])", " ", plain)
+    parts = CORRECTION.split(" ".join(plain.replace("}", ")").replace("’", "'").split()))
+    said = ""
+    while parts and not said:
+        part = parts.pop()
+        said = letter_said(part.strip())
+        if parts and not said and WRONG.search(part):
+            break
+    if not said:
+        return strict
+    right = said.upper() == problem.answer.upper()
+    return Verdict(float(right), problem.answer if right else said.upper())
+
+
+# What a text has where a number may stand; of two that fit, the first. Signs, digits and separators are ASCII by then.
+LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u04ff"  # Latin, Greek, Cyrillic
+ODD = "\u00bc-\u00be\u2150-\u215e\u03c0\u221a"  # halves and thirds in one character, pi, a root
+NUMERALS = re.compile(
+    # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2.
+    rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?(?:\^\{{?[-+]?[{LETTERS}\d]+)?)"
+    # A date or a telephone number: digits with two hyphens or more between them.
+    r"|\d+(?:-\d+){2,}"
+    r"|(?P<hex>0x[0-9a-f]+)"
+    # A sign that does not stand between two numbers or names, perhaps the 1 of 1 3/4, digits, and what is joined to them.
+    rf"|(?:(?<![{LETTERS}\d)\]}}%])[-+])?(?:\d+ (?=\d+/))?(?:\d+|(?<![{LETTERS}\d.])\.\d+|[{ODD}])"
+    rf"(?:[.,:/'_]\d+|e[-+]?\d+|(?:\*\*|\^)\{{?[-+]?[{LETTERS}\d]+\}}?| ?(?:[{ODD}]|\\pi\b|\\sqrt\b))*",
+    re.IGNORECASE)
+NUMBER = re.compile(
+    r"(?P<sign>[-+]?)(?:(?P<decimal>(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e(?P<power>[-+]?\d+))?"
+    r"|(?:(?P<whole>\d+) )?(?P<above>\d+)/(?P<below>\d+))", re.IGNORECASE)
+PLAIN = [  # (how others and LaTeX write it, how we do), in this order
+    ("[\u2010-\u2013\u2212\ufe63\uff0d]", "-"), ("\uff0b", "+"), ("[\uff0e\u066b]", "."), ("[\uff0c\u066c]", ","),
+    ("[\uff0f\u2044]", "/"), (r"\\times\b|\\cdot\b|[\u00b7\u22c5]", "×"), (r"\{,\}|,\\!", ","),
+    (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_]|\\[,;: ])(?=\d{3}(?!\d))", ","),  # between groups of three
+    (r"(?<=\d) ?\\[cdt]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}", r" \1/\2"), (r"(?<=\d) ?\\[cdt]?frac *(\d)(\d)", r" \1/\2"),
+    (r"\\[cdt]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}", r"\1/\2"), (r"\\[cdt]?frac *(\d)(\d)", r"\1/\2"),
+    (r"(?<=\d) ?[×x*] ?10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"e\1"), (r"(?<![\w.,^*])10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"1e\1"),
+    (r"(?<=\d) / (?=\d)", "/"), (r"([=≈]) *- +(?=[.\d])", r"\1-")]
+
+
+def plain_digits(text) -> str:
+    """A text with the digits, signs and separators of numbers written in ASCII, and LaTeX's fractions with a slash."""
+    raised = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True)}
+    text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda found: "^" + found[0].translate(raised), text)
+    text = re.sub(r"[^\D0-9]", lambda found: str(unicodedata.decimal(found[0])), text)  # full-width, Arabic, all others
+    for theirs, ours in PLAIN:
+        text = re.sub(theirs, ours, text)
+    return text
+
+
+def read_number(text) -> Fraction | None:
+    """The number that a text in plain_digits is, or None: where it is none, and beyond 400 digits or powers of ten."""
+    found = NUMBER.fullmatch(text) if len(text) <= 400 else None
+    if not found:
+        return None
+    sign = -1 if found["sign"] == "-" else 1
+    if found["decimal"]:
+        power = int(found["power"] or 0)
+        return sign * Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** power if abs(power) <= 400 else None
+    whole, above, below = int(found["whole"] or 0), int(found["above"]), int(found["below"])
+    return sign * (whole + Fraction(above, below)) if below else None
+
+
+def last_number(text) -> tuple[Fraction | None, str]:
+    """The last numeral of a text as a number, None where it is none, and as a text, one for each number."""
+    text = plain_digits(text)
+    numerals = [found for found in NUMERALS.finditer(text) if not found["name"]]
+    if not numerals:
+        return None, ""
+    last = numerals[-1]
+    before = text[max(0, last.start() - 6):last.start()].replace(" ", "")
+    inside = before.endswith(("/", "√", "sqrt{", "sqrt(", "sqrt", "}{"))  # a denominator, or under a root
+    value = Fraction(int(last["hex"], 16)) if last["hex"] and len(last["hex"]) < 100 else read_number(last[0])
+    if inside or value is None:
+        return None, f"{before[-1:]}{last[0]}"[:100] + "..."
+    with localcontext(prec=2000) as context:
+        context.clear_flags()
+        quotient = Decimal(value.numerator) / Decimal(value.denominator)
+        return value, str(value) if context.flags[Inexact] else f"{quotient.normalize():f}"
 
 
 def verify_last_number(problem, completion) -> Verdict:
-    """The last number of the text equals the answer, as numbers: for sums, and for tasks of your own."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", completion)
-    return Verdict(float(bool(numbers) and float(numbers[-1]) == float(problem.answer)), numbers[-1] if numbers else "")
+    """The last number of the text equals the answer exactly, as rational numbers: for sums, and for tasks of your own.
+
+    Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x 10^-3, 3/4, 1 3/4, 0x1F,
+    in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers or names is
+    no sign (3-4). What follows a number is its unit and is not read: 50% is 50, 7kg is 7. What has digits and begins with a
+    letter is a name, and passed over: x2, H2O, v1.2.3. Other numerals are read whole or not at all, never a piece: where the
+    last one is 12,34 or 1.234.567, a date, a time, a power (2^10), a root or part of a fraction with letters, the reply is
+    wrong.
+    """
+    value, answer = last_number(completion)
+    return Verdict(float(value is not None and value == read_number(plain_digits(problem.answer))), answer)
 
 
 @dataclass(frozen=True)
@@ -621,14 +856,25 @@ def extract_code(completion, block="longest") -> str:
     return "\n".join(lines[fences[-2] + 1:fences[-1]]) if len(fences) > 1 else ""
 
 
+def no_code(completion) -> str:
+    """The feedback where extract_code finds nothing: why, as far as the fences tell. The rule is SDPO's, to the letter."""
+    if "```" not in completion:
+        return "Incorrect Format\nThere is no code block: put the code between ```python and ```."
+    if completion.count("```") % 2:
+        return "Truncated Attempt\nThe code block has no end."
+    if any(map(str.strip, re.findall(r"```[^\n]*\n(.*?)```", completion, re.DOTALL))):
+        return ("Incorrect Format\nThe code block can't be read: its first line has to be ```python with nothing after it, "
+                "not even a blank or a carriage return.")
+    return "Incorrect Format\nThe code block has no line of code: put the code on its own lines between ```python and ```."
+
+
 def verify_code(problem, completion) -> Verdict:
     """A program that passes every test in problem.extra; feedback only where that holds no `feedback: false`."""
     tests, code = problem.extra, extract_code(completion, problem.extra.get("block", "longest"))
     if code.strip():
         found = judge(code, tests["inputs"], tests["outputs"], tests.get("fn_name"))
     else:
-        found = Judgement(False, "no_code", 0, "Truncated Attempt\nThe code block has no end." if completion.count("```") % 2
-                          else "Incorrect Format\nThere is no code block: put the code between ```python and ```.")
+        found = Judgement(False, "no_code", 0, no_code(completion))
     feedback = found.feedback if tests.get("feedback", True) else ""
     return Verdict(float(found.passed), code, feedback, found.n_passed / len(tests["inputs"]), found.status)
 
@@ -637,10 +883,69 @@ VERIFIERS = {"steps": verify_steps, "choice": verify_choice, "last_number": veri
 
 
 def verify(problem, completion, lenient=False) -> Verdict:
-    """The verdict on one completion (text): a pure function of both. lenient concerns multiple choice alone."""
+    """The verdict on one completion (text): a pure function of both. lenient concerns multiple choice alone.
+
+    ValueError, which names verifier and problem, for a verifier that fails or returns what is no verdict: see checked.
+    """
+    verifier = VERIFIERS[problem.verifier]
     if lenient and problem.verifier == "choice":
-        return verify_choice_lenient(problem, completion)
-    return VERIFIERS[problem.verifier](problem, completion)
+        verifier = verify_choice_lenient
+    try:
+        verdict = verifier(problem, completion)
+    except Exception as error:  # whatever a verifier of one's own raises
+        if verifier is verify_code and isinstance(error, ValueError):  # there is no sandbox, in a sentence
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(f"the verifier {problem.verifier} failed on problem {problem.id!r}: {type(error).__name__} in "
+                         f"{Path(last.filename).name}, line {last.lineno}: {' '.join(str(error).split())}") from error
+    try:
+        return checked(verdict)
+    except ValueError as error:
+        raise ValueError(f"the verifier {problem.verifier} returned {error} for problem {problem.id!r}") from error
+
+
+def checked(verdict) -> Verdict:
+    """The verdict with numbers of Python's own, its feedback cut to MAX_FEEDBACK. ValueError, with what is wrong and what it
+    has to be, for one that estimators, memory and records could not use.
+    """
+    if not isinstance(verdict, Verdict):
+        raise ValueError(f"{shown(verdict)}, where it has to return a Verdict")
+    reward, rate, answer = number(verdict.reward), number(verdict.test_pass_rate), verdict.answer
+    if reward is None or not 0 <= reward <= 1:  # a NaN is not
+        raise ValueError(f"the reward {shown(verdict.reward)}, where it has to be a number from 0 to 1")
+    if verdict.test_pass_rate is not None and (rate is None or not 0 <= rate <= 1):
+        raise ValueError(f"the test_pass_rate {shown(verdict.test_pass_rate)}, where it has to be None or from 0 to 1")
+    if number(answer) is not None:
+        answer = str(answer)
+    for name, text in (("answer", answer), ("feedback", verdict.feedback), ("status", verdict.status)):
+        if not isinstance(text, str):
+            raise ValueError(f"the {name} {shown(text)}, where it has to be a text")
+        if not holdable(text):
+            raise ValueError(f"the {name} {shown(text)}, with half a surrogate pair, which UTF-8 can't hold")
+    feedback = verdict.feedback.replace("\0", "\ufffd")  # a program may print one
+    if len(feedback) > MAX_FEEDBACK:
+        feedback = f"{feedback[:MAX_FEEDBACK]}\n[cut here: {len(feedback)} characters]"
+    return replace(verdict, reward=reward, test_pass_rate=rate, answer=answer, feedback=feedback)
+
+
+def number(value) -> float | None:
+    """A number or truth value of Python or numpy as a float, or None where it is neither."""
+    return float(value) if isinstance(value, (Real, np.bool_)) else None
+
+
+def shown(value) -> str:
+    """A value in an error: on one line, and short."""
+    text = " ".join(ascii(value).split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def holdable(text) -> bool:
+    """Whether UTF-8 can hold a text: not where it has half a surrogate pair, as JSON's escapes allow."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def verify_all(problems, completions, lenient=False) -> list[Verdict]:
@@ -658,7 +963,7 @@ def need_sandbox(task, unsafe_exec=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Estimators. rewards: (problems, k) of 0 and 1.
+# Estimators. rewards: (problems, k) from 0 to 1.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def avg_at_k(rewards) -> float:
@@ -667,31 +972,36 @@ def avg_at_k(rewards) -> float:
 
 
 def best_at_k(rewards, k=None) -> float:
-    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being right."""
-    rewards = np.asarray(rewards)
-    n = rewards.shape[1]
+    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being above SUCCESS."""
+    solved = np.asarray(rewards) > SUCCESS
+    n = solved.shape[1]
     k = n if k is None else k
-    return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in rewards.sum(1)]))
+    return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in solved.sum(1)]))
 
 
 def majority(rewards, answers) -> np.ndarray:
-    """(problems,) whether the most frequent answer is right, a tie counting in expectation. answers: (problems, k)."""
+    """(problems,) the mean reward of the samples that gave the most frequent answer; of several such answers, their mean.
+
+    answers: (problems, k), texts. The empty answer is one as well.
+    """
     scores = []
     for row, said in zip(rewards, answers, strict=True):
         votes = Counter(said)
-        top = [a for a, n in votes.items() if n == max(votes.values())]
-        right = {a for a, r in zip(said, row, strict=True) if r}
-        scores.append(sum(a in right for a in top) / len(top))
+        most = max(votes.values())
+        top = [[r for a, r in zip(said, row, strict=True) if a == answer] for answer, n in votes.items() if n == most]
+        scores.append(np.mean(top))  # as many rewards of each
     return np.array(scores)
 
 
 def maj_at_k(rewards, answers) -> float:
-    """The share of problems whose most frequent answer is right."""
+    """The mean reward of each problem's most frequent answer, which for rewards of 0 and 1 is how often it is right."""
     return float(majority(rewards, answers).mean())
 
 
 def headroom(rewards, answers) -> np.ndarray:
-    """(problems,) what a perfect choice among the k samples would add to their majority: best@k - maj@k (Fig. 3)."""
+    """(problems,) what a perfect choice among the k samples would add to their majority: for rewards of 0 and 1,
+    best@k - maj@k (Fig. 3); never below 0.
+    """
     return np.asarray(rewards).max(1) - majority(rewards, answers)
 
 

@@ -11,12 +11,15 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sandbox import reason
 
+import eval as ev
 from eval import (
+    DISK,
     Problem,
     code_problem,
     decode_tests,
@@ -163,6 +166,21 @@ def test_the_reward_is_sparse_and_the_pass_rate_stands_beside_it():
     assert [v.reward for v in verify_all([problem] * 9, texts)] == [0, 1, 0] * 3
 
 
+@pytest.mark.parametrize("text, said", [
+    ("I can't.", "There is no code block"), ("```python\nprint(1)", "has no end"), ("```python\n```\n```", "has no end"),
+    ("```python\r\nprint(1)\r\n```", "can't be read"), ("```python title=a.py\nprint(1)\n```", "can't be read"),
+    ("```python \nprint(1)\n```", "can't be read"), ("``` python\nprint(1)\n```", "can't be read"),
+    ("```c++\nprint(1)\n```", "can't be read"),
+    ("```{python}\nprint(1)\n```", "can't be read"),
+    ("```python\n\n```", "has no line of code"), ("```print(1)```", "has no line of code"),
+    ("``````", "has no line of code")])
+def test_the_feedback_says_what_is_wrong_with_the_block(text, said):
+    """SDPO's rule finds no code in any of these; only where there is no fence is there no block."""
+    found = verify(code_problem([{"input": "", "output": "1"}], "p", "q", "", feedback=True), text)
+    assert extract_code(text).strip() == "" and (found.reward, found.status) == (0, "no_code")
+    assert said in found.feedback and ("There is no code block" in found.feedback) == ("```" not in text)
+
+
 # -- files --------------------------------------------------------------------------------------------------------------
 
 def packed(tests):
@@ -269,6 +287,36 @@ def test_tests_in_both_encodings():
     assert decode_tests(json.dumps(tests, indent=1)) == tests
 
 
+def test_the_hubs_files_are_loaded_by_their_names(write, tmp_path, monkeypatch):
+    """A folder like the Hub's: six files beside a loading script, which `datasets` refuses, and a card; see SDPO's order."""
+    days = ["2023-05-01", "2025-02-01", "2025-02-02", "2025-04-30", "2025-05-01", "2025-03-01"]
+    for n, (name, day) in enumerate(zip(ev.LIVECODEBENCH_FILES, days, strict=True)):
+        write(row(2 * n, day), row(2 * n + 1, day, function=True, hidden=7), name=name)
+    (tmp_path / "code_generation_lite.py").write_text("raise SystemExit('a loading script has run')")
+    (tmp_path / "README.md").write_text("---\nlicense: cc\n---\n")
+    assert ev.LIVECODEBENCH_FILES == tuple(f"test{n}.jsonl" for n in ("", 2, 3, 4, 5, 6))
+    assert ev.LIVECODEBENCH_HUB == "hf://datasets/livecodebench/code_generation_lite"
+    monkeypatch.setattr(ev, "LIVECODEBENCH_HUB", str(tmp_path))
+    hub, local = load_task("livecodebench", dev=0), load_task("livecodebench", dev=0, data=str(tmp_path))
+    assert [p.id for p in hub.test] == [f"q{n}" for n in (2, 3, 4, 5, 6, 7, 10, 11)]
+    assert hub == local and [p.extra for p in hub.train + hub.test] == [p.extra for p in local.train + local.test]
+    rng = np.random.RandomState(0)  # np.random.seed(0), problem by problem
+    for p, whole in zip(hub.train, hub.test, strict=True):
+        n = len(whole.extra["inputs"])
+        kept = sorted(rng.choice(n, max(1, int(n / 2)), replace=False))
+        assert p.extra["inputs"] == [whole.extra["inputs"][i] for i in kept]
+    (tmp_path / "test4.jsonl").unlink()
+    with pytest.raises(ValueError, match="needs --data, its official files, or the Hub's .*/test4.jsonl, which") as caught:
+        load_task("livecodebench")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_hub_is_one_sentence():
+    with pytest.raises(ValueError, match="needs --data, .*code_generation_lite/test.jsonl, which can't be loaded") as caught:
+        load_task("livecodebench")
+    assert "\n" not in str(caught.value)
+
+
 def test_broken_files_are_named(write, tmp_path):
     good = row(1, "2025-03-01")
     for rows, message in [
@@ -295,6 +343,10 @@ def test_broken_files_are_named(write, tmp_path):
             ((good, row(2, "2025-03-01", True, private_test_cases='[{"input": "1\\nx", "output": "1"}]')),
              "line 2: test 2 of double is not JSON, line by line"),
             ((good, row(2, "2025-03-01", metadata='{"func_name": 5}')), "line 2: the function's name 5 must be a text"),
+            ((good, row(2, "2025-03-01", metadata='{"func_name": "a b"}')), "line 2: no function can have the name 'a b'"),
+            ((good, row(2, "2025-03-01", question_content="\ud83d")), "line 2: 'question_content' holds half a surrogate"),
+            ((good, row(2, "2025-03-01", private_test_cases=packed([{"input": "\ud83d", "output": "1"}]))),
+             "line 2: 'extra' holds half a surrogate pair"),
             ((row(1, "2024-01-02"), row(2, "2024-03-04")), "contests of 2024-01-02 to 2024-03-04: none to evaluate with")]:
         with pytest.raises(ValueError, match=message) as caught:
             load_task("livecodebench", data=write(*rows))
@@ -320,7 +372,10 @@ def test_code_in_a_file_of_your_own(tmp_path):
         with pytest.raises(ValueError, match="t.jsonl, line 1: code needs inputs and outputs"):
             read_problems(tmp_path / "t.jsonl")
     for changes, message in (({"fn_name": 5}, "the function's name 5 must be a text"), ({"fn_name": "f", "inputs": ["2\nx"]},
-            "test 1 of f is not JSON, line by line"), ({"fn_name": "f", "outputs": ["x"]}, "test 1 of f is not JSON")):
+            "test 1 of f is not JSON, line by line"), ({"fn_name": "f", "outputs": ["x"]}, "test 1 of f is not JSON"),
+            ({"fn_name": "a.b"}, "no function can have the name 'a.b'"),
+            ({"fn_name": "class"}, "no function can have the name 'class'"),
+            ({"inputs": ["x" * (DISK + 1)]}, f"an input of {DISK + 1} bytes is too large")):
         (tmp_path / "t.jsonl").write_text(json.dumps({**mine, **changes}) + "\n")
         with pytest.raises(ValueError, match=f"t.jsonl, line 1: {message}"):
             read_problems(tmp_path / "t.jsonl")
@@ -372,6 +427,60 @@ def test_a_lenient_reading(text, lenient):
     found = verify(problem, text, lenient=True)
     assert (found.answer, found.reward) == (lenient, float(lenient == "B"))
     assert verify(problem, text).reward <= found.reward and found.feedback == verify(problem, text).feedback == ""
+
+
+SAYS_B = [  # as models write it; the correction counts above all
+    "B", "b", "(B)", "**B**", "\\boxed{B}", "B.", "B: 1.4", "\\boxed{\\text{B}}", "B) barium", "The answer is B",
+    "option B", "It's B.", "It’s B.", "My pick: B", "Ｂ", "（Ｂ）", "答案：B", "答案是B", "答案是B选项", "正确答案为B。",
+    "选B", "我选择B。",
+    "故选：B", "应选B", "A. No wait, B.", "A... wait, no, B", "A. Actually, it's B.", "A. Sorry, B",
+    "The answer is A. Correction: B", "I first thought A, but the answer is B", "The answer isn't A, it's B",
+    "not A but B", "It is B, since the ions", "I'd go with B", "I choose B over C", "My answer would be B",
+    "The answer must be B", "The answer should be option B", "Answer = B", "Final answer: B", "Final: B",
+    "Because of the ions.\nB", "B\n\nBecause of the ions.", "B because of ions", "B it is", "B is correct",
+    "B is right, A is wrong", "A is wrong, B is right", "Definitely B", "I think it's B.", "I think B", "So B.",
+    "therefore, B", "A is wrong, so B.", "The answer is B and I am sure", "The answer is B and not C", "Answer B",
+    "ANSWER: B", "Letter B", "the letter B", "[B]", "\"B\"", "'B'", "B!", "B?", "$B$", "\\(B\\)",
+    "Not A. The answer is B", "answer: b", "The answer is b.", "A? No, B.", "A, no, B", "A – no: B",
+    "A: chloride is wrong. The answer is B", "B: Vitamin C.", "B: 25 °C", "option A is wrong, so option B",
+    "The right choice is B, not A", "I would select B", "A. On second thought, B.", "I mean B", "A. I mean B.",
+    "Between A and B, I pick B", "B, not A", "选项B", "答案应该是 B", "A。不对，应该选B", "B、因为",
+    "<b>B</b>", "- B", "> B",
+    "The correct option is:\n\nB", "B. Wait, is A possible? No, B.", "I'm confident it's B.", "That is B.", "→ B",
+    "answer is => B", "The answer is \"B\".", "The best answer is (B)", "The answer's B", "we get option (B).",
+    "Answer is clearly B.", "I am going with B"]
+SAYS_NOTHING = [  # denials, and two letters of which none is chosen
+    "not A", "A or B", "A and B", "A/B", "A, B", "Not B", "The answer is not B", "B or C", "Option B is wrong",
+    "B is wrong", "B is incorrect", "It isn't B", "It's not B", "It's A or B", "either A or B", "Both A and B",
+    "neither A nor B", "None of the above", "The answer is B or C", "The answer is A/B", "answer: A, B", "A protein",
+    "The answer is a protein", "Not option B", "It can't be option B", "rule out option B", "eliminate B",
+    "I don't know", "answer: I don't know", "", "AB", "A & B", "A+B", "vitamin C", "A. No wait, that's wrong.",
+    "Anything but B?", "all of them", "A) chloride: wrong. B) nitrate: right.", "B, C", "A; B", "A vs. B",
+    "The answer isn't B", "I would not pick B", "B isn't the answer", "B is not the answer", "不是B", "答案不是B", "A B",
+    "I cannot choose option B"]
+
+
+@pytest.mark.parametrize("text", SAYS_B)
+def test_lenient_reads_what_a_person_reads(text):
+    for reply in (text, f"<reasoning>A? C? D?</reasoning>\n<answer>\n{text}\n</answer>"):
+        found = verify(Problem("1", "p", "B", "choice"), reply, lenient=True)
+        assert (found.answer, found.reward) == ("B", 1)
+        assert verify(Problem("1", "p", "A", "choice"), reply, lenient=True).reward == 0
+
+
+@pytest.mark.parametrize("text", SAYS_NOTHING)
+def test_lenient_takes_no_letter_that_a_person_would_not(text):
+    found = [verify(Problem("1", "p", key, "choice"), text, lenient=True) for key in "ABCDEFGHI"]
+    assert [v.reward for v in found] == [0] * 9 and {v.answer for v in found} == {text}
+
+
+@settings(deadline=None)
+@given(st.text(max_size=40), st.sampled_from(["A", "b", "Paris", "A or B", "not A"]))
+def test_lenient_takes_all_that_strict_takes(text, key):
+    for reply in (key, f"<answer>{key}", f"{text}<answer>{key}</answer>{text}", text):
+        problem = Problem("1", "p", key, "choice")
+        strict, lenient = verify(problem, reply), verify(problem, reply, lenient=True)
+        assert strict.reward <= lenient.reward and (not strict.reward or lenient.answer == key)
 
 
 @pytest.mark.parametrize("text", ["answer" + " " * 10 ** 5 + "1", "answer " + "." * 10 ** 5, "answer b" * 20_000,

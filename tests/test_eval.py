@@ -2,13 +2,32 @@
 
 import itertools
 import json
+import time
+from decimal import Context, Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import SCIKNOWEVAL, Problem, avg_at_k, best_at_k, interval, load_task, maj_at_k, read_problems, verify
+import eval as ev
+import memory
+from eval import (
+    MAX_FEEDBACK,
+    SCIKNOWEVAL,
+    SUCCESS,
+    Problem,
+    Verdict,
+    avg_at_k,
+    best_at_k,
+    headroom,
+    interval,
+    load_task,
+    maj_at_k,
+    read_problems,
+    verify,
+)
 from nano import make
 from report import plot_curves
 
@@ -26,6 +45,66 @@ def test_maj_at_k_is_the_mean_over_tie_breaks(answers, gold):
     most = max(answers.count(a) for a in answers)
     winners = [a for a in "ABC" if answers.count(a) == most]
     assert maj_at_k(rewards, [answers]) == pytest.approx(np.mean([w == gold for w in winners]))
+
+
+@st.composite
+def answered(draw):
+    """(rewards, answers) of two problems, five samples each, where samples of one answer may differ in reward."""
+    rows = [draw(st.lists(st.tuples(st.sampled_from(["", "7", "B", "B."]), st.sampled_from([0.0, 0.3, 0.5, 0.6, 1.0])),
+                          min_size=5, max_size=5)) for _ in range(2)]
+    return [[reward for _, reward in row] for row in rows], [[said for said, _ in row] for row in rows]
+
+
+@given(answered())
+@settings(max_examples=300, deadline=None)
+def test_the_estimators_agree_with_reward(data):
+    """Against brute force: an answer is drawn among the most frequent ones, then a sample that gave it."""
+    rewards, answers = data
+    brute = []
+    for row, said in zip(rewards, answers, strict=True):
+        most = max(said.count(a) for a in said)
+        brute.append(np.mean([np.mean([r for r, b in zip(row, said, strict=True) if a == b]) for a in set(said)
+                              if said.count(a) == most]))
+    assert maj_at_k(rewards, answers) == pytest.approx(np.mean(brute))
+    assert np.all(headroom(rewards, answers) >= -1e-12)
+    for k in range(1, 6):
+        subsets = [[any(r > SUCCESS for r in subset) for subset in itertools.combinations(row, k)] for row in rewards]
+        assert best_at_k(rewards, k) == pytest.approx(np.mean(subsets))
+    for n in range(5):
+        one, said = [[row[n]] for row in rewards], [[row[n]] for row in answers]
+        assert maj_at_k(one, said) == pytest.approx(avg_at_k(one))
+        assert best_at_k(one) == np.mean([row[0] > SUCCESS for row in one])
+    for same in (0.0, 1.0):
+        everyone = [[same] * 5] * 2
+        assert avg_at_k(everyone) == maj_at_k(everyone, answers) == best_at_k(everyone) == same
+        assert not headroom(everyone, answers).any()
+
+
+REPLIES = {
+    "last_number": ("0.5", ["1/2", ".5", "0.50", "5e-1", "\\frac{1}{2}", "50%", "2", "2.0", "none", "1,2", "x2"]),
+    "choice": ("B", ["B", " B\n", "(B)", "b", "<answer>B", "A", "The answer is B", "not B", ""]),
+    "steps": ("1 2 zo zo=* 2 1", ["1 2 zo zo=left 2 1", "1 2 zo zo=right 2 1", "1  2 zo zo= 2 1", "1 2 zo 2 1", "1 2 2 1",
+                                  "1 2 zo na=left 2 1", "1 2 zo zo=left 1 2", "1 2 zo=left zo 2 1", ""])}
+
+
+@pytest.mark.parametrize("verifier", REPLIES)
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_what_votes_together_is_rewarded_alike(verifier, data):
+    """So that the reward of a majority is that of each of its samples."""
+    key, replies = REPLIES[verifier]
+    found = [verify(Problem("x", "q", key, verifier), data.draw(st.sampled_from(replies)), lenient)
+             for lenient in (False, True) for _ in range(4)]
+    for a, b in itertools.combinations(found[:4], 2):
+        assert a.reward == b.reward or a.answer != b.answer
+    for a, b in itertools.combinations(found[4:], 2):
+        assert a.reward == b.reward or a.answer != b.answer
+    for a, b in itertools.product(found, found):  # all that is right votes together
+        assert not (a.reward and b.reward) or a.answer == b.answer
+
+
+def test_a_success_is_the_same_for_memory_and_estimators():
+    assert SUCCESS == memory.SUCCESS
 
 
 def test_interval_is_the_normal_one_where_that_is_right():
@@ -113,12 +192,76 @@ ROW = {"id": "1", "prompt": "p", "answer": "7", "verifier": "last_number"}
     (json.dumps({**ROW, "id": "2", "answer": "seven"}), "line 2: the answer 'seven' is no number"),
     (json.dumps({**ROW, "id": "2", "system": 5}), "line 2: system must be given, as text"),
     (json.dumps(ROW), "line 2 repeats the id '1' of line 1"), (json.dumps({**ROW, "id": "2"})[:-9], "line 2 is not JSON"),
+    (json.dumps({**ROW, "id": " "}), "line 2: id must be given"),
+    (json.dumps({**ROW, "answer": "\n"}), "line 2: answer must be given"),
     ("[" * 100_000, "line 2 is not JSON"), ('{"id": "\udcff"}', "line 2 is not JSON: 'utf-8' codec can't decode")])
 def test_a_broken_line_is_named(tmp_path, line, message):
     (tmp_path / "t.jsonl").write_bytes((json.dumps(ROW) + "\n" + line + "\n").encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=f"t.jsonl, {message}") as caught:
         read_problems(tmp_path / "t.jsonl")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("verifier, answer", [
+    *(("choice", a) for a in (" B", "B ", "\nB", "B\n", "\u00a0B", "\u3000B", "</answer>", "B</answer>",
+                              "<answer>B")),
+    *(("last_number", a) for a in ("seven", "about 7", "7 kg", "7kg", "50%", "$5", "12,34", "1.234.567", "2^10", "10:30",
+                                   "nan", "inf", "1e999999999", "1e401", "5/0", "3-4", " 7", "7 ", "-", ".", "--7", "x2",
+                                   "1,2", "9" * 500))])
+def test_a_key_that_no_reply_can_match_is_refused(tmp_path, verifier, answer):
+    rows = [ROW, {**ROW, "id": "2", "verifier": verifier, "answer": answer}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="t.jsonl, line 2: the answer .* (is no number|can't be matched)") as caught:
+        read_problems(tmp_path / "t.jsonl")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("verifier, answer", [
+    *(("choice", a) for a in ("B", "b", "Paris", "the answer", "A\nB", "\uff22")),
+    *(("last_number", a) for a in ("7", "-7", "+7", "\u22127", "007", ".5", "-.5", "5.", "1,234", "1,234,567.5",
+                                   "1e3", "1.5E-3", "3/4", "-3/4", "1 3/4", "10^6", "1{,}234", "\uff11\uff12",
+                                   "123456789012345678901234567890")),
+    *(("steps", a) for a in ("1 2 zo zo=* 2 1", "a", " a  b ", "a=b"))])
+def test_a_key_that_is_read_can_be_matched_strictly_and_leniently(tmp_path, verifier, answer):
+    (tmp_path / "t.jsonl").write_text(json.dumps({**ROW, "verifier": verifier, "answer": answer}) + "\n")
+    problem, = read_problems(tmp_path / "t.jsonl")
+    ideal = f"<answer>{answer}</answer>" if verifier == "choice" else answer
+    assert verify(problem, ideal).reward == verify(problem, ideal, lenient=True).reward == 1
+
+
+def test_keys_of_a_verifier_of_ones_own_are_its_own_affair(tmp_path, monkeypatch):
+    """Also where it replaces one of ours."""
+    for name in ("mine", "choice"):
+        monkeypatch.setitem(ev.VERIFIERS, name, lambda problem, completion: Verdict(0.0, ""))
+        (tmp_path / "t.jsonl").write_text(json.dumps({**ROW, "verifier": name, "answer": " B"}) + "\n")
+        assert read_problems(tmp_path / "t.jsonl")[0].answer == " B"
+
+
+@pytest.mark.parametrize("changes", [
+    {"id": "half \ud83d"}, {"prompt": "half \ud83d"}, {"answer": "\ude00"}, {"system": "\ud83d"}, {"verifier": "\ud83d"},
+    {"note": "\ud83d"}, {"note": ["a", {"b": "\ud83d"}]}, {"note": {"\ud83d": 1}}, {"\ud83d": 1},
+    {"verifier": "code", "inputs": ["\ud83d"], "outputs": ["1"]},
+    {"verifier": "code", "inputs": ["1"], "outputs": ["\ud83d"]},
+    {"id": "a\0"}, {"prompt": "a\0"}, {"answer": "\0"}, {"system": "\0"}])
+def test_text_that_no_file_can_hold_is_refused_by_line(tmp_path, changes):
+    (tmp_path / "t.jsonl").write_text(json.dumps(ROW) + "\n\n" + json.dumps({**ROW, "id": "2", **changes}) + "\n")
+    with pytest.raises(ValueError, match="t.jsonl, line 3: .* holds (half a surrogate pair|the character NUL)") as caught:
+        read_problems(tmp_path / "t.jsonl")
+    str(caught.value).encode()
+
+
+def test_whole_characters_are_none_of_that(tmp_path):
+    """JSON's escapes for them are two halves."""
+    (tmp_path / "t.jsonl").write_text(json.dumps({**ROW, "prompt": "\U0001f600", "note": "a\0"}) + "\n")
+    assert "\\ud83d\\ude00" in (tmp_path / "t.jsonl").read_text()
+    assert read_problems(tmp_path / "t.jsonl")[0].prompt == "\U0001f600"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    (tmp_path / "t.jsonl").write_bytes((json.dumps(ROW) + "\n" + json.dumps({**ROW, "id": "2"}) + "\n").encode(encoding))
+    with pytest.raises(ValueError, match="t.jsonl is not in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8"):
+        read_problems(tmp_path / "t.jsonl")
 
 
 def test_missing_and_empty_files_and_unknown_tasks(tmp_path):
@@ -157,6 +300,10 @@ def test_sciknoweval_files(tmp_path, monkeypatch):
         load_task("sciknoweval/physics", data=str(tmp_path))
     (tmp_path / "physics/test.json").write_text(sciknoweval() + sciknoweval(idx=5)[:-9])
     with pytest.raises(ValueError, match="test.json, line 2 is not JSON"):
+        load_task("sciknoweval/physics", data=str(tmp_path))
+    half = {"prompt": "Half \ud83d?\n\nA: this\nB: that"}  # `datasets` names no line for it
+    (tmp_path / "physics/test.json").write_text(sciknoweval() + "\n" + json.dumps(json.loads(sciknoweval(idx=5)) | half))
+    with pytest.raises(ValueError, match="test.json, line 3: 'prompt' holds half a surrogate pair"):
         load_task("sciknoweval/physics", data=str(tmp_path))
     for key in ("idx", "prompt", "answer", "system"):
         (tmp_path / "physics/test.json").write_text(sciknoweval(**{key: None}))
@@ -200,6 +347,206 @@ def test_multiple_choice_follows_the_published_rule(text, right):
     ("3 + 4 = 7", 1), ("**7**.", 1), ("7.0", 1), ("7 of 9", 0), ("", 0), ("17", 0), ("-7", 0), ("so 7", 1), ("0x7", 1)])
 def test_last_number(text, right):
     assert verify(Problem("1", "p", "7", "last_number"), text).reward == right
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def judged(monkeypatch):
+    """What verify makes of a verdict of a verifier of one's own."""
+    def judge(verdict=None, rule=None):
+        monkeypatch.setitem(ev.VERIFIERS, "mine", rule or (lambda problem, completion: verdict))
+        return verify(Problem("train3", "q", "7", "mine"), "text")
+    return judge
+
+
+NOT_NUMBERS = [float("nan"), float("inf"), -float("inf"), np.float32("nan"), -0.1, 1.5, 2, np.int64(-1), None, "1", "",
+               [1.0], (1,), np.array([1.0, 0.0]), {"reward": 1}, 1j, Decimal(1), object()]
+
+
+@pytest.mark.parametrize("reward", NOT_NUMBERS)
+def test_a_reward_that_is_none_is_one_sentence(judged, reward):
+    for verdict, what in ((Verdict(reward, "7"), "reward"), (Verdict(1.0, "7", "", reward), "test_pass_rate")):
+        if what == "test_pass_rate" and reward is None:
+            continue
+        with pytest.raises(ValueError, match=f"^the verifier mine returned the {what} .*for problem 'train3'$") as caught:
+            judged(verdict)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("reward", [0, 1, 0.25, True, False, np.float32(0.25), np.float64(1), np.int64(1), np.bool_(True),
+                                    Fraction(1, 2), -0.0])
+def test_numbers_of_libraries_become_pythons(judged, reward):
+    found = judged(Verdict(reward, "7", "", reward))
+    assert type(found.reward) is type(found.test_pass_rate) is float and found.reward == float(reward)
+    assert json.loads(json.dumps(found.reward)) == found.reward
+
+
+@pytest.mark.parametrize("verdict, what", [
+    (None, "None, where it has to return a Verdict"), (1.0, "1.0, where"), ((1.0, "7"), "where it has to return a Verdict"),
+    (Verdict(1.0, None), "the answer None"), (Verdict(1.0, ["7"]), "the answer"), (Verdict(1.0, {}), "the answer"),
+    (Verdict(1.0, b"7"), "the answer"), (Verdict(1.0, "\ud83d"), "the answer .*half a surrogate pair"),
+    (Verdict(1.0, "7", None), "the feedback None"), (Verdict(1.0, "7", 5), "the feedback 5"),
+    (Verdict(1.0, "7", ["a\nb"] * 10 ** 5), "the feedback"),
+    (Verdict(1.0, "7", "half \ud83d"), "the feedback .*half a surrogate"),
+    (Verdict(1.0, "7", "", None, None), "the status None"), (Verdict, "<class 'eval.Verdict'>, where")])
+def test_a_verdict_that_is_none_is_one_sentence(judged, verdict, what):
+    with pytest.raises(ValueError, match=f"^the verifier mine returned .*{what}.* for problem 'train3'$") as caught:
+        judged(verdict)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_verifier_that_fails_is_one_sentence(judged):
+    for error in (KeyError("a"), ZeroDivisionError("by zero"), ValueError("two\nlines"), RecursionError()):
+        def rule(problem, completion, error=error):
+            raise error
+        with pytest.raises(ValueError, match=rf"^the verifier mine failed on problem 'train3': {type(error).__name__} in "
+                                             r"test_eval.py, line \d+: ") as caught:
+            judged(rule=rule)
+        assert "\n" not in str(caught.value) and caught.value.__cause__ is error
+
+
+def test_answers_that_are_numbers_become_texts(judged):
+    assert [judged(Verdict(1.0, a)).answer for a in (7, 7.5, np.int64(7), True)] == ["7", "7.5", "7", "True"]
+
+
+def test_feedback_is_cut_where_it_is_made(judged):
+    long = judged(Verdict(0.0, "7", "x" * 400_000)).feedback
+    assert long == "x" * MAX_FEEDBACK + "\n[cut here: 400000 characters]"
+    assert judged(Verdict(0.0, "7", "x" * MAX_FEEDBACK)).feedback == "x" * MAX_FEEDBACK
+    assert judged(Verdict(0.0, "7", "a\0b")).feedback == "a\ufffdb"  # what a program printed stops no run
+
+
+def test_the_verdicts_of_a_batch_are_checked(judged, monkeypatch):
+    judged(Verdict(1.0, "7"))
+    monkeypatch.setitem(ev.VERIFIERS, "mine", lambda problem, completion: Verdict(float(completion), completion))
+    problems = [Problem(str(i), "q", "7", "mine") for i in range(3)]
+    assert [v.reward for v in ev.verify_all(problems, ["0", "1", "0.5"])] == [0, 1, 0.5]
+    with pytest.raises(ValueError, match="verifier mine returned the reward nan.* problem '1'"):
+        ev.verify_all(problems, ["0", "nan", "1"])
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------------
+
+READ = [(line.split(" -> ")[0], line.split(" -> ")[1]) for line in r"""
+The total is 1,234. -> 1234
+1,234,567.5 -> 1234567.5
+**1,234** -> 1234
+$1,000.00 -> 1000
+\boxed{$9{,}500} -> 9500
+1{,}234 -> 1234
+1\,234 -> 1234
+1'234 -> 1234
+1_000 -> 1000
+so it is .5 -> 0.5
+-.5 -> -0.5
+5. -> 5
+The answer is 7. -> 7
+7.00 -> 7
+007 -> 7
++5 -> 5
+-7 -> -7
+f(-4) -> -4
+x=-4 -> -4
+x = - 4 -> -4
+3-4 -> 4
+10-3 -> 3
+10 - 3 = 7 -> 7
+x-4 -> 4
+5 - 3/4 -> 0.75
+1e5 -> 100000
+1.5e-3 -> 0.0015
+1E5 -> 100000
+1e+5 -> 100000
+1.3x10^6 -> 1300000
+1.3 \times 10^{6} -> 1300000
+10^{-3} -> 0.001
+50% -> 50
+7\% -> 7
+7kg -> 7
+3rd -> 3
+7 m/s^2 -> 7
+3/4 -> 0.75
+-3/4 -> -0.75
+3 / 4 -> 0.75
+3×4 -> 4
+\frac{3}{4} -> 0.75
+-\dfrac{3}{4} -> -0.75
+\frac12 -> 0.5
+1 3/4 -> 1.75
+1\frac{3}{4} -> 1.75
+1/3 -> 1/3
+\boxed{12} -> 12
+\text{7} -> 7
+0x1F -> 31
+1 234 -> 234
+7 and H2O -> 7
+7 in v1.2.3 -> 7
+7 for x2 -> 7
+7 in cm^2 -> 7
+No.5 -> 5
+1..5 -> 5
+It is 7! -> 7
+-0 -> 0
+inf -> ""
+nan -> ""
+no digits -> ""
+""".strip().split("\n")]
+
+
+@pytest.mark.parametrize("text, number", READ + [
+    ("1\u2009234", "1234"), ("1\u00a0234\u00a0567", "1234567"), ("1\u202f234", "1234"), ("\u22127", "-7"), ("\u20137", "-7"),
+    ("\u20117", "-7"), ("\uff0d7", "-7"), ("that is it \u2014 7", "7"), ("3\u20134", "4"), ("\uff11\uff12", "12"),
+    ("\u0663\u0664", "34"), ("\u0661\u066c\u0662\u0663\u0664\u066b\u0665", "1234.5"), ("1.3 \u00d7 10\u2076", "1300000"),
+    ("\u7b54\u6848\u662f-7\u4e2a", "-7"), ("12 cm\u00b2", "12")])
+def test_numbers_are_read_whole(text, number):
+    """One text for one number: it is also what votes."""
+    number = number.strip('"')
+    for key in ("234", "5", "7", "1234", "-7", "0.75", number or "1"):
+        found = verify(Problem("x", "q", key, "last_number"), text)
+        assert found.answer == number and found.reward == float(key == number), (key, found)
+
+
+@pytest.mark.parametrize("text", [
+    "12,34", "0,5", "1.234.567", "12,345,67", "1,234.567.8", "192.168.0.1", "2024-05-01", "01/05/2024", "10:30", "555-12-34",
+    "2^10", "2**10", "5\u00b2", "\u00bd", "3\u00bd", "2\u03c0", "2\\pi", "\u221a2", "2\\sqrt{2}", "\\frac{\\pi}{2}",
+    "\\frac{x}{2}", "x/2",
+    "5/0", "1e999999999", "1e-999999999", "1e" + "9" * 5000, "9" * 5000, "1,2,34"])
+def test_what_can_t_be_read_whole_is_wrong_and_no_piece_of_it_is_right(text):
+    start = time.process_time()
+    for key in ("1", "2", "4", "5", "10", "30", "34", "0.5", "3", "67", "567", "234567", "1024", "25", "12", "2024", "9"):
+        found = verify(Problem("x", "q", key, "last_number"), f"The answer is 7, no, {text}")
+        assert found.reward == 0 and found.answer not in ("", "7")
+    assert time.process_time() - start < 0.5
+
+
+@given(st.integers(-10 ** 40, 10 ** 40), st.integers(0, 8),
+       st.sampled_from(["{}", "It is {}.", "**{}**", "\\boxed{{{}}}", "({})"]), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_every_decimal_is_read_exactly(digits, places, sentence, grouped):
+    """Against Fraction: the number itself is right, its neighbour in the last place is not."""
+    number = Fraction(digits, 10 ** places)
+    text = f"{Decimal(digits).scaleb(places * -1, Context(prec=60)):{',' if grouped else ''}f}"
+    assert Fraction(text.replace(",", "")) == number
+    said = sentence.format(text)
+    keys = [f"{Decimal(d).scaleb(places * -1, Context(prec=60)):f}" for d in (digits, digits + 1)]
+    assert [verify(Problem("x", "q", key, "last_number"), said).reward for key in keys] == [1, 0]
+
+
+@given(st.fractions(), st.fractions())
+@settings(deadline=None)
+def test_equal_numbers_have_one_text_and_others_another(a, b):
+    texts = [verify(Problem("x", "q", "1", "last_number"), f"{x.numerator}/{x.denominator}").answer for x in (a, b)]
+    assert (texts[0] == texts[1]) == (a == b) and Fraction(texts[0]) == a
+
+
+@pytest.mark.parametrize("text", [part * 30_000 for part in (
+    "9", "1-", "1/", "= ", "x", "1 ", "1^", "1e", "a_", "\u00b2", "\\frac{1", "1,234")] + [
+    "-" * 30_000 + "1", "=" + " " * 30_000, "\\frac" + " " * 30_000])
+def test_reading_numbers_takes_linear_time(text):
+    start = time.process_time()
+    verify(Problem("x", "q", "1", "last_number"), text)
+    assert time.process_time() - start < 1
 
 
 def test_parquet_files_are_read_like_json_lines(tmp_path):

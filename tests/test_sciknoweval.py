@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Script, words
 
+import eval as ev
 import memory as mem
 import pmd
 from eval import Problem, load_task, verify
@@ -24,6 +25,92 @@ STRATEGY = "Compare the lattice energy with the hydration energy. The smaller of
 LESSON = "A large molar mass does not make a compound insoluble. Look at the ions instead."
 NAME = "behavior_name_the_quantity"
 SKILL = "Write down which quantity decides the question before computing anything."
+
+
+CARD = """---
+license: mit
+task_categories:
+- question-answering
+language:
+- en
+configs:
+- config_name: v2
+  data_files:
+  - split: test
+    path: "data/v2/sciknoweval_test_v2.jsonl"
+---
+# SciKnowEval
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder in the Hub's layout: its card's front matter, its columns, four domains at three levels, every type."""
+    rows = []
+    for i in range(40):
+        for domain in ("Biology", "Chemistry", "Material", "Physics"):
+            for level, kind in (("L2", "mcq-4-choices"), ("L3", f"mcq-{2 + 2 * (i % 2)}-choices"), ("L3", "true_or_false"),
+                                ("L4", "open-ended-qa"), ("L3", "filling")):
+                labels = list("ABCD")[:int(kind[4])] if kind.startswith("mcq") else []
+                rows.append({
+                    "question": f"{domain} {level} {kind} {i}?", "answer": "" if labels else "free text",
+                    "choices": {"text": [f"{label} of {i}" for label in labels], "label": labels},
+                    "answerKey": "AB"[i // 2 % 2] if labels else "", "type": kind, "domain": domain,
+                    "details": {"level": level, "task": "t", "subtask": "s"}, "prompt": {"default": "Answer."}})
+    folder = tmp_path / "SciKnowEval"
+    (folder / "data/v2").mkdir(parents=True)
+    (folder / "README.md").write_text(CARD)
+    (folder / "data/v2/sciknoweval_test_v2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("domain", ev.SCIKNOWEVAL)
+def test_a_domain_from_a_folder_like_the_hubs(hub, monkeypatch, domain):
+    """Through `datasets` itself, as the Hub's name without --data and as --data of a copy: no configuration is named."""
+    assert ev.SCIKNOWEVAL_HUB == "hicai-zju/SciKnowEval"
+    hub = hub.rename(hub.parent / f"{domain}_hub")  # `datasets` caches by the folder's name
+    monkeypatch.setattr(ev, "SCIKNOWEVAL_HUB", str(hub))
+    monkeypatch.setitem(ev.SCIKNOWEVAL, domain, (36, 4))
+    task, copy = load_task(f"sciknoweval/{domain}", dev=0), load_task(f"sciknoweval/{domain}", dev=0, data=str(hub))
+    assert task == copy and sorted(int(p.id) for p in task.train + task.test) == list(range(40))
+    for p in task.train + task.test:
+        i = int(p.id)
+        labels = "ABCD" if i % 2 else "AB"
+        options = "\n".join(f"{label}: {label} of {i}" for label in labels)
+        question = f"{domain.capitalize()} L3 mcq-{len(labels)}-choices {i}?"
+        assert p.prompt == f"{question}\n\n{options}\nPlease reason step by step." and p.answer == "AB"[i // 2 % 2]
+        assert verify(p, answer(p.answer)).reward == 1 and p.system == ev.HUB_SYSTEM
+    import datasets
+    split = datasets.Dataset.from_dict({"idx": range(40)}).train_test_split(test_size=0.1, seed=42)
+    assert [int(p.id) for p in task.test] == split["test"]["idx"]
+    assert "NOT to the letter the items" in task.card
+
+
+def test_the_hubs_domains_in_other_spellings(hub, monkeypatch):
+    monkeypatch.setitem(ev.SCIKNOWEVAL, "material", (36, 4))
+    data = hub / "data/v2/sciknoweval_test_v2.jsonl"
+    for name in ("Materials", "material"):
+        data.write_text(data.read_text().replace('"domain": "Material"', f'"domain": "{name}"'))
+        assert len(load_task("sciknoweval/material", dev=0, data=str(hub)).train) == 36
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("", "", "sciknoweval/physics has 36 train and 4 test items, but 720 and 80 were published"),
+    ('"domain": "Physics"', '"domain": "History"', "has 0 multiple-choice items of level L3 in physics: too few"),
+    ('"answerKey"', '"key"', "has no column answerKey"),
+    ('"answerKey": "A"', '"answerKey": "E"', "item [0-9]+ of physics .*: the answer key 'E' is none of the options A, B"),
+    ('{"question": ', "no JSON ", "needs --data, .* which can't be loaded: ")])
+def test_a_hub_that_is_another_is_one_sentence(hub, old, new, message):
+    data = hub / "data/v2/sciknoweval_test_v2.jsonl"
+    data.write_text(data.read_text().replace(old, new) if old else data.read_text())
+    with pytest.raises(ValueError, match=message) as caught:
+        load_task("sciknoweval/physics", data=str(hub))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_hub_is_one_sentence():
+    with pytest.raises(ValueError, match="sciknoweval/physics needs --data, .*hicai-zju/SciKnowEval, which can't be loaded"):
+        load_task("sciknoweval/physics")
 
 
 def answer(letter):
