@@ -834,7 +834,15 @@ def problem_ids(rollouts):
 
 
 def make_optimizer(policy, cfg):
+    """AdamW with its state made at once, as torch makes it at the first step: all zero, step 0, sharded as the weights are.
+
+    So a checkpoint before the first update holds what one after it does, and torch has nothing to make while a state is
+    saved or restored, which it does by a real step (torch.distributed.checkpoint.state_dict, `_init_optim_state`).
+    """
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    for p in policy.parameters():
+        optimizer.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
     optimizer.updates = 0  # so far: `update` sets the learning rate by it
     return optimizer
 

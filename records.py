@@ -21,12 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -276,10 +271,6 @@ class Run:
                 set_model_state_dict(teacher, loaded, options=options)
             state = trainer_state(policy, teacher if about["ema"] else policy, optimizer)
             dcp.load(state, checkpoint_id=self.saved / "trainer", no_dist=world() == 1)
-            flags = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            set_optimizer_state_dict(policy, optimizer, state["optimizer"])
-            for group, own in zip(optimizer.param_groups, flags, strict=True):  # this run's flags, not the saved ones
-                group.update(own)
             optimizer.updates, step, self.spent = about["updates"], about["step"], about["seconds"]
         if self.cfg.method != "frozen-memory":
             memory.truncate_after(step)
@@ -381,9 +372,15 @@ def save_model(policy, tokenizer, folder):
 
 
 def trainer_state(policy, teacher, optimizer):
-    """What DCP saves and fills: the optimizer's state, and the teacher's weights where they are its own."""
-    state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-    return state | ({"teacher": dict(teacher.named_parameters())} if teacher is not policy else {})
+    """What DCP saves, and fills in place: Adam's moments by the weight's name, and the teacher's weights where they are its
+    own. No learning rate or the like: those are the flags of the run that goes on.
+
+    Not torch's get_optimizer_state_dict: where there is no state yet, it takes a step to make one.
+    """
+    state = {"optimizer": {"state": {name: optimizer.state[p] for name, p in policy.named_parameters()}}}
+    if teacher is not policy:
+        state["teacher"] = dict(teacher.named_parameters())
+    return state
 
 
 def git(*args):
