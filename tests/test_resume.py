@@ -120,7 +120,7 @@ def test_a_time_limit_and_the_exit_status(make_config):
     cfg = small(make_config, name="late", max_minutes=1e-6)
     with pytest.raises(pmd.Stopped, match="--max_minutes: stopped after step 1 of 4") as stopped:
         pmd.train(cfg)
-    assert stopped.value.code == 0 and pmd.Stopped("", 143).code == 143
+    assert stopped.value.code == 0 and pmd.Stopped("", "", 143).code == 143
     pmd.train(dataclasses.replace(cfg, resume=True, max_minutes=0.0))  # a limit is no part of what was run
     assert (Path(cfg.out, "late", "final")).is_dir()
 
