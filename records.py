@@ -575,7 +575,7 @@ def claim(folder, resume) -> str:
         except FileExistsError:
             return f"{folder} exists; add --resume to continue it or choose another --name"
         release(folder)
-        file = open(folder / "lock", "a+", encoding="utf-8")
+        file = open(folder / "lock", "ab+", buffering=0)
     try:
         locked = try_lock(file, fcntl.LOCK_EX)
     except OSError as error:
@@ -584,9 +584,9 @@ def claim(folder, resume) -> str:
     if not locked:
         return taken(folder, file)
     LOCKS[folder.resolve()] = file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with writing(folder / "lock"):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return ""
 
 
@@ -600,7 +600,7 @@ def refuse_second_writer(folder):
     path = folder / "lock"
     if folder.resolve() in LOCKS or not path.is_file():
         return
-    with open(path, encoding="utf-8") as file, contextlib.suppress(OSError):  # without locks nothing can be said
+    with open(path, "rb") as file, contextlib.suppress(OSError):  # without locks nothing can be said
         if not try_lock(file, fcntl.LOCK_SH):
             raise ValueError(taken(folder, file))
 
@@ -618,7 +618,7 @@ def try_lock(file, kind) -> bool:
 
 def taken(folder, file):
     file.seek(0)
-    holder = file.read() or "another process"
+    holder = file.read().decode(errors="replace") or "another process"
     return f"{folder} is being written by {holder}: wait until that has ended, or use another --name"
 
 
