@@ -1109,6 +1109,8 @@ def evaluate(argv):
     pmd.transformers_logging.disable_progress_bar()
     ranks = pmd.count_ranks(cfg)
     with pmd.ranks_around(cfg):
+        pmd.check_numbers(cfg)  # batch_size too, which is another one below
+        pmd.check_name(cfg)
         task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=ranks, name="", resume=False), ranks=ranks,
                                     quiet=pmd.rank() > 0 or pmd.world() < ranks,
                                     reads=cfg.max_reprompt if args.memory else 0)
@@ -1119,14 +1121,20 @@ def evaluate(argv):
     path, rows, memory = folder / "evals" / "0-test.jsonl", [], None
     if 0 < cfg.eval_problems < len(problems):
         problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
+    if refusal := pmd.broadcast(records.claim(folder, resume=True) if first else ""):
+        raise ValueError(refusal)
     if first:
+        asked = replace(task, train=[], dev=[])
         if (folder / "config.json").exists():
-            records.refuse_changes(json.loads((folder / "config.json").read_text()), cfg)
+            cure = "remove it, and the same command writes it anew without comparing its flags"
+            records.refuse_changes(records.read_json(folder / "config.json", cure), cfg)
+            records.refuse_other_problems(folder, asked, tokenizer)
         if args.memory:
             memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
                             retrieve_k=cfg.retrieve_k)
         path.parent.mkdir(parents=True, exist_ok=True)
         records.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
+        records.write(folder / "problems.json", json.dumps(records.fingerprint(asked, tokenizer), indent=1))
         rows = records.read_lines(path) if path.exists() else []
         answered = Counter(row["problem"] for row in rows)
         rows = [row for row in rows if answered[row["problem"]] == cfg.eval_k]  # a stop may have come within a problem
@@ -1159,6 +1167,7 @@ def evaluate(argv):
         found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
         records.write_lines(folder / "metrics.jsonl", [found])
         print(evaluated(task.name, found))
+        records.release(folder)
     pmd.end_ranks()
 
 

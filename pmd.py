@@ -40,7 +40,6 @@ import json
 import os
 import random
 import re
-import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +53,9 @@ if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metada
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from sklearn.feature_extraction.text import HashingVectorizer
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -91,15 +92,20 @@ from ranks import (
 from records import (
     HERE,
     Run,
+    RunError,
     Stopped,
     batches_per_epoch,
     checkpoint_of,
     checkpoints,
     clock,
     default_name,
+    finished,
     memory_source,
+    read_json,
     read_lines,
     refuse_changes,
+    refuse_other_problems,
+    refuse_second_writer,
     title,
     total_steps,
 )
@@ -116,8 +122,9 @@ VLLM_VERSION = "0.32.0"  # of the official package, which was not run, and of it
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
-def option(default, help, *aliases):
-    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
+def option(default, help, *aliases, within=""):
+    """A field of Config. within: the interval of its values as mathematics writes it, which every number has."""
+    return field(default=default, metadata={"help": help, "aliases": list(aliases), "within": within})
 
 
 @dataclass
@@ -140,34 +147,40 @@ class Config:
                            "test.jsonl (default: nano with nano, sciknoweval/chemistry with any other model)")
     data: str = option("", "for sciknoweval: the folder with DOMAIN/train.json and test.json, as in SDPO's repository; for "
                            "livecodebench: the official file or a folder of such; empty for the Hub (not run)")
-    seed: int = option(0, "of everything random in the run")
+    seed: int = option(0, "of everything random in the run", within="[0, 4294967295]")
     name: str = option("", "the run's folder under --out (default: task-method-seed-date-time)")
     resume: bool = option(False, "continue the run --name from its last checkpoint; start it if there is none")
     fork_from: str = option("", "start from RUN@STEP, a kept checkpoint: policy, teacher, optimizer and memory together",
                             "--from")
     out: str = option("runs", "where runs are written")
     compare: str = option("", "methods to run in turn on equal budgets, such as grpo,sdpo,pmd")
-    device: str = option("", "cpu, cuda, ... (default: cuda if there is one)")
-    nproc: int = option(0, "processes on this machine, each with its part of every weight (default: one per GPU)")
+    device: str = option("", "cpu, cuda, ... (default: cuda if there is one; the embedded model stays on cpu)")
+    nproc: int = option(0, "processes on this machine, each with its part of every weight (default: one per GPU)",
+                        within="[0, inf)")
     dtype: Literal["", "float32", "bfloat16"] = option("", "of the computation (default: bfloat16 on cuda, float32 on cpu); "
                                                            "weights and optimizer are always float32 [Tab. 11]")
     sampler: Literal["", "vllm", "transformers"] = option("", "generates all text (default: vllm on cuda where it is "
                                                               "installed, else transformers) [paper: SGLang]")
-    gpu_memory_utilization: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it (run on CPU only) [ours]")
-    max_sampler_gap: float = option(0.1, "stop when sampler and trainer differ by more nats a token in the mean [ours]")
+    gpu_memory_utilization: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]",
+                                           within="(0, 1]")
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it (run on CPU only) [ours]",
+                                  within="[1, inf)")
+    max_sampler_gap: float = option(0.1, "stop when sampler and trainer differ by more nats a token in the mean [ours]",
+                                    within="(0, inf)")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass: slower, less memory [ours]")
 
     # data and lengths
-    epochs: int = option(20, "passes over the training problems [Tab. 11]")
-    steps: int = option(0, "stop after this many batches; 0 for all epochs [ours]")
-    batch_size: int = option(32, "problems per batch [Tab. 11]")
-    group_size: int = option(8, "rollouts per problem [Tab. 11]")
-    max_prompt: int = option(2048, "tokens; longer problems are dropped and listed [Tab. 11]")
-    max_completion: int = option(8192, "tokens; longer completions are cut and counted [Tab. 11]")
-    max_reprompt: int = option(10240, "tokens of the teacher's prompt; see memory.compose_within [SDPO]")
-    dev: float = option(0.1, "share of the training problems held out to select checkpoints on; 0 for none [ours]")
-    dev_seed: int = option(42, "draws the dev split; the same in runs of other seeds [ours; SDPO splits by 42]")
+    epochs: int = option(20, "passes over the training problems [Tab. 11]", within="[1, inf)")
+    steps: int = option(0, "stop after this many batches; 0 for all epochs [ours]", within="[0, inf)")
+    batch_size: int = option(32, "problems per batch [Tab. 11]", within="[1, inf)")
+    group_size: int = option(8, "rollouts per problem [Tab. 11]", within="[1, inf)")
+    max_prompt: int = option(2048, "tokens; longer problems are dropped and listed [Tab. 11]", within="[1, inf)")
+    max_completion: int = option(8192, "tokens; longer completions are cut and counted [Tab. 11]", within="[1, inf)")
+    max_reprompt: int = option(10240, "tokens of the teacher's prompt; see memory.compose_within [SDPO]", within="[1, inf)")
+    dev: float = option(0.1, "share of the training problems held out to select checkpoints on; 0 for none [ours]",
+                        within="[0, 1)")
+    dev_seed: int = option(42, "draws the dev split; the same in runs of other seeds [ours; SDPO splits by 42]",
+                           within="[0, 4294967295]")
     exclude_flagged: bool = option(False, "sciknoweval: leave out the items that the data card flags [ours]")
     mcq: Literal["sdpo", "lenient"] = option("sdpo", "sdpo: the answer is the bare letter [SDPO]. lenient: also `b`, `(B)`, "
                                                      "`\\boxed{B}`; reported apart [ours]")
@@ -179,28 +192,33 @@ class Config:
     unsafe_exec: bool = option(False, "run generated programs without a sandbox where there is none [ours]")
 
     # the update
-    lr: float = option(1e-5, "AdamW's learning rate, constant after the warm-up [Tab. 11]")
-    warmup_steps: int = option(10, "updates of linear warm-up [Tab. 11]")
-    beta1: float = option(0.9, "AdamW [SDPO]")
-    beta2: float = option(0.999, "AdamW [SDPO]")
-    weight_decay: float = option(0.01, "AdamW [SDPO]")
-    max_grad_norm: float = option(1.0, "gradient norm clipping [SDPO]")
-    mini_batch_size: int = option(32, "problems per update; at least batch_size: one update per batch [Tab. 11]")
-    micro_tokens: int = option(32768, "padded tokens per forward pass: a memory knob that changes no result [ours]")
-    rollout_clip: float = option(2.0, "bound on the per-token ratio of trainer to sampler [SDPO; Tab. 11: per token]")
+    lr: float = option(1e-5, "AdamW's learning rate, constant after the warm-up [Tab. 11]", within="(0, inf)")
+    warmup_steps: int = option(10, "updates of linear warm-up [Tab. 11]", within="[0, inf)")
+    beta1: float = option(0.9, "AdamW [SDPO]", within="[0, 1)")
+    beta2: float = option(0.999, "AdamW [SDPO]", within="[0, 1)")
+    weight_decay: float = option(0.01, "AdamW [SDPO]", within="[0, inf)")
+    max_grad_norm: float = option(1.0, "gradient norm clipping; a large one, 1e9, for none [SDPO]", within="(0, inf)")
+    mini_batch_size: int = option(32, "problems per update; at least batch_size: one update per batch [Tab. 11]",
+                                  within="[1, inf)")
+    micro_tokens: int = option(32768, "padded tokens per forward pass: a memory knob that changes no result [ours]",
+                               within="[1, inf)")
+    rollout_clip: float = option(2.0, "bound on the per-token ratio of trainer to sampler [SDPO; Tab. 11: per token]",
+                                 within="(0, inf)")
     loss_mean: Literal["sequence", "token", "sum"] = option(
         "sequence", "how the tokens of a mini-batch are averaged, for every method. sequence: each trained rollout's token "
                     "mean, summed and divided by ALL rollouts [SDPO's code]. token: one mean over all trained tokens [the "
                     "name in SDPO's config]. sum: each rollout's sum over its tokens, divided by all rollouts [Eq. 7]")
-    is_clip: float = option(2.0, "bound on the per-token ratio of this update's policy to the batch's [SDPO]")
+    is_clip: float = option(2.0, "bound on the per-token ratio of this update's policy to the batch's [SDPO]",
+                            within="(0, inf)")
 
     # distillation
-    alpha: float = option(0.5, "0 forward KL, 1 reverse KL (Eq. 7), between a generalized JSD [Tab. 11]")
+    alpha: float = option(0.5, "0 forward KL, 1 reverse KL (Eq. 7), between a generalized JSD [Tab. 11]", within="[0, 1]")
     top_k: int = option(0, "the student's k likeliest tokens and a tail; 0 for the full vocabulary, exact "
-                           "[deviation 1; Tab. 11 has 100 and 20]")
+                           "[deviation 1; Tab. 11 has 100 and 20]", within="[0, inf)")
     teacher: Literal["ema", "live"] = option("ema", "ema: a moving average of the student [SDPO; Tab. 11]. live: the "
                                                     "student's own weights of this update (Eq. 6)")
-    ema_rate: float = option(0.05, "of the teacher, once per batch: 0 keeps the initial policy, 1 follows it [SDPO]")
+    ema_rate: float = option(0.05, "of the teacher, once per batch: 0 keeps the initial policy, 1 follows it [SDPO]",
+                             within="[0, 1]")
 
     supervise: Literal["all", "solved"] = option(
         "all", "the rollouts a memory's teacher supervises. all: whose teacher reads more than the student [deviation 5]. "
@@ -209,49 +227,54 @@ class Config:
                                             "--no_supervise_mastered they teach nothing, as under GRPO [ours]")
 
     # GRPO, as in SDPO's repository: advantages not divided by their deviation, no reference KL
-    clip_low: float = option(0.2, "lower clip of the ratio [SDPO]")
-    clip_high: float = option(0.28, "upper clip of the ratio [SDPO]")
+    clip_low: float = option(0.2, "lower clip of the ratio [SDPO]", within="(0, 1]")
+    clip_high: float = option(0.28, "upper clip of the ratio [SDPO]", within="(0, inf)")
     clip_dual: float = option(3.0, "upper clip of the ratio where the advantage is negative; acts with several updates a "
-                                   "batch [SDPO: verl's clip_ratio_c]")
+                                   "batch [SDPO: verl's clip_ratio_c]", within="(1, inf)")
 
     # memory
-    max_successes: int = option(5, "experience: successes kept per problem [paper]")
-    max_failures: int = option(3, "experience: failures kept per problem [paper]")
-    max_insights: int = option(10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]")
-    max_behaviors: int = option(500, "behavior: entries of the bank [paper]")
-    retrieve_k: int = option(3, "behaviors shown to the teacher [paper, main experiments]")
-    behavior_every: int = option(0, "steps between refreshes of the bank; 0 for once an epoch [Eq. 3; Alg. 1: every batch]")
+    max_successes: int = option(5, "experience: successes kept per problem [paper]", within="[1, inf)")
+    max_failures: int = option(3, "experience: failures kept per problem [paper]", within="[1, inf)")
+    max_insights: int = option(10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]", within="[1, inf)")
+    max_behaviors: int = option(500, "behavior: entries of the bank [paper]", within="[1, inf)")
+    retrieve_k: int = option(3, "behaviors shown to the teacher [paper, main experiments]", within="[0, inf)")
+    behavior_every: int = option(0, "steps between refreshes of the bank; 0 for once an epoch [Eq. 3; Alg. 1: every batch]",
+                                 within="[0, inf)")
     behaviors_refreshed: bool = option(False, "the teacher reads the bank after this step's refresh [Alg. 1] instead of "
                                               "before it [Eq. 4]")
-    response_novelty: float = option(0.95, "cosine above which an attempt is a near-duplicate [ours]")
-    insight_novelty: float = option(0.85, "cosine above which an insight or behavior is one [ours]")
-    clusters: int = option(16, "clusters of questions that behaviors are abstracted from [ours]")
+    response_novelty: float = option(0.95, "cosine above which an attempt is a near-duplicate [ours]", within="[-1, 1]")
+    insight_novelty: float = option(0.85, "cosine above which an insight or behavior is one [ours]", within="[-1, 1]")
+    clusters: int = option(16, "clusters of questions that behaviors are abstracted from [ours]", within="[1, inf)")
     ground_insights: bool = option(False, "write only insights that their evidence contains, and more [deviation 7]")
     drop_shortcuts: bool = option(False, "drop insights and behaviors with shortcut-like phrasing; it is counted either way "
                                          "[B.3 measures it]")
     query_feedback: bool = option(False, "the query for behaviors is the question and the feedback [optional in B.5]")
     abstractor: str = option("policy", "who writes behaviors: the policy, or openai:MODEL on the server of OPENAI_BASE_URL "
                                        "with OPENAI_API_KEY [deviation 4; C.1: GPT-5.4]")
-    memory_completion: int = option(768, "tokens of a reflection or abstraction [ours]")
-    memory_temperature: float = option(0.6, "of reflection and abstraction [ours]")
+    memory_completion: int = option(768, "tokens of a reflection or abstraction [ours]", within="[1, inf)")
+    memory_temperature: float = option(0.6, "of reflection and abstraction [ours]", within="[0.01, inf)")
     inference_retrieval: int = option(1, "frozen-policy: training problems whose insight and latest success a held-out "
-                                        "problem reads [ours]")
+                                        "problem reads [ours]", within="[0, inf)")
     embedder: str = option("Qwen/Qwen3-Embedding-0.6B", "embeds questions, attempts and insights: a sentence-transformers "
                                                         "folder or Hub name [paper]; hashing, of words, needs no download")
 
     # evaluation, always without memory
-    eval_every: int = option(5, "steps between evaluations on dev and test; 0 for first and last only [Tab. 11]")
-    eval_k: int = option(16, "samples per problem: avg@k [Tab. 11]", "--n")
-    eval_problems: int = option(0, "evaluate on at most this many problems of a split; 0 for all [ours]")
-    eval_temperature: float = option(0.6, "[SDPO]", "--temperature")
-    eval_top_p: float = option(0.95, "[SDPO]", "--top_p")
+    eval_every: int = option(5, "steps between evaluations on dev and test; 0 for first and last only [Tab. 11]",
+                             within="[0, inf)")
+    eval_k: int = option(16, "samples per problem: avg@k [Tab. 11]", "--n", within="[1, inf)")
+    eval_problems: int = option(0, "evaluate on at most this many problems of a split; 0 for all [ours]", within="[0, inf)")
+    eval_temperature: float = option(0.6, "[SDPO]", "--temperature", within="[0.01, inf)")
+    eval_top_p: float = option(0.95, "[SDPO]", "--top_p", within="(0, 1]")
 
     # bookkeeping
-    log_every: int = option(10, "steps between printed lines and samples in samples.jsonl [ours]")
-    save_every: int = option(50, "steps between checkpoints; 0 for none but the one of a run that is stopped [ours]")
-    keep: int = option(2, "checkpoints kept, besides the one that was best on dev [ours]")
+    log_every: int = option(10, "steps between printed lines and samples in samples.jsonl [ours]", within="[1, inf)")
+    save_every: int = option(50, "steps between checkpoints; 0 for none but the one of a run that is stopped [ours]",
+                             within="[0, inf)")
+    keep: int = option(2, "checkpoints kept, besides the one that was best on dev [ours]", within="[1, inf)")
     max_minutes: float = option(0.0, "save and stop after the step at hand when so many minutes have passed, as on SIGTERM "
-                                     "and Ctrl-C; --resume goes on; 0 for no limit [ours]")
+                                     "and Ctrl-C; --resume goes on; 0 for no limit [ours]", within="[0, inf)")
+    grace: int = option(1800, "several processes: seconds between SIGTERM and SIGKILL, for the step at hand to end and be "
+                              "saved [ours]", within="[1, inf)")
     log: Literal["", "tensorboard", "wandb"] = option("", "send the metrics there too, through its own library [ours]")
 
 
@@ -267,9 +290,12 @@ PRESETS = {
 METHOD_PRESETS = {("livecodebench", "grpo"): dict(mini_batch_size=8)}  # experiments/rich_feedback/run_baseline_grpo.sh
 
 
-def train(cfg: Config) -> dict:
-    """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched."""
-    task, tokenizer = check(cfg, quiet=rank() > 0)
+def train(cfg: Config, checked=None) -> dict:
+    """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched.
+
+    checked: what `check` returned for cfg, where it was called before.
+    """
+    task, tokenizer = checked or check(cfg, quiet=rank() > 0)
     policy = load_policy(cfg)  # float32 master weights
     teacher = make_teacher(policy, cfg)  # the same model; it only reads more
     policy, teacher = shard(policy, cfg), shard(teacher, cfg)
@@ -279,8 +305,8 @@ def train(cfg: Config) -> dict:
     memory = make_memory(run, sampler, task, cfg)
     first = run.restore(policy, teacher, optimizer, memory)
     sampler.wake()
-    if first == run.origin + 1:
-        evaluate(run.origin, run, sampler, memory, cfg)
+    if run.must_evaluate(first - 1):
+        evaluate(first - 1, run, sampler, memory, cfg)
 
     for step, problems in batches(task.train, first, cfg):
         sampler.step = step
@@ -312,7 +338,7 @@ def train(cfg: Config) -> dict:
             sampler.wake()  # with the new weights
 
         run.log(step, rollouts, sums, memory)
-        if run.due(step, cfg.eval_every):
+        if run.must_evaluate(step):
             evaluate(step, run, sampler, memory, cfg)
         if cfg.method == "pmd-transient":
             memory.forget(step)
@@ -361,10 +387,17 @@ def attempt(sampler, problems, cfg) -> list[Rollout]:
 
 
 def verdicts(problems, samples, cfg) -> list:
-    """(problem, sample, verdict) of each sample; each rank judges its share, so that no program runs twice and all agree."""
+    """(problem, sample, verdict) of each sample; each rank judges its share, so that no program runs twice and all agree.
+
+    Raises RunError where a verifier raises ValueError.
+    """
     pairs = [(p, s) for p, group in zip(problems, samples, strict=True) for s in group]
     own = pairs[rank()::world()]
-    parts = gather(verify_all([p for p, _ in own], [s.text for _, s in own], cfg.mcq == "lenient"))
+    try:
+        judged = verify_all([p for p, _ in own], [s.text for _, s in own], cfg.mcq == "lenient")
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    parts = gather(judged)
     return [(p, s, parts[i % world()][i // world()]) for i, (p, s) in enumerate(pairs)]
 
 
@@ -1008,7 +1041,15 @@ def problem_ids(rollouts):
 
 
 def make_optimizer(policy, cfg):
+    """AdamW with its state made at once, as torch makes it at the first step: all zero, step 0, sharded as the weights are.
+
+    So a checkpoint before the first update holds what one after it does, and torch has nothing to make while a state is
+    saved or restored, which it does by a real step (torch.distributed.checkpoint.state_dict, `_init_optim_state`).
+    """
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    for p in policy.parameters():
+        optimizer.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
     optimizer.updates = 0  # so far: `update` sets the learning rate by it
     return optimizer
 
@@ -1060,68 +1101,138 @@ def evaluate(step, run, sampler, memory, cfg):
 # What a run is made of
 # ---------------------------------------------------------------------------------------------------------------------
 
-def check(cfg, quiet=False, ranks=0, reads=0):
+def check(cfg, quiet=False, ranks=0, reads=0, checked=None):
     """(task, tokenizer), or a ValueError that says in one sentence what is wrong, before any work is lost.
 
     quiet: says nothing of what is left out. ranks: of the job that is to be started, where it is not this one's world().
-    reads: tokens of a prompt that is longer than --max_prompt, where that is not the teacher's.
+    reads: tokens of a prompt that is longer than --max_prompt, where that is not the teacher's. checked: what this gave for
+    another method, with the same flags otherwise: it is not loaded again.
     """
     ranks = ranks or world()
-    for name, low, high in (("alpha", 0, 1), ("ema_rate", 0, 1), ("eval_top_p", 0, 1), ("response_novelty", -1, 1),
-                            ("insight_novelty", -1, 1)):
-        if not low <= getattr(cfg, name) <= high:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is outside [{low}, {high}]")
+    check_numbers(cfg)
+    check_words(cfg)
+    check_machine(cfg, ranks)
+    check_folder(cfg, quiet)
+    task, tokenizer = checked or load_problems(cfg, quiet)
+    check_problems(task, tokenizer, cfg)
+    check_memory(task, cfg)
+    check_lengths(task, tokenizer, cfg, reads)
+    check_fits(cfg, ranks, quiet)
+    return task, tokenizer
+
+
+def check_numbers(cfg):
+    """Each number against the interval of its field, and those that only make sense together."""
+    for f in fields(Config):
+        if f.type in (int, float) and (wrong := misfit(getattr(cfg, f.name), f.type, f.metadata["within"])):
+            raise ValueError(f"--{f.name} {getattr(cfg, f.name)} {wrong}")
+    if cfg.lr * cfg.weight_decay >= 1:
+        raise ValueError(f"--weight_decay {cfg.weight_decay} times --lr {cfg.lr} is 1 or more, which turns every weight "
+                         "around; lower one")
+    if cfg.group_size == 1 and cfg.method in ("grpo", "sdpo"):
+        raise ValueError(f"--group_size 1 leaves {cfg.method} nothing to learn from: it compares the answers of a group; "
+                         "use 2 or more")
+
+
+def misfit(value, kind, within) -> str:
+    """What is wrong with a number outside an interval such as [0, 1) or (0, inf); "" for one inside."""
+    low, high = map(float, within[1:-1].split(","))
+    if kind is int and high == float("inf"):
+        high, within = 2**31 - 1, within[:-1] + "]"  # numpy, SQLite and vLLM hold no larger one
+    if not np.isfinite(float(value)):
+        return "must be a finite number"
+    if value < low or value == low and within.startswith("("):
+        return f"must be {'above' if within.startswith('(') else 'at least'} {low:.9g}"
+    if value > high or value == high and within.endswith(")"):
+        return f"must be {'below' if within.endswith(')') else 'at most'} {high:.10g}"
+    return ""
+
+
+def check_words(cfg):
+    """The flags whose values are words, as far as the type of the field leaves them open."""
+    tiers = ("experience", "insight", "behavior")
+    if unknown := [tier for tier in cfg.tiers.split(",") if tier not in tiers]:
+        raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not "
+                         f"{', '.join(tier or repr(tier) for tier in unknown)}")
+    if cfg.task == "livecodebench" and cfg.since >= cfg.until:
+        raise ValueError(f"--since {cfg.since} is no day before --until {cfg.until}")
+    if cfg.log and not importlib.util.find_spec(cfg.log):
+        raise ValueError(f"--log {cfg.log} needs its library: pip install {cfg.log}")
+    for name in ("model", "embedder"):
+        if not getattr(cfg, name):
+            raise ValueError(f"--{name} must be given a name")
+    if bool(cfg.memory_from) != (cfg.method == "frozen-memory"):
+        raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
+                         f"--name frozen` makes such a run, {cfg.out}/frozen")
+
+
+def check_machine(cfg, ranks):
+    """Devices, processes and samplers, as far as this machine has them."""
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {cfg.device}, but torch finds no such device here; leave the flag out to run on the CPU")
+    if cfg.device not in ("", "cpu", "cuda"):
+        try:
+            torch.zeros(1, device=cfg.device).item()
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            raise ValueError(f"--device {cfg.device} can't be used here ({str(error).splitlines()[0]}); leave the flag "
+                             "out, or give cpu or cuda") from error
     if (gpus := torch.cuda.device_count()) < cfg.nproc and device_of(cfg).type == "cuda":
         raise ValueError(f"--nproc {cfg.nproc} is more than the {gpus} GPUs of this machine, and each process needs its own")
     if fast_sampler(cfg) and (vllm_version() or "").partition("+")[0] != VLLM_VERSION:
         raise ValueError(f"--sampler vllm was written for vllm {VLLM_VERSION}, and {vllm_version() or 'none'} is installed; "
                          "see requirements-gpu.txt, or use --sampler transformers")
-    if cfg.tensor_parallel < 1 or ranks % cfg.tensor_parallel:
+    if ranks % cfg.tensor_parallel:
         raise ValueError(f"--tensor_parallel {cfg.tensor_parallel} does not divide the {ranks} processes")
     if ranks > cfg.batch_size:
         raise ValueError(f"{ranks} processes are more than the {cfg.batch_size} problems of a batch; raise --batch_size "
                          "or lower --nproc")
-    if cfg.log and not importlib.util.find_spec(cfg.log):
-        raise ValueError(f"--log {cfg.log} needs its library: pip install {cfg.log}")
-    for name in ("keep", "batch_size", "group_size", "mini_batch_size", "micro_tokens", "max_prompt", "max_completion",
-                 "eval_k", "clusters", "log_every", "lr", "eval_temperature", "memory_temperature", "eval_top_p"):
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"--{name} {getattr(cfg, name)} must be above 0")
-    if cfg.group_size == 1 and cfg.method in ("grpo", "sdpo"):
-        raise ValueError(f"--group_size 1 leaves {cfg.method} nothing to learn from: it compares the answers of a group; "
-                         "use 2 or more")
+
+
+def check_name(cfg):
+    """--name and --out as names of folders."""
+    for flag, text in (("name", cfg.name), ("out", str(cfg.out))):
+        if not text.isprintable() or any(len(os.fsencode(part)) > 200 for part in text.split("/")):
+            raise ValueError(f"--{flag} {text[:60]!r} is no name for a folder: use up to 200 printable characters")
+    if cfg.name and (Path(cfg.name).is_absolute() or ".." in Path(cfg.name).parts or not Path(cfg.name).parts):
+        raise ValueError(f"--name {cfg.name!r} is no folder under --out {cfg.out}; give --out the place and --name the run")
+
+
+def check_folder(cfg, quiet):
+    """Where the run is written, and what it goes on from: nothing is made here."""
+    check_name(cfg)
+    folder = Path(cfg.out) / cfg.name
     if cfg.resume and not cfg.name:
         raise ValueError("--resume continues the run given by --name; name it")
-    folder = Path(cfg.out) / cfg.name
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not yours to write to" if there.is_dir() else "is a file"
+        raise ValueError(f"{folder} can't be made: {there} {why}; give another --out or --name")
     if cfg.name and not cfg.resume and folder.exists():
         raise ValueError(f"{folder} exists; add --resume to continue it or choose another --name")
+    if cfg.name and folder.exists() and rank() == 0:
+        refuse_second_writer(folder)
     if cfg.resume and (folder / "config.json").exists():
-        refuse_changes(json.loads((folder / "config.json").read_text()), cfg, quiet)
-    if cfg.fork_from and not (fork := checkpoint_of(cfg)).is_dir():
+        cure = "remove it, and the same command writes it anew without comparing its flags"
+        refuse_changes(read_json(folder / "config.json", cure), cfg, quiet)
+    if not cfg.fork_from:
+        return
+    if not (fork := checkpoint_of(cfg)).is_dir():
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
-    if cfg.fork_from:
-        forked = json.loads((fork.parent.parent / "config.json").read_text())
-        if forked["method"] == "frozen-memory" and cfg.method in REMEMBERS:
-            raise ValueError(f"--from {cfg.fork_from} has the memory of another run, whose steps are not its own, so that "
-                             f"--method {cfg.method} can't go on writing it; fork the run that wrote it")
-        other = forked["model"]
-        if len({MODELS.get(name, Path(name).resolve() if Path(name).is_dir() else name) for name in (other, cfg.model)}) > 1:
-            raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
-                             f"{cfg.model}; give the same")
-    if unknown := set(cfg.tiers.split(",")) - {"experience", "insight", "behavior"}:
-        raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not {', '.join(unknown)}")
+    forked = read_json(fork.parent.parent / "config.json", "it says which model the checkpoint is of")
+    if forked.get("method") == "frozen-memory" and cfg.method in REMEMBERS:
+        raise ValueError(f"--from {cfg.fork_from} has the memory of another run, whose steps are not its own, so that "
+                         f"--method {cfg.method} can't go on writing it; fork the run that wrote it")
+    other = forked.get("model", "")
+    if len({MODELS.get(name, Path(name).resolve() if Path(name).is_dir() else name) for name in (other, cfg.model)}) > 1:
+        raise ValueError(f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a student from "
+                         f"{cfg.model}; give the same")
+
+
+def load_problems(cfg, quiet):
+    """(task, tokenizer): the problems whose prompts are within --max_prompt, and the model's tokenizer."""
     task = load_task(cfg.task, cfg.dev, cfg.dev_seed, cfg.data, cfg.protocol, cfg.since, cfg.until, cfg.exclude_flagged)
     need_sandbox(task, cfg.unsafe_exec)
-    if cfg.mcq == "lenient" and task.test[0].verifier != "choice":
-        raise ValueError(f"--mcq lenient is for multiple choice, which {cfg.task} is not")
-    if bool(cfg.memory_from) != (cfg.method == "frozen-memory"):
-        raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
-                         f"--name frozen` makes such a run, {cfg.out}/frozen")
-    if cfg.memory_from and not (cfg.resume and (folder / "memory.db").exists()):  # a resumed run has its copy
-        check_lender(cfg, task)
     try:
         tokenizer = AutoTokenizer.from_pretrained(MODELS.get(cfg.model, cfg.model))
     except OSError as error:
@@ -1132,15 +1243,6 @@ def check(cfg, quiet=False, ranks=0, reads=0):
                              "tokenizer_config.json")
     chat = chat_of(tokenizer)
     turn_ends(tokenizer)
-    positions = getattr(AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model)), "max_position_embeddings", None)
-    reads, writes = max(cfg.max_prompt, reads), cfg.max_completion
-    if cfg.method in (*REMEMBERS, "frozen-memory", "sdpo"):
-        reads = max(reads, cfg.max_reprompt)
-        writes = max(writes, cfg.memory_completion if cfg.method in REMEMBERS else 0)
-    if positions and reads + writes > positions:
-        cure = f"--max_reprompt {positions - writes}" if cfg.max_prompt + writes <= positions else "a lower --max_completion"
-        raise ValueError(f"{cfg.model} has {positions} positions, and a prompt of {reads} tokens with a reply of {writes} "
-                         f"needs more; give {cure}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # only fills the left of a batch; masks come from lengths
     splits = {}
@@ -1153,29 +1255,89 @@ def check(cfg, quiet=False, ranks=0, reads=0):
             print(f"{split}: {len(dropped)} problems dropped, longer than {cfg.max_prompt} tokens: {', '.join(dropped)}")
         if problems and not splits[split]:
             raise ValueError(f"no {split} problem of {cfg.task} is left within --max_prompt {cfg.max_prompt} tokens")
-    if cfg.method != "eval" and len(splits["train"]) < cfg.batch_size:
-        raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(splits['train'])} training problems of "
-                         f"{cfg.task}")
-    if device_of(cfg).type == "cuda" and (HERE / "tools" / "plan.py").is_file():  # a script that may be deleted
-        from tools.plan import fits
-        card = torch.cuda.get_device_properties(device_of(cfg)).total_memory / 2**30
-        share = cfg.gpu_memory_utilization if fast_sampler(cfg) else 0
-        try:
-            fine, sentence = fits(cfg, MODELS.get(cfg.model, cfg.model), ranks, card, share)
-        except Exception as error:  # of an architecture whose layers it can't trace, which may train all the same
-            fine, sentence = True, ""
-            if not quiet:
-                print(f"whether {cfg.model} fits could not be computed: {type(error).__name__}: {error}")
-        if not fine:
-            raise ValueError(sentence)
-    if cfg.method in (*REMEMBERS, "frozen-memory") and rank() == 0:  # whose memory it is
-        make_embedder(cfg)
-    if cfg.method in REMEMBERS:
-        make_abstractor(cfg, check=True)
     if not chat.takes_system and any(p.system for problems in splits.values() for p in problems):
         own = f"{cfg.model}'s chat template takes no system message: it is put before the user's, in the user's message."
         task = replace(task, card="\n".join(filter(None, [task.card, own])))
     return replace(task, **splits), tokenizer
+
+
+def check_problems(task, tokenizer, cfg):
+    """Flags against the problems, and those against what the run was started with."""
+    if cfg.mcq == "lenient" and task.test[0].verifier != "choice":
+        raise ValueError(f"--mcq lenient is for multiple choice, which {cfg.task} is not")
+    if cfg.method == "eval":
+        return
+    if len(task.train) < cfg.batch_size:
+        raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(task.train)} training problems of "
+                         f"{cfg.task}")
+    folder = Path(cfg.out) / cfg.name
+    if cfg.resume:
+        refuse_other_problems(folder, task, tokenizer)
+    saved = checkpoints(folder)[-1:] if cfg.resume else []
+    if cfg.fork_from and not saved:
+        saved = [checkpoint_of(cfg)]
+    if saved and (total := total_steps(task.train, cfg)) < int(saved[0].name):
+        raise ValueError(f"--{'steps' if cfg.steps else 'epochs'} {cfg.steps or cfg.epochs} ends at step {total}, before "
+                         f"{saved[0]}, which this run goes on from; raise it")
+
+
+def check_memory(task, cfg):
+    """The memory that is read or gone on with, its embedder, and who writes behaviors."""
+    resumed = cfg.resume and (Path(cfg.out) / cfg.name / "memory.db").exists()  # a run has a copy of what it was lent
+    if cfg.memory_from and not resumed:
+        check_lender(cfg, task)
+    if cfg.fork_from and not resumed and cfg.method in REMEMBERS and (checkpoint_of(cfg) / "memory.db").is_file():
+        source = checkpoint_of(cfg) / "memory.db"
+        with contextlib.closing(Memory(source, None, None, embedder=cfg.embedder, mode="frozen")) as lent:
+            known = lent.prompts()
+        unknown = [p.id for p in task.train if p.id not in known]
+        if unknown:
+            raise ValueError(f"--from {cfg.fork_from} has a memory that does not know {len(unknown)} of the training "
+                             f"problems, such as {unknown[0]}; give the same --task, or start without --from")
+    if cfg.method in (*REMEMBERS, "frozen-memory") and rank() == 0:  # whose memory it is
+        make_embedder(cfg)
+    if cfg.method in REMEMBERS:
+        make_abstractor(cfg, check=True)
+
+
+def check_lengths(task, tokenizer, cfg, reads):
+    """Prompts and replies against the model's positions, and --top_k against its vocabulary."""
+    shape = AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model))
+    vocabulary = getattr(shape.get_text_config(), "vocab_size", None)
+    if vocabulary and cfg.top_k > vocabulary:
+        raise ValueError(f"--top_k {cfg.top_k} is more than the {vocabulary} tokens of {cfg.model}; 0 takes all of them")
+    taught = cfg.method in (*REMEMBERS, "frozen-memory", "sdpo")
+    if taught and cfg.max_reprompt < cfg.max_prompt:
+        longest = max(len(encode_prompt(tokenizer, p.prompt, p.system)) for p in task.train)
+        if longest > cfg.max_reprompt:
+            raise ValueError(f"--max_reprompt {cfg.max_reprompt} is less than the {longest} tokens of the longest training "
+                             "problem, which the teacher reads too; raise it, or lower --max_prompt")
+    positions = getattr(shape, "max_position_embeddings", None)
+    reads, writes = max(cfg.max_prompt, reads), cfg.max_completion
+    if taught:
+        reads = max(reads, cfg.max_reprompt)
+        writes = max(writes, cfg.memory_completion if cfg.method in REMEMBERS else 0)
+    if positions and reads + writes > positions:
+        cure = f"--max_reprompt {positions - writes}" if cfg.max_prompt + writes <= positions else "a lower --max_completion"
+        raise ValueError(f"{cfg.model} has {positions} positions, and a prompt of {reads} tokens with a reply of {writes} "
+                         f"needs more; give {cure}")
+
+
+def check_fits(cfg, ranks, quiet):
+    """Whether the model fits on the GPUs, by tools/plan.py."""
+    if device_of(cfg).type != "cuda" or not (HERE / "tools" / "plan.py").is_file():  # a script that may be deleted
+        return
+    from tools.plan import fits
+    card = torch.cuda.get_device_properties(device_of(cfg)).total_memory / 2**30
+    share = cfg.gpu_memory_utilization if fast_sampler(cfg) else 0
+    try:
+        fine, sentence = fits(cfg, MODELS.get(cfg.model, cfg.model), ranks, card, share)
+    except Exception as error:  # of an architecture whose layers it can't trace, which may train all the same
+        fine, sentence = True, ""
+        if not quiet:
+            print(f"whether {cfg.model} fits could not be computed: {type(error).__name__}: {error}")
+    if not fine:
+        raise ValueError(sentence)
 
 
 def check_lender(cfg, task):
@@ -1324,10 +1486,14 @@ def open_memory(run, sampler, generate, task, cfg):
             copied.truncate_after(int(step or 10**9))
         aside.rename(path)
     elif run.saved and (run.saved / "memory.db").exists() and not path.exists():  # of a fork, or of a run that lost its file
-        shutil.copy(run.saved / "memory.db", aside)
+        run.take_memory(aside)
         aside.rename(path)
-    memory = Memory(path, make_embedder(cfg), generate, make_abstractor(cfg),
-                    fits=lambda prompt: len(encode_prompt(sampler.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
+    try:
+        memory = Memory(path, make_embedder(cfg), generate, make_abstractor(cfg),
+                        fits=lambda prompt: len(encode_prompt(sampler.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
+    except ValueError as error:
+        copy = f"; the same command then takes the copy in {run.saved}" if run.saved else ""
+        raise RunError(f"{error}{copy}") from error
     if cfg.method in REMEMBERS:
         memory.add_problems(task.train)
     return memory
@@ -1354,9 +1520,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows defaults, and the description as it is written."""
 
 
+class Flags(HfArgumentParser):
+    """The fields of Config as flags. `within`, which argparse does not know, is for check_numbers."""
+
+    def add_argument(self, *names, within="", **kwargs):
+        return super().add_argument(*names, **kwargs)
+
+
 def parse_flags(argv=None) -> Config:
     """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then what was given."""
-    parser = HfArgumentParser(
+    parser = Flags(
         Config, description=__doc__.split("\n\nRead `Config`")[0], usage="python pmd.py [--flag value ...]",
         epilog="Defaults are shown for the task at hand: `python pmd.py --model Qwen3-8B --help` shows the paper's.",
         formatter_class=Help, allow_abbrev=False)
@@ -1364,6 +1537,8 @@ def parse_flags(argv=None) -> Config:
     given.task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
     kind = "nano" if given.model == "nano" else given.task.split("/")[0]
     parser.set_defaults(**PRESETS.get(kind, {}) | METHOD_PRESETS.get((kind, given.method), {}))
+    if given.model == "nano":  # too small to gain by a GPU, let alone by several
+        parser.set_defaults(device="cpu")
     cfg = Config(**vars(parser.parse_args(argv)))
     return replace(cfg, task=given.task)
 
@@ -1371,36 +1546,66 @@ def parse_flags(argv=None) -> Config:
 def compared(cfg, argv=None):
     """The folder of a comparison and its runs: several methods, same flags (argv), same budget."""
     methods = [m.strip() for m in cfg.compare.split(",")]
-    folder = Path(cfg.out) / (cfg.name or default_name(cfg))
     known = get_args(Config.__dataclass_fields__["method"].type)
     if not set(methods) <= set(known) or len(set(methods)) < len(methods):
         raise ValueError(f"--compare takes different methods out of {', '.join(known)}, not {cfg.compare!r}")
     flags = sys.argv[1:] if argv is None else argv
     runs = [parse_flags([*flags, "--method", m]) for m in methods]  # a method may have a preset of its own
-    return folder, [replace(run, compare="", name=f"{folder.name}/{run.method}") for run in runs]
+    return Path(cfg.out) / cfg.name, [replace(run, compare="", name=f"{cfg.name}/{run.method}") for run in runs]
+
+
+def end_of(run, checked) -> dict:
+    """The summary of a run that --resume finds at its end, or else of the run."""
+    if not (summary := broadcast(finished(run, checked[0]))):
+        return train(run, checked)
+    if rank() == 0:
+        print(f"{Path(run.out) / run.name} is at its end: nothing is left to do\n\n{table({run.method: summary})}")
+    return summary
+
+
+def failure(error, cfg) -> str:
+    """What a run died of, as one sentence; "" for a fault of the program, which needs its traceback."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        return (f"out of memory: {' '.join(str(error).split())[:200] or 'the machine has no more'}; lower --micro_tokens "
+                f"({cfg.micro_tokens} now) or, with vLLM, --gpu_memory_utilization; --resume goes on with other values")
+    if isinstance(error, SafetensorError):  # those of a checkpoint are told apart where it is read
+        return f"the weights of --model {cfg.model} can't be read: {error}"
+    if isinstance(error, (FloatingPointError, OSError, Unsupported, RunError)):
+        return str(error)
+    return ""
 
 
 def main():
     cfg = parse_flags()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show a character ends no run
+    who = "pmd.py" if os.environ.get("RANK", "0") == "0" else f"pmd.py, rank {os.environ['RANK']}"
+    checked, restarts = None, "RANK" not in os.environ and count_ranks(cfg) > 1
     try:
         with ranks_around(cfg):
             cfg = replace(cfg, name=cfg.name or broadcast(default_name(cfg)))
             folder, runs = compared(cfg) if cfg.compare else (None, [cfg])
             for run in runs:
-                check(run, quiet=True, ranks=count_ranks(cfg))
+                checked = check(run, quiet=restarts or rank() > 0, ranks=count_ranks(cfg), checked=checked)
     except (ValueError, OSError) as error:
-        sys.exit(f"pmd.py: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+        sys.exit(f"{who}: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     try:
-        summaries = {run.method: train(run) for run in runs}
+        summaries = {run.method: end_of(run, checked) for run in runs}
     except Stopped as stopped:
-        print(f"pmd.py: {stopped}", file=sys.stderr)
+        stopped.name = cfg.name  # of a comparison, not of the run in it
+        if rank() == 0:
+            print(f"pmd.py: {stopped}", file=sys.stderr)
         end_ranks(stopped.code)
         sys.exit(stopped.code)
-    except (FloatingPointError, OSError, Unsupported) as error:
-        sys.exit(f"pmd.py: {error}")
-    if folder and all(summaries.values()):  # other ranks than 0 have none
+    except KeyboardInterrupt:
+        print(f"{who}: interrupted before it could save", file=sys.stderr)
+        sys.exit(130)
+    except (Exception, CheckpointException) as error:
+        if not (said := failure(error, cfg)):
+            raise
+        sys.exit(f"{who}: {said}")
+    if folder and rank() == 0:
         curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}
         plot_curves(curves, folder / "compare.png", title(next(iter(summaries.values()))))
         print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")

@@ -9,7 +9,9 @@ import contextlib
 import functools
 import os
 import shlex
+import signal
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,9 +51,6 @@ def broadcast(value):
     return box[0]
 
 
-SHUTDOWN = 120  # seconds between SIGTERM and SIGKILL: the step at hand ends and is saved
-
-
 def count_ranks(cfg) -> int:
     """Of this job, or of the one that `start_ranks` will start."""
     if "RANK" in os.environ:
@@ -67,9 +66,10 @@ def start_ranks(cfg):
         dist.init_process_group(backend, timeout=timedelta(minutes=60))  # a rank may wait for the others' generation
         if device_of(cfg).type == "cuda":
             torch.cuda.set_device(device_of(cfg))
+        end_with_the_others()
     elif count > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-                   f"--shutdown-timeout={SHUTDOWN}", "--", *sys.argv]
+                   f"--shutdown-timeout={cfg.grace}", "--", *sys.argv]
         print("restarting as: " + shlex.join(command), flush=True)
         os.execv(sys.executable, command)
 
@@ -98,6 +98,24 @@ def a_rank_has_ended() -> bool:
 
     count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return count > 1 and Path("/proc").is_dir() and sum(map(runs, Path("/proc").glob("[0-9]*"))) < count
+
+
+def end_with_the_others():
+    """From now on SIGTERM ends this rank at once where another one is gone, though it may wait for that one in a collective,
+    where Python runs no handler: else a job that has failed would hold its devices for all of --grace.
+
+    Where all ranks are there, SIGTERM is for the run's own handler alone.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # written to by the handler in C, whatever Python does
+
+    def watch():
+        while numbers := os.read(read, 1):
+            if numbers[0] == signal.SIGTERM and a_rank_has_ended():
+                os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_ranks(code=0):

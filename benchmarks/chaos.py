@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --kills 50
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --kills 20 --ranks 2      of which one dies first, as on a cluster
 
+Half of the kills go to PMD, half to a GRPO run whose first update comes late, so that checkpoints are written before it.
 Whenever a run has come to its end, whatever it went through, its final weights, the rows and events of its memory, its
 evaluations and all its metrics but the times must be those of the run that was never interrupted: nothing lost, nothing
 twice. Prints how many kills hit each phase, how far the runs had come, and how many ends were compared; exits with 1 at
@@ -40,8 +41,9 @@ PHASES = {"sampling": (pmd.Sampler, "generate"), "recording": (memory.Memory, "r
           "reflecting": (memory.Memory, "reflect"), "behavior update": (memory.Memory, "abstract"),
           "commit": (memory.Memory, "_admit"), "optimizer step": (pmd, "update"), "metrics": (pmd.Run, "note"),
           "checkpoint": (pmd.Run, "save"), "rename": (Path, "rename"), "end of the run": (pmd.Run, "finish")}
-FLAGS = ("--steps 6 --batch_size 8 --mini_batch_size 4 --group_size 4 --eval_problems 4 --eval_k 2 --eval_every 2 "
-         "--save_every 2 --behavior_every 2 --log_every 2 --resume").split()
+RUNS = {"pmd": "--steps 6 --batch_size 8 --mini_batch_size 4 --group_size 4 --save_every 2 --behavior_every 2",
+        "grpo": "--steps 8 --batch_size 4 --mini_batch_size 4 --group_size 2 --save_every 1 --method grpo"}
+ALL = "--eval_problems 4 --eval_k 2 --eval_every 2 --log_every 2 --resume"
 
 
 def child(flags, name, told, rank, ranks, store):
@@ -113,13 +115,64 @@ def end_state(folder):
     for row in rows:
         for key in ("seconds", "share", "tokens_per_second", "peak_gb"):
             row.pop(key, None)
-    with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
-        tables = [db.execute(f"SELECT * FROM {t}").fetchall() for t in ("item ORDER BY id", "event", "problem ORDER BY id")]
+    tables, names = [], ("item ORDER BY id", "event", "problem ORDER BY id")
+    if (folder / "memory.db").exists():  # GRPO remembers nothing
+        with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
+            tables = [db.execute(f"SELECT * FROM {name}").fetchall() for name in names]
     evals = {p.name: p.read_text() for p in sorted((folder / "evals").iterdir())}
     parts = {"weights": (folder / "final" / "model.safetensors").read_bytes(), "metrics": repr(rows).encode(),
              "memory": repr(tables).encode(), "evaluations": repr(evals).encode(),
              "leftovers": repr(sorted(p.name for p in folder.rglob("*.partial"))).encode()}
     return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+
+
+def first_update(folder):
+    """The step of a run's first update."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next(row["step"] for row in rows if row.get("updates"))
+
+
+def torture(method, kills, ranks, rng):
+    """Kills and resumes runs of a method, so often, and compares each that ends with one left alone. Prints what was hit."""
+    killed, reached, compared = Counter(), Counter(), 0
+    with tempfile.TemporaryDirectory() as out:
+        flags = [*RUNS[method].split(), *ALL.split(), "--out", out]
+        steps = pmd.parse_flags(flags).steps
+        _, entries, seconds = attempt(flags, "whole", ranks)
+        expected, late = end_state(Path(out, "whole")), first_update(Path(out, "whole"))
+        if method == "grpo" and late < 3:
+            sys.exit(f"the first update of the GRPO run is at step {late}: too early to show anything; choose other flags")
+        order = [phase for phase in PHASES if entries[phase]]
+        bar = tqdm(total=kills, unit="kill", desc=method)
+        for number in range(10**6):
+            if killed.total() >= kills:
+                break
+            name = f"run{number}"
+            for _ in range(6):  # at most so many kills on one run, then it may end
+                phase = min(order, key=lambda p: (killed[p], rng.random()))
+                typical = sorted(seconds[phase])[len(seconds[phase]) // 2]
+                saved = pmd.checkpoints(Path(out, name))
+                left = 1 - int(saved[-1].name) / steps if saved else 1
+                n = rng.randint(1, max(1, int(left * entries[phase])))
+                delay, first = rng.uniform(0, 1.2 * typical), rng.randrange(ranks)
+                hit, *_ = attempt(flags, name, ranks, phase, n, delay, first)
+                if not hit or killed.total() >= kills:
+                    break
+                killed[phase] += 1
+                reached[int(saved[-1].name) if saved else 0] += 1
+                bar.update()
+            attempt(flags, name, ranks)
+            found = end_state(Path(out, name))
+            if wrong := [part for part in expected if found[part] != expected[part]]:
+                sys.exit(f"{method}: {name} ended with other {', '.join(wrong)} than the run that was never interrupted")
+            compared += 1
+        bar.close()
+    hits = ", ".join(f"{n} in {phase}" for phase, n in killed.items())
+    at_hand = ", ".join(f"{step or 'none'}: {n}" for step, n in sorted(reached.items()))
+    print(f"{method}, first update at step {late}: {killed.total()} kills: {hits}")
+    print(f"  the checkpoint at hand when killed: {at_hand}")
+    print(f"  {compared} runs came to their end, each equal to the uninterrupted one in weights, memory, metrics and "
+          "evaluations", flush=True)
 
 
 def main():
@@ -128,39 +181,9 @@ def main():
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
-    rng, killed, reached, compared = random.Random(args.seed), Counter(), Counter(), 0
-    with tempfile.TemporaryDirectory() as out:
-        flags = [*FLAGS, "--out", out]
-        _, entries, seconds = attempt(flags, "whole", args.ranks)
-        expected = end_state(Path(out, "whole"))
-        order = [phase for phase in PHASES if entries[phase]]
-        bar = tqdm(total=args.kills, unit="kill")
-        for number in range(10**6):
-            if killed.total() >= args.kills:
-                break
-            name = f"run{number}"
-            for _ in range(6):  # at most so many kills on one run, then it may end
-                phase = min(order, key=lambda p: (killed[p], rng.random()))
-                typical = sorted(seconds[phase])[len(seconds[phase]) // 2]
-                saved = pmd.checkpoints(Path(out, name))
-                left = 1 - int(saved[-1].name) / 6 if saved else 1
-                n = rng.randint(1, max(1, int(left * entries[phase])))
-                delay, first = rng.uniform(0, 1.2 * typical), rng.randrange(args.ranks)
-                hit, *_ = attempt(flags, name, args.ranks, phase, n, delay, first)
-                if not hit or killed.total() >= args.kills:
-                    break
-                killed[phase] += 1
-                reached[saved[-1].name if saved else "none"] += 1
-                bar.update()
-            attempt(flags, name, args.ranks)
-            found = end_state(Path(out, name))
-            if wrong := [part for part in expected if found[part] != expected[part]]:
-                sys.exit(f"{name} ended with other {', '.join(wrong)} than the run that was never interrupted")
-            compared += 1
-        bar.close()
-    print(f"{killed.total()} kills: " + ", ".join(f"{n} in {phase}" for phase, n in killed.items()))
-    print("the checkpoint at hand when killed: " + ", ".join(f"{step}: {n}" for step, n in sorted(reached.items())))
-    print(f"{compared} runs came to their end, each equal to the uninterrupted one in weights, memory, metrics, evaluations")
+    rng = random.Random(args.seed)
+    torture("pmd", args.kills - args.kills // 2, args.ranks, rng)
+    torture("grpo", args.kills // 2, args.ranks, rng)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import pmd
 import ranks
 import records
 from eval import load_task
+from eval import main as eval_main
 from tools import plan
 
 HERE = Path(__file__).resolve().parent.parent
@@ -404,6 +405,25 @@ def test_one_step_of_distillation_moves_the_student_to_the_teacher(policy, token
     before, *_, after = [(s := pmd.update(policy, teacher, optimizer, rollouts, 1, cfg))["divergence"] / s["tokens"]
                          for _ in range(6)]
     assert after < 0.5 * before
+
+
+def test_adams_state_is_what_torch_makes_at_its_first_step(policy, make_config):
+    """And torch's getter, which takes a step where there is none, finds it."""
+    copied = copy.deepcopy(policy)
+    cfg = make_config()
+    lazy = torch.optim.AdamW(copied.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    ours = pmd.make_optimizer(policy, cfg)
+    torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(policy, ours)
+    for _ in range(2):
+        for model, optimizer in ((policy, ours), (copied, lazy)):
+            torch.manual_seed(0)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    for p, q in zip(policy.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(p, q) and ours.state[p].keys() == lazy.state[q].keys()
+        for key, value in lazy.state[q].items():
+            assert torch.equal(ours.state[p][key], value) and ours.state[p][key].dtype == value.dtype
 
 
 def test_warm_up(policy, tokenizer, sampler, problems, make_config):
@@ -906,7 +926,7 @@ def test_presets_and_flags():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(method="grpo", group_size=1), "--group_size 1 leaves grpo nothing"),
-    (dict(alpha=1.5), "--alpha 1.5 is outside"), (dict(eval_k=0), "--eval_k 0 must be above 0"),
+    (dict(alpha=1.5), "--alpha 1.5 must be at most 1"), (dict(eval_k=0), "--eval_k 0 must be at least 1"),
     (dict(task="chess"), "no task 'chess'"), (dict(max_prompt=3), "no train problem of nano is left"),
     (dict(resume=True), "--resume continues the run given by --name"), (dict(batch_size=500), "more than the 144 training"),
     (dict(method="frozen-memory"), "--method frozen-policy --name frozen"), (dict(memory_from="x"), "go together"),
@@ -918,11 +938,66 @@ def test_presets_and_flags():
     (dict(tensor_parallel=2), "--tensor_parallel 2 does not divide the 1 processes"),
     (dict(max_reprompt=1000), "nano has 1024 positions, .* 1000 tokens .* 96 needs more; give --max_reprompt 928"),
     (dict(method="grpo", max_completion=1000), "with a reply of 1000 needs more; give a lower --max_completion"),
-    (dict(device="cuda"), "--device cuda, but torch finds no such device")])
+    (dict(device="cuda"), "--device cuda, but torch finds no such device"),
+    (dict(device="nowhere"), "--device nowhere can't be used here"), (dict(device="meta"), "--device meta can't be used"),
+    (dict(model=""), "--model must be given a name"), (dict(embedder=""), "--embedder must be given a name"),
+    (dict(abstractor=""), "--abstractor is policy or openai:MODEL, not ''"), (dict(tiers=""), "--tiers takes .* not ''"),
+    (dict(tiers="insight,"), "--tiers takes .* not ''"),
+    (dict(top_k=10**6), "--top_k 1000000 is more than the [0-9]+ tokens of nano"),
+    (dict(max_reprompt=5), "--max_reprompt 5 is less than the 1[0-9] tokens of the longest training problem"),
+    (dict(task="livecodebench", since="2025-05-01", until="2025-02-01"), "--since 2025-05-01 is no day before --until"),
+    (dict(fork_from="x@.."), "--from x@.. is no RUN@STEP")])
 def test_bad_input_is_refused_in_one_sentence(make_config, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         pmd.check(make_config(**changes))
     assert "\n" not in str(caught.value)
+
+
+NUMBERS = [f for f in dataclasses.fields(pmd.Config) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
+def test_every_number_has_bounds_and_is_refused_outside_them(field, tmp_path):
+    """The ends are read by hand here: `[` and `]` hold their number, `(` and `)` do not."""
+    within = field.metadata["within"]
+    assert within[0] in "[(" and within[-1] in "])"
+    low, high = (float(end) for end in within[1:-1].split(","))
+    step = 1 if field.type is int else 1e-6
+    outside = [low - step] + [low] * (within[0] == "(")
+    if high < math.inf:
+        outside += [high + step] + [high] * (within[-1] == ")")
+    outside += [10**30] if field.type is int else [math.nan, math.inf, -math.inf]
+    cfg = pmd.parse_flags(["--out", str(tmp_path), "--name", "r"])
+    for value in [*outside, -2]:
+        with pytest.raises(ValueError, match=f"^--{field.name} .* must be") as caught:
+            pmd.check(dataclasses.replace(cfg, **{field.name: field.type(value)}))
+        assert "\n" not in str(caught.value)
+    for value in [low] * (within[0] == "[") + [high] * (within[-1] == "]"):
+        pmd.check_numbers(dataclasses.replace(cfg, **{field.name: field.type(value)}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--lr nan", "--lr nan must be a finite number"), ("--max_grad_norm inf", "--max_grad_norm inf must be a finite number"),
+    ("--max_grad_norm -1", "--max_grad_norm -1.0 must be above 0"), ("--beta2 1", "--beta2 1.0 must be below 1"),
+    ("--max_failures 0", "--max_failures 0 must be at least 1"), ("--seed -1", "--seed -1 must be at least 0"),
+    ("--seed 4294967296", "--seed 4294967296 must be at most 4294967295"),
+    ("--weight_decay 1e4", "--weight_decay 10000.0 times --lr 0.001 is 1 or more")])
+def test_a_number_out_of_its_meaning_is_said_with_the_flag(flags, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        pmd.check(pmd.parse_flags(flags.split()))
+
+
+def test_presets_are_within_the_bounds():
+    for preset in pmd.PRESETS:
+        pmd.check_numbers(pmd.parse_flags(["--model", "elsewhere", "--task", f"{preset}/x"]))
+
+
+def test_an_evaluation_checks_its_flags_too(tmp_path):
+    for flag, value in (("batch_size", 0), ("n", 0), ("temperature", "nan"), ("name", "..")):
+        with pytest.raises(SystemExit, match=f"eval.py: --{'eval_k' if flag == 'n' else ''}.*{flag if flag != 'n' else ''}"):
+            eval_main(["--model", "nano", f"--{flag}", str(value), "--out", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["chat_template", "eos_token"])
@@ -1026,8 +1101,10 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     cfg = pmd.parse_flags()
     ranks.start_ranks(cfg)
     assert started[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8",
-                              "--shutdown-timeout=120", "--", *sys.argv]
+                              "--shutdown-timeout=1800", "--", *sys.argv]
     assert f"restarting as: {' '.join(started[0])}" in capsys.readouterr().out
+    ranks.start_ranks(dataclasses.replace(cfg, grace=7))
+    assert "--shutdown-timeout=7" in started.pop()
     for alone in (dict(nproc=1), dict(device="cpu")):
         ranks.start_ranks(dataclasses.replace(cfg, **alone))
     assert len(started) == 1
@@ -1038,6 +1115,7 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
+    monkeypatch.setattr(ranks, "end_with_the_others", lambda: None)
     ranks.start_ranks(cfg)
     assert joined == ["cpu:gloo,cuda:nccl", torch.device("cuda", 3)] and len(started) == 1
 

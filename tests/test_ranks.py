@@ -150,10 +150,12 @@ def test_a_rank_that_dies_takes_the_job_down_at_once(out):
     assert process.returncode != 0 and time.monotonic() - start < 30 and re.search("SIGKILL|Signal 9|exitcode *: -9", said)
 
 
-def test_a_rank_that_fails_takes_the_job_down_at_once(out):
-    """Rank 1 raises; rank 0, which waits for nobody, is told by a signal that would otherwise let it end its step."""
+@pytest.mark.parametrize("waits", ["time.sleep(60)", "mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"])
+def test_a_rank_that_fails_takes_the_job_down_at_once(out, waits):
+    """Rank 1 raises; rank 0, which waits for nobody or for ever, in C where Python runs no handler, is told by a signal that
+    would otherwise let it end its step."""
     script = """
-import signal, sys, time
+import ctypes, signal, sys, time
 import pmd, records, ranks
 cfg = pmd.parse_flags(sys.argv[1:])
 ranks.start_ranks(cfg)
@@ -161,14 +163,15 @@ run = records.Run(cfg, *pmd.check(cfg, quiet=True))
 if ranks.rank():
     open("WHEN", "w").write(str(time.time()))
     raise RuntimeError("its own message")
-time.sleep(60)
-""".replace("WHEN", str(out / "failed at"))
+lock = ctypes.CDLL(None).pthread_mutex_lock
+WAITS
+""".replace("WHEN", str(out / "failed at")).replace("WAITS", waits)
     program = out / "fails.py"
     program.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{script}")
-    command = [sys.executable, str(program), *FLAGS, "--out", str(out), "--name", "fails", "--nproc", "2"]
+    command = [sys.executable, str(program), *FLAGS, "--out", str(out), "--name", f"fails{len(waits)}", "--nproc", "2"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode != 0 and "RuntimeError: its own message" in done.stderr
-    # neither the minute that rank 0 would sleep nor the two that torchrun would wait
+    # neither the minute that rank 0 would sleep nor the half hour that torchrun would wait
     assert time.time() - float((out / "failed at").read_text()) < 40
 
 

@@ -1,0 +1,429 @@
+"""What ends a run is one sentence that names file and cure; a run has one writer and keeps to its problems and flags."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import pmd
+import ranks
+import records
+from eval import Problem, Task
+from eval import main as evaluate
+
+SMALL = ("--steps 1 --batch_size 3 --mini_batch_size 3 --group_size 2 --eval_problems 2 --eval_k 1 --eval_every 0 "
+         "--save_every 1").split()
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file grows beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """pmd.main() with these flags, in this process: (exit status, what it printed, what it said on stderr)."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["pmd.py", *SMALL, "--out", str(tmp_path), *flags])
+        capsys.readouterr()
+        code = 0
+        try:
+            pmd.main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return (code if isinstance(code, int) else 1), said.out, said.err + (code if isinstance(code, str) else "")
+
+    return call
+
+
+# -- files that can't be written or read --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, size, said", [
+    (dict(method="grpo", save_every=1), 30_000, "the checkpoint .*checkpoints/1 can't be written .* free some space"),
+    (dict(method="grpo", save_every=0), 30_000, "r can't be written .* free some space on the disk"),  # final/
+    (dict(method="grpo", save_every=0), 1000, "config.json can't be written .*free some space"),
+    (dict(save_every=0, batch_size=12, mini_batch_size=12), 20_000, "memory.db can't be used .*")])
+def test_a_full_disk_is_one_sentence_with_the_file(make_config, changes, size, said):
+    cfg = make_config(name="r", steps=1, **changes)
+    with full_disk(size), pytest.raises((ValueError, OSError), match=said) as caught:
+        pmd.train(cfg)
+    assert "\n" not in pmd.failure(caught.value, cfg) and pmd.failure(caught.value, cfg)
+
+
+def test_after_a_full_disk_the_run_goes_on(make_config):
+    whole, cfg = make_config(name="whole", method="grpo", save_every=1), make_config(name="r", method="grpo", save_every=1)
+    pmd.train(whole)
+    with full_disk(30_000), pytest.raises(records.RunError, match="no checkpoint was written before"):
+        pmd.train(cfg)
+    pmd.train(dataclasses.replace(cfg, resume=True))
+    weights = [Path(cfg.out, name, "final", "model.safetensors").read_bytes() for name in ("whole", "r")]
+    assert weights[0] == weights[1] and not list(Path(cfg.out, "r").rglob("*.partial"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+DAMAGE = {  # file: (what is done to it, what is said)
+    "checkpoints/2/model.safetensors": (cut, "checkpoints/2 can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
+    "checkpoints/2/config.json": (cut, "checkpoints/2 can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
+    "checkpoints/2/trainer.json": (cut, "2/trainer.json can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
+    "checkpoints/2/trainer/.metadata": (cut, "2/trainer can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
+    "checkpoints/2/trainer/__0_0.distcp": (cut, "2/trainer can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
+    "memory.db": (lambda path: path.write_bytes(b"not a database " * 100), "memory.db can't be used .* takes the copy in"),
+    "metrics.jsonl": (lambda path: path.write_text("{}\n"), "metrics.jsonl, line 1 has no step: mend that line"),
+    "samples.jsonl": (lambda path: path.write_text("[\n"), "samples.jsonl, line 1 is not JSON.*mend that line"),
+    "config.json": (cut, "r/config.json can't be read .*remove it, and the same command writes it anew"),
+    "problems.json": (cut, "r/problems.json can't be read .*remove it")}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    out = tmp_path_factory.mktemp("saved")
+    pmd.train(pmd.parse_flags([*SMALL, "--steps", "2", "--out", str(out), "--name", "r"]))
+    return out / "r"
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file):
+    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
+    folder = Path(cfg.out, "r")
+    shutil.copytree(saved, folder)
+    damage, said = DAMAGE[file]
+    damage(folder / file)
+    with pytest.raises(ValueError, match=said) as caught:
+        pmd.train(cfg)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, records.RunError)
+    if file.endswith(".metadata"):  # and the way on is one
+        shutil.rmtree(folder / "checkpoints" / "2")
+        pmd.train(cfg)
+        assert (folder / "checkpoints" / "3").is_dir()
+
+
+def test_a_damaged_memory_in_a_checkpoint_is_not_taken_for_the_runs(make_config, saved):
+    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
+    shutil.copytree(saved, Path(cfg.out, "r"))
+    Path(cfg.out, "r", "memory.db").unlink()
+    Path(cfg.out, "r", "checkpoints", "2", "memory.db").write_bytes(b"nonsense " * 100)
+    with pytest.raises(records.RunError, match="2/memory.db can't be used as a memory: remove .*checkpoints/2"):
+        pmd.train(cfg)
+    assert not Path(cfg.out, "r", "memory.db").exists()
+
+
+def test_a_forks_damaged_checkpoint_names_the_others(make_config, saved):
+    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "f", "--from", "r@2"])
+    shutil.copytree(saved, Path(cfg.out, "r"))
+    cut(Path(cfg.out, "r", "checkpoints", "2", "trainer.json"))
+    with pytest.raises(records.RunError, match="give --from another step; kept there: 1$"):
+        pmd.train(cfg)
+
+
+def test_what_is_no_fault_of_the_program_is_a_sentence_and_a_fault_is_none(make_config):
+    cfg = make_config()
+    gpu = torch.OutOfMemoryError("CUDA out of memory.\n Tried")
+    cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error in (gpu, cpu, MemoryError()):
+        assert f"lower --micro_tokens ({cfg.micro_tokens} now)" in pmd.failure(error, cfg)
+        assert "\n" not in pmd.failure(error, cfg)
+    assert "--model nano" in pmd.failure(SafetensorError("cut"), cfg)
+    for error in (FloatingPointError("x"), OSError("x"), records.RunError("x"), ranks.Unsupported("x")):
+        assert pmd.failure(error, cfg) == "x"
+    for error in (ValueError("x"), KeyError("x"), TypeError("x"), RuntimeError("x"), IndexError("x"), AssertionError("x")):
+        assert pmd.failure(error, cfg) == ""
+
+
+def test_the_command_ends_by_a_sentence_or_by_a_traceback(command, monkeypatch):
+    def raises(error):
+        def update(*args):
+            raise error
+        return update
+
+    monkeypatch.setattr(pmd, "update", raises(torch.OutOfMemoryError("CUDA out of memory.")))
+    code, _, said = command("--name", "a")
+    assert code == 1 and said.splitlines()[-1].startswith("pmd.py: out of memory: CUDA out of memory.; lower --micro_tokens")
+    monkeypatch.setattr(pmd, "update", raises(KeyboardInterrupt()))
+    code, _, said = command("--name", "b")
+    assert code == 130 and said.splitlines()[-1] == "pmd.py: interrupted before it could save"
+    monkeypatch.setattr(pmd, "update", raises(KeyError("a fault")))
+    with pytest.raises(KeyError):
+        command("--name", "c")
+
+
+def test_a_verifier_that_refuses_ends_the_run_by_its_sentence(make_config, monkeypatch):
+    def refuses(*args):
+        raise ValueError("the verifier 'mine' gave nan for p3")
+
+    monkeypatch.setattr(pmd, "verify_all", refuses)
+    with pytest.raises(records.RunError, match="^the verifier 'mine' gave nan for p3$"):
+        pmd.train(make_config(name="r"))
+
+
+def test_records_hold_any_text(tmp_path):
+    rows = [{"text": "half \ud83d of it"}, {"text": "\udcff\0\n\"\\ud83d"}, {"text": "数 \U0001f600"}]
+    for row in rows:
+        records.append(tmp_path / "a.jsonl", row)
+    records.write_lines(tmp_path / "b.jsonl", rows)
+    assert records.read_lines(tmp_path / "a.jsonl") == records.read_lines(tmp_path / "b.jsonl") == rows
+    records.write(tmp_path / "c.json", json.dumps(rows, ensure_ascii=False))
+    assert json.loads((tmp_path / "c.json").read_text()) == rows
+
+
+def test_what_a_model_wrote_ends_no_run(make_config, monkeypatch):
+    decode = pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).__class__.decode
+    monkeypatch.setattr(pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).__class__, "decode",
+                        lambda self, *args, **flags: decode(self, *args, **flags) + " \ud83d")
+    cfg = make_config(name="r", method="sdpo", save_every=1)
+    pmd.train(cfg)
+    rows = records.read_lines(Path(cfg.out, "r", "samples.jsonl"))
+    assert rows and all(row["completion"].endswith("\ud83d") for row in rows)
+
+
+# -- one writer, the same problems, the same flags ----------------------------------------------------------------------
+
+@contextlib.contextmanager
+def another_process(folder):
+    """Holds the folder of a run; yields its id."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        records.LOCKS.clear()
+        os.write(write, records.claim(folder, resume=True).encode() or b"held")
+        signal.pause()
+    try:
+        assert os.read(read, 1000) == b"held"
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
+
+
+def test_one_process_writes_and_one_that_is_killed_lets_go(tmp_path):
+    folder = tmp_path / "r"
+    assert records.claim(folder, resume=False) == "" and records.claim(folder, resume=True) == ""  # our own
+    assert "r exists; add --resume" in records.claim(folder, resume=False)
+    records.refuse_second_writer(folder)
+    records.release(folder)
+    with another_process(folder) as other:
+        said = records.claim(folder, resume=True)
+        assert said.startswith(f"{folder} is being written by process {other} on ") and "another --name" in said
+        with pytest.raises(ValueError, match=f"written by process {other} on"):
+            records.refuse_second_writer(folder)
+    records.refuse_second_writer(folder)
+    assert records.claim(folder, resume=True) == ""
+    records.release(folder)
+
+
+def test_a_second_process_is_refused_at_the_start_and_before_it_writes(make_config, saved, monkeypatch):
+    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
+    shutil.copytree(saved, Path(cfg.out, "r"))
+    before = (Path(cfg.out, "r", "metrics.jsonl")).read_bytes()
+    with another_process(Path(cfg.out, "r")):
+        with pytest.raises(ValueError, match="r is being written by process"):
+            pmd.check(cfg)
+        monkeypatch.setattr(pmd, "refuse_second_writer", lambda folder: None)  # it came while the model was loaded
+        with pytest.raises(records.RunError, match="r is being written by process"):
+            pmd.train(cfg)
+    assert (Path(cfg.out, "r", "metrics.jsonl")).read_bytes() == before
+
+
+def test_names_of_one_second_differ(make_config):
+    assert len({records.default_name(make_config()) for _ in range(20)}) > 10
+
+
+def problem(**changes):
+    return Problem(**(dict(id="p", prompt="q", answer="1", verifier="steps", system="", extra={"inputs": ["1"]}) | changes))
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_fingerprint_sees_every_change(tokenizer, split):
+    plain = Task("t", *([problem(), problem(id="o")] for _ in range(3)))
+    same = Task("renamed", *([problem(), problem(id="o")] for _ in range(3)))
+    before = records.fingerprint(plain, tokenizer)
+    assert records.changes(before, records.fingerprint(same, tokenizer)) == []
+    others = [dict(id="x"), dict(prompt="x"), dict(answer="2"), dict(verifier="choice"), dict(system="x"),
+              dict(extra={"inputs": ["2"]})]
+    for rows in ([problem(id="o"), problem()], [problem()], *([problem(**o), problem(id="o")] for o in others)):
+        now = records.fingerprint(dataclasses.replace(plain, **{split: rows}), tokenizer)
+        assert records.changes(before, now) == [f"the {split if split != 'train' else 'training'} problems"]
+
+
+def test_another_model_under_the_same_path_is_seen(tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(pmd.MODELS["nano"], folder)
+    before = records.model_identity(folder)
+    (folder / "README.md").write_text("of no account")
+    assert records.model_identity(folder) == before
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert records.model_identity(folder) != before
+
+
+def sums(folder, shift=0):
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        rows = [{"id": f"{split}{i}", "prompt": f"Apply zo to {i + shift} 1", "answer": str(i), "verifier": "last_number"}
+                for i in range(6)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_other_problems_are_refused_on_resume_and_said_of_a_fork(make_config, tmp_path, capsys):
+    sums(tmp_path / "t")
+    cfg = make_config(task=str(tmp_path / "t"), dev=0.0, steps=1, save_every=1, name="r", method="sdpo")
+    pmd.train(cfg)
+    pmd.check(dataclasses.replace(cfg, resume=True, steps=2))
+    sums(tmp_path / "t", shift=1)
+    with pytest.raises(ValueError, match="the training problems and the test problems are not those that .*r was started"):
+        pmd.check(dataclasses.replace(cfg, resume=True, steps=2))
+    fork = dataclasses.replace(cfg, name="f", fork_from="r@1", steps=2)
+    capsys.readouterr()
+    pmd.train(fork)
+    assert "other than in " in (said := capsys.readouterr().out) and "the training problems, the test problems" in said
+    (tmp_path / "r" / "problems.json").unlink()  # a run from before there was one
+    pmd.check(dataclasses.replace(cfg, resume=True, steps=2))
+
+
+def test_a_fork_brings_no_memory_of_other_problems(make_config, tmp_path):
+    sums(tmp_path / "t")
+    cfg = make_config(task=str(tmp_path / "t"), dev=0.0, steps=1, save_every=1, name="r")
+    pmd.train(cfg)
+    rows = (tmp_path / "t" / "train.jsonl").read_text().replace('"id": "train3"', '"id": "other"')
+    (tmp_path / "t" / "train.jsonl").write_text(rows)
+    fork = dataclasses.replace(cfg, name="f", fork_from="r@1", steps=2)
+    with pytest.raises(ValueError, match="does not know 1 of the training problems, such as other"):
+        pmd.check(fork)
+    pmd.check(dataclasses.replace(fork, method="sdpo"))
+
+
+def test_which_flags_may_change_on_resume(make_config, capsys):
+    cfg = make_config(name="r", resume=True)
+    assert records.FREE <= {f.name for f in dataclasses.fields(cfg)}
+    for field in dataclasses.fields(cfg):
+        before = dataclasses.asdict(cfg) | {field.name: "another"}
+        if field.name in records.FREE:
+            records.refuse_changes(before, cfg)
+            assert field.name in ("resume", "out", "name") or f"--{field.name} ('another' before" in capsys.readouterr().out
+        else:
+            with pytest.raises(ValueError, match=f"started with other flags: --{field.name} "):
+                records.refuse_changes(before, cfg)
+
+
+def test_a_field_that_is_new_had_its_default(make_config):
+    cfg, before = pmd.Config(name="r"), dataclasses.asdict(pmd.Config(name="r"))
+    for name in before.keys() - records.FORMERLY.keys():
+        records.refuse_changes({k: v for k, v in before.items() if k != name}, cfg)
+    changed = dataclasses.replace(cfg, alpha=1.0)
+    with pytest.raises(ValueError, match=r"--alpha \(0.5 before, 1.0 now\)"):
+        records.refuse_changes({k: v for k, v in before.items() if k != "alpha"}, changed)
+    records.refuse_changes(before | {"a_field_of_yore": 1}, cfg)
+
+
+def test_an_evaluation_too_has_one_writer_and_keeps_to_its_problems(tmp_path):
+    sums(tmp_path / "t")
+    flags = f"--model nano --task {tmp_path / 't'} --dev 0 --n 1 --out {tmp_path} --name e".split()
+    evaluate(flags)
+    answers = (tmp_path / "e" / "evals" / "0-test.jsonl").read_bytes()
+    with another_process(tmp_path / "e"), pytest.raises(SystemExit, match="eval.py: .*e is being written by process"):
+        evaluate(flags)
+    sums(tmp_path / "t", shift=1)
+    with pytest.raises(SystemExit, match="eval.py: the test problems are not those that .*e was started with"):
+        evaluate(flags)
+    assert (tmp_path / "e" / "evals" / "0-test.jsonl").read_bytes() == answers
+    (tmp_path / "e" / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="eval.py: .*e/config.json can't be read .*remove it"):
+        evaluate(flags)
+
+
+# -- beginnings and ends ------------------------------------------------------------------------------------------------
+
+def test_a_comparison_in_a_folder_of_a_folder_is_stopped_and_goes_on(command, monkeypatch, tmp_path):
+    update, methods = pmd.update, []
+
+    def told(policy, teacher, optimizer, rollouts, step, cfg):
+        methods.append(cfg.method)
+        if cfg.method == "grpo" and methods.count("grpo") == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(policy, teacher, optimizer, rollouts, step, cfg)
+
+    monkeypatch.setattr(pmd, "update", told)
+    flags = ["--compare", "sdpo,grpo", "--name", "a/b", "--steps", "2"]
+    code, out, said = command(*flags)
+    assert code == 143 and said.splitlines()[-1].startswith("pmd.py: SIGTERM: stopped after step 1 of 2; the same command ")
+    assert said.rstrip().endswith("with --name a/b --resume goes on") and not (tmp_path / "a/b/compare.png").exists()
+    code, out, said = command(*flags, "--resume")
+    assert code == 0, said
+    assert f"{tmp_path / 'a/b/sdpo'} is at its end: nothing is left to do" in out and methods.count("sdpo") == 2
+    assert (tmp_path / "a/b/compare.png").is_file() and (tmp_path / "a/b/grpo/summary.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"a"}
+
+
+def test_the_end_names_what_is_there_and_a_finished_run_stays(command, tmp_path):
+    code, out, _ = command("--name", "g", "--method", "grpo")
+    assert code == 0 and out.splitlines()[-1].endswith("(curve.png, samples.jsonl, evals, final)")
+    metrics = (tmp_path / "g" / "metrics.jsonl").stat().st_mtime_ns
+    code, out, _ = command("--name", "g", "--method", "grpo", "--resume")
+    assert code == 0 and "is at its end: nothing is left to do" in out and "grpo, after training" in out
+    assert (tmp_path / "g" / "metrics.jsonl").stat().st_mtime_ns == metrics
+    cut(tmp_path / "g" / "summary.json")  # by something else: it is written anew, from the checkpoint
+    assert command("--name", "g", "--method", "grpo", "--resume")[0] == 0
+    assert json.loads((tmp_path / "g" / "summary.json").read_text())["steps"] == 1
+    code, _, said = command("--name", "p", "--steps", "2")
+    assert code == 0
+    code, _, said = command("--name", "p", "--steps", "1", "--resume")
+    assert code == 1 and "--steps 1 ends at step 1, before" in said and "checkpoints/2" in said
+
+
+NO_NAMES = ["..", ".", "/", "/tmp/x", "a/../../b", "a\nb", "a\0b", "x" * 300, "a/" + "é" * 120, "\udcff"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_is_a_folder_under_out(make_config, name):
+    with pytest.raises(ValueError, match="--name .* is no (name for a )?folder") as caught:
+        pmd.check(make_config(name=name))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["a b", "übung", "a/b", "a/", "数", "-x", ".hidden"])
+def test_a_name_may_be_any_other(make_config, name):
+    pmd.check_folder(make_config(name=name), quiet=True)
+
+
+def test_where_nothing_can_be_written_is_said_before_the_run(make_config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/r can't be made: .*file is a file; give another --out"):
+        pmd.check(make_config(name="r", out=str(tmp_path / "file")))
+    monkeypatch.setattr(pmd.os, "access", lambda path, mode: False)  # as root all is permitted
+    with pytest.raises(ValueError, match="can't be made: .* is not yours to write to"):
+        pmd.check(make_config(name="r"))
+
+
+def test_the_embedded_model_stays_on_one_cpu_process_of_a_gpu_node(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    count = {flags: ranks.count_ranks(pmd.parse_flags(flags.split())) for flags in (
+        "", "--nproc 2", "--device cuda", "--task my/folder", "--model elsewhere", "--model elsewhere --task nano")}
+    assert list(count.values()) == [1, 2, 8, 1, 8, 8]
+    assert pmd.parse_flags([]).device == "cpu" and pmd.parse_flags(["--model", "elsewhere", "--task", "nano"]).device == ""
+
+
+def test_nothing_retrieved_is_a_value_that_works(make_config):
+    pmd.train(make_config(method="frozen-policy", name="r", retrieve_k=0, inference_retrieval=0, behavior_every=1))
