@@ -72,12 +72,15 @@ from ranks import (
     broadcast,
     compute,
     compute_dtype,
+    copy_weights,
     count_ranks,
     device_of,
     end_ranks,
     forward,
     gather,
+    is_sharded,
     local,
+    materialise,
     rank,
     ranks_around,
     reshard,
@@ -259,11 +262,11 @@ PRESETS = {
 def train(cfg: Config) -> dict:
     """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched."""
     task, tokenizer = check(cfg, quiet=rank() > 0)
-    policy = load_policy(cfg)  # float32 master weights
+    policy = shard(load_policy(cfg), cfg)  # float32 master weights
     teacher = make_teacher(policy, cfg)  # the same model; it only reads more
-    policy, teacher = shard(policy, cfg), shard(teacher, cfg)
     optimizer = make_optimizer(policy, cfg)
     sampler = make_sampler(policy, tokenizer, cfg)  # the only object that generates text
+    sampler.sleep()  # what a checkpoint holds is filled in where there is room for it
     run = Run(cfg, task, tokenizer)
     memory = make_memory(run, sampler, task, cfg)
     first = run.restore(policy, teacher, optimizer, memory)
@@ -396,8 +399,11 @@ class Sampler:
         self.load()
 
     def load(self):
-        # whole: the ranks of a sharded model can't generate each on its own
-        self.policy = self.trained if world() == 1 else load_policy(self.cfg).to(device_of(self.cfg))
+        self.policy = self.trained
+        if world() > 1:  # whole: the ranks of a sharded model can't generate each on its own
+            self.policy = outline(self.trained.config)
+            materialise(self.policy, device_of(self.cfg), deal=False)
+            self.wake()
 
     def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None) -> list[list[Sample]]:
         """k samples from the plain prompt of each problem, the only one a student ever sees; from `texts` in its place where
@@ -428,12 +434,10 @@ class Sampler:
     def sleep(self):
         """Leaves the device to the trainer; nothing to do where the trainer's own weights generate."""
 
-    @torch.no_grad()
     def wake(self):
         """Takes over the trained weights."""
         if self.policy is not self.trained:
-            for own, trained in zip(self.policy.parameters(), self.trained.parameters(), strict=True):
-                own.copy_(whole(trained))
+            copy_weights(self.trained, self.policy)
 
     @torch.no_grad()
     def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
@@ -840,8 +844,13 @@ def make_optimizer(policy, cfg):
 
 
 def make_teacher(policy, cfg):
-    """An average that starts at the policy; the policy itself if the teacher is live, or where nobody is taught."""
-    return policy if cfg.teacher == "live" or cfg.method in ("grpo", "frozen-policy") else copy.deepcopy(policy)
+    """An average that starts at the policy; the policy itself if the teacher is live, or where nobody is taught.
+
+    Of a sharded policy it is sharded too, and never whole anywhere.
+    """
+    if cfg.teacher == "live" or cfg.method in ("grpo", "frozen-policy"):
+        return policy
+    return shard(outline(policy.config), cfg, twin=policy) if is_sharded(policy) else copy.deepcopy(policy)
 
 
 @torch.no_grad()
@@ -1018,12 +1027,19 @@ def vllm_version():
 def load_policy(cfg):
     """The model with float32 weights, whatever it was stored in: at lr 1e-6 an Adam step moves 2% of bfloat16 weights.
 
-    Without dropout, so that sampling and training see one and the same distribution. Raises Unsupported for an
+    Without dropout, so that sampling and training see one and the same distribution. On several ranks only rank 0 reads the
+    weights, on its host, and `shard` deals them out: elsewhere the model is on the meta device. Raises Unsupported for an
     architecture whose logits are not its head times its last hidden state, which is what kernels.py takes them for.
     """
-    policy = AutoModelForCausalLM.from_pretrained(MODELS.get(cfg.model, cfg.model), dtype=torch.float32).eval()
-    if world() == 1:  # else on the host until `shard` moves each rank's part: whole, it may not fit
-        policy.to(device_of(cfg))
+    device, policy, about = device_of(cfg), None, None
+    if rank() == 0:
+        policy = AutoModelForCausalLM.from_pretrained(MODELS.get(cfg.model, cfg.model), dtype=torch.float32).eval()
+        policy.to(device if world() == 1 else "cpu")
+        require_plain_head(policy, cfg)
+        about = policy.config, policy.generation_config
+    config, generation_config = broadcast(about)
+    policy = policy or outline(config)
+    policy.generation_config = generation_config  # its EOS ids end a text on every rank
     for module in policy.modules():
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -1032,14 +1048,23 @@ def load_policy(cfg):
         # transformers has renamed it, and vllm 0.32 wants one from before that
         enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if policy.device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
+    if device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
         torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
-    with torch.no_grad():
-        probe = torch.arange(1, 9, device=policy.device)[None]
-        logits = policy.get_decoder()(input_ids=probe).last_hidden_state @ policy.get_output_embeddings().weight.T
-        if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
-            raise Unsupported(f"{cfg.model} transforms its logits after the head, which the losses here do not support")
     return policy
+
+
+def outline(config):
+    """A model of transformers without its weights, on the meta device, where it takes no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def require_plain_head(policy, cfg):
+    probe = torch.arange(1, 9, device=policy.device)[None]
+    logits = policy.get_decoder()(input_ids=probe).last_hidden_state @ policy.get_output_embeddings().weight.T
+    if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
+        raise Unsupported(f"{cfg.model} transforms its logits after the head, which the losses here do not support")
 
 
 @functools.cache

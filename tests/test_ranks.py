@@ -125,6 +125,73 @@ def test_two_nodes(out):
     assert_same(out / "one", out / "nodes")
 
 
+LOADING = """
+import json, sys
+import torch
+import pmd, ranks
+
+cfg = pmd.Config(model=sys.argv[1], device="cpu", sampler="transformers", gradient_checkpointing=False)
+ranks.start_ranks(cfg)
+if pmd.rank():
+    def refuse(*args, **kwargs):
+        raise AssertionError("only rank 0 reads the weights")
+    pmd.AutoModelForCausalLM.from_pretrained = refuse
+policy = pmd.load_policy(cfg)
+assert pmd.rank() == 0 or all(t.is_meta for t in (*policy.parameters(), *policy.buffers()))
+policy = pmd.shard(policy, cfg)
+teacher = pmd.make_teacher(policy, cfg)
+sampler = pmd.Sampler(policy, pmd.AutoTokenizer.from_pretrained(cfg.model), cfg)
+assert not any(t.is_meta for m in (policy, teacher, sampler.policy) for t in (*m.parameters(), *m.buffers()))
+assert not policy.training and not teacher.training and all(p.requires_grad for p in policy.parameters())
+ids = torch.arange(200)[None]
+with torch.no_grad():
+    found = [pmd.forward(m, lambda: m(input_ids=ids).logits) for m in (policy, teacher, sampler.policy)]
+    for p in policy.parameters():  # a new push, and a teacher that stays behind
+        ranks.local(p).mul_(1.1)
+sampler.wake()
+with torch.no_grad():
+    found += [pmd.forward(m, lambda: m(input_ids=ids).logits) for m in (policy, sampler.policy, teacher)]
+torch.save([found, sampler.eos, len(list(teacher.parameters()))], f"{cfg.model}/rank{pmd.rank()}.pt")
+ranks.end_ranks()
+"""
+
+
+@pytest.mark.parametrize("changes", [
+    {"tie_word_embeddings": True}, {"tie_word_embeddings": False, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}},
+    {"model_type": "olmo3", "sliding_window": 32, "tie_word_embeddings": False}], ids=["tied", "scaled rope", "olmo3"])
+def test_only_one_process_reads_the_weights(changes, tmp_path):
+    """Policy, teacher and the sampler's copy give the logits of one process on every rank; so rank 1, which has never seen
+    the folder's weights, has the right ones, the buffers of rotary embeddings, and the ids that end a text."""
+    config = dict(model_type="qwen3", vocab_size=601, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                  num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024) | changes
+    config.pop("head_dim" if config["model_type"] == "olmo3" else "", None)
+    torch.manual_seed(0)
+    model = pmd.AutoModelForCausalLM.from_config(pmd.AutoConfig.for_model(**config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3).add_(0.01 * torch.randn_like(p))
+    model.generation_config.eos_token_id = [3, 77]
+    model.save_pretrained(tmp_path)
+    pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).save_pretrained(tmp_path)
+    (tmp_path / "load.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{LOADING}")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           str(tmp_path / "load.py"), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = [model(input_ids=torch.arange(200)[None]).logits] * 3
+        for p in model.parameters():
+            p.mul_(1.1)
+        expected += [model(input_ids=torch.arange(200)[None]).logits] * 2 + expected[:1]
+    assert (expected[0] - expected[3]).abs().max() > 0.1
+    for rank in range(2):
+        found, eos, parameters = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert {3, 77} <= eos and parameters == len(list(model.parameters()))
+
+
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
 def test_a_checkpoint_of_some_ranks_resumes_on_others(out, first, then):
     name = f"from{first}to{then}"
