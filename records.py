@@ -269,8 +269,9 @@ class Run:
         step = 0
         if self.saved:
             about = json.loads((self.saved / "trainer.json").read_text())
-            # whole on rank 0 alone, which deals it out
-            loaded = AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32).state_dict() if rank() == 0 else {}
+            loaded = {}
+            if rank() == 0:  # which deals the weights out
+                loaded = AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32).state_dict()
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
             set_model_state_dict(policy, loaded, options=options)
             if teacher is not policy and not about["ema"]:

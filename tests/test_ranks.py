@@ -296,3 +296,47 @@ def test_an_evaluation_is_the_same_file_on_two_ranks(out, capsys):
     assert (out / "pair" / "evals" / "0-test.jsonl").read_bytes() == whole and len(whole.splitlines()) == 15
     table = capsys.readouterr().out.splitlines()[-3:]
     assert done.stdout.splitlines()[-3:] == table and "avg@3" in table[0]
+
+
+def comparison(out, *flags):
+    return [sys.executable, "pmd.py", *FLAGS, "--compare", "grpo,sdpo", "--out", str(out), "--name", "a/b", *flags]
+
+
+def test_a_comparison_goes_on_where_it_stopped(tmp_path):
+    """Each method is a job of its own. One signal to the comparison is one to the job, which ends its step and saves."""
+    command = comparison(tmp_path, "--steps", "40", "--save_every", "0", "--eval_every", "0", "--eval_problems", "2")
+    process = subprocess.Popen(command, cwd=HERE, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "a" / "b" / "grpo" / "metrics.jsonl"
+    while not metrics.exists() or "reward" not in metrics.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the comparison stopped in grpo; the same command with --name a/b --resume goes on" in said
+    (saved,), rows = (metrics.parent / "checkpoints").iterdir(), metrics.read_text().splitlines()
+    assert saved.name == str(json.loads(rows[-1])["step"]) and not (tmp_path / "a" / "b" / "sdpo").exists()
+
+    more = comparison(tmp_path, "--steps", str(int(saved.name) + 1), *command[-6:], "--resume")
+    done = subprocess.run(more, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {saved}" in done.stdout
+    found = done.stdout.rpartition("(curve.png, ")[2].partition("\n\n")[2]  # after the last method's own words
+    rows = [line for line in found.splitlines() if re.match("(grpo|sdpo), ", line)]
+    assert {line.partition(",")[0] for line in rows} == {"grpo", "sdpo"}
+    assert (tmp_path / "a" / "b" / "compare.png").exists()
+    assert [json.loads(row)["step"] for row in metrics.read_text().splitlines() if "reward" in row] == \
+        list(range(1, int(saved.name) + 2))
+
+    again = subprocess.run(more, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and again.stdout == f"\n{found}"  # nothing was left to do
+
+
+def test_a_comparison_is_refused_before_its_first_method(tmp_path):
+    done = subprocess.run(comparison(tmp_path, "--group_size", "1"), cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "--group_size 1 leaves grpo nothing" in done.stderr and not list(tmp_path.iterdir())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--", "pmd.py"]
+    command = [sys.executable, *launcher, *comparison(tmp_path)[2:]]
+    done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode and "under torchrun give its methods one after the other" in done.stderr
+    assert not list(tmp_path.iterdir())
