@@ -333,7 +333,8 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
 
 
 def test_a_comparison_is_refused_before_its_first_method(tmp_path):
-    done = subprocess.run(comparison(tmp_path, "--group_size", "1"), cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
+    command = comparison(tmp_path, "--group_size", "1")
+    done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "--group_size 1 leaves grpo nothing" in done.stderr and not list(tmp_path.iterdir())
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--", "pmd.py"]
     command = [sys.executable, *launcher, *comparison(tmp_path)[2:]]

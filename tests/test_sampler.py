@@ -1,5 +1,5 @@
-"""Around the sampler, without vLLM: the probe of its pushes, on an engine made up here; what generation without it costs; how
-often a teacher's prompt is encoded. The real engine: test_vllm.py."""
+"""Around the sampler, without vLLM: the probe of its pushes, on an engine made up here; what generation without it costs;
+how often weights are pushed and a teacher's prompt is encoded. The real engine: test_vllm.py."""
 
 import copy
 import sys
@@ -125,6 +125,17 @@ def test_unlikely_text_in_bfloat16_is_no_other_model(start, policy, monkeypatch)
         sampler.sleep()
         learn(policy, 1e-3)
         sampler.wake()
+
+
+@pytest.mark.parametrize("method, pushes", [("grpo", 3), ("frozen-policy", 1)])
+def test_weights_that_do_not_change_are_pushed_once(method, pushes, monkeypatch, make_config):
+    """The engine sleeps while a run is restored, and while it learns."""
+    said = []
+    for name in ("sleep", "wake"):
+        monkeypatch.setattr(pmd.Sampler, name, lambda self, name=name: said.append(name))
+    monkeypatch.setattr(pmd.Run, "restore", lambda *args, real=pmd.Run.restore: said.append("restore") or real(*args))
+    pmd.train(make_config(method=method, name="run"))
+    assert said == ["sleep", "restore", "wake"] + ["sleep", "wake"] * (pushes - 1)
 
 
 # ------------------------------------------------------------------ without vLLM
