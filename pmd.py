@@ -495,7 +495,8 @@ class VLLM(Sampler):
 
     Weights are pushed after every batch, and a probe text is compared after every push. The engine starts without weights,
     and the first push is of CHANGED ones, because an engine that ignores one may look right as long as nothing has changed:
-    with tied embeddings, vLLM's CPU build does just that (`_tie` is the cure). Run on a CPU, tensor parallelism included.
+    with tied embeddings, vLLM's CPU build does just that (`_tie` is the cure). Run on a CPU, tensor parallelism included;
+    not run on GPU in this form, where it sleeps.
     """
 
     PROBE = "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer> and nothing else."

@@ -32,9 +32,9 @@ FLAGS = ("--steps 3 --batch_size 8 --mini_batch_size 4 --group_size 8 --eval_pro
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run(out, name, ranks, *flags):
+def run(out, name, ranks, *flags, timeout=300):
     command = [sys.executable, "pmd.py", *FLAGS, "--out", str(out), "--name", name, "--nproc", str(ranks), *flags]
-    return subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
 def records(folder):

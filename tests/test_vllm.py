@@ -262,7 +262,8 @@ def test_two_ranks_change_nothing(one, share):
 
 def test_a_comparison_on_two_ranks_runs_all_its_methods(tmp_path):
     """An engine that ends takes the process group of its process with it."""
-    done = run(tmp_path, "both", 2, "--sampler", "vllm", "--compare", "sdpo,pmd", "--steps", "1", "--eval_every", "0")
+    done = run(tmp_path, "both", 2, "--sampler", "vllm", "--compare", "sdpo,pmd", "--steps", "1", "--eval_every", "0",
+               timeout=900)  # four engines, two at a time
     assert done.returncode == 0, done.stderr
     for method in ("sdpo", "pmd"):
         rows = [json.loads(line) for line in (tmp_path / "both" / method / "metrics.jsonl").read_text().splitlines()]
