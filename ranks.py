@@ -150,12 +150,16 @@ def compute_dtype(device, cfg):
     return getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
-def shard(model, cfg):
+def shard(model, cfg, twin=None):
     """FSDP2: each rank holds a part of every weight; a layer is whole while it computes. Gradients are SUMMED over ranks
     (losses are divided by global token counts), never in bfloat16. The root group holds embedding, last norm and head, so
-    tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank. Raises
-    Unsupported for a model without a list of layers."""
-    if world() == 1 or isinstance(model, FSDPModule):
+    tied embeddings are one weight, and `forward` has them whole for the loss. Does nothing in a world of one rank.
+
+    The weights are rank 0's, a layer at a time, so that no other rank ever holds them whole: there the model may be on the
+    meta device. twin: a sharded model of the same architecture, whose weights they are instead. Raises Unsupported for a
+    model without a list of layers.
+    """
+    if world() == 1 or is_sharded(model):
         return model
     if not hasattr(model.get_decoder(), "layers"):
         raise Unsupported(f"{cfg.model} has no list of layers to share out over {world()} processes; use --nproc 1")
@@ -163,26 +167,65 @@ def shard(model, cfg):
     bf16 = compute_dtype(device, cfg) == torch.bfloat16
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     mesh = init_device_mesh(device.type, (world(),))
-    for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in (*model.get_decoder().layers, model):
+        materialise(module, device, deal=twin is None)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if twin is not None:
+        copy_weights(twin, model)
     model.call = lambda function: function()
     register_fsdp_forward_method(model, "call")
     return model
 
 
+def materialise(module, device, deal):
+    """Puts the weights and buffers of a module on `device`, what is sharded left alone: rank 0's on every rank (deal;
+    collective), else empty ones where it is on the meta device. What is one tensor under two names stays one."""
+    made = {}
+
+    def put(tensor):
+        new = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+        if deal:
+            dist.broadcast(new, src=0)
+        return torch.nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else new
+
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = tensor, put(tensor)  # with the old one, or its id could be another's
+                tensors[name] = made[id(tensor)][1]
+
+
+@torch.no_grad()
+def copy_weights(source, target):
+    """Weights and buffers of a model into another one, which is sharded as it is, or whole; collective where it is whole."""
+    for own, other in zip(target.parameters(), source.parameters(), strict=True):
+        if isinstance(own, DTensor):
+            own.to_local().copy_(other.to_local())
+        else:
+            own.copy_(whole(other))
+    for own, other in zip(target.buffers(), source.buffers(), strict=True):
+        own.copy_(other)
+
+
+def is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
+
+
 def forward(model, function):
     """function() as one forward pass of `model`: where that is sharded, its embedding and head are whole inside."""
-    return model.call(function) if isinstance(model, FSDPModule) else function()
+    return model.call(function) if is_sharded(model) else function()
 
 
 def reshard(model):
     """Lets go of the whole weights that a pass without gradient leaves behind; they would be stale after a step."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.reshard()
 
 

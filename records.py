@@ -38,6 +38,7 @@ from report import plot_curves, table
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
+COMPARISON = "PMD_COMPARISON"  # the environment of a run that --compare started: the --name of the comparison
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where one process is meant
 
@@ -213,7 +214,8 @@ class Run:
         self.bar.close()
         release(self.folder)
         code = 128 + getattr(signal, self.stop) if self.stop.startswith("SIG") else 0
-        raise Stopped(f"{self.stop}: stopped after step {step} of {self.total}", self.name, code)
+        name = os.environ.get(COMPARISON, self.name)
+        raise Stopped(f"{self.stop}: stopped after step {step} of {self.total}", name, code)
 
     @contextlib.contextmanager
     def phase(self, name):
@@ -366,16 +368,8 @@ class Run:
         about = read_json(self.saved / "trainer.json", cure)
         if missing := [key for key in ("step", "updates", "ema", "seconds") if key not in about]:
             raise RunError(f"{self.saved / 'trainer.json'} has no {missing[0]}: {cure}")
-        try:
-            saved, found = AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32, output_loading_info=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise RunError(f"the weights in {self.saved} can't be read ({reason(error)}): {cure}") from error
-        if missing := sorted(found["missing_keys"]):
-            raise RunError(f"the weights in {self.saved} have no {missing[0]}: {cure}")
-        options = StateDictOptions(full_state_dict=True)
-        loaded = saved.state_dict()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
+        loaded = self._read_weights(cure) if rank() == 0 else {}  # rank 0 deals them out
         set_model_state_dict(policy, loaded, options=options)
         if teacher is not policy and not about["ema"]:
             set_model_state_dict(teacher, loaded, options=options)
@@ -385,6 +379,18 @@ class Run:
         except (OSError, CheckpointException) as error:
             raise RunError(f"{self.saved / 'trainer'} can't be read ({reason(error)}): {cure}") from error
         return about
+
+    def _read_weights(self, cure) -> dict:
+        """The policy of the checkpoint, on the host."""
+        try:
+            saved, found = AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32, output_loading_info=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise RunError(f"the weights in {self.saved} can't be read ({reason(error)}): {cure}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise RunError(f"the weights in {self.saved} have no {missing[0]}: {cure}")
+        return saved.state_dict()
 
     def _without(self, checkpoint) -> str:
         """How to go on where a checkpoint can't be read."""
@@ -623,14 +629,14 @@ def taken(folder, file):
     return f"{folder} is being written by {holder}: wait until that has ended, or use another --name"
 
 
-def finished(cfg, task) -> dict | None:
-    """The summary of a run that --resume finds at its end; None where there is something left to do."""
+def finished(cfg, total) -> dict | None:
+    """The summary of a run that has come to its last step, `total`; None where there is something left to do."""
     folder = Path(cfg.out) / cfg.name
-    if not cfg.resume or not (folder / "final").is_dir():
+    if not (folder / "final").is_dir():
         return None
     with contextlib.suppress(OSError, ValueError):  # there is none, or it was cut by something else than us
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if isinstance(summary, dict) and summary.get("steps") == total_steps(task.train, cfg):
+        if isinstance(summary, dict) and summary.get("steps") == total:
             return summary
     return None
 

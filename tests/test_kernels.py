@@ -629,6 +629,18 @@ def test_a_small_problem_is_not_compiled(rows, monkeypatch):
     assert 2048 * 300 < kernels.COMPILE_FROM <= 1024 * 32768
 
 
+def test_torch_2_11_compiles_too(compiled, monkeypatch):
+    """Its torch.compile has no recompile_limit, and dynamo's own of 8 is too low: each alpha is a graph of its own."""
+    newest = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, *, dynamic: newest(function, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr(kernels, "_compiler", kernels.functools.cache(kernels._compiler.__wrapped__))
+    kernels._compiler(torch.device("cpu"))
+    before, limit = compiled(), torch._dynamo.config.recompile_limit
+    for i in range(limit + 2):
+        distill_loss(**make(), alpha=0.25 + i / 32)
+    assert compiled() - before == limit + 2 and torch._dynamo.config.recompile_limit == limit == 8
+
+
 def test_no_compiler_is_one_warning():
     code = """
 import warnings, torch, kernels

@@ -178,13 +178,26 @@ def test_the_report_says_each_component_and_phase(qwen, capsys):
     plan.report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)
     said = capsys.readouterr().out
     lines = {line[:24].strip(): line[24:].split() for line in said.splitlines()}
-    assert lines["GiB per GPU, computed"] == ["sample", "teacher", "loss", "scale", "backward", "root", "optimizer"]
+    assert lines["GiB per GPU, computed"] == ["sample", "restore", "teacher", "loss", "scale", "backward", "root",
+                                               "optimizer"]
     assert {"weights, float32", "gradients, float32", "AdamW, float32", "EMA teacher, float32", "vLLM, asleep",
             "vLLM, awake", "activations", "loss chunk", "head's gradient"} <= lines.keys()
-    assert lines["fits"] == ["yes"] * 7 and max(map(float, lines["total"])) == pytest.approx(
+    assert lines["fits"] == ["yes"] * 8 and max(map(float, lines["total"])) == pytest.approx(
         plan.peak(plan.plan(Config(gradient_checkpointing=True), qwen, 8, 80))[0] / 2**30, abs=0.01)
     assert "keys and values" in said and "vLLM asleep (level 2)" in said
+    # 8.19e9 parameters in float32, and four times that in a checkpoint: policy, teacher, two moments
+    assert "the host's memory: 31 in the first process of the job" in said and "a checkpoint on the disk: 122;" in said
     assert [word for word in said.split() if word == "largest"] == ["largest"] and "fits on 8 x 80 GiB" in said
+
+
+@pytest.mark.parametrize("name", plan.BUILT_IN)
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_run_that_starts_has_room_to_resume(name, gpus):
+    """The engine sleeps while weights and moments are filled in, without gradients and in place."""
+    phases = plan.plan(Config(), plan.load(name), gpus, 80, context=0)
+    restore, sample = (sum(phases[phase].values()) for phase in ("restore", "sample"))
+    assert "vLLM, awake" not in phases["restore"] and "gradients, float32" not in phases["restore"]
+    assert 16 * plan.load(name).parameters / gpus < restore < sample
 
 
 def test_an_evaluation_needs_no_room_for_training(qwen):

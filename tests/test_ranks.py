@@ -32,9 +32,9 @@ FLAGS = ("--steps 3 --batch_size 8 --mini_batch_size 4 --group_size 8 --eval_pro
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run(out, name, ranks, *flags):
+def run(out, name, ranks, *flags, timeout=300):
     command = [sys.executable, "pmd.py", *FLAGS, "--out", str(out), "--name", name, "--nproc", str(ranks), *flags]
-    return subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
 def records(folder):
@@ -123,6 +123,73 @@ def test_two_nodes(out):
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert_same(out / "one", out / "nodes")
+
+
+LOADING = """
+import json, sys
+import torch
+import pmd, ranks
+
+cfg = pmd.Config(model=sys.argv[1], device="cpu", sampler="transformers", gradient_checkpointing=False)
+ranks.start_ranks(cfg)
+if pmd.rank():
+    def refuse(*args, **kwargs):
+        raise AssertionError("only rank 0 reads the weights")
+    pmd.AutoModelForCausalLM.from_pretrained = refuse
+policy = pmd.load_policy(cfg)
+assert pmd.rank() == 0 or all(t.is_meta for t in (*policy.parameters(), *policy.buffers()))
+policy = pmd.shard(policy, cfg)
+teacher = pmd.make_teacher(policy, cfg)
+sampler = pmd.Sampler(policy, pmd.AutoTokenizer.from_pretrained(cfg.model), cfg)
+assert not any(t.is_meta for m in (policy, teacher, sampler.policy) for t in (*m.parameters(), *m.buffers()))
+assert not policy.training and not teacher.training and all(p.requires_grad for p in policy.parameters())
+ids = torch.arange(200)[None]
+with torch.no_grad():
+    found = [pmd.forward(m, lambda: m(input_ids=ids).logits) for m in (policy, teacher, sampler.policy)]
+    for p in policy.parameters():  # a new push, and a teacher that stays behind
+        ranks.local(p).mul_(1.1)
+sampler.wake()
+with torch.no_grad():
+    found += [pmd.forward(m, lambda: m(input_ids=ids).logits) for m in (policy, sampler.policy, teacher)]
+torch.save([found, sampler.eos, len(list(teacher.parameters()))], f"{cfg.model}/rank{pmd.rank()}.pt")
+ranks.end_ranks()
+"""
+
+
+@pytest.mark.parametrize("changes", [
+    {"tie_word_embeddings": True}, {"tie_word_embeddings": False, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}},
+    {"model_type": "olmo3", "sliding_window": 32, "tie_word_embeddings": False}], ids=["tied", "scaled rope", "olmo3"])
+def test_only_one_process_reads_the_weights(changes, tmp_path):
+    """Policy, teacher and the sampler's copy give the logits of one process on every rank; so rank 1, which has never seen
+    the folder's weights, has the right ones, the buffers of rotary embeddings, and the ids that end a text."""
+    config = dict(model_type="qwen3", vocab_size=601, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                  num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024) | changes
+    config.pop("head_dim" if config["model_type"] == "olmo3" else "", None)
+    torch.manual_seed(0)
+    model = pmd.AutoModelForCausalLM.from_config(pmd.AutoConfig.for_model(**config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3).add_(0.01 * torch.randn_like(p))
+    model.generation_config.eos_token_id = [3, 77]
+    model.save_pretrained(tmp_path)
+    pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).save_pretrained(tmp_path)
+    (tmp_path / "load.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{LOADING}")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           str(tmp_path / "load.py"), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = [model(input_ids=torch.arange(200)[None]).logits] * 3
+        for p in model.parameters():
+            p.mul_(1.1)
+        expected += [model(input_ids=torch.arange(200)[None]).logits] * 2 + expected[:1]
+    assert (expected[0] - expected[3]).abs().max() > 0.1
+    for rank in range(2):
+        found, eos, parameters = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert {3, 77} <= eos and parameters == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
@@ -232,3 +299,48 @@ def test_an_evaluation_is_the_same_file_on_two_ranks(out, capsys):
     assert (out / "pair" / "evals" / "0-test.jsonl").read_bytes() == whole and len(whole.splitlines()) == 15
     table = capsys.readouterr().out.splitlines()[-3:]
     assert done.stdout.splitlines()[-3:] == table and "avg@3" in table[0]
+
+
+def comparison(out, *flags):
+    return [sys.executable, "pmd.py", *FLAGS, "--compare", "grpo,sdpo", "--out", str(out), "--name", "a/b", *flags]
+
+
+def test_a_comparison_goes_on_where_it_stopped(tmp_path):
+    """Each method is a job of its own. One signal to the comparison is one to the job, which ends its step and saves."""
+    command = comparison(tmp_path, "--steps", "40", "--save_every", "0", "--eval_every", "0", "--eval_problems", "2")
+    process = subprocess.Popen(command, cwd=HERE, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "a" / "b" / "grpo" / "metrics.jsonl"
+    while not metrics.exists() or "reward" not in metrics.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the comparison stopped in grpo; the same command with --name a/b --resume goes on" in said
+    (saved,), rows = (metrics.parent / "checkpoints").iterdir(), metrics.read_text().splitlines()
+    assert saved.name == str(json.loads(rows[-1])["step"]) and not (tmp_path / "a" / "b" / "sdpo").exists()
+
+    more = comparison(tmp_path, "--steps", str(int(saved.name) + 1), *command[-6:], "--resume")
+    done = subprocess.run(more, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {saved}" in done.stdout
+    found = done.stdout.rpartition("(curve.png, ")[2].partition("\n\n")[2]  # after the last method's own words
+    rows = [line for line in found.splitlines() if re.match("(grpo|sdpo), ", line)]
+    assert {line.partition(",")[0] for line in rows} == {"grpo", "sdpo"}
+    assert (tmp_path / "a" / "b" / "compare.png").exists()
+    assert [json.loads(row)["step"] for row in metrics.read_text().splitlines() if "reward" in row] == \
+        list(range(1, int(saved.name) + 2))
+
+    again = subprocess.run(more, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and again.stdout == f"\n{found}"  # nothing was left to do
+
+
+def test_a_comparison_is_refused_before_its_first_method(tmp_path):
+    command = comparison(tmp_path, "--group_size", "1")
+    done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "--group_size 1 leaves grpo nothing" in done.stderr and not list(tmp_path.iterdir())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--", "pmd.py"]
+    command = [sys.executable, *launcher, *comparison(tmp_path)[2:]]
+    done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode and "under torchrun give its methods one after the other" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,8 @@
 """--sampler vllm against transformers, on vLLM's CPU build; skipped where vllm is not installed (.ci/run makes a place).
 
-On the embedded model, whose head is tied to its embedding, and on a random one whose head is its own. Where counts are
-compared, a test says how unlikely a false alarm is, and shows that a difference worth finding is found.
+On the embedded model, whose head is tied to its embedding, and on random ones: one whose head is its own, and an OLMo 3,
+which vLLM runs by transformers' code. Where counts are compared, a test says how unlikely a false alarm is, and shows that a
+difference worth finding is found.
 """
 
 import copy
@@ -33,19 +34,33 @@ def problems():
     return load_task("nano").train
 
 
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    """A folder with a random model whose head is not its embedding."""
-    folder = tmp_path_factory.mktemp("untied")
+def random_model(folder, config):
+    """Writes a random model with the embedded one's tokenizer; returns the folder."""
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(NANO, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
-                                        intermediate_size=96, tie_word_embeddings=False)
     policy = pmd.AutoModelForCausalLM.from_config(config)
     for p in policy.parameters():
         p.data.mul_(3)  # logits worth telling apart
     policy.save_pretrained(folder)
     pmd.AutoTokenizer.from_pretrained(NANO).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """A folder with a model whose head is not its embedding."""
+    return random_model(tmp_path_factory.mktemp("untied"), AutoConfig.from_pretrained(
+        NANO, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32, intermediate_size=96,
+        tie_word_embeddings=False))
+
+
+@pytest.fixture(scope="module")
+def olmo3(tmp_path_factory):
+    """A folder with a model whose window is shorter than a prompt with its completion."""
+    nano = AutoConfig.from_pretrained(NANO)
+    return random_model(tmp_path_factory.mktemp("olmo3"), AutoConfig.for_model(
+        "olmo3", vocab_size=nano.vocab_size, hidden_size=64, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=96, num_hidden_layers=4, sliding_window=16, max_position_embeddings=1024,
+        eos_token_id=nano.eos_token_id, pad_token_id=nano.pad_token_id, bos_token_id=None))
 
 
 def samplers(cfg):
@@ -71,10 +86,10 @@ def told(sampler, problems, steps, updates, cfg):
         yield sums
 
 
-@pytest.mark.parametrize("name", ["nano", "untied"])
-def test_everything_the_engine_claims(name, untied, problems, make_config):
+@pytest.mark.parametrize("name", ["nano", "untied", "olmo3"])
+def test_everything_the_engine_claims(name, request, problems, make_config):
     """One engine, several properties: an engine takes ten seconds to make."""
-    cfg = make_config(model=str(untied) if name == "untied" else name, task="nano", sampler="vllm")
+    cfg = make_config(model=name if name == "nano" else str(request.getfixturevalue(name)), task="nano", sampler="vllm")
     sampler, _ = samplers(cfg)
     policy = sampler.trained
     assert isinstance(sampler, pmd.VLLM) and policy.config.tie_word_embeddings == (name == "nano")
@@ -124,6 +139,15 @@ def test_everything_the_engine_claims(name, untied, problems, make_config):
         sampler._tie = lambda model: None
         with pytest.raises(FloatingPointError, match="vLLM does not run the changed weights"):
             sampler.verify()
+
+
+def test_rounding_is_no_other_model(untied, make_config):
+    """A start, and a push, in bfloat16, where a thousandth of the usual bound would be too little."""
+    cfg = make_config(model=str(untied), task="nano", sampler="vllm", dtype="bfloat16", max_sampler_gap=1e-4)
+    sampler, _ = samplers(cfg)
+    assert sampler._gap(sampler._ours(), sampler._push()) > 3 * cfg.max_sampler_gap
+    sampler.sleep()
+    sampler.wake()
 
 
 def two_proportions(a, b, n):
@@ -203,8 +227,11 @@ def test_runs_of_both_samplers_agree(solver, make_config):
             -norm.isf(LEVEL / 4)).all()
 
 
-def test_a_run_on_vllm_resumes(untied, make_config):
-    cfg = make_config(model=str(untied), sampler="vllm", memory_completion=16, name="run", save_every=1)
+@pytest.mark.parametrize("name", ["untied", "olmo3"])
+def test_a_run_on_vllm_resumes(name, request, make_config):
+    """Restoring makes a model of transformers beside the engine, which for OLMo 3 uses the same code."""
+    cfg = make_config(model=str(request.getfixturevalue(name)), task="nano", sampler="vllm", memory_completion=16,
+                      name="run", save_every=1)
     pmd.train(cfg)
     pmd.train(dataclasses.replace(cfg, resume=True, steps=3))
     rows = [json.loads(line) for line in Path(cfg.out, "run", "metrics.jsonl").read_text().splitlines()]
@@ -231,3 +258,15 @@ def test_two_ranks_change_nothing(one, share):
     assert done.returncode == 0, done.stderr
     assert_same(one / "one", one / f"two{share}")
     assert not any(segment.exists() for segment in left)
+
+
+def test_a_comparison_on_two_ranks_runs_all_its_methods(tmp_path):
+    """An engine that ends takes the process group of its process with it."""
+    done = run(tmp_path, "both", 2, "--sampler", "vllm", "--compare", "sdpo,pmd", "--steps", "1", "--eval_every", "0",
+               timeout=900)  # four engines, two at a time
+    assert done.returncode == 0, done.stderr
+    for method in ("sdpo", "pmd"):
+        rows = [json.loads(line) for line in (tmp_path / "both" / method / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "reward" in row] == [1]
+        assert json.loads((tmp_path / "both" / method / "summary.json").read_text())["method"] == method
+    assert (tmp_path / "both" / "compare.png").exists() and "pmd, after training" in done.stdout

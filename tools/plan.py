@@ -5,7 +5,7 @@
 
 It follows pmd.py: float32 weights, gradients, AdamW states and EMA teacher, sharded by FSDP2 over the GPUs of a job (one
 GPU: whole, computing under autocast); the teacher's pass, then the student's, the loss of kernels.py, the backward pass,
-the optimizer; and an engine of vLLM in each process that sleeps while the trainer works.
+the optimizer; and an engine of vLLM in each process that sleeps while the trainer works, and while a checkpoint is restored.
 
 Symbols: g GPUs; P parameters, of them Pl in one decoder layer and Pr in the root group (embedding, last norm, head);
 V vocabulary, H hidden; e bytes of a computed number (2 bfloat16, 4 float32), h bytes of a hidden state (e; but 4 under
@@ -206,6 +206,9 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
     kept = S * (h * H + norm.kept + L * (h * H if ckpt else layer.kept)) + (0 if ckpt else masks(S, row, L))
     phases = {
         "sample": {name: size for name, size in state.items() if not name.startswith("gradients")} | sample,
+        # a checkpoint is filled in, a weight at a time, while the engine sleeps; no gradient is there yet
+        "restore": {name: size for name, size in state.items() if not name.startswith("gradients")} | {
+            "whole weight": 4 * VH * sharded},
         "teacher": state | {"whole root": root, "whole layers": layers, "autocast's weights": cast * P,
                             "activations": T * layer.forward + masks(T, teacher_row, 1)},
         # hidden states twice (picked from the rows, then where the weight is not 0), their gradient in float32; the head's
@@ -314,9 +317,12 @@ def report(cfg, model, gpus, gpu_memory, utilization):
               f"{PREFILL / GIB:.2f}, keys and values {room / GIB:.2f}: {sequences:.0f} sequences of "
               f"{cfg.max_prompt + cfg.max_completion} an engine\n"
               "vLLM asleep (level 2): it keeps no weights, and gets them anew when it wakes")
-    models = 1 + ("EMA teacher, float32" in phases["sample"])
-    print(f"the host's memory: {4 * models * model.parameters / GIB:.0f} a process, which first loads "
-          f"{'the model' if models == 1 else 'model and teacher'} whole")
+    print(f"the host's memory: {4 * model.parameters / GIB:.0f} in the first process of the job, which reads the weights"
+          + (" and deals them out" if gpus > 1 else ""))
+    if "AdamW, float32" in phases["sample"]:
+        copies = 3 + ("EMA teacher, float32" in phases["sample"])  # the policy, Adam's two moments
+        print(f"a checkpoint on the disk: {4 * copies * model.parameters / GIB:.0f}; a run has --keep of them, the best on "
+              "dev, and the one that is being written")
     print(f"\n{'--micro_tokens':>14}{'checkpointing':>15}{'activations':>13}{'most':>8}  fits")
     for on in (False, True):
         run = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": on})
