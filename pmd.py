@@ -1251,6 +1251,9 @@ def check_machine(cfg, ranks):
     """Devices, processes and samplers, as far as this machine has them."""
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {cfg.device}, but torch finds no such device here; leave the flag out to run on the CPU")
+    if (number := cfg.device.partition(":")[2]) not in ("", "0") and (ranks > 1 or fast_sampler(cfg)):
+        raise ValueError(f"--device {cfg.device} is not for vLLM or several processes, which take GPUs from the first one "
+                         f"they see on; give --device cuda where the environment says CUDA_VISIBLE_DEVICES={number}")
     if cfg.device not in ("", "cpu", "cuda"):
         try:
             torch.zeros(1, device=cfg.device).item()
@@ -1259,9 +1262,6 @@ def check_machine(cfg, ranks):
                              "out, or give cpu or cuda") from error
     if (gpus := torch.cuda.device_count()) < cfg.nproc and device_of(cfg).type == "cuda":
         raise ValueError(f"--nproc {cfg.nproc} is more than the {gpus} GPUs of this machine, and each process needs its own")
-    if (number := cfg.device.partition(":")[2]) not in ("", "0") and (ranks > 1 or fast_sampler(cfg)):
-        raise ValueError(f"--device {cfg.device} is not for vLLM or several processes, which take GPUs from the first one "
-                         f"they see on; give --device cuda where the environment says CUDA_VISIBLE_DEVICES={number}")
     if fast_sampler(cfg) and (vllm_version() or "").partition("+")[0] != VLLM_VERSION:
         raise ValueError(f"--sampler vllm was written for vllm {VLLM_VERSION}, and {vllm_version() or 'none'} is installed; "
                          "see requirements-gpu.txt, or use --sampler transformers")

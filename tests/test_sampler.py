@@ -170,9 +170,9 @@ def test_trainer_and_engine_are_on_one_device(flags, ranks, refused, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(pmd, "vllm_version", lambda: "0")  # the next thing that is refused
-    cfg = pmd.parse_flags([*flags, "--batch_size", "1", "--group_size", "1", "--method", "grpo", "--out", str(tmp_path)])
+    cfg = pmd.parse_flags([*flags, "--batch_size", "1", "--method", "grpo", "--out", str(tmp_path)])
     with pytest.raises(ValueError) as error:
-        pmd.check(cfg, ranks=ranks)
+        pmd.check_machine(cfg, ranks)
     assert ("give --device cuda where the environment says CUDA_VISIBLE_DEVICES=1" in str(error.value)) == refused
 
 
