@@ -37,10 +37,10 @@ def percent(mean, low=np.nan, high=np.nan) -> str:
 
 def aligned(rows) -> str:
     """Lays out rows {head: cell} as a table."""
-    rows = list(rows)
-    if not rows:
+    table = pd.DataFrame(rows)
+    if table.empty:
         return "none of these runs"
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    lines = [list(table), *table.to_numpy()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     form = "  ".join(f"{{:{width}}}" for width in widths)
     text = [form.format(*line).rstrip() for line in lines]
@@ -178,12 +178,12 @@ TABLES = {
     3: ("mechanism controls", paper_rows(TABLE_3)),
     4: ("memory levels", paper_rows(TABLE_4)),
 }
-LENGTHS = {  # Table 5, of Qwen3-8B on Biology: correct, and mean, median, most and fewest tokens
-    "GRPO": "63.2 2457 1306 8192 492",
-    "SDPO": "63.6 186 185 251 120",
-    "PMD": "68.5 481 474 711 296",
+LENGTHS = {  # Table 5: correct, and mean, median, most and fewest tokens
+    ("Biology", QWEN, "GRPO"): "63.2 2457 1306 8192 492",
+    ("Biology", QWEN, "SDPO"): "63.6 186 185 251 120",
+    ("Biology", QWEN, "PMD"): "68.5 481 474 711 296",
 }
-COSTS = {"SDPO": "37.0 54.6", "PMD": "53.6 54.9"}  # Table 7, of Qwen3-8B
+COSTS = {(QWEN, "SDPO"): "37.0 54.6", (QWEN, "PMD"): "53.6 54.9"}  # Table 7: seconds, GB
 
 
 # ------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ class Run:
     """
 
     def __init__(self, folder):
-        self.folder, self.read = Path(folder), {}
+        self.folder, self.answered = Path(folder), {}
         path, metrics = self.folder / "config.json", self.folder / "metrics.jsonl"
         if not path.is_file() or not metrics.is_file():
             raise ValueError(f"{folder} is no run: it has no config.json and metrics.jsonl")
@@ -296,11 +296,11 @@ class Run:
     def answers(self, which) -> Answers:
         """Returns its answers at a `selected` checkpoint."""
         step = self.selected[which]
-        if step not in self.read:
+        if step not in self.answered:
             path = self.folder / f"evals/{step}-test.jsonl"
             rows = [need(row, ANSWER, f"{path}, line {n}") for n, row in json_lines(path)]
-            self.read[step] = Answers.of(rows, path)
-        return self.read[step]
+            self.answered[step] = Answers.of(rows, path)
+        return self.answered[step]
 
 
 def avg(answers):
@@ -322,16 +322,17 @@ class Row:
     which: `base` for what the runs scored before their first step, else `final`.
     """
 
-    task: str
-    model: str
     label: str
     parts: list
     which: str = "final"
 
     def __post_init__(self):
-        self.head = {"task": self.task, "model": self.model, "method": self.label}
+        self.runs = self.parts[0]
+        self.run = self.runs[0]
+        self.model = self.run.model
+        self.task = TASKS.get(self.run.task, self.run.task) if len(self.parts) == 1 else "AVG"
         self.method = self.label.partition(" [")[0]
-        self.runs, self.run = self.parts[0], self.parts[0][0]
+        self.head = {"task": self.task, "model": self.model, "method": self.label}
         self.trained = self.runs if self.which == "final" else []
         self.scores = per_problem(self.runs, self.which)
 
@@ -393,16 +394,15 @@ def block(groups) -> list[Row]:
     """
     rows, labels = [], [runs[0].label for runs in groups]
     for runs in groups:
-        run = runs[0]
-        place = TASKS.get(run.task, run.task), run.model
-        shared = labels.count(run.label) > 1
-        label = f"{run.label} [{run.folder.name}]" if shared else run.label
-        rows.append(Row(*place, label, [runs]))
-    started = [runs for runs in groups if runs[0].steps and runs[0].selected["base"] == 0]
-    for runs in sorted(started, key=lambda runs: runs[0].lenient)[:1]:
-        label = "Base, lenient" if runs[0].lenient else "Base"
-        if label not in labels:
-            rows.insert(0, Row(*place, label, [runs[:1]], "base"))
+        label = runs[0].label
+        if labels.count(label) > 1:
+            label += f" [{runs[0].folder.name}]"
+        rows.append(Row(label, [runs]))
+    started = [row.run for row in rows if row.run.steps and row.run.selected["base"] == 0]
+    for run in sorted(started, key=lambda run: run.lenient)[:1]:
+        base = Row("Base, lenient" if run.lenient else "Base", [[run]], "base")
+        if base.label not in labels:
+            rows.insert(0, base)
     return rows
 
 
@@ -425,7 +425,7 @@ def blocks_of(folders) -> list[list[Row]]:
             domains.setdefault((model, row.label), []).append(row)
     for (model, label), rows in domains.items():
         if len(rows) == 4:
-            average = Row("AVG", model, label, [row.runs for row in rows], rows[0].which)
+            average = Row(label, [row.runs for row in rows], rows[0].which)
             blocks.setdefault(("AVG", model), []).append(average)
     return [blocks[place] for place in sorted(blocks, key=order)]
 
@@ -440,7 +440,7 @@ by the very problems it is measured on; no interval holds for it, and the paper'
 A frozen policy has the memory in its prompt; all others are evaluated without. LCB v6: protocol sdpo, {WINDOW[0]} to
 {WINDOW[1]}. There, as with protocol official, the dev problems are test problems too, judged by fewer of their tests, so
 that dev-selected is in part selected on test."""  # noqa: E501
-COST = """
+COST_TITLE = """
 Table 7: cost of a step, evaluation and saving left out; peak memory of the GPU, or else of the process"""  # noqa: E501
 
 
@@ -460,9 +460,9 @@ def lengths(rows):
     for row in rows:
         tokens = np.concatenate([run.answers(row.which).tokens.ravel() for run in row.runs])
         found = pd.Series(tokens).agg(["mean", "median", "max", "min"]).map("{:.0f}".format)
-        paper = LENGTHS if (row.task, row.model) == ("Biology", QWEN) else {}
-        correct = {"correct": percent(row.scores.to_numpy().mean())}
-        yield row.head | correct | {**found, "paper: the same five": paper.get(row.label, "-")}
+        paper = LENGTHS.get((row.task, row.model, row.label), "-")
+        correct = percent(row.scores.to_numpy().mean())
+        yield {**row.head, "correct": correct, **found, "paper: the same five": paper}
 
 
 def costs(blocks):
@@ -475,11 +475,13 @@ def costs(blocks):
                 continue
             low, median, high = np.percentile(seconds[row.label], [25, 50, 75])
             peak = max(run.peak for run in row.runs)
-            paper = COSTS if row.model == QWEN else {}
-            found = {"median s": f"{median:.3g}", "quartiles": f"{low:.3g}, {high:.3g}"}
-            found["to SDPO"] = f"{median / np.median(sdpo):.2f}" if sdpo else "-"
-            found["peak GB"] = f"{peak:.1f}" if peak else "-"
-            yield row.head | found | {"paper: s, GB": paper.get(row.label, "-")}
+            yield row.head | {
+                "median s": f"{median:.3g}",
+                "quartiles": f"{low:.3g}, {high:.3g}",
+                "to SDPO": f"{median / np.median(sdpo):.2f}" if sdpo else "-",
+                "peak GB": f"{peak:.1f}" if peak else "-",
+                "paper: s, GB": COSTS.get((row.model, row.label), "-"),
+            }
 
 
 def differences(blocks):
@@ -511,7 +513,7 @@ def compare(folders) -> str:
     if others := [row.results for row in chain(*blocks) if row.method not in known]:
         text += ["\nNot in the paper's tables", aligned(others)]
     text += ["\nTable 5: tokens of a completion, at the final step", aligned(lengths(rows))]
-    text += ["\nTable 6: not reproduced; the authors annotated it by hand", COST]
+    text += ["\nTable 6: not reproduced; the authors annotated it by hand", COST_TITLE]
     text += [aligned(costs(single)), "\nDifferences at the final step, paired by problem"]
     return "\n".join([*text, aligned(differences(single))])
 
@@ -520,6 +522,7 @@ def compare(folders) -> str:
 # Figures. Their data are rows (panel, x, series, value, low, high).
 # ------------------------------------------------------------------------------------------------
 
+WORDS_TITLE = "Figure 5, words of the memory in the student's training completions"
 NO_INTERVAL = (np.nan, np.nan)
 
 
@@ -618,15 +621,14 @@ def figures(folders, out) -> str:
     blocks = [rows for rows in blocks_of(folders) if rows[0].task != "AVG"]
     rows, out = list(chain(*blocks)), Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    solved = chain(*map(coverages, blocks))
     words = by_step(rows, "keywords", 'share of completions with "{}"')
-    data = {
-        "Figure 2, memory in the prompt of other models": transfer(rows),
-        "Figure 3, headroom at the final step": headrooms(rows),
-        "Figure 4, problems solved at the final step": chain(*map(coverages, blocks)),
-        "Figure 5, words of the memory in the student's training completions": words,
-        "Figure 6, growth of the memory": by_step(rows, "memory", "{}: living items"),
-    }
-    said = []
-    for n, (title, found) in enumerate(data.items(), 2):
-        said.append(draw(out / f"figure{n}", title, found, bars=n in (3, 4)))
+    sizes = by_step(rows, "memory", "{}: living items")
+    said = [
+        draw(out / "figure2", "Figure 2, memory in the prompt of other models", transfer(rows)),
+        draw(out / "figure3", "Figure 3, headroom at the final step", headrooms(rows), bars=True),
+        draw(out / "figure4", "Figure 4, problems solved at the final step", solved, bars=True),
+        draw(out / "figure5", WORDS_TITLE, words),
+        draw(out / "figure6", "Figure 6, growth of the memory", sizes),
+    ]
     return "\n".join(said)
