@@ -587,8 +587,8 @@ def draw(path, title, rows, bars=False) -> str:
             shown = data[(data["panel"] == panel) & (data["series"] == name)]
             draw_series(axes, shown, name, i, xs if bars else [], 0.8 / len(series))
         axes.set_title(panel, fontsize=10)
-        axes.set_ylim(0)
         axes.grid(axis="y", alpha=0.3)
+    plt.setp(row, ylim=(0, None))  # when all is drawn, or later rows would be cut off
     handles, labels = row[0].get_legend_handles_labels()
     columns = 2 if max(map(len, labels)) < 48 else 1
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
