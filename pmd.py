@@ -110,15 +110,16 @@ from records import (
     default_name,
     finished,
     memory_source,
+    plot_curves,
     read_json,
     read_lines,
     refuse_changes,
     refuse_other_problems,
     refuse_second_writer,
+    table,
     title,
     total_steps,
 )
-from report import plot_curves, table
 
 MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct"}
 

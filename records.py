@@ -23,6 +23,9 @@ from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -34,12 +37,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from eval import Answers, json_lines
 from memory import SUCCESS, Memory, describe
 from ranks import broadcast, gather, rank, whole, world
-from report import plot_curves, table
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
 COMPARISON = "PMD_COMPARISON"  # the environment of a run that --compare started: the --name of the comparison
 
+matplotlib.use("Agg")  # figures are files; no screen is needed
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where one process is meant
 
 
@@ -485,6 +488,58 @@ def memory_precision(memory, problems):
         return None
     found = [i.text in hidden[i.problem] for i in memory.living("insight") if i.kind == "strategy" and hidden.get(i.problem)]
     return sum(found) / len(found) if found else None
+
+
+def score(found) -> str:
+    """Writes avg@k, with its interval if it has one."""
+    text = f"{found['avg_at_k']:.3f}"
+    if not found.get("interval"):
+        return text
+    low, high = found["interval"]
+    return f"{text} [{low:.3f}, {high:.3f}]"
+
+
+def table(summaries) -> str:
+    """Lays out the results of runs, {method: summary}: held-out avg@k with 95% intervals."""
+    first = next(iter(summaries.values()))
+    final = first["final"]
+    prompt = "no memory in the prompt"
+    if "frozen-policy" in summaries:
+        prompt = "memory in the prompt of frozen-policy alone"
+    if first.get("mcq") == "lenient":
+        prompt = f"read leniently, {prompt}"
+    asked = f"avg@{final['k']} on {final['n_problems']} held-out problems of {first['data']}"
+    rows = {"": f"{asked}, {prompt}", "base policy": score(first["base"])}
+    for name, summary in summaries.items():
+        dev, test = summary["dev_best"], summary["test_best"]
+        rows[f"{name}, after training"] = score(summary["final"])
+        if dev:
+            rows[f"{name}, best on dev"] = f"{score(dev)}  at step {dev['step']}"
+        searched = f"selected on test among {test['n_checkpoints_searched']} checkpoints"
+        rows[f"{name}, best on test"] = f"{score(test)}  at step {test['step']}, {searched}"
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}s}  {text}" for name, text in rows.items())
+
+
+def plot_curves(curves, path, title):
+    """Draws learning curves on test with their intervals, as a PNG.
+
+    curves: {name: rows of a metrics.jsonl}.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, rows in curves.items():
+        tests = [row for row in rows if row.get("split") == "test"]
+        steps = [row["step"] for row in tests]
+        values = [row["avg_at_k"] for row in tests]
+        bounds = [row["interval"] or [row["avg_at_k"]] * 2 for row in tests]
+        (line,) = axes.plot(steps, values, marker="o", markersize=3, label=name)
+        color = line.get_color()
+        axes.fill_between(steps, *np.transpose(bounds), color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="step", ylabel="share of answers that are right", title=title, ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def title(summary):

@@ -29,7 +29,7 @@ from eval import (
     verify,
 )
 from nano import make
-from report import plot_curves
+from records import plot_curves
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))
