@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NANO, Attempt, Question, Script, words
+from conftest import NANO, Attempt, Question, Script, method_of, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
@@ -57,7 +57,8 @@ def gradients(policy, teacher, rollouts, cfg):
     """The gradient `update` hands to the optimizer, through a learning rate of 0."""
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     optimizer.updates = 0
-    sums = pmd.update(policy, teacher, optimizer, rollouts, 1, dataclasses.replace(cfg, max_grad_norm=math.inf, lr=0.0))
+    still = dataclasses.replace(cfg, max_grad_norm=math.inf, lr=0.0)
+    sums = pmd.update(method_of(still, policy, teacher), optimizer, rollouts, 1)
     return torch.cat([p.grad.flatten().clone() for p in policy.parameters()]), sums
 
 
@@ -223,14 +224,15 @@ def test_what_a_gpu_adds_comes_in_order(make_config, monkeypatch, dtype):
 # -- the update ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss_mean", ["sequence", "token", "sum"])
-@pytest.mark.parametrize("method", ["pmd", "grpo"])
+@pytest.mark.parametrize("method", ["pmd", "grpo", "srpo"])
 def test_micro_batches_change_neither_loss_nor_gradient(policy, tokenizer, sampler, problems, make_config, method,
                                                         loss_mean):
     cfg = make_config(method=method, loss_mean=loss_mean)
     rollouts = conditioned(sampler, problems[::40], cfg, tokenizer)
     for i, r in enumerate(rollouts):
-        r.advantage = i % 3 - 0.5
-        if i % 3 == 2:
+        if method == "grpo" or method == "srpo" and i % 3 == 1:
+            r.advantage = i % 3 - 0.5
+        if method == "grpo" or i % 3:
             r.teacher_ids = []
     list(pmd.mini_batches(rollouts, policy, dataclasses.replace(cfg, mini_batch_size=99)))
     teacher = copy.deepcopy(policy)
@@ -326,7 +328,7 @@ def test_who_is_supervised(tokenizer, sampler, problems, make_config):
         cfg = make_config(group_size=1, supervise=rule)
         sampler.cfg, sampler.step = cfg, 1
         rollouts = pmd.attempt(sampler, problems[:5], cfg)
-        pmd.condition(rollouts, memory, tokenizer, 1, cfg)
+        method_of(cfg, memory=memory, tokenizer=tokenizer).condition(1, rollouts)
         assert [bool(r.teacher_ids) for r in rollouts] == wanted
 
 
@@ -340,7 +342,7 @@ def test_problems_that_are_mastered_need_not_be_supervised(tokenizer, sampler, p
         rollouts = pmd.attempt(sampler, problems[:3], cfg)
         for r, reward in zip(rollouts, (1.0, 1.0, 1.0, 0.0, 0.0, 0.0), strict=True):
             r.reward, r.feedback = reward, ""
-        pmd.condition(rollouts, memory, tokenizer, 1, cfg)
+        method_of(cfg, memory=memory, tokenizer=tokenizer).condition(1, rollouts)
         # SDPO shows a sibling's success only: the second group's success has none, the third group no success at all
         rest = [True] * 4 if method == "pmd" else [False, True, False, False]
         assert [bool(r.teacher_ids) for r in rollouts] == [bool(r.teacher_prompt) for r in rollouts] == [first] * 2 + rest
@@ -353,7 +355,7 @@ def test_grpo_equals_the_policy_gradient_at_the_first_update(policy, tokenizer, 
     rollouts = pmd.attempt(sampler, problems[:4], cfg)
     for i, r in enumerate(rollouts):
         r.reward = float(i % 3 == 0)
-    pmd.condition(rollouts, None, tokenizer, 1, cfg)
+    method_of(cfg, memory=None, tokenizer=tokenizer).condition(1, rollouts)
     assert sum(r.advantage for r in rollouts[:8]) == pytest.approx(0)
     assert rollouts[0].advantage == pytest.approx(1 - 3 / 8)
     lengths = (3 * LENGTHS)[:len(rollouts)]
@@ -403,8 +405,8 @@ def test_one_step_of_distillation_moves_the_student_to_the_teacher(policy, token
     cfg = make_config(lr=1e-3, max_sampler_gap=9.0)  # the rollouts stay as they were
     rollouts = conditioned(sampler, problems[:8], cfg, tokenizer)
     teacher, optimizer = copy.deepcopy(policy), pmd.make_optimizer(policy, cfg)
-    before, *_, after = [(s := pmd.update(policy, teacher, optimizer, rollouts, 1, cfg))["divergence"] / s["tokens"]
-                         for _ in range(6)]
+    method = method_of(cfg, policy, teacher)
+    before, *_, after = [(s := pmd.update(method, optimizer, rollouts, 1))["divergence"] / s["tokens"] for _ in range(6)]
     assert after < 0.5 * before
 
 
@@ -431,7 +433,7 @@ def test_warm_up(policy, tokenizer, sampler, problems, make_config):
     cfg = make_config(lr=1e-3, warmup_steps=4, max_sampler_gap=9.0)
     rollouts, optimizer, rates = conditioned(sampler, problems[:2], cfg, tokenizer), pmd.make_optimizer(policy, cfg), []
     for _ in range(6):
-        pmd.update(policy, policy, optimizer, rollouts, 1, cfg)
+        pmd.update(method_of(cfg, policy, policy), optimizer, rollouts, 1)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
@@ -456,15 +458,15 @@ def test_a_batch_without_signal_changes_nothing_and_is_counted(policy, tokenizer
         for r in rollouts:
             r.reward = 0.0
         memory = mem.Memory(":memory:", pmd.make_embedder(cfg), lambda prompts: [])
-        pmd.condition(rollouts, memory, tokenizer, 1, cfg)
+        method_of(cfg, memory=memory, tokenizer=tokenizer).condition(1, rollouts)
         before = [p.clone() for p in policy.parameters()]
-        sums = pmd.update(policy, policy, pmd.make_optimizer(policy, cfg), rollouts, 1, cfg)
+        sums = pmd.update(method_of(cfg, policy, policy), pmd.make_optimizer(policy, cfg), rollouts, 1)
         assert sums["updates_skipped"] == 1 and not sums["tokens"] and not sums["updates"]
     assert sums["compared"] and sums["sampler_gap_max"] < 1e-4  # the sampler is watched all the same
     for r in rollouts:
         r.rollout_logprobs = r.rollout_logprobs - 0.2
     with pytest.raises(FloatingPointError, match="differ by 0.200 nats a token at step 1, more than --max_sampler_gap"):
-        pmd.update(policy, policy, pmd.make_optimizer(policy, cfg), rollouts, 1, cfg)
+        pmd.update(method_of(cfg, policy, policy), pmd.make_optimizer(policy, cfg), rollouts, 1)
         assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -475,7 +477,7 @@ def test_a_non_finite_loss_stops_before_the_weights_move(policy, tokenizer, samp
     with torch.no_grad():
         next(teacher.parameters()).fill_(math.nan)
     with pytest.raises(FloatingPointError, match=f"nan at step 9, on problems {problems[0].id}"):
-        pmd.update(policy, teacher, pmd.make_optimizer(policy, cfg), rollouts, 9, cfg)
+        pmd.update(method_of(cfg, policy, teacher), pmd.make_optimizer(policy, cfg), rollouts, 9)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -490,7 +492,7 @@ def test_a_sampler_that_runs_other_weights_stops_the_run_before_the_weights_move
     for r in rollouts:
         r.rollout_logprobs = r.rollout_logprobs - 0.02
     with pytest.raises(FloatingPointError, match="differ by 0.110 nats a token at step 3, more than --max_sampler_gap 0.1"):
-        pmd.update(policy, copy.deepcopy(policy), pmd.make_optimizer(policy, cfg), rollouts, 3, cfg)
+        pmd.update(method_of(cfg, policy, copy.deepcopy(policy)), pmd.make_optimizer(policy, cfg), rollouts, 3)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -504,12 +506,12 @@ def test_sdpo_shows_the_first_successful_sibling_and_never_ones_own(problems, to
     p, q = problems[:2]
     group = [rollout(p, "1", 0.0, 0, "wrong"), rollout(p, "2", 1.0, 1), rollout(p, "3", 1.0, 2)]
     lone = [rollout(q, "4", 1.0, 0), rollout(q, "5", 0.0, 1), rollout(q, "6", 0.0, 2)]
-    pmd.condition(group + lone, None, tokenizer, 1, make_config(method="sdpo"))
+    method_of(make_config(method="sdpo"), memory=None, tokenizer=tokenizer).condition(1, group + lone)
     told = [r.teacher_prompt.split(mem.SOLUTION)[-1].split()[0] if r.teacher_prompt else None for r in group + lone]
     assert told == ["2", "3", "2", None, "4", "4"]
     assert mem.FEEDBACK not in group[0].teacher_prompt  # a solution is at hand
     failed = [rollout(p, "1", 0.0, 0, "wrong"), rollout(p, "2", 0.0, 1)]
-    pmd.condition(failed, None, tokenizer, 1, make_config(method="sdpo"))
+    method_of(make_config(method="sdpo"), memory=None, tokenizer=tokenizer).condition(1, failed)
     assert failed[0].teacher_prompt == mem.compose(p.prompt, feedback="wrong") and not failed[1].teacher_ids
 
 
@@ -754,13 +756,14 @@ def test_what_the_teacher_of_a_frozen_memory_reads_in_its_first_step(make_config
     cfg = make_config(method="frozen-memory", memory_from="lender", name="borrower", steps=2, dev=0.0)
     task, _ = pmd.check(make_config(dev=0.0))
     borrowed_memory(cfg, task.train)
-    seen, condition = [], pmd.condition
+    seen = []
 
-    def spy(rollouts, memory, tokenizer, step, cfg):
-        condition(rollouts, memory, tokenizer, step, cfg)
-        seen.extend((step, r) for r in rollouts)
+    class Watched(pmd.method_class("frozen-memory")):
+        def condition(self, step, rollouts):
+            seen.extend((step, r) for r in rollouts)
+            return super().condition(step, rollouts)
 
-    monkeypatch.setattr(pmd, "condition", spy)
+    monkeypatch.setattr(pmd, "method_class", lambda name: Watched)
     summary = pmd.train(cfg)
     assert {step for step, _ in seen} == {1, 2} and len(seen) == 2 * 3 * 4
     for _, r in seen:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import method_of
 
 import memory as mem
 import pmd
@@ -205,6 +206,6 @@ def test_no_prompt_is_made_where_nobody_is_taught(tokenizer, make_config, monkey
                 for p in problems for i in range(4)]
     encoded, encode = [], pmd.encode_prompt
     monkeypatch.setattr(pmd, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args))
-    pmd.condition(rollouts, None, tokenizer, 1, make_config("--no_supervise_mastered", method="sdpo"))
+    method_of(make_config("--no_supervise_mastered", method="sdpo"), tokenizer=tokenizer).condition(1, rollouts)
     assert not any(r.teacher_ids for r in rollouts[:4]) and all(r.teacher_ids for r in rollouts[4:])
     assert len(encoded) == 2 and all("1 ka lo ti" in text for text in encoded)  # by the first success, or the second
