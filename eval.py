@@ -685,26 +685,34 @@ def verify_choice_lenient(problem, completion) -> Verdict:
 LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u04ff"  # Latin, Greek, Cyrillic
 ODD = "\u00bc-\u00be\u2150-\u215e\u03c0\u221a"  # halves and thirds in one character, pi, a root
 NUMERALS = re.compile(
-    # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2.
-    rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?(?:\^\{{?[-+]?[{LETTERS}\d]+)?)"
+    # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2, and as LaTeX has them: H$_2$O, \text{m}^2.
+    rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:[}}$]{{0,3}}_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?"
+    rf"(?:[}}$]{{0,3}}\^\{{?[-+]?[{LETTERS}\d]+)?)"
     # A date or a telephone number: digits with two hyphens or more between them.
     r"|\d+(?:-\d+){2,}"
-    r"|(?P<hex>0x[0-9a-f]+)"
+    r"|(?P<based>0x[0-9a-f]+|0b[01]+|0o[0-7]+)"
     # A sign that does not stand between two numbers or names, perhaps the 1 of 1 3/4, digits, and what is joined to them.
     rf"|(?:(?<![{LETTERS}\d)\]}}%])[-+])?(?:\d+ (?=\d+/))?(?:\d+|(?<![{LETTERS}\d.])\.\d+|[{ODD}])"
-    rf"(?:[.,:/'_]\d+|e[-+]?\d+|(?:\*\*|\^)\{{?[-+]?[{LETTERS}\d]+\}}?| ?(?:[{ODD}]|\\pi\b|\\sqrt\b))*",
+    rf"(?:[.,:/'_]\d+|_\{{\d+|e[-+]?\d+|[}}$)\]]{{0,3}}(?:\*\*|\^)\{{?[-+]?[{LETTERS}\d]+\}}?"
+    rf"| ?(?:[{ODD}]|\\pi\b|\\sqrt\b))*",
     re.IGNORECASE)
 NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?:(?P<decimal>(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e(?P<power>[-+]?\d+))?"
     r"|(?:(?P<whole>\d+) )?(?P<above>\d+)/(?P<below>\d+))", re.IGNORECASE)
+FRAC = r"\\[cdt]?frac *(?:\{ *(?P<above>\d+) *\}|(?P<digit>\d)) *(?:\{ *(?P<below>\d+) *\}|(?P<other>\d))"
+SIGNED_FRAC = r"(?<![-+])\\[cdt]?frac *\{ *(?:-(\d+) *\} *\{ *(\d+)|(\d+) *\} *\{ *-(\d+)) *\}"
 PLAIN = [  # (how others and LaTeX write it, how we do), in this order
     ("[\u2010-\u2013\u2212\ufe63\uff0d]", "-"), ("\uff0b", "+"), ("[\uff0e\u066b]", "."), ("[\uff0c\u066c]", ","),
-    ("[\uff0f\u2044]", "/"), (r"\\times\b|\\cdot\b|[\u00b7\u22c5]", "×"), (r"\{,\}|,\\!", ","),
-    (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_]|\\[,;: ])(?=\d{3}(?!\d))", ","),  # between groups of three
-    (r"(?<=\d) ?\\[cdt]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}", r" \1/\2"), (r"(?<=\d) ?\\[cdt]?frac *(\d)(\d)", r" \1/\2"),
-    (r"\\[cdt]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}", r"\1/\2"), (r"\\[cdt]?frac *(\d)(\d)", r"\1/\2"),
+    ("[\uff0f\u2044\u2215]", "/"), (r"\\times\b|\\cdot\b|[\u00b7\u2022\u2217\u2219\u22c5]", "×"), (r"\{,\}|,\\!", ","),
+    ("<sup>", "^"), ("<sub>", "_"), ("</su[bp]>", ""), (r"\{(\d+)\}(?=\^)", r"\1"),  # a power may stand apart from its base
+    (r" ?\^ ?\{ ?([-+]?\w+) ?\}", r"^{\1}"), (r"(?<=\w) ?\^ ?(?=[-+]?\d)", "^"), (r"(?<=\d) \*\* (?=[-+]?\d)", "**"),
+    (r"\\(?:text|math)\w{0,9} ?\{ ?([-+]?[\d.,]+) ?\}", r"\1"),  # a number in another font
+    (r"([:=]) ?\} ?(?=[-+][.\d])", r"\1 "), (r"(?<![\w$)\]}%])-\\?[$€£¥](?=[.\d])", "-"),  # a sign before \text{..: } or $
+    (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_~]|\\[,;:! ])(?=\d{3}(?!\d))", ","),  # between groups of three
+    (rf"(?<=\d) ?{FRAC}", r" \g<above>\g<digit>/\g<below>\g<other>"), (FRAC, r"\g<above>\g<digit>/\g<below>\g<other>"),
+    (SIGNED_FRAC, r"-\1\3/\2\4"),
     (r"(?<=\d) ?[×x*] ?10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"e\1"), (r"(?<![\w.,^*])10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"1e\1"),
-    (r"(?<=\d) / (?=\d)", "/"), (r"([=≈]) *- +(?=[.\d])", r"\1-")]
+    (r"(?<=\d) / (?=\d)", "/"), (r"([=≈]) *-(?: |\\[,;:! ]){1,3}(?=[.\d])", r"\1-")]
 
 
 def plain_digits(text) -> str:
@@ -738,8 +746,9 @@ def last_number(text) -> tuple[Fraction | None, str]:
         return None, ""
     last = numerals[-1]
     before = text[max(0, last.start() - 6):last.start()].replace(" ", "")
-    inside = before.endswith(("/", "√", "sqrt{", "sqrt(", "sqrt", "}{"))  # a denominator, or under a root
-    value = Fraction(int(last["hex"], 16)) if last["hex"] and len(last["hex"]) < 100 else read_number(last[0])
+    inside = before.endswith(  # part of a fraction, under a root, or how much a number is uncertain
+        ("/", "}{", "frac{", "√", "sqrt{", "sqrt(", "sqrt", "]{", "±", "\\pm", "+/-"))
+    value = Fraction(int(last[0], 0)) if last["based"] and len(last[0]) < 400 else read_number(last[0])
     if inside or value is None:
         return None, f"{before[-1:]}{last[0]}"[:100] + "..."
     with localcontext(prec=2000) as context:
@@ -751,12 +760,12 @@ def last_number(text) -> tuple[Fraction | None, str]:
 def verify_last_number(problem, completion) -> Verdict:
     """The last number of the text equals the answer exactly, as rational numbers: for sums, and for tasks of your own.
 
-    Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x 10^-3, 3/4, 1 3/4, 0x1F,
-    in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers or names is
-    no sign (3-4). What follows a number is its unit and is not read: 50% is 50, 7kg is 7. What has digits and begins with a
-    letter is a name, and passed over: x2, H2O, v1.2.3. Other numerals are read whole or not at all, never a piece: where the
-    last one is 12,34 or 1.234.567, a date, a time, a power (2^10), a root or part of a fraction with letters, the reply is
-    wrong.
+    Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x 10^-3, 3/4, 1 3/4, 0x1F
+    (0b1, 0o7), in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers or
+    names is no sign (3-4). What follows a number is its unit and is not read: 50% is 50, 7kg is 7. What has digits and begins
+    with a letter is a name, and passed over: x2, H2O, v1.2.3, the unit in `7\\text{ cm}^2`. Other numerals are read whole or
+    not at all, never a piece: where the last one is 12,34 or 1.234.567, a date, a time, a power (2^10), a root, part of a
+    fraction with letters or an uncertainty (9.8 ± 0.1), the reply is wrong.
     """
     value, answer = last_number(completion)
     return Verdict(float(value is not None and value == read_number(plain_digits(problem.answer))), answer)
