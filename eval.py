@@ -617,22 +617,26 @@ def verify_choice(problem, completion) -> Verdict:
 TAKEN_BACK = (  # words before a statement that make it none
     r"(?P<before>(?i:\b(?:or|nor|not|neither|never|anything|than|instead of|eliminate|exclude|rule out|cannot|\w{1,8}n.t)"
     r"\W{1,3}(?:(?:be|the|choose|pick|select|go|with)\W{1,3}){0,3}))?")
-NAMED = (r"\b(?i:answer|option|choice|letter|boxed|pick|picked|choose|chose|select|selected|selection|go with|going with)"
+NAMED = (r"\b(?i:answer|option|choice|letter|boxed|pick|picked|choose|chose|select|selected|selection|go with|going with|"
+         r"réponse|antwort|respuesta|resposta|risposta|ответ|jawaban)"
          r"(?i:.s)?\b")
-FILLED = (r"(?i:\W{1,3}(?:is|was|be|would|should|must|has|to|the|it.s|it|option|choice|letter|answer|probably|likely|"
-          r"clearly|definitely|indeed|thus|therefore|then|still|just)\b){0,5}")
-NAMED_IN_CHINESE = "(?:答案|选项|选择|选)(?:应该?|当然|为|是|就|选|项){0,4}"
+FILLED = (r"(?i:\W{1,3}(?:is|was|be|est|ist|es|é|è|would|should|must|has|to|the|it.s|it|option|choice|letter|answer|"
+          r"probably|likely|clearly|definitely|indeed|thus|therefore|then|still|just)\b){0,5}")
+NAMED_IN_CHINESE = ("(?:答案|选项|選項|选择|選擇|选|選|答え|解答|正解)"
+                    "(?:应该?|應該?|当然|當然|为|為|是|就|选|選|项|項|は){0,4}")
 NAMED_LETTER = r"(?!I(?:'| [a-z]))(?:(?P<named>[A-Z])\b|(?P<small>[a-z])\b(?=\W*$|[).,;:]))"
 MEANT = (r"\b(?i:it.s|that.s|it is|that is|must be|should be|has to be|so|thus|hence|therefore|but|final|definitely|clearly|"
-         r"surely|probably|guess|say|think|believe)\W{1,9}(?P<meant>[A-Z])\b(?=\W*$|\W?[.,;:!?)])")
-JUDGED = r"\b(?P<judged>[A-Z]) (?:it is\b|is (?:(?:the|my) (?:\w{1,9} )?(?:answer|option|choice|one)|right|correct|true)\b)"
+         r"surely|probably|guess|say|think|believe|looks like|hmm)\W{1,9}(?P<meant>[A-Z])\b(?=\W*$|\W?[.,;:!?)])")
+JUDGED = (r"\b(?P<judged>[A-Z]) (?:it is\b|(?:is|must be|has to be|should be|would be|seems(?: to be)?|looks) "
+          r"(?:(?:the|my) (?:\w{1,9} )?(?:answer|option|choice|one)|right|correct|true)\b)")
 DENIED = (  # and after it, such as another letter
     r"(?=(?P<after>\W{0,3}(?:(?:or|nor)\b|(?:and\b|[/&+])\W{0,3}[A-HJ-Z]\b|\w{1,8}n.t\b|cannot\b|"
     r"is (?:not|wrong|incorrect|false)\b)|\W{0,2},\W{0,3}[A-Z]\b(?! (?:is|was|isn)))?)")
 NAMED = rf"(?:{NAMED}{FILLED}|{NAMED_IN_CHINESE})\W{{1,9}}{NAMED_LETTER}"
 STATED = re.compile(rf"{TAKEN_BACK}(?:{NAMED}|{MEANT}|{JUDGED}){DENIED}")
 OPENING = re.compile(
-    r"\W*([A-Za-z])(?:\W*$| ?[).:;、](?! or\b| and\b)|,(?! (?:or |and )?[A-Z]\b)| [-–—] | (?:because|since|as)\b)")
+    r"\W*([A-Za-z])(?:\W*$| ?[).:;、](?! or\b| and\b)|,(?! (?:or |and )?[A-Z]\b)| [-–—] | \((?!or |and |[A-Z]\b)| "
+    r"(?:because|since|as|rather than|instead of)\b| (?:选项|選項))")
 CORRECTION = re.compile(r"(?i)\b(?:wait|actually|sorry|correction|scratch that|on second thoughts?|i meant?|make that|oops|"
                         r"my mistake|no(?= ?[,.:;!–—-]))\b|不对|更正|等等|抱歉")
 WRONG = re.compile(r"(?i)\b(?:wrong|incorrect|not (?:right|correct|it|that))\b")
@@ -761,9 +765,9 @@ def verify_last_number(problem, completion) -> Verdict:
     """The last number of the text equals the answer exactly, as rational numbers: for sums, and for tasks of your own.
 
     Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x 10^-3, 3/4, 1 3/4, 0x1F
-    (0b1, 0o7), in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers or
-    names is no sign (3-4). What follows a number is its unit and is not read: 50% is 50, 7kg is 7. What has digits and begins
-    with a letter is a name, and passed over: x2, H2O, v1.2.3, the unit in `7\\text{ cm}^2`. Other numerals are read whole or
+    (0b1, 0o7), in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers
+    or names is no sign (3-4). What follows a number is its unit: 50% is 50, 7kg is 7. What has digits and begins with
+    a letter is a name, and passed over: x2, H2O, v1.2.3, the unit in `7\\text{ cm}^2`. Other numerals are read whole or
     not at all, never a piece: where the last one is 12,34 or 1.234.567, a date, a time, a power (2^10), a root, part of a
     fraction with letters or an uncertainty (9.8 ± 0.1), the reply is wrong.
     """
@@ -975,17 +979,34 @@ def need_sandbox(task, unsafe_exec=False):
 # Estimators. rewards: (problems, k) from 0 to 1.
 # ---------------------------------------------------------------------------------------------------------------------
 
+def reward_table(rewards) -> np.ndarray:
+    """Rewards as numbers (problems, k). ValueError where there are none, not as many of each problem, or not from 0 to 1."""
+    sizes = sorted({len(row) for row in rewards})
+    if len(sizes) != 1 or not sizes[0]:
+        raise ValueError(f"each problem has {' or '.join(map(str, sizes)) or 'no'} rewards: estimators need as many of "
+                         "each, and at least one")
+    rewards = np.asarray(rewards, float)
+    if not ((rewards >= 0) & (rewards <= 1)).all():  # a NaN is neither
+        raise ValueError("the rewards are not all numbers from 0 to 1")
+    return rewards
+
+
 def avg_at_k(rewards) -> float:
     """The mean reward over all problems and samples (the paper's avg@16)."""
-    return float(np.mean(rewards))
+    return float(reward_table(rewards).mean())
 
 
 def best_at_k(rewards, k=None) -> float:
-    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being above SUCCESS."""
-    solved = np.asarray(rewards) > SUCCESS
+    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being above SUCCESS.
+
+    k: n, if not given. ValueError where there are not as many samples.
+    """
+    solved = reward_table(rewards) > SUCCESS
     n = solved.shape[1]
     k = n if k is None else k
-    return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in solved.sum(1)]))
+    if k not in range(1, n + 1):  # 1.5 is not
+        raise ValueError(f"best@{k} can't be told from {n} samples of each problem: k has to be a number from 1 to {n}")
+    return float(np.mean([1 - comb(n - int(c), int(k)) / comb(n, int(k)) for c in solved.sum(1)]))
 
 
 def majority(rewards, answers) -> np.ndarray:
@@ -994,7 +1015,7 @@ def majority(rewards, answers) -> np.ndarray:
     answers: (problems, k), texts. The empty answer is one as well.
     """
     scores = []
-    for row, said in zip(rewards, answers, strict=True):
+    for row, said in zip(reward_table(rewards), answers, strict=True):
         votes = Counter(said)
         most = max(votes.values())
         top = [[r for a, r in zip(said, row, strict=True) if a == answer] for answer, n in votes.items() if n == most]
@@ -1011,7 +1032,7 @@ def headroom(rewards, answers) -> np.ndarray:
     """(problems,) what a perfect choice among the k samples would add to their majority: for rewards of 0 and 1,
     best@k - maj@k (Fig. 3); never below 0.
     """
-    return np.asarray(rewards).max(1) - majority(rewards, answers)
+    return reward_table(rewards).max(1) - majority(rewards, answers)
 
 
 def coverage(solved) -> dict:

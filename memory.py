@@ -314,8 +314,8 @@ def parse(reply) -> dict | None:
     """{key: its rows} for each key that the prompts ask for (strategies, lessons, behaviors, actions) and a reply holds.
 
     None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
-    several (their lists are joined), within another object. What stands in thoughts (<think>, see TAG) does not count. A
-    row is an object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
+    several (their lists are joined), within another object. What stands in thoughts (see TAG) does not count. A row is an
+    object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
     object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only: see
     `was_cut`.
     """

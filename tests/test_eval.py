@@ -47,6 +47,21 @@ def test_maj_at_k_is_the_mean_over_tie_breaks(answers, gold):
     assert maj_at_k(rewards, [answers]) == pytest.approx(np.mean([w == gold for w in winners]))
 
 
+@pytest.mark.parametrize("rewards", [[], [[]], [[1, 0], [1]], [[float("nan"), 1.0]], [[2.0, 0.0]], [[-1, 0]]])
+def test_rewards_that_are_no_table_are_refused(rewards):
+    answers = [["a"] * len(row) for row in rewards]
+    for estimate in (lambda: avg_at_k(rewards), lambda: best_at_k(rewards, 1), lambda: maj_at_k(rewards, answers),
+                     lambda: headroom(rewards, answers)):
+        with pytest.raises(ValueError, match="reward"):
+            estimate()
+
+
+@pytest.mark.parametrize("k", [0, -1, 3, 1.5, float("nan")])
+def test_best_of_more_than_there_are_is_refused(k):
+    with pytest.raises(ValueError, match="2 samples of each problem"):
+        best_at_k([[1, 0]], k)
+
+
 @st.composite
 def answered(draw):
     """(rewards, answers) of two problems, five samples each, where samples of one answer may differ in reward."""

@@ -204,9 +204,10 @@ def insights_of(reply):
     '{"strategies": [...], "lessons": [...]}\n' + BOTH, BOTH[:-1], BOTH[:-2], BOTH[:-3], BOTH.replace("}]", "]", 1),
     BOTH.replace("}]", "}", 1), BOTH.replace('"title"', '\n  // a comment\n  "title"'), str(json.loads(BOTH)),
     *(f"{begins}{DRAFT}{ends}\n{BOTH}" for begins, ends in (
-        ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"), 
+        ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
         ("<THINK >", "</THINK >"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"),
-        ("<scratchpad>", "</scratchpad>"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("", "[/THINK]"))),
+        ("<scratchpad>", "</scratchpad>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"), ("", "[/THINK]"))),
     '[THINK]{"strategies": [{"title": "Draft", "content": "cut[/THINK]' + BOTH, BOTH.replace('": [', '" = ['),
     json.dumps(BOTH), json.dumps({"answer": json.dumps(json.loads(BOTH), indent=1)}), BOTH.replace('"', '\\"')])
 def test_the_json_is_found_wherever_it_stands(reply):
