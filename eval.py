@@ -141,25 +141,38 @@ def sciknoweval_from_hub(domain, source="") -> list[list[Problem]]:
     except Exception as error:
         raise ValueError(f"sciknoweval/{domain} needs --data, a folder with {domain}/train.json and test.json (SDPO's "
                          f"repository has it as datasets/sciknoweval), or the Hub's {source}, which can't be loaded: "
-                         f"{' '.join(str(error.__cause__ or error).split())}") from error
+                         f"{cause(error)}") from error
     if missing := {"question", "choices", "answerKey", "type", "domain", "details"} - set(table.column_names):
         raise ValueError(f"{source} has no column {', '.join(sorted(missing))}")
-    table = table.select([n for n, row in enumerate(table) if str(row["domain"]).lower() in (domain, f"{domain}s")
-                          and row["details"]["level"] == "L3" and row["type"] in ("mcq-4-choices", "mcq-2-choices")])
+
+    def wanted(row):
+        level = row["details"].get("level") if isinstance(row["details"], dict) else None
+        return (str(row["domain"]).lower() in (domain, f"{domain}s") and level == "L3"
+                and row["type"] in ("mcq-4-choices", "mcq-2-choices"))
+
+    table = table.select([n for n, row in enumerate(table) if wanted(row)])
     if len(table) < 2:
         raise ValueError(f"{source} has {len(table)} multiple-choice items of level L3 in {domain}: too few for two splits")
     parts = table.add_column("idx", list(range(len(table)))).train_test_split(test_size=0.1, seed=42)
 
     def problem(row):
-        options = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
-        prompt = f"{row['question']}\n\n" + "\n".join(f"{label}: {text}" for label, text in options) + REASON
         try:
+            prompt = f"{question_with_options(row)}{REASON}"
             return read_problem(from_sciknoweval(
                 {"idx": row["idx"], "prompt": prompt, "answer": row["answerKey"], "system": HUB_SYSTEM}))
         except ValueError as error:
             raise ValueError(f"{source}, item {row['idx']} of {domain} (L3, multiple choice): {error}") from error
 
     return [[problem(row) for row in parts[split]] for split in ("train", "test")]
+
+
+def question_with_options(row) -> str:
+    """An item of the Hub's as SDPO writes it, `A: text` on a line. ValueError where it has no question or whole options."""
+    choices = row["choices"] if isinstance(row["choices"], dict) else {}
+    labels, texts = choices.get("label") or [], choices.get("text") or []
+    if not row["question"] or not labels or len(labels) != len(texts) or None in (*labels, *texts):
+        raise ValueError("it has to have a question, and choices with as many texts as labels")
+    return f"{row['question']}\n\n" + "\n".join(f"{label}: {text}" for label, text in zip(labels, texts, strict=True))
 
 
 def defects(train, test) -> list[list[str]]:
@@ -223,6 +236,8 @@ def json_lines(path, cut=False):
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
     data = Path(path).read_bytes()
+    if data.startswith((b"\x1f\x8b", b"PK\3\4")):
+        raise ValueError(f"{path} is compressed; unpack it")
     if b"\0" in data[:4] and data[:4].strip(b"\0"):  # JSON begins with two characters of ASCII
         raise ValueError(f"{path} is not in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8")
     for n, line in enumerate(data.split(b"\n")[:-1 if cut else None], 1):
@@ -244,6 +259,12 @@ def load_table(path):
     return datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train")
 
 
+def cause(error) -> str:
+    """What an error of a library says, or the one that caused it; where neither says a word, its name."""
+    said = " ".join(str(error.__cause__ or error).split())
+    return said or type(error.__cause__ or error).__name__
+
+
 def table_rows(path):
     """Yields (number of its line or row, object) of a published file, JSON lines or Parquet, through `datasets`.
 
@@ -261,8 +282,7 @@ def table_rows(path):
     except Exception as error:  # of pyarrow, of datasets, of the file system
         if not parquet and not whole_lines(path):  # names the line, which they do not
             raise ValueError(f"{path} holds no problem") from error
-        said = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{path} can't be read as {'Parquet' if parquet else 'JSON lines'}: {said}") from error
+        raise ValueError(f"{path} can't be read as {'Parquet' if parquet else 'JSON lines'}: {cause(error)}") from error
 
 
 def whole_lines(path) -> int:
@@ -450,7 +470,7 @@ def read_livecodebench(data):
                 table = datasets.load_dataset("json", data_files=place, split="train")
             except Exception as error:
                 raise ValueError(f"livecodebench needs --data, its official files, or the Hub's {place}, which can't be "
-                                 f"loaded: {' '.join(str(error.__cause__ or error).split())}") from error
+                                 f"loaded: {cause(error)}") from error
             yield from ((f"{place}, row {n}", row) for n, row in enumerate(table, 1))
         return
     files = sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet")) if Path(data).is_dir() \

@@ -279,6 +279,13 @@ def test_other_encodings_are_named(tmp_path, encoding):
         read_problems(tmp_path / "t.jsonl")
 
 
+@pytest.mark.parametrize("start", [b"\x1f\x8b\x08\x00", b"PK\x03\x04"])
+def test_a_compressed_file_is_named(tmp_path, start):
+    (tmp_path / "train.jsonl").write_bytes(start + b"\0" * 9)
+    with pytest.raises(ValueError, match="train.jsonl is compressed; unpack it"):
+        read_problems(tmp_path / "train.jsonl")
+
+
 def test_missing_and_empty_files_and_unknown_tasks(tmp_path):
     with pytest.raises(ValueError, match="no task 'chess'"):
         load_task("chess")
