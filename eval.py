@@ -711,7 +711,7 @@ ODD = "\u00bc-\u00be\u2150-\u215e\u03c0\u221a"  # halves and thirds in one chara
 NUMERALS = re.compile(
     # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2, and as LaTeX has them: H$_2$O, \text{m}^2.
     rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:[}}$]{{0,3}}_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?"
-    rf"(?:[}}$]{{0,3}}\^\{{?[-+]?[{LETTERS}\d]+)?)"
+    rf"(?:[}}$)\]]{{0,3}}\^\{{?[-+]?[{LETTERS}\d]+)?)"
     # A date or a telephone number: digits with two hyphens or more between them.
     r"|\d+(?:-\d+){2,}"
     r"|(?P<based>0x[0-9a-f]+|0b[01]+|0o[0-7]+)"
@@ -731,7 +731,8 @@ PLAIN = [  # (how others and LaTeX write it, how we do), in this order
     ("<sup>", "^"), ("<sub>", "_"), ("</su[bp]>", ""), (r"\{(\d+)\}(?=\^)", r"\1"),  # a power may stand apart from its base
     (r" ?\^ ?\{ ?([-+]?\w+) ?\}", r"^{\1}"), (r"(?<=\w) ?\^ ?(?=[-+]?\d)", "^"), (r"(?<=\d) \*\* (?=[-+]?\d)", "**"),
     (r"\\(?:text|math)\w{0,9} ?\{ ?([-+]?[\d.,]+) ?\}", r"\1"),  # a number in another font
-    (r"([:=]) ?\} ?(?=[-+][.\d])", r"\1 "), (r"(?<![\w$)\]}%])-\\?[$€£¥](?=[.\d])", "-"),  # a sign before \text{..: } or $
+    (r"\\(?:text)?color ?\{\w{1,20}\}", ""),
+    (r"([:=]) ?\} ?(?=[-+][.\d])", r"\1 "), (r"(?<![\w$)\]}%])-\\?[$£¥\u20a0-\u20bf](?=[.\d])", "-"),  # a sign before \text{..: } or $
     (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_~]|\\[,;:! ])(?=\d{3}(?!\d))", ","),  # between groups of three
     (rf"(?<=\d) ?{FRAC}", r" \g<above>\g<digit>/\g<below>\g<other>"), (FRAC, r"\g<above>\g<digit>/\g<below>\g<other>"),
     (SIGNED_FRAC, r"-\1\3/\2\4"),
@@ -769,9 +770,9 @@ def last_number(text) -> tuple[Fraction | None, str]:
     if not numerals:
         return None, ""
     last = numerals[-1]
-    before = text[max(0, last.start() - 6):last.start()].replace(" ", "")
-    inside = before.endswith(  # part of a fraction, under a root, or how much a number is uncertain
-        ("/", "}{", "frac{", "√", "sqrt{", "sqrt(", "sqrt", "]{", "±", "\\pm", "+/-"))
+    before = text[max(0, last.start() - 10):last.start()].replace(" ", "")
+    inside = before.endswith(  # part of a fraction, under a root, digits that recur, or how much a number is uncertain
+        ("/", "}{", "frac{", "√", "sqrt{", "sqrt(", "sqrt", "]{", "overline{", "dot{", "±", "\\pm", "+/-"))
     value = Fraction(int(last[0], 0)) if last["based"] and len(last[0]) < 400 else read_number(last[0])
     if inside or value is None:
         return None, f"{before[-1:]}{last[0]}"[:100] + "..."

@@ -516,6 +516,9 @@ It is 7! -> 7
 5 \text{ m/s}^2 -> 5
 5 \mathrm{kg \cdot m}^{2} -> 5
 5 \text{s}^{-1} -> 5
+25 (m/s)^2 -> 25
+5 \text{ (m/s)}^2 -> 5
+5 \tfrac{\text{m}}{\text{s}^2} -> 5
 7 of H$_2$O -> 7
 7 of \mathrm{CO}_2 -> 7
 7 of x<sub>2</sub> -> 7
@@ -534,6 +537,10 @@ It is 7! -> 7
 12\!345 -> 12345
 -$7 -> -7
 is −£7 -> -7
+is -₹7 -> -7
+\textcolor{red}{7} -> 7
+\color{blue}{-7} -> -7
+\underline{7} -> 7
 is -\$7 -> -7
 $3$-$7$ -> 7
 10-$7 -> 7
@@ -569,7 +576,7 @@ def test_numbers_are_read_whole(text, number):
     "2^10", "2**10", "5\u00b2", "\u00bd", "3\u00bd", "2\u03c0", "2\\pi", "\u221a2", "2\\sqrt{2}", "\\frac{\\pi}{2}",
     "\\frac{x}{2}", "x/2",
     "9 \u00b1 5", "9\u00b15", "9 \\pm 5", "9 +/- 5", "2 ^ 10", "2 ** 10", "101_2", "101_{2}", "(3+4)^2", "{10}^{2}",
-    "\\frac{3}{x}", "-\\frac{-1}{2}", "\\sqrt[3]{9}", "3$^2$",
+    "\\frac{3}{x}", "-\\frac{-1}{2}", "\\sqrt[3]{9}", "9.\\overline{3}", "9.\\dot{3}", "3$^2$",
     "5/0", "1e999999999", "1e-999999999", "1e" + "9" * 5000, "9" * 5000, "1,2,34"])
 def test_what_can_t_be_read_whole_is_wrong_and_no_piece_of_it_is_right(text):
     start = time.process_time()
