@@ -732,7 +732,8 @@ PLAIN = [  # (how others and LaTeX write it, how we do), in this order
     (r" ?\^ ?\{ ?([-+]?\w+) ?\}", r"^{\1}"), (r"(?<=\w) ?\^ ?(?=[-+]?\d)", "^"), (r"(?<=\d) \*\* (?=[-+]?\d)", "**"),
     (r"\\(?:text|math)\w{0,9} ?\{ ?([-+]?[\d.,]+) ?\}", r"\1"),  # a number in another font
     (r"\\(?:text)?color ?\{\w{1,20}\}", ""),
-    (r"([:=]) ?\} ?(?=[-+][.\d])", r"\1 "), (r"(?<![\w$)\]}%])-\\?[$£¥\u20a0-\u20bf](?=[.\d])", "-"),  # a sign before \text{..: } or $
+    (r"([:=]) ?\} ?(?=[-+][.\d])", r"\1 "),  # a sign behind \text{..: } or before $
+    (r"(?<![\w$)\]}%])-\\?[$£¥\u20a0-\u20bf](?=[.\d])", "-"),
     (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_~]|\\[,;:! ])(?=\d{3}(?!\d))", ","),  # between groups of three
     (rf"(?<=\d) ?{FRAC}", r" \g<above>\g<digit>/\g<below>\g<other>"), (FRAC, r"\g<above>\g<digit>/\g<below>\g<other>"),
     (SIGNED_FRAC, r"-\1\3/\2\4"),
