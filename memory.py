@@ -284,12 +284,16 @@ def first_joint(token) -> int:
 
 
 # Where a reply holds what it was asked for: a key and the list (or the one object, or a text, which is none) behind it
-ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+:\s*+(?=[\[{"])""")
+ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+[:=]\s*+(?=[\[{"])""")
 # What opens or ends a value, with the string that follows. A quote inside a string need not be escaped: one that no
 # delimiter follows does not end it
 STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*+(?P=quote)?"""
-PIECE = re.compile(rf"[\[{{,:](?:\s*+{STRING})?|[\]}}]|</?think>", re.S | re.I)
-THOUGHT = re.compile(r"</?think>", re.I)
+# Where a model's thoughts begin and end: <think>, <thinking>, [THINK], <|begin_of_thought|> ...
+THOUGHTS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
+TAG = (rf"(?P<begins><{THOUGHTS}\s?>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>)|"
+       rf"(?P<ends></{THOUGHTS}\s?>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>)")
+PIECE = re.compile(rf"{TAG}|[\[{{,:](?:\s*+{STRING})?|[\]}}]", re.S | re.I)
+TAG = re.compile(TAG, re.I)
 MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
 
 
@@ -310,7 +314,7 @@ def parse(reply) -> dict | None:
     """{key: its rows} for each key that the prompts ask for (strategies, lessons, behaviors, actions) and a reply holds.
 
     None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
-    several (their lists are joined), within another object. What stands in thoughts (<think>) does not count. A row is an
+    several (their lists are joined), within another object. What stands in thoughts (see TAG) does not count. A row is an
     object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
     object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only: see
     `was_cut`.
@@ -343,13 +347,16 @@ def was_cut(reply) -> bool:
 
 def places(reply) -> list[Place]:
     """Where the reply, its LaTeX made valid JSON, holds the asked-for keys; without those in thoughts."""
-    text = keep_latex(clean(reply)[:MAX_REPLY])
+    text = clean(reply)[:MAX_REPLY]
+    if '\\"' in text and not ASKED.search(text):  # JSON that stands, escaped, in a string of JSON
+        text = re.sub(r'\\([\\"/nt])', lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), text)
+    text = keep_latex(text)
     found = [place_at(text, m) for m in itertools.islice(ASKED.finditer(text), MAX_PLACES)]
     outside = text
     for place in found:  # a tag within an item is no tag
         outside = outside[:place.start] + " " * (place.end - place.start) + outside[place.end:]
-    tags = [(place, THOUGHT.search(outside, place.end)) for place in found]
-    return [place for place, tag in tags if not (tag and tag[0].startswith("</"))]
+    tags = [(place, TAG.search(outside, place.end)) for place in found]
+    return [place for place, tag in tags if not (tag and tag["ends"])]
 
 
 def place_at(text, match) -> Place:
@@ -362,7 +369,7 @@ def place_at(text, match) -> Place:
     outer = 1 if text[start] == "[" else 0  # brackets around an item
     for piece in PIECE.finditer(text, start):
         mark, at = piece[0][0], piece.start()
-        if mark == "<" or len(stack) > MAX_DEPTH:
+        if piece["begins"] or piece["ends"] or len(stack) > MAX_DEPTH:
             return place
         if mark in "[{":
             if mark == "{" and len(stack) == outer:
@@ -408,12 +415,18 @@ def fields_of(row) -> dict | None:
 
 # Commands of LaTeX that begin like JSON's escapes for a line break and a tab. \ni and \tt are left out: i and t are words
 N_AND_T = frozenset("""
-    nabla natural ncong ne nearrow neg neq newcommand newline nexists ngeq ngeqslant ngtr nleftarrow nleq nleqslant nless
-    nmid nobreak nolimits nonumber not notag notin nparallel nprec npreceq nrightarrow nsim nsubseteq nsucc nsucceq
-    nsupseteq nu nwarrow nLeftarrow nLeftrightarrow nRightarrow nVdash nvdash nvDash tag tan tanh tau tbinom text textbf
-    textbackslash textit textmd textnormal textrm textsc textsf textstyle textsubscript textsuperscript texttt textup
-    tfrac therefore theta thetasym thickapprox thicksim thinspace tilde times to top triangle triangledown triangleleft
-    trianglelefteq triangleq triangleright trianglerighteq twoheadrightarrow
+    nabla natural ncong ne nearrow neg negmedspace negthickspace negthinspace neq newcommand newenvironment newline
+    newpage newtheorem nexists ngeq ngeqq ngeqslant ngtr nicefrac nLeftarrow nleftarrow nLeftrightarrow
+    nleftrightarrow nleq nleqq nleqslant nless nmid nobreak nobreakspace nocite noindent nolimits nonumber nopagebreak
+    norm normalfont normalsize not notag notin nparallel nprec npreceq nRightarrow nrightarrow nshortmid
+    nshortparallel nsim nsubset nsubseteq nsubseteqq nsucc nsucceq nsupset nsupseteq nsupseteqq ntriangleleft
+    ntrianglelefteq ntriangleright ntrianglerighteq nu num numberwithin nVDash nVdash nvDash nvdash nwarrow tag tan
+    tanh tau tbinom tensor text textasciitilde textbackslash textbar textbf textbullet textcelsius textcolor
+    textdegree textellipsis textemdash textendash textgreater textit textless textmd textmicro textmu textnormal
+    textohm textperthousand textpm textrm textsc textsf textsl textstyle textsubscript textsuperscript texttimes
+    texttrademark texttt textunderscore textup tfrac therefore theta thetasym thickapprox thicksim thickspace
+    thinspace tilde times tiny to top transpose triangle triangledown triangleleft trianglelefteq triangleq
+    triangleright trianglerighteq twoheadleftarrow twoheadrightarrow
     """.split())
 ESCAPE = re.compile(r"""\\(?:(["\\/']|u[0-9a-fA-F]{4})|([A-Za-z]*))""")  # JSON's (and ', for the repairer), or letters
 
@@ -471,9 +484,29 @@ def shortcuts(text) -> list[str]:
 
 
 # What an abstraction may call its decisions. A new behavior of a known name updates it, so that both are one to us.
-WRITES = {"new", "add", "added", "create", "insert", "introduce", "update", "updated", "modify", "modified", "rewrite",
-          "revise", "edit", "change", "replace", "refine", "improve"}
-REMOVES = {"remove", "removed", "delete", "deleted", "drop", "discard", "retire", "forget"}
+DECISION = ("decision", "operation", "op", "type", "event")  # the fields that may say it where there is no `action`
+WRITES = {"new", "add", "append", "create", "insert", "introduce", "save", "store", "update", "upsert", "adjust", "amend",
+          "change", "combine", "edit", "extend", "generalize", "generalise", "improve", "merge", "modify", "modified",
+          "refine", "replace", "revise", "rewrite", "rewritten", "strengthen"}
+REMOVES = {"remove", "delete", "deprecate", "discard", "drop", "dropped", "eliminate", "erase", "forget", "prune", "purge",
+           "retire"}
+UNDECIDED = {"no", "not", "or", "don", "keep", "none", "unchanged"}
+
+
+def decision_of(row) -> str:
+    """What a row decides: "write", "remove", or "" where that is not clear. A row that says no decision is written."""
+    others = [row[name] for name in DECISION if verbs_in(row.get(name))]
+    verbs = verbs_in(row["action"] if "action" in row else others[0] if others else "new")
+    return verbs.pop() if len(verbs) == 1 else ""
+
+
+def verbs_in(said) -> set[str]:
+    """Which of "write" and "remove" some words say, in any form of the verb (`Removed`, `add_behavior`)."""
+    words = set(re.findall("[a-z]+", said.casefold())) if isinstance(said, str) else set()
+    if words & UNDECIDED:
+        return set()
+    stems = words | {word.removesuffix(end) for word in words for end in ("d", "ed", "s")}
+    return {verb for verb, known in (("write", WRITES), ("remove", REMOVES)) if stems & known}
 
 
 def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
@@ -486,7 +519,7 @@ def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
 def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
     """A parsed abstraction: ((name, instruction) pairs to write, names to remove, how many rows are neither).
 
-    Cold start and decisions may come under each other's key; a row without an action is written. None where the reply
+    Cold start and decisions may come under each other's key; a row without a decision is written. None where the reply
     has neither key.
     """
     if not found or not found.keys() & {"actions", "behaviors"}:
@@ -495,10 +528,10 @@ def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
     writes, removes = [], []
     for row in rows[:MAX_ITEMS]:
         row = row or {}
-        action, name = plain(str(row.get("action", "new"))).strip(".:!").casefold(), row.get("name")
-        if action in WRITES:
+        decision, name = decision_of(row), row.get("name")
+        if decision == "write":
             writes += parse_items({"row": [row]}, "row", "name", "instruction")
-        elif action in REMOVES and isinstance(name, str):
+        elif decision == "remove" and isinstance(name, str):
             removes.append(plain(name))
     return writes, removes, len(rows) - len(writes) - len(removes)
 

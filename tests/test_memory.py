@@ -202,13 +202,20 @@ def insights_of(reply):
     BOTH.replace('"title"', '"sure": True, "none": None, "title"'), BOTH.replace('"strategies"', "strategies"),
     BOTH.replace('"strategies": [', '"strategies": ').replace('first."}]', 'first."}'), "Strategies: [see below\n" + BOTH,
     '{"strategies": [...], "lessons": [...]}\n' + BOTH, BOTH[:-1], BOTH[:-2], BOTH[:-3], BOTH.replace("}]", "]", 1),
-    BOTH.replace("}]", "}", 1), BOTH.replace('"title"', '\n  // a comment\n  "title"'), str(json.loads(BOTH))])
+    BOTH.replace("}]", "}", 1), BOTH.replace('"title"', '\n  // a comment\n  "title"'), str(json.loads(BOTH)),
+    *(f"{begins}{DRAFT}{ends}\n{BOTH}" for begins, ends in (
+        ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
+        ("<THINK >", "</THINK >"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"),
+        ("<scratchpad>", "</scratchpad>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"), ("", "[/THINK]"))),
+    '[THINK]{"strategies": [{"title": "Draft", "content": "cut[/THINK]' + BOTH, BOTH.replace('": [', '" = ['),
+    json.dumps(BOTH), json.dumps({"answer": json.dumps(json.loads(BOTH), indent=1)}), BOTH.replace('"', '\\"')])
 def test_the_json_is_found_wherever_it_stands(reply):
     assert insights_of(reply) == RIGHT
 
 
 def test_a_tag_within_an_item_is_no_thought():
-    pieces = ["</think>", "<think>", "a </think> b <think> c", "<think> x </think>"]
+    pieces = ["</think>", "[THINK]", "a </think> b <think> c", "<reasoning> x </reasoning>"]
     for title, content, lesson in itertools.product(pieces, repeat=3):
         reply = json.dumps({"strategies": [{"title": title, "content": content}],
                             "lessons": [{"title": "t", "content": lesson}]})
@@ -222,6 +229,14 @@ def test_a_schema_that_is_echoed_before_the_answer_is_rejected_alone(make_memory
     memory.reflect(1, [P])
     assert {(i.title, i.text) for i in memory.living("insight")} == {*RIGHT["strategies"], *RIGHT["lessons"]}
     assert memory.counts()["insight_rejected"] == 2
+
+
+def test_an_escaped_reply_keeps_its_texts():
+    """JSON in a string of JSON: quotes, line breaks and LaTeX come out as in the JSON itself."""
+    content = 'Say "x".\n- and \\frac{a}{b}, \\nu\tthen'
+    reply = json.dumps({"strategies": [{"title": "T", "content": content}]})
+    row, = mem.parse(json.dumps(reply))["strategies"]
+    assert row == {"title": "T", "content": content}
 
 
 def test_quotes_in_a_text_need_no_backslash():
@@ -246,7 +261,9 @@ FORMULAS = [
     r"\nu = c/\lambda", r"\theta", r"2\times 3", r"\frac{1}{2}", r"\rho", r"\beta", r"\bar{x}", r"\boxed{B}", r"\forall",
     r"\rightarrow", r"\right)", r"\tau", r"\tan x", r"x \to 0", r"\text{mol}", r"\nabla", r"a \neq b", r"\not=", r"\notin",
     r"\upsilon", r"\uparrow", r"\underline{x}", r"\unit", r"\alpha", r"\Delta\tau", r"\(x\)", r"\{a, b\}", r"5\,\%",
-    r"x\_1", r"\begin{array}", r"\bmod", r"\rangle", r"\triangle", r"\tfrac12", r"\ne 0", r"\therefore"]
+    r"x\_1", r"\begin{array}", r"\bmod", r"\rangle", r"\triangle", r"\tfrac12", r"\ne 0", r"\therefore",
+    r"\norm{x}", r"\nicefrac{1}{2}", r"\num{5}", r"\textcolor{red}{x}", r"\textdegree", r"\textmu", r"\nleqq", r"\ngeqq",
+    r"\nsubset", r"\ntriangleleft", r"\negthinspace", r"\tensor{T}", r"\tiny", r"\noindent"]
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
@@ -513,9 +530,15 @@ WRITTEN, REMOVED = dict(ABC) | {"behavior_x": "xxx"}, dict(ABC[1:])
 @pytest.mark.parametrize("reply, left", [
     *(({"actions": [decision(word)]}, WRITTEN) for word in
       ("new", "New", "NEW", " new ", "new.", "add", "Add", "create", "insert", "update", "Update", "modify", "Modify",
-       "rewrite", "revise", "edit", "change", "refine", "replace")),
+       "rewrite", "revise", "edit", "change", "refine", "replace", "created", "Revised", "edited", "'new'", "add_behavior",
+       "create new", "ADD_NEW", "Update existing", "merge", "upsert", "updates")),
     *(({"actions": [decision(word, "behavior_a")]}, REMOVED) for word in
-      ("remove", "Remove", "REMOVE", " remove\n", "removed", "delete", "Delete", "drop", "discard", "retire")),
+      ("remove", "Remove", "REMOVE", " remove\n", "removed", "delete", "Delete", "drop", "discard", "retire",
+       "dropped", "retired",
+       "remove_behavior", "deletes", "prune", "eliminate")),
+    *(({"actions": [{word: "remove", "name": "behavior_a", "instruction": "It is wrong."}]}, REMOVED) for word in
+      ("decision", "operation", "op", "Type")),
+    ({"actions": [{"type": "behavior", "name": "behavior_x", "instruction": "xxx"}]}, WRITTEN),
     ({"actions": [{"action": "Delete", "name": " behavior_a "}]}, REMOVED),
     ({"behaviors": [{"name": "behavior_x", "instruction": "xxx"}]}, WRITTEN),  # under the other prompt's key
     ({"behaviors": [decision("remove", "behavior_a")]}, REMOVED),
@@ -536,7 +559,8 @@ def test_an_empty_bank_takes_decisions_too(make_memory):
     assert bank_of(memory) == {"behavior_a": "alpha"} and memory.counts(1)["behavior_rejected"] == 1
 
 
-NO_ACTIONS = ("explode", "", "new, update or remove", 7, None, ["new"], {"new": 1}, "keep")
+NO_ACTIONS = ("do not remove", "no update", "keep; do not change", "update or remove",
+              "explode", "", "new, update or remove", 7, None, ["new"], {"new": 1}, "keep")
 NO_ROWS = ("add behavior_x: xxx", 3, None, [], {}, {"action": "remove"}, {"action": "remove", "name": ["behavior_a"]},
            {"action": "new"}, {"action": "new", "name": "behavior_x"}, decision("new", "no_prefix"))
 
