@@ -273,7 +273,7 @@ def chunked_loss(
     per_token: tensors (N,) by the names that token_loss has for them, which receive none.
 
     Returns TokenLoss. A non-finite loss is returned as it is.
-    Raises ValueError as `distill_loss`, and if the losses of token_loss have another shape.
+    Raises ValueError as `distill_loss`, and if what token_loss returns has another shape.
     """
     pairs = {"": (hidden, head)}
     for i, teacher in enumerate(teachers):
@@ -292,11 +292,12 @@ def _autograd_tile(token_loss, logits, token_ids, weights, **per_token):
         outputs = token_loss(log_p, *log_q, token_ids=token_ids, **per_token)
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        shape = tuple(outputs[0].shape)
-        _require(
-            shape == weights.shape,
-            f"token_loss returned losses of shape {shape}, but got {len(weights)} tokens.",
-        )
+        for output in outputs:
+            shape = tuple(output.shape)
+            _require(
+                shape == weights.shape,
+                f"token_loss returned shape {shape}, but must return {tuple(weights.shape)}.",
+            )
         return (weights * outputs[0]).sum(), outputs
 
     gradient, (losses, *others) = torch.func.grad(weighted_sum, has_aux=True)(log_p)
