@@ -514,17 +514,23 @@ class _Formed(torch.autograd.Function):
 
 @functools.cache
 def _compiler(device):
-    """Returns torch.compile as it serves here, or no change and one warning where it fails."""
-    try:
-        torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        warnings.warn(
-            f"kernels.py runs its losses uncompiled, which is slower: {str(error).splitlines()[0]}",
-            stacklevel=2,
-        )
-        return _run_tile
+    """Returns `_run_tile`, compiled. From the first failure on, which it warns of, it is not."""
     torch._dynamo.config.recompile_limit = 64  # torch 2.11's compile does not take it
-    return torch.compile(_run_tile, dynamic=False)
+    run = torch.compile(_run_tile, dynamic=False)
+
+    def run_compiled(*arguments):
+        nonlocal run
+        try:
+            return run(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"kernels.py runs its losses uncompiled, which is slower: {reason}", stacklevel=2
+            )
+            run = _run_tile
+            return run(*arguments)
+
+    return run_compiled
 
 
 def _require(condition, message):
