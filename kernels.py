@@ -514,7 +514,7 @@ class _Formed(torch.autograd.Function):
 
 @functools.cache
 def _compiler(device):
-    """Returns `_run_tile`, compiled. From the first failure on, which it warns of, it is not."""
+    """Returns a `_run_tile` that is compiled until compiling fails, which it warns of once."""
     torch._dynamo.config.recompile_limit = 64  # torch 2.11's compile does not take it
     run = torch.compile(_run_tile, dynamic=False)
 
