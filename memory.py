@@ -290,6 +290,8 @@ ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|acti
 STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*+(?P=quote)?"""
 PIECE = re.compile(rf"[\[{{,:](?:\s*+{STRING})?|[\]}}]|</?think>", re.S | re.I)
 THOUGHT = re.compile(r"</?think>", re.I)
+# The end of a text that is whole. A closing quote alone does not tell: it may open a quotation that the limit cut
+SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][^\w\s]*\Z")
 MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
 
 
@@ -312,8 +314,8 @@ def parse(reply) -> dict | None:
     None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
     several (their lists are joined), within another object. What stands in thoughts (<think>) does not count. A row is an
     object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
-    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only: see
-    `was_cut`.
+    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only and its last
+    text ends as a sentence does: see `was_cut`.
     """
     found = {}
     for place in places(reply):
@@ -328,7 +330,8 @@ def rows_at(place) -> list[dict | None]:
     except (RecursionError, ValueError):
         rows = [read_object(text) for text in place.rows[:MAX_ITEMS]]
         rows += [None] * (len(place.rows) - len(rows))
-        if row := read_json(place.rest.rstrip().removesuffix(",") + "}"):
+        open_one = place.rest.rstrip().removesuffix(",")
+        if SENTENCE_END.search(open_one) and (row := read_json(open_one + "}")):
             rows.append(row)
         return rows
     if not isinstance(value, list):
@@ -444,7 +447,9 @@ def parse_items(found, key, first, second) -> list[tuple[str, str]]:
         pair = [row.get(first), row.get(second)] if isinstance(row, dict) else [None, None]
         pair = [clean(x) if isinstance(x, str) else "" for x in pair]  # again: JSON escapes can hide what `parse` cleaned
         if all(x.strip() for x in pair):
-            sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]
+            sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]  # not at e.g. X
+            while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
+                sentences.pop()
             items.append((" ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]))
     return items
 
@@ -533,11 +538,11 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
     """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates, how many were updates).
 
     cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who come in one by one. A
-    newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. When all `cap`
-    places are taken, the most redundant goes: the one with the highest cosine to any other, the newcomer included; the
-    older of two. names: n keys. A newcomer takes the place of the one of its name; where it is refused, that one stays.
+    newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. While all `cap`
+    places are taken (by more, where a fork lowered it), the most redundant goes: the one with the highest cosine to any
+    other, the newcomer included; the older of two. names: n keys. A newcomer takes the place of the one of its name; where it is refused, that one stays.
     """
-    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.copy()
+    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.clip(-1, 1)
     np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
     for new in range(held, len(cosines)):
         others = [i for i in stay if names is None or names[i] != names[new]]
@@ -546,7 +551,7 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
             continue
         updates += len(stay) - len(others)
         stay = others
-        if len(stay) >= cap:
+        while len(stay) >= cap:
             del stay[int(cosines[stay][:, [*stay, new]].max(1).argmax())]
         stay.append(new)
     return stay, refused, updates
