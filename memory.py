@@ -540,7 +540,8 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
     cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who come in one by one. A
     newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. While all `cap`
     places are taken (by more, where a fork lowered it), the most redundant goes: the one with the highest cosine to any
-    other, the newcomer included; the older of two. names: n keys. A newcomer takes the place of the one of its name; where it is refused, that one stays.
+    other, the newcomer included; the older of two. names: n keys. A newcomer takes the place of the one of its name; where
+    it is refused, that one stays.
     """
     stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.clip(-1, 1)
     np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
