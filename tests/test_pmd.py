@@ -810,7 +810,7 @@ def test_a_fork_does_not_read_what_was_learned_of_other_problems_with_equal_ids(
     flags = dict(dev=0.0, save_every=1, steps=1)
     pmd.train(make_config(task=str(tmp_path / "one"), name="run", **flags))
     flags |= dict(name="fork", fork_from="run@1", steps=2)
-    with pytest.raises(ValueError, match="--from run@1 has the memory of another task: 6 training problems have other texts in it"):
+    with pytest.raises(ValueError, match="the memory of another task: 6 training problems have other texts in it"):
         pmd.check(make_config(task=str(tmp_path / "other"), **flags))
     pmd.check(make_config(task=str(tmp_path / "one"), **flags))
     pmd.check(make_config(task=str(tmp_path / "other"), method="sdpo", **flags))  # which takes the weights alone
@@ -919,6 +919,14 @@ def test_an_evaluation_on_training_problems_says_so(make_config, tmp_path, capsy
     eval.main(["--model", "nano", "--task", str(folder), "--n", "1", "--memory", str(tmp_path / "lender" / "memory.db"),
                "--out", str(tmp_path), "--name", "read", "--dev", "0"])
     assert sentence in capsys.readouterr().out
+
+
+def test_an_evaluation_with_an_empty_memory_is_refused(make_config, tmp_path):
+    """A transient run's is empty at its end: it would be an evaluation without a memory under the name of one with it."""
+    pmd.train(make_config(method="pmd-transient", name="transient"))
+    with pytest.raises(SystemExit, match="--memory .*transient/memory.db holds nothing; name the memory.db of another run"):
+        eval.main(["--model", "nano", "--n", "1", "--memory", str(tmp_path / "transient" / "memory.db"), "--out",
+                   str(tmp_path), "--name", "read"])
 
 
 def test_batches_cover_an_epoch_without_repetition(problems, make_config):
