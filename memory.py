@@ -518,8 +518,8 @@ def unit_rows(rows) -> np.ndarray:
 
     Raises ValueError for what is no such table, and for numbers that are not finite.
     """
-    rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy has no bfloat16
     try:
+        rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy: no bfloat16
         rows = np.array(rows, np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the embedder gave no table of numbers ({error}): name another --embedder") from error

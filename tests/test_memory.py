@@ -845,6 +845,7 @@ def test_rows_of_unit_length_stay_to_the_bit_and_zeros_stay_zeros():
 
 @pytest.mark.parametrize("vectors, said", [
     (lambda texts: [[np.nan, 1.0]] * len(texts), "not finite"), (lambda texts: [[1e39, np.inf]] * len(texts), "not finite"),
+    (lambda texts: None, "no table"),
     (lambda texts: [1.0] * len(texts), "shape"), (lambda texts: [["a"]] * len(texts), "no table"),
     (lambda texts: [[1.0], [1.0, 2.0]], "no table"), (lambda texts: [[1.0, 0.0]] * 3, "3 rows for 1 texts")])
 def test_what_is_no_embedding_is_said_in_a_sentence(make_memory, vectors, said):
