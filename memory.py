@@ -294,6 +294,8 @@ TAG = (rf"(?P<begins><{THOUGHTS}\s?>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_tho
        rf"(?P<ends></{THOUGHTS}\s?>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>)")
 PIECE = re.compile(rf"{TAG}|[\[{{,:](?:\s*+{STRING})?|[\]}}]", re.S | re.I)
 TAG = re.compile(TAG, re.I)
+# The end of a text that is whole. A closing quote alone does not tell: it may open a quotation that the limit cut
+SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][^\w\s]*\Z")
 MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
 
 
@@ -316,8 +318,8 @@ def parse(reply) -> dict | None:
     None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
     several (their lists are joined), within another object. What stands in thoughts (see TAG) does not count. A row is an
     object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
-    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only: see
-    `was_cut`.
+    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only and its last
+    text ends as a sentence does: see `was_cut`.
     """
     found = {}
     for place in places(reply):
@@ -332,7 +334,8 @@ def rows_at(place) -> list[dict | None]:
     except (RecursionError, ValueError):
         rows = [read_object(text) for text in place.rows[:MAX_ITEMS]]
         rows += [None] * (len(place.rows) - len(rows))
-        if row := read_json(place.rest.rstrip().removesuffix(",") + "}"):
+        open_one = place.rest.rstrip().removesuffix(",")
+        if SENTENCE_END.search(open_one) and (row := read_json(open_one + "}")):
             rows.append(row)
         return rows
     if not isinstance(value, list):
@@ -457,7 +460,9 @@ def parse_items(found, key, first, second) -> list[tuple[str, str]]:
         pair = [row.get(first), row.get(second)] if isinstance(row, dict) else [None, None]
         pair = [clean(x) if isinstance(x, str) else "" for x in pair]  # again: JSON escapes can hide what `parse` cleaned
         if all(x.strip() for x in pair):
-            sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]
+            sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]  # not at e.g. X
+            while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
+                sentences.pop()
             items.append((" ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]))
     return items
 
@@ -546,8 +551,8 @@ def unit_rows(rows) -> np.ndarray:
 
     Raises ValueError for what is no such table, and for numbers that are not finite.
     """
-    rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy has no bfloat16
     try:
+        rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy: no bfloat16
         rows = np.array(rows, np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the embedder gave no table of numbers ({error}): name another --embedder") from error
@@ -566,11 +571,12 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
     """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates, how many were updates).
 
     cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who come in one by one. A
-    newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. When all `cap`
-    places are taken, the most redundant goes: the one with the highest cosine to any other, the newcomer included; the
-    older of two. names: n keys. A newcomer takes the place of the one of its name; where it is refused, that one stays.
+    newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. While all `cap`
+    places are taken (by more, where a fork lowered it), the most redundant goes: the one with the highest cosine to any
+    other, the newcomer included; the older of two. names: n keys. A newcomer takes the place of the one of its name; where
+    it is refused, that one stays.
     """
-    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.copy()
+    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.clip(-1, 1)
     np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
     for new in range(held, len(cosines)):
         others = [i for i in stay if names is None or names[i] != names[new]]
@@ -579,7 +585,7 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
             continue
         updates += len(stay) - len(others)
         stay = others
-        if len(stay) >= cap:
+        while len(stay) >= cap:
             del stay[int(cosines[stay][:, [*stay, new]].max(1).argmax())]
         stay.append(new)
     return stay, refused, updates

@@ -1379,6 +1379,9 @@ def check_memory(task, cfg):
         if unknown:
             raise ValueError(f"--from {cfg.fork_from} has a memory that does not know {len(unknown)} of the training "
                              f"problems, such as {unknown[0]}; give the same --task, or start without --from")
+        if others := known_otherwise(task.train, known):
+            raise ValueError(f"--from {cfg.fork_from} has the memory of another task: {len(others)} training problems have "
+                             f"other texts in it, such as {others[0]!r}; give the same --task, or start without --from")
     if cfg.method in (*REMEMBERS, "frozen-memory") and rank() == 0:  # whose memory it is
         make_embedder(cfg)
     if cfg.method in REMEMBERS:
@@ -1425,6 +1428,11 @@ def check_fits(cfg, ranks, quiet):
         raise ValueError(sentence)
 
 
+def known_otherwise(problems, prompts) -> list[str]:
+    """The ids of the problems that a memory's prompts ({id: text}) have with another text: ids may be mere numbers."""
+    return [p.id for p in problems if plain(prompts[p.id]) != plain(p.prompt)]
+
+
 def check_lender(cfg, task):
     """ValueError where --memory_from is not a memory of this task that holds something at its step."""
     source, step = memory_source(cfg)
@@ -1437,7 +1445,7 @@ def check_lender(cfg, task):
     shared = [p for p in task.train if p.id in prompts]
     if not shared:
         raise ValueError(f"{source} is the memory of another task: it knows none of the problems of {cfg.task}")
-    if others := [p.id for p in shared if plain(prompts[p.id]) != plain(p.prompt)]:  # ids may be mere numbers
+    if others := known_otherwise(shared, prompts):
         raise ValueError(f"{source} is the memory of another task: {len(others)} of its problems have ids of {cfg.task} "
                          f"with other texts, such as {others[0]!r}")
     if int(step or 0) > last:

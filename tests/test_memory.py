@@ -311,6 +311,18 @@ def test_no_half_item_is_stored_wherever_the_reply_ends(reply):
     assert seen == 3
 
 
+QUOTING = '{"strategies": [{"title": "T", "content": "Avoid the so called "golden" rule, and ("it"), too."}'
+
+
+def test_a_quotation_that_the_limit_cut_is_no_end_of_a_text():
+    """Quotes in a text need no backslash, so that a reply may end at one that only opens or closes a quotation."""
+    whole = ("T", 'Avoid the so called "golden" rule, and ("it"), too.')
+    for end in range(len(QUOTING) + 1):
+        for closing in ("", ","):
+            assert insights_of(QUOTING[:end] + closing)["strategies"] in ([], [whole])
+    assert insights_of(QUOTING)["strategies"] == [whole]
+
+
 def test_a_reply_that_its_limit_cut_is_counted_and_its_whole_items_stay(make_memory):
     reply = insight_reply(["One rule.", "Another rule that is"])
     bank = behaviors(("behavior_a", "Do this."), ("behavior_b", "Never do"))
@@ -354,6 +366,14 @@ def test_an_item_is_one_line_of_ten_words_and_four_sentences():
     found = {"lessons": [{"title": title, "content": content}]}
     assert mem.parse_items(found, "lessons", "title", "content") == [
         ("one two three four five six seven eight nine ten", "A b. C d! E f? Use 0.5 g, e.g. of x.")]
+
+
+@pytest.mark.parametrize("content, kept", [
+    ("A b. C d. E f. Check units, e.g. Newton or Pa. G h.", "A b. C d. E f. Check units, e.g. Newton or Pa."),
+    ("Use it, i.e. Ohm's law. C d.", "Use it, i.e. Ohm's law. C d."),
+    ("One. " + "Two " * 400 + "end. " + "Three " * 400 + "end.", "One. " + "Two " * 400 + "end.")])
+def test_a_content_is_cut_between_sentences(content, kept):
+    assert mem.parse_items({"lessons": [{"title": "t", "content": content}]}, "lessons", "title", "content") == [("t", kept)]
 
 
 def test_an_insight_cannot_pass_for_a_heading(make_memory):
@@ -849,6 +869,7 @@ def test_rows_of_unit_length_stay_to_the_bit_and_zeros_stay_zeros():
 
 @pytest.mark.parametrize("vectors, said", [
     (lambda texts: [[np.nan, 1.0]] * len(texts), "not finite"), (lambda texts: [[1e39, np.inf]] * len(texts), "not finite"),
+    (lambda texts: None, "no table"),
     (lambda texts: [1.0] * len(texts), "shape"), (lambda texts: [["a"]] * len(texts), "no table"),
     (lambda texts: [[1.0], [1.0, 2.0]], "no table"), (lambda texts: [[1.0, 0.0]] * 3, "3 rows for 1 texts")])
 def test_what_is_no_embedding_is_said_in_a_sentence(make_memory, vectors, said):
@@ -858,6 +879,29 @@ def test_what_is_no_embedding_is_said_in_a_sentence(make_memory, vectors, said):
 
 def no_direction(texts):
     return np.zeros((len(texts), 4), np.float32)
+
+
+def test_no_cosine_is_above_one(make_memory):
+    """Where novelty is 1.0 only equal texts are refused, however the product of two equal unit vectors is rounded."""
+    vectors = np.random.default_rng(0).normal(size=(50, 300))
+
+    def embed(texts):
+        return mem.unit_rows(vectors[[int(text) % 50 for text in texts]] if texts != [" "] else vectors[:1])
+
+    memory = make_memory(embed=embed, response_novelty=1.0, max_failures=100)
+    memory.record(1, attempts(map(str, range(100)), [0] * 100))
+    assert memory.sizes()["experience"] == 100 and "experience_duplicate" not in memory.counts()
+
+
+def test_a_smaller_cap_holds_from_the_next_newcomer_on(make_memory):
+    """As in a fork with other flags: the gate is the run's own, not that of the run which filled the memory."""
+    memory = make_memory(max_failures=5)
+    memory.record(1, attempts(["a b", "a c", "d", "e", "f"], [0] * 5))
+    memory.caps["failure"] = 3
+    memory.record(2, attempts(["g"], [0], step=2))
+    left = {i.text for i in memory.living("experience")}
+    assert len(left) == memory.sizes()["experience"] == 3 and "g" in left and "a b" not in left  # which a c is like
+    assert memory.counts(2)["experience_evicted"] == 3
 
 
 def test_equal_texts_are_duplicates_in_every_tier_whatever_the_embedder_says(make_memory):

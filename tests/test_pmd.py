@@ -799,6 +799,23 @@ def test_equal_ids_are_not_equal_problems(make_config):
         pmd.check(cfg)
 
 
+def test_a_fork_does_not_read_what_was_learned_of_other_problems_with_equal_ids(make_config, tmp_path):
+    task, _ = pmd.check(make_config())
+    for name, first in (("one", 0), ("other", 40)):
+        (tmp_path / name).mkdir()
+        for split, problems in (("train", task.train[first:first + 6]), ("test", task.test[:3])):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(
+                {"id": str(i), "prompt": p.prompt, "answer": p.answer, "verifier": p.verifier} | p.extra) + "\n"
+                for i, p in enumerate(problems)))
+    flags = dict(dev=0.0, save_every=1, steps=1)
+    pmd.train(make_config(task=str(tmp_path / "one"), name="run", **flags))
+    flags |= dict(name="fork", fork_from="run@1", steps=2)
+    with pytest.raises(ValueError, match="the memory of another task: 6 training problems have other texts in it"):
+        pmd.check(make_config(task=str(tmp_path / "other"), **flags))
+    pmd.check(make_config(task=str(tmp_path / "one"), **flags))
+    pmd.check(make_config(task=str(tmp_path / "other"), method="sdpo", **flags))  # which takes the weights alone
+
+
 def test_forks_into_and_out_of_the_controls(make_config, monkeypatch):
     """A transient memory starts empty, whatever its fork held; a borrowed memory, whose steps are another run's, is not
     written on."""
@@ -902,6 +919,14 @@ def test_an_evaluation_on_training_problems_says_so(make_config, tmp_path, capsy
     eval.main(["--model", "nano", "--task", str(folder), "--n", "1", "--memory", str(tmp_path / "lender" / "memory.db"),
                "--out", str(tmp_path), "--name", "read", "--dev", "0"])
     assert sentence in capsys.readouterr().out
+
+
+def test_an_evaluation_with_an_empty_memory_is_refused(make_config, tmp_path):
+    """A transient run's is empty at its end: it would be an evaluation without a memory under the name of one with it."""
+    pmd.train(make_config(method="pmd-transient", name="transient"))
+    with pytest.raises(SystemExit, match="--memory .*transient/memory.db holds nothing; name the memory.db of another run"):
+        eval.main(["--model", "nano", "--n", "1", "--memory", str(tmp_path / "transient" / "memory.db"), "--out",
+                   str(tmp_path), "--name", "read"])
 
 
 def test_batches_cover_an_epoch_without_repetition(problems, make_config):
