@@ -141,25 +141,38 @@ def sciknoweval_from_hub(domain, source="") -> list[list[Problem]]:
     except Exception as error:
         raise ValueError(f"sciknoweval/{domain} needs --data, a folder with {domain}/train.json and test.json (SDPO's "
                          f"repository has it as datasets/sciknoweval), or the Hub's {source}, which can't be loaded: "
-                         f"{' '.join(str(error.__cause__ or error).split())}") from error
+                         f"{cause(error)}") from error
     if missing := {"question", "choices", "answerKey", "type", "domain", "details"} - set(table.column_names):
         raise ValueError(f"{source} has no column {', '.join(sorted(missing))}")
-    table = table.select([n for n, row in enumerate(table) if str(row["domain"]).lower() in (domain, f"{domain}s")
-                          and row["details"]["level"] == "L3" and row["type"] in ("mcq-4-choices", "mcq-2-choices")])
+
+    def wanted(row):
+        level = row["details"].get("level") if isinstance(row["details"], dict) else None
+        return (str(row["domain"]).lower() in (domain, f"{domain}s") and level == "L3"
+                and row["type"] in ("mcq-4-choices", "mcq-2-choices"))
+
+    table = table.select([n for n, row in enumerate(table) if wanted(row)])
     if len(table) < 2:
         raise ValueError(f"{source} has {len(table)} multiple-choice items of level L3 in {domain}: too few for two splits")
     parts = table.add_column("idx", list(range(len(table)))).train_test_split(test_size=0.1, seed=42)
 
     def problem(row):
-        options = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
-        prompt = f"{row['question']}\n\n" + "\n".join(f"{label}: {text}" for label, text in options) + REASON
         try:
+            prompt = f"{question_with_options(row)}{REASON}"
             return read_problem(from_sciknoweval(
                 {"idx": row["idx"], "prompt": prompt, "answer": row["answerKey"], "system": HUB_SYSTEM}))
         except ValueError as error:
             raise ValueError(f"{source}, item {row['idx']} of {domain} (L3, multiple choice): {error}") from error
 
     return [[problem(row) for row in parts[split]] for split in ("train", "test")]
+
+
+def question_with_options(row) -> str:
+    """An item of the Hub's as SDPO writes it, `A: text` on a line. ValueError where it has no question or whole options."""
+    choices = row["choices"] if isinstance(row["choices"], dict) else {}
+    labels, texts = choices.get("label") or [], choices.get("text") or []
+    if not row["question"] or not labels or len(labels) != len(texts) or None in (*labels, *texts):
+        raise ValueError("it has to have a question, and choices with as many texts as labels")
+    return f"{row['question']}\n\n" + "\n".join(f"{label}: {text}" for label, text in zip(labels, texts, strict=True))
 
 
 def defects(train, test) -> list[list[str]]:
@@ -223,6 +236,8 @@ def json_lines(path, cut=False):
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
     data = Path(path).read_bytes()
+    if data.startswith((b"\x1f\x8b", b"PK\3\4")):
+        raise ValueError(f"{path} is compressed; unpack it")
     if b"\0" in data[:4] and data[:4].strip(b"\0"):  # JSON begins with two characters of ASCII
         raise ValueError(f"{path} is not in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8")
     for n, line in enumerate(data.split(b"\n")[:-1 if cut else None], 1):
@@ -244,6 +259,12 @@ def load_table(path):
     return datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train")
 
 
+def cause(error) -> str:
+    """What an error of a library says, or the one that caused it; where neither says a word, its name."""
+    said = " ".join(str(error.__cause__ or error).split())
+    return said or type(error.__cause__ or error).__name__
+
+
 def table_rows(path):
     """Yields (number of its line or row, object) of a published file, JSON lines or Parquet, through `datasets`.
 
@@ -261,8 +282,7 @@ def table_rows(path):
     except Exception as error:  # of pyarrow, of datasets, of the file system
         if not parquet and not whole_lines(path):  # names the line, which they do not
             raise ValueError(f"{path} holds no problem") from error
-        said = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{path} can't be read as {'Parquet' if parquet else 'JSON lines'}: {said}") from error
+        raise ValueError(f"{path} can't be read as {'Parquet' if parquet else 'JSON lines'}: {cause(error)}") from error
 
 
 def whole_lines(path) -> int:
@@ -450,7 +470,7 @@ def read_livecodebench(data):
                 table = datasets.load_dataset("json", data_files=place, split="train")
             except Exception as error:
                 raise ValueError(f"livecodebench needs --data, its official files, or the Hub's {place}, which can't be "
-                                 f"loaded: {' '.join(str(error.__cause__ or error).split())}") from error
+                                 f"loaded: {cause(error)}") from error
             yield from ((f"{place}, row {n}", row) for n, row in enumerate(table, 1))
         return
     files = sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet")) if Path(data).is_dir() \
@@ -617,22 +637,26 @@ def verify_choice(problem, completion) -> Verdict:
 TAKEN_BACK = (  # words before a statement that make it none
     r"(?P<before>(?i:\b(?:or|nor|not|neither|never|anything|than|instead of|eliminate|exclude|rule out|cannot|\w{1,8}n.t)"
     r"\W{1,3}(?:(?:be|the|choose|pick|select|go|with)\W{1,3}){0,3}))?")
-NAMED = (r"\b(?i:answer|option|choice|letter|boxed|pick|picked|choose|chose|select|selected|selection|go with|going with)"
+NAMED = (r"\b(?i:answer|option|choice|letter|boxed|pick|picked|choose|chose|select|selected|selection|go with|going with|"
+         r"réponse|antwort|respuesta|resposta|risposta|ответ|jawaban)"
          r"(?i:.s)?\b")
-FILLED = (r"(?i:\W{1,3}(?:is|was|be|would|should|must|has|to|the|it.s|it|option|choice|letter|answer|probably|likely|"
-          r"clearly|definitely|indeed|thus|therefore|then|still|just)\b){0,5}")
-NAMED_IN_CHINESE = "(?:答案|选项|选择|选)(?:应该?|当然|为|是|就|选|项){0,4}"
+FILLED = (r"(?i:\W{1,3}(?:is|was|be|est|ist|es|é|è|would|should|must|has|to|the|it.s|it|option|choice|letter|answer|"
+          r"probably|likely|clearly|definitely|indeed|thus|therefore|then|still|just)\b){0,5}")
+NAMED_IN_CHINESE = ("(?:答案|选项|選項|选择|選擇|选|選|答え|解答|正解)"
+                    "(?:应该?|應該?|当然|當然|为|為|是|就|选|選|项|項|は){0,4}")
 NAMED_LETTER = r"(?!I(?:'| [a-z]))(?:(?P<named>[A-Z])\b|(?P<small>[a-z])\b(?=\W*$|[).,;:]))"
 MEANT = (r"\b(?i:it.s|that.s|it is|that is|must be|should be|has to be|so|thus|hence|therefore|but|final|definitely|clearly|"
-         r"surely|probably|guess|say|think|believe)\W{1,9}(?P<meant>[A-Z])\b(?=\W*$|\W?[.,;:!?)])")
-JUDGED = r"\b(?P<judged>[A-Z]) (?:it is\b|is (?:(?:the|my) (?:\w{1,9} )?(?:answer|option|choice|one)|right|correct|true)\b)"
+         r"surely|probably|guess|say|think|believe|looks like|hmm)\W{1,9}(?P<meant>[A-Z])\b(?=\W*$|\W?[.,;:!?)])")
+JUDGED = (r"\b(?P<judged>[A-Z]) (?:it is\b|(?:is|must be|has to be|should be|would be|seems(?: to be)?|looks) "
+          r"(?:(?:the|my) (?:\w{1,9} )?(?:answer|option|choice|one)|right|correct|true)\b)")
 DENIED = (  # and after it, such as another letter
     r"(?=(?P<after>\W{0,3}(?:(?:or|nor)\b|(?:and\b|[/&+])\W{0,3}[A-HJ-Z]\b|\w{1,8}n.t\b|cannot\b|"
     r"is (?:not|wrong|incorrect|false)\b)|\W{0,2},\W{0,3}[A-Z]\b(?! (?:is|was|isn)))?)")
 NAMED = rf"(?:{NAMED}{FILLED}|{NAMED_IN_CHINESE})\W{{1,9}}{NAMED_LETTER}"
 STATED = re.compile(rf"{TAKEN_BACK}(?:{NAMED}|{MEANT}|{JUDGED}){DENIED}")
 OPENING = re.compile(
-    r"\W*([A-Za-z])(?:\W*$| ?[).:;、](?! or\b| and\b)|,(?! (?:or |and )?[A-Z]\b)| [-–—] | (?:because|since|as)\b)")
+    r"\W*([A-Za-z])(?:\W*$| ?[).:;、](?! or\b| and\b)|,(?! (?:or |and )?[A-Z]\b)| [-–—] | \((?!or |and |[A-Z]\b)| "
+    r"(?:because|since|as|rather than|instead of)\b| (?:选项|選項))")
 CORRECTION = re.compile(r"(?i)\b(?:wait|actually|sorry|correction|scratch that|on second thoughts?|i meant?|make that|oops|"
                         r"my mistake|no(?= ?[,.:;!–—-]))\b|不对|更正|等等|抱歉")
 WRONG = re.compile(r"(?i)\b(?:wrong|incorrect|not (?:right|correct|it|that))\b")
@@ -685,26 +709,36 @@ def verify_choice_lenient(problem, completion) -> Verdict:
 LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u04ff"  # Latin, Greek, Cyrillic
 ODD = "\u00bc-\u00be\u2150-\u215e\u03c0\u221a"  # halves and thirds in one character, pi, a root
 NUMERALS = re.compile(
-    # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2.
-    rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?(?:\^\{{?[-+]?[{LETTERS}\d]+)?)"
+    # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2, and as LaTeX has them: H$_2$O, \text{m}^2.
+    rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:[}}$]{{0,3}}_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?"
+    rf"(?:[}}$)\]]{{0,3}}\^\{{?[-+]?[{LETTERS}\d]+)?)"
     # A date or a telephone number: digits with two hyphens or more between them.
     r"|\d+(?:-\d+){2,}"
-    r"|(?P<hex>0x[0-9a-f]+)"
+    r"|(?P<based>0x[0-9a-f]+|0b[01]+|0o[0-7]+)"
     # A sign that does not stand between two numbers or names, perhaps the 1 of 1 3/4, digits, and what is joined to them.
     rf"|(?:(?<![{LETTERS}\d)\]}}%])[-+])?(?:\d+ (?=\d+/))?(?:\d+|(?<![{LETTERS}\d.])\.\d+|[{ODD}])"
-    rf"(?:[.,:/'_]\d+|e[-+]?\d+|(?:\*\*|\^)\{{?[-+]?[{LETTERS}\d]+\}}?| ?(?:[{ODD}]|\\pi\b|\\sqrt\b))*",
+    rf"(?:[.,:/'_]\d+|_\{{\d+|e[-+]?\d+|[}}$)\]]{{0,3}}(?:\*\*|\^)\{{?[-+]?[{LETTERS}\d]+\}}?"
+    rf"| ?(?:[{ODD}]|\\pi\b|\\sqrt\b))*",
     re.IGNORECASE)
 NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?:(?P<decimal>(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e(?P<power>[-+]?\d+))?"
     r"|(?:(?P<whole>\d+) )?(?P<above>\d+)/(?P<below>\d+))", re.IGNORECASE)
+FRAC = r"\\[cdt]?frac *(?:\{ *(?P<above>\d+) *\}|(?P<digit>\d)) *(?:\{ *(?P<below>\d+) *\}|(?P<other>\d))"
+SIGNED_FRAC = r"(?<![-+])\\[cdt]?frac *\{ *(?:-(\d+) *\} *\{ *(\d+)|(\d+) *\} *\{ *-(\d+)) *\}"
 PLAIN = [  # (how others and LaTeX write it, how we do), in this order
     ("[\u2010-\u2013\u2212\ufe63\uff0d]", "-"), ("\uff0b", "+"), ("[\uff0e\u066b]", "."), ("[\uff0c\u066c]", ","),
-    ("[\uff0f\u2044]", "/"), (r"\\times\b|\\cdot\b|[\u00b7\u22c5]", "×"), (r"\{,\}|,\\!", ","),
-    (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_]|\\[,;: ])(?=\d{3}(?!\d))", ","),  # between groups of three
-    (r"(?<=\d) ?\\[cdt]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}", r" \1/\2"), (r"(?<=\d) ?\\[cdt]?frac *(\d)(\d)", r" \1/\2"),
-    (r"\\[cdt]?frac *\{ *(\d+) *\} *\{ *(\d+) *\}", r"\1/\2"), (r"\\[cdt]?frac *(\d)(\d)", r"\1/\2"),
+    ("[\uff0f\u2044\u2215]", "/"), (r"\\times\b|\\cdot\b|[\u00b7\u2022\u2217\u2219\u22c5]", "×"), (r"\{,\}|,\\!", ","),
+    ("<sup>", "^"), ("<sub>", "_"), ("</su[bp]>", ""), (r"\{(\d+)\}(?=\^)", r"\1"),  # a power may stand apart from its base
+    (r" ?\^ ?\{ ?([-+]?\w+) ?\}", r"^{\1}"), (r"(?<=\w) ?\^ ?(?=[-+]?\d)", "^"), (r"(?<=\d) \*\* (?=[-+]?\d)", "**"),
+    (r"\\(?:text|math)\w{0,9} ?\{ ?([-+]?[\d.,]+) ?\}", r"\1"),  # a number in another font
+    (r"\\(?:text)?color ?\{\w{1,20}\}", ""),
+    (r"([:=]) ?\} ?(?=[-+][.\d])", r"\1 "),  # a sign behind \text{..: } or before $
+    (r"(?<![\w$)\]}%])-\\?[$£¥\u20a0-\u20bf](?=[.\d])", "-"),
+    (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_~]|\\[,;:! ])(?=\d{3}(?!\d))", ","),  # between groups of three
+    (rf"(?<=\d) ?{FRAC}", r" \g<above>\g<digit>/\g<below>\g<other>"), (FRAC, r"\g<above>\g<digit>/\g<below>\g<other>"),
+    (SIGNED_FRAC, r"-\1\3/\2\4"),
     (r"(?<=\d) ?[×x*] ?10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"e\1"), (r"(?<![\w.,^*])10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"1e\1"),
-    (r"(?<=\d) / (?=\d)", "/"), (r"([=≈]) *- +(?=[.\d])", r"\1-")]
+    (r"(?<=\d) / (?=\d)", "/"), (r"([=≈]) *-(?: |\\[,;:! ]){1,3}(?=[.\d])", r"\1-")]
 
 
 def plain_digits(text) -> str:
@@ -737,9 +771,10 @@ def last_number(text) -> tuple[Fraction | None, str]:
     if not numerals:
         return None, ""
     last = numerals[-1]
-    before = text[max(0, last.start() - 6):last.start()].replace(" ", "")
-    inside = before.endswith(("/", "√", "sqrt{", "sqrt(", "sqrt", "}{"))  # a denominator, or under a root
-    value = Fraction(int(last["hex"], 16)) if last["hex"] and len(last["hex"]) < 100 else read_number(last[0])
+    before = text[max(0, last.start() - 10):last.start()].replace(" ", "")
+    inside = before.endswith(  # part of a fraction, under a root, digits that recur, or how much a number is uncertain
+        ("/", "}{", "frac{", "√", "sqrt{", "sqrt(", "sqrt", "]{", "overline{", "dot{", "±", "\\pm", "+/-"))
+    value = Fraction(int(last[0], 0)) if last["based"] and len(last[0]) < 400 else read_number(last[0])
     if inside or value is None:
         return None, f"{before[-1:]}{last[0]}"[:100] + "..."
     with localcontext(prec=2000) as context:
@@ -751,12 +786,12 @@ def last_number(text) -> tuple[Fraction | None, str]:
 def verify_last_number(problem, completion) -> Verdict:
     """The last number of the text equals the answer exactly, as rational numbers: for sums, and for tasks of your own.
 
-    Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x 10^-3, 3/4, 1 3/4, 0x1F,
-    in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers or names is
-    no sign (3-4). What follows a number is its unit and is not read: 50% is 50, 7kg is 7. What has digits and begins with a
-    letter is a name, and passed over: x2, H2O, v1.2.3. Other numerals are read whole or not at all, never a piece: where the
-    last one is 12,34 or 1.234.567, a date, a time, a power (2^10), a root or part of a fraction with letters, the reply is
-    wrong.
+    Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x 10^-3, 3/4, 1 3/4, 0x1F
+    (0b1, 0o7), in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers
+    or names is no sign (3-4). What follows a number is its unit: 50% is 50, 7kg is 7. What has digits and begins with
+    a letter is a name, and passed over: x2, H2O, v1.2.3, the unit in `7\\text{ cm}^2`. Other numerals are read whole or
+    not at all, never a piece: where the last one is 12,34 or 1.234.567, a date, a time, a power (2^10), a root, part of a
+    fraction with letters or an uncertainty (9.8 ± 0.1), the reply is wrong.
     """
     value, answer = last_number(completion)
     return Verdict(float(value is not None and value == read_number(plain_digits(problem.answer))), answer)
@@ -966,17 +1001,34 @@ def need_sandbox(task, unsafe_exec=False):
 # Estimators. rewards: (problems, k) from 0 to 1.
 # ---------------------------------------------------------------------------------------------------------------------
 
+def reward_table(rewards) -> np.ndarray:
+    """Rewards as numbers (problems, k). ValueError where there are none, not as many of each problem, or not from 0 to 1."""
+    sizes = sorted({len(row) for row in rewards})
+    if len(sizes) != 1 or not sizes[0]:
+        raise ValueError(f"each problem has {' or '.join(map(str, sizes)) or 'no'} rewards: estimators need as many of "
+                         "each, and at least one")
+    rewards = np.asarray(rewards, float)
+    if not ((rewards >= 0) & (rewards <= 1)).all():  # a NaN is neither
+        raise ValueError("the rewards are not all numbers from 0 to 1")
+    return rewards
+
+
 def avg_at_k(rewards) -> float:
     """The mean reward over all problems and samples (the paper's avg@16)."""
-    return float(np.mean(rewards))
+    return float(reward_table(rewards).mean())
 
 
 def best_at_k(rewards, k=None) -> float:
-    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being above SUCCESS."""
-    solved = np.asarray(rewards) > SUCCESS
+    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being above SUCCESS.
+
+    k: n, if not given. ValueError where there are not as many samples.
+    """
+    solved = reward_table(rewards) > SUCCESS
     n = solved.shape[1]
     k = n if k is None else k
-    return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in solved.sum(1)]))
+    if k not in range(1, n + 1):  # 1.5 is not
+        raise ValueError(f"best@{k} can't be told from {n} samples of each problem: k has to be a number from 1 to {n}")
+    return float(np.mean([1 - comb(n - int(c), int(k)) / comb(n, int(k)) for c in solved.sum(1)]))
 
 
 def majority(rewards, answers) -> np.ndarray:
@@ -985,7 +1037,7 @@ def majority(rewards, answers) -> np.ndarray:
     answers: (problems, k), texts. The empty answer is one as well.
     """
     scores = []
-    for row, said in zip(rewards, answers, strict=True):
+    for row, said in zip(reward_table(rewards), answers, strict=True):
         votes = Counter(said)
         most = max(votes.values())
         top = [[r for a, r in zip(said, row, strict=True) if a == answer] for answer, n in votes.items() if n == most]
@@ -1002,7 +1054,7 @@ def headroom(rewards, answers) -> np.ndarray:
     """(problems,) what a perfect choice among the k samples would add to their majority: for rewards of 0 and 1,
     best@k - maj@k (Fig. 3); never below 0.
     """
-    return np.asarray(rewards).max(1) - majority(rewards, answers)
+    return reward_table(rewards).max(1) - majority(rewards, answers)
 
 
 def coverage(solved) -> dict:
@@ -1132,6 +1184,8 @@ def evaluate(argv):
         if args.memory:
             memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
                             retrieve_k=cfg.retrieve_k)
+            if not any(memory.sizes().values()):
+                raise ValueError(f"--memory {args.memory} holds nothing; name the memory.db of another run, or leave it out")
         path.parent.mkdir(parents=True, exist_ok=True)
         records.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
         records.write(folder / "problems.json", json.dumps(records.fingerprint(asked, tokenizer), indent=1))

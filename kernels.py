@@ -1,85 +1,122 @@
-"""The losses over the vocabulary: the definition, and a chunked form that must equal it.
+"""Computes the losses over the vocabulary: a definition, and a chunked form that equals it.
 
-PMD's Eq. 7 sums KL(p || stopgrad(q)) over the tokens the student wrote: p is the student's next-token distribution, q the
-teacher's, which scores the same completion under a richer prompt. The alpha of Table 11 chooses, in the code of SDPO on
-which PMD builds, from the family below. D is the divergence at one token and z are the student's logits:
+PMD's Eq. 7 sums KL(p || stopgrad(q)) over the tokens that the student wrote. p is the student's
+next-token distribution. q is the teacher's, which scores the same completion under a richer prompt.
+The alpha of Table 11 chooses a divergence D from the family below, as in the code of SDPO, on which
+PMD builds. z are the student's logits:
 
-    alpha     D                                                dD/dz
-    0         forward KL(q || p)                               p - q
-    between   (1 - alpha) KL(p || m) + alpha KL(q || m),       (1 - alpha) p (d - E_p[d]), d = log p - log m
-              m = (1 - alpha) p + alpha q
-    1         reverse KL(p || q), Eq. 7                        p (d - E_p[d]), d = log p - log q
+    alpha     D                                         dD/dz
+    0         forward KL(q || p)                        p - q
+    between   (1 - alpha) KL(p || m) + alpha KL(q || m) (1 - alpha) p (d - E_p[d]), d = log(p / m)
+              with m = (1 - alpha) p + alpha q
+    1         reverse KL(p || q), Eq. 7                 p (d - E_p[d]), d = log(p / q)
 
-The ends are KLs by convention, as in SDPO's code; the middle row itself tends to 0 there.
+The ends are KLs by convention, as in SDPO's code. The middle row itself tends to 0 there.
 
-Top-k with tail: p and q are reduced to K + 1 buckets, the student's K most likely tokens and a tail of all the others, and
-D is taken between the buckets. With g = dD/dz of the buckets, a top-k token receives its own g, and a token i of the tail
-g_tail p_i / p_tail. Deviation from SDPO's code: our tail is the logsumexp over the logits outside the top-k; one minus the
-sum of the top-k, as there, cancels where the student is confident. At K = V there is no tail.
+Top-k with tail reduces p and q to K + 1 buckets: the student's K most likely tokens, and a tail of
+all the others. D is taken between the buckets. With g = dD/dz of the buckets, a token of the top-k
+receives its own g, and a token i of the tail receives g_tail p_i / p_tail. At K = V there is no
+tail. Deviation from SDPO's code: our tail is the logsumexp over the logits outside the top-k. SDPO
+takes one minus the sum of the top-k, which cancels where the student is confident.
 
-The logits of N tokens are too many to hold, so rows are taken a chunk at a time. While a chunk's logits exist, its loss AND
-its gradient are formed, in closed form and still in the forward pass; gradients add up in float32, and the backward pass
-only scales them. A chunk is large, for its matrix products; within it a loss works through tiles of a few rows, which stay
-in the cache, and leaves the gradient where the logits were.
+The logits of N tokens are too many to hold, so a loss takes the rows a chunk at a time. It forms
+the terms of a chunk and their gradient while the logits exist, still in the forward pass. Gradients
+add up in float32, and the backward pass only scales them. A chunk is large for the sake of its
+matrix products. Within a chunk a loss works through tiles of a few rows, which stay in the cache,
+and leaves the gradient where the logits were.
 
-Products run in the dtype of the inputs or of autocast, all else in float32 (float64 for float64 inputs). Errors of loss and
-gradients are at most 1.5 times the naive loss's (root mean squares over draws); logits of +-1e4 are safe. Not for float16:
-its range is too small for gradients formed before a loss scale is known.
+`distill_loss` has its gradient in closed form. `chunked_loss` takes any formula for the loss of a
+token, and autograd differentiates the formula within each tile. `policy_loss` is such a formula.
 
-Cost, by `python benchmarks/kernels.py --peers FOLDER` on one CPU thread (AVX2), N 2048, H 512, V 32768, float32, entropies
-included, over the four matrix products alone: reverse KL 1.11, JSD 1.14 (Liger-Kernel's JSD 1.46, the least that autograd on
-full logits can do 3.07, SDPO's formula as TRL has it 3.73); peak memory 252 MB at N 8192 (416; 12,895; 13,971). With AVX-512
-1.05 and 1.09, there in bfloat16 1.33 and 1.39. Not run on a GPU.
+Products run in the dtype of the inputs or of autocast. All else runs in float32, or in float64 for
+float64 inputs. The errors of `distill_loss` and of its gradients are at most 1.5 times those of the
+naive loss, as root mean squares over draws. Logits of +-1e4 are safe. Inputs of float16 are not:
+gradients are formed before a loss scale is known, and their range is too small. docs/costs.md says
+what a loss costs.
 
-Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a chunk or tile. Divergences and entropies are in nats.
-Read `oracle` first, then `distill_loss`, `_distill_tile`, `_ChunkedLoss`. Where a head is sharded, call a loss within the
-forward pass of the module that holds it, as `ranks.forward` does. This file imports torch only and has no version attribute,
-because transformers probes for an unrelated package that is also called `kernels`.
+Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a tile. Divergences and entropies
+are in nats. Where a head is sharded, call a loss within the forward pass of the module that holds
+the head, as `ranks.forward` does. Read `oracle` first, then `distill_loss`, `_distill_tile`,
+`_sum_over_chunks`, `_fill`.
+
+This file imports torch only. It has no version attribute, because transformers probes for an
+unrelated package that is also called `kernels`.
 """
+
 import functools
 import math
 import warnings
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-MEMORY_BUDGET = 2**31  # bytes for the logits of one chunk, the student's and the teacher's, as if in float32
-LARGEST_CHUNK = 1024   # rows, where nobody asks for more: 512 and 1024 are the fastest (benchmarks/kernels.py)
-TILE = 2**17           # logits of a tile, for each thread's cache; times 512 on a GPU, where it was not measured
-COMPILE_FROM = 2**25   # logits (N V) of a call whose tile function is compiled: fewer never earn the tens of seconds back
+MEMORY_BUDGET = 2**31  # bytes for one chunk's logits, student's and teachers', as if in float32
+LARGEST_CHUNK = 1024  # rows, where the caller names none, by benchmarks/kernels.py
+TILE = 2**17  # logits of a tile, for the cache of each thread. A GPU takes 512 times as many
+COMPILE_FROM = 2**25  # logits (N V) of a call. A smaller one never earns the compilation back
 
 
 class Distilled(NamedTuple):
-    """From `distill_loss`. All but `loss` are detached, without the weight, and 0 in rows of weight 0."""
-    loss: torch.Tensor             # ()   weighted sum of the divergences
-    divergence: torch.Tensor       # (N,) nats
-    logprobs: torch.Tensor         # (N,) the student's log-probability of token_ids
-    entropy: torch.Tensor          # (N,) nats, the student's, over the full vocabulary even with top_k
-    teacher_entropy: torch.Tensor  # (N,) nats, likewise
+    """Holds what `distill_loss` returns.
+
+    All but `loss` are detached, without the weight, and 0 in rows of weight 0.
+    """
+
+    loss: Tensor  # () weighted sum of the divergences
+    divergence: Tensor  # (N,) nats
+    logprobs: Tensor  # (N,) the student's log-probability of token_ids
+    entropy: Tensor  # (N,) nats, the student's, over the full vocabulary even with top_k
+    teacher_entropy: Tensor  # (N,) nats, likewise
 
 
 class PolicyLoss(NamedTuple):
-    """From `policy_loss`. All but `loss` are detached, without the weight, and 0 in rows of weight 0."""
-    loss: torch.Tensor      # ()   weighted sum of the surrogates
-    logprobs: torch.Tensor  # (N,) log-probability of token_ids
-    entropy: torch.Tensor   # (N,) nats
-    clipped: torch.Tensor   # (N,) 1 where the clipped branch is active and the token has no gradient
+    """Holds what `policy_loss` returns.
+
+    All but `loss` are detached, without the weight, and 0 in rows of weight 0.
+    """
+
+    loss: Tensor  # () weighted sum of the surrogates
+    logprobs: Tensor  # (N,) log-probability of token_ids
+    entropy: Tensor  # (N,) nats
+    clipped: Tensor  # (N,) 1 where the clip is active, so that the token has no gradient
+
+
+class TokenLoss(NamedTuple):
+    """Holds what `chunked_loss` returns.
+
+    All but `loss` are detached, without the weight, and 0 in rows of weight 0.
+    """
+
+    loss: Tensor  # () weighted sum of token_losses
+    token_losses: Tensor  # (N,)
+    logprobs: Tensor  # (N,) the student's log-probability of token_ids
+    entropy: Tensor  # (N,) nats, the student's
+    outputs: tuple[Tensor, ...]  # (N,) each, what token_loss returned beside its losses
 
 
 def oracle(student_logits, teacher_logits, alpha, top_k=None):
-    """Divergence of each token (N,) in float64, from logits (N, V), by the definition above.
+    """Computes the divergence of each token (N,) in float64, by the definition above.
 
-    Differentiable in student_logits only. Ties for the top-k fall as torch.topk breaks them. ValueError for logits of
-    different shapes, alpha outside [0, 1] and top_k outside [1, V].
+    student_logits, teacher_logits (N, V): only the student's receive gradients.
+    alpha, top_k: as in `distill_loss`. Ties for the top-k fall as torch.topk breaks them.
+
+    Raises ValueError if the shapes differ, or if alpha or top_k is out of range.
     """
-    student, teacher = student_logits.double(), teacher_logits.detach().double()
-    _require(student.shape == teacher.shape,
-             f"student_logits has shape {tuple(student.shape)}, but teacher_logits has shape {tuple(teacher.shape)}.")
+    student = student_logits.double()
+    teacher = teacher_logits.detach().double()
+    _require(
+        student.shape == teacher.shape,
+        f"student_logits has shape {tuple(student.shape)}, "
+        f"but teacher_logits has shape {tuple(teacher.shape)}.",
+    )
     _check_divergence(alpha, top_k, student.shape[-1])
-    if top_k is not None and top_k < student.shape[-1]:
-        index = student.topk(top_k, dim=-1).indices                            # (N, K)
-        student, teacher = _buckets(student, index), _buckets(teacher, index)  # (N, K + 1)
-    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    if top_k not in (None, student.shape[-1]):
+        index = student.topk(top_k, dim=-1).indices  # (N, K)
+        student = _buckets(student, index)  # (N, K + 1)
+        teacher = _buckets(teacher, index)  # (N, K + 1)
+    log_p = student.log_softmax(-1)
+    log_q = teacher.log_softmax(-1)
     if alpha == 0:
         return _kl(log_q, log_p)
     if alpha == 1:
@@ -93,73 +130,107 @@ def _kl(log_a, log_b):
 
 
 def _buckets(logits, index):
-    """Logits (or log-probabilities) of the tokens in index (n, K), then that of the tail: (n, K + 1)."""
+    """Reduces logits or log-probabilities (n, V) to index (n, K) and a tail: (n, K + 1)."""
     tail = logits.scatter(-1, index, -math.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logits.gather(-1, index), tail], dim=-1)
 
 
-def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, token_ids, alpha, top_k=None,
-                 old_logprobs=None, is_clip=None, chunk_size=None, memory_budget=MEMORY_BUDGET):
-    """Weighted sum of per-token divergences from student to teacher (PMD Eq. 7; alpha, top_k: Table 11).
+def _entropy(log_p):
+    return -(log_p.exp() * log_p).sum(-1)
 
-        loss = sum_n weights_n ratio_n D(p_n, q_n),   ratio_n = stopgrad(min(p_n(y_n) / p_old(y_n), is_clip)),
-        p = softmax(student_hidden student_head^T), q = softmax(teacher_hidden teacher_head^T), y = token_ids
 
-    student_hidden (N, H), student_head (V, H): receive gradients, each only if it requires one.
+def logprobs_of(log_p, token_ids):
+    """Picks the log-probabilities (n,) of token_ids (n,) out of the vocabulary's (n, V)."""
+    return log_p.gather(-1, token_ids.long()[:, None]).squeeze(-1)
+
+
+def distill_loss(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    weights,
+    token_ids,
+    alpha,
+    top_k=None,
+    old_logprobs=None,
+    is_clip=None,
+    chunk_size=None,
+    memory_budget=MEMORY_BUDGET,
+):
+    """Sums the weighted divergences of tokens from student to teacher (PMD Eq. 7, Table 11).
+
+        loss = sum_n weights_n ratio_n D(p_n, q_n)
+        ratio_n = stopgrad(min(p_n(y_n) / p_old(y_n), is_clip))
+        p = softmax(student_hidden student_head^T), q = softmax(teacher_hidden teacher_head^T)
+        y = token_ids
+
+    student_hidden (N, H), student_head (V, H): each receives gradients if it requires them.
     teacher_hidden (N, H'), teacher_head (V, H'): never do, even if the two heads are one tensor.
-    weights (N,): of any sign. A row of weight 0 costs nothing and may hold anything (NaN, a padding id).
-    token_ids (N,): the tokens the student sampled, for logprobs and the ratio.
-    alpha in [0, 1]; top_k in [1, V], or None for the full divergence: see the top of this file.
-    old_logprobs (N,): log p_old(y); None makes the ratio 1. is_clip: its upper bound, or None.
-    chunk_size: rows of a chunk, else as many as fit memory_budget (bytes), at most 1024. Neither changes the result.
+    weights (N,): of any sign. A row of weight 0 costs nothing and may hold anything, such as NaN
+        or a padding id.
+    token_ids (N,): the tokens that the student sampled, for logprobs and the ratio.
+    alpha in [0, 1], top_k in [1, V] or None for the full divergence: see the top of this file.
+    old_logprobs (N,): log p_old(y), in nats. None makes the ratio 1.
+    is_clip: the upper bound of the ratio, above 0, or None.
+    chunk_size: rows of a chunk. None takes as many as fit memory_budget (bytes), at most 1024.
+        Neither changes the result.
 
-    Returns Distilled. Raises ValueError, naming the argument, where shapes, vocabularies, dtypes or strides do not fit, or
-    a value or token id is out of range. A non-finite loss is returned as it is.
+    Returns Distilled. A non-finite loss is returned as it is.
+    Raises ValueError if shapes, vocabularies, dtypes or strides do not fit, or if a value or token
+    id is out of range. The sentence names the argument.
     """
-    _check("student_", student_hidden, student_head, weights=weights, token_ids=token_ids, old_logprobs=old_logprobs)
-    _check("teacher_", teacher_hidden, teacher_head)
-    vocabulary = len(student_head)
-    _require(len(teacher_head) == vocabulary,
-             f"teacher_head has a vocabulary of {len(teacher_head)}, but student_head has one of {vocabulary}.")
-    _require(len(teacher_hidden) == len(student_hidden),
-             f"teacher_hidden has {len(teacher_hidden)} rows, but student_hidden has {len(student_hidden)}.")
     _require(is_clip is None or is_clip > 0, f"is_clip is {is_clip}, but must be above 0.")
-    _check_divergence(alpha, top_k, vocabulary)
-    return Distilled(*_sum_over_chunks(
-        _distill_tile, (alpha, None if top_k == vocabulary else top_k, is_clip), 5, student_hidden, student_head,
-        (teacher_hidden, teacher_head), (token_ids, weights, old_logprobs), chunk_size, memory_budget))
+    _check_divergence(alpha, top_k, len(student_head))
+    pairs = {
+        "student_": (student_hidden, student_head),
+        "teacher_": (teacher_hidden, teacher_head),
+    }
+    per_token = {"token_ids": token_ids, "weights": weights, "old_logprobs": old_logprobs}
+    tile = functools.partial(_distill_tile, alpha=alpha, top_k=top_k, is_clip=is_clip)
+    return Distilled(*_sum_over_chunks(tile, pairs, per_token, chunk_size, memory_budget))
 
 
-def _distill_tile(logits, teacher_logits, token_ids, weights, old_logprobs, alpha, top_k, is_clip):
-    """Replaces logits (n, V) by the gradient, and returns the terms of the loss, then Distilled's others: (5, n)."""
-    log_p = logits.to(weights.dtype).log_softmax(-1)                          # (n, V)
-    log_q = teacher_logits.to(weights.dtype).log_softmax(-1)                  # (n, V)
-    if top_k is None:
+def _distill_tile(logits, token_ids, weights, alpha, top_k, is_clip, old_logprobs=None):
+    """Replaces the student's logits (n, V) by the gradient of the terms' sum.
+
+    logits: the student's, then the teacher's. The others: as in `distill_loss`.
+
+    Returns the terms of the loss, then Distilled's others: (5, n).
+    """
+    log_p, log_q = (tile.to(weights.dtype).log_softmax(-1) for tile in logits)  # (n, V)
+    if top_k in (None, log_p.shape[-1]):
         divergence, gradient = _divergence_and_gradient(log_p, log_q, alpha)  # (n,), (n, V)
     else:
-        index = logits.topk(top_k, dim=-1).indices                            # (n, K)
-        buckets = _buckets(log_p, index)                                      # (n, K + 1)
-        divergence, of_buckets = _divergence_and_gradient(buckets, _buckets(log_q, index), alpha)
-        share = (log_p - buckets[:, -1:]).exp()  # p_i / p_tail: at most 1 in the tail; the others are replaced
+        index = logits[0].topk(top_k, dim=-1).indices  # (n, K)
+        buckets = _buckets(log_p, index)  # (n, K + 1)
+        teacher_buckets = _buckets(log_q, index)  # (n, K + 1)
+        divergence, of_buckets = _divergence_and_gradient(buckets, teacher_buckets, alpha)
+        # p_i / p_tail is at most 1 in the tail. The entries of the top-k are replaced.
+        share = (log_p - buckets[:, -1:]).exp()
         gradient = (share * of_buckets[:, -1:]).scatter(-1, index, of_buckets[:, :-1])
-    logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
+    logprobs = logprobs_of(log_p, token_ids)
     if old_logprobs is not None:
-        ratio = (logprobs - old_logprobs.to(weights.dtype)).exp()
+        ratio = (logprobs - old_logprobs).exp()
         weights = weights * (ratio if is_clip is None else ratio.clamp(max=is_clip))
-    logits.copy_(weights[:, None] * gradient)
-    return torch.stack([weights * divergence, divergence, logprobs, _entropy(log_p), _entropy(log_q)])
+    logits[0].copy_(weights[:, None] * gradient)
+    terms = weights * divergence
+    return torch.stack([terms, divergence, logprobs, _entropy(log_p), _entropy(log_q)])
 
 
 def _divergence_and_gradient(log_p, log_q, alpha):
-    """D (n,) and dD/dz (n, B), from log-probabilities (n, B) over B tokens or buckets.
+    """Computes D (n,) and dD/dz (n, B) from log-probabilities (n, B) over B tokens or buckets.
 
-    Probabilities multiply differences of logarithms, never their infinite ratio, so an underflow gives 0.
+    Probabilities multiply differences of logarithms, never their infinite ratio. So an underflow
+    gives 0.
     """
     p = log_p.exp()
     if alpha == 0:
         return _kl(log_q, log_p), p - log_q.exp()
-    # The clamp matters only where p and q both underflow. The oracle's logaddexp would take one exponential more.
-    log_m = log_q if alpha == 1 else p.lerp(log_q.exp(), alpha).clamp(min=torch.finfo(p.dtype).tiny).log()
+    if alpha == 1:
+        log_m = log_q
+    else:  # The clamp matters where p and q both underflow. logaddexp has one exponential more.
+        log_m = p.lerp(log_q.exp(), alpha).clamp(min=torch.finfo(p.dtype).tiny).log()
     difference = log_p - log_m
     student_term = (p * difference).sum(-1)  # E_p[d], which is also KL(p || m)
     gradient = p * (difference - student_term[:, None])
@@ -168,176 +239,298 @@ def _divergence_and_gradient(log_p, log_q, alpha):
     return (1 - alpha) * student_term + alpha * _kl(log_q, log_m), (1 - alpha) * gradient
 
 
-def _entropy(log_p):
-    return -(log_p.exp() * log_p).sum(-1)
+def chunked_loss(
+    token_loss,
+    hidden,
+    head,
+    token_ids,
+    weights,
+    teachers=(),
+    chunk_size=None,
+    **per_token,
+):
+    """Sums a loss of one's own over tokens, from a naive formula that autograd differentiates.
+
+        loss = sum_n weights_n token_loss(log p_n, log q_n, ...)
+        p = softmax(hidden head^T), q = softmax(teacher_hidden teacher_head^T) of each teacher
+
+    Eq. 7, for example:
+
+        def reverse_kl(log_p, log_q, token_ids):
+            return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+        chunked_loss(reverse_kl, hidden, head, token_ids, weights, [(teacher_hidden, teacher_head)])
+
+    token_loss: takes log_p (n, V), the log-probabilities (n, V) of each teacher, then token_ids
+        (n,) and per_token by keyword. It returns the losses (n,), or a tuple of the losses and of
+        further tensors (n,) to be reported. It treats each row by itself, because it sees a few
+        rows at a time and padding among them. It calls functions of torch and branches on no
+        value, because a large call compiles it. functools.partial binds its settings. A number
+        that changes from step to step belongs in per_token, because each number compiles anew.
+    hidden (N, H), head (V, H): each receives gradients if it requires them.
+    token_ids, weights (N,), chunk_size: as in `distill_loss`.
+    teachers: a pair (teacher_hidden (N, H'), teacher_head (V, H')) each, which receive none.
+    per_token: tensors (N,) by the names that token_loss has for them, which receive none.
+
+    Returns TokenLoss. A non-finite loss is returned as it is.
+    Raises ValueError as `distill_loss`, and if what token_loss returns has another shape.
+    """
+    pairs = {"": (hidden, head)}
+    for i, teacher in enumerate(teachers):
+        pairs[f"teacher {i} "] = teacher
+    per_token = {"token_ids": token_ids, "weights": weights, **per_token}
+    tile = functools.partial(_autograd_tile, token_loss)
+    results = _sum_over_chunks(tile, pairs, per_token, chunk_size)
+    return TokenLoss(*results[:4], results[4:])
 
 
-def policy_loss(hidden, head, token_ids, advantages, weights, old_logprobs, clip_low, clip_high, clip_dual=None,
-                chunk_size=None):
-    """Clipped policy-gradient surrogate of PPO and GRPO, as a weighted sum to be minimised.
+def _autograd_tile(token_loss, logits, token_ids, weights, **per_token):
+    """Does as `_distill_tile`, and returns TokenLoss's others: (4 or more, n)."""
+    log_p, *log_q = (tile.to(weights.dtype).log_softmax(-1) for tile in logits)  # (n, V)
+
+    def weighted_sum(log_p):
+        outputs = token_loss(log_p, *log_q, token_ids=token_ids, **per_token)
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        for output in outputs:
+            shape = tuple(output.shape)
+            _require(
+                shape == weights.shape,
+                f"token_loss returned shape {shape}, but must return {tuple(weights.shape)}.",
+            )
+        return (weights * outputs[0]).sum(), outputs
+
+    gradient, (losses, *others) = torch.func.grad(weighted_sum, has_aux=True)(log_p)
+    p = log_p.exp()
+    logits[0].copy_(gradient - p * gradient.sum(-1, keepdim=True))  # through log_softmax
+    entropy = -(p * log_p).sum(-1)
+    logprobs = logprobs_of(log_p, token_ids)
+    return torch.stack([weights * losses, losses, logprobs, entropy, *others])
+
+
+def policy_loss(
+    hidden,
+    head,
+    token_ids,
+    advantages,
+    weights,
+    old_logprobs,
+    clip_low,
+    clip_high,
+    clip_dual=None,
+    chunk_size=None,
+):
+    """Sums the weighted clipped policy-gradient surrogates of PPO and GRPO, to be minimised.
 
         loss = sum_n weights_n * -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + clip_high) A_n)
         r_n = p_n(y_n) / p_old(y_n), p = softmax(hidden head^T), y = token_ids, A = advantages
 
-    With clip_dual a term of negative advantage is at most clip_dual |A_n| (dual clip; SDPO's code, through verl's
-    compute_policy_loss_vanilla, has 3.0).
+    With clip_dual a term of negative advantage is at most clip_dual |A_n|. This dual clip is that
+    of SDPO's code, through verl's compute_policy_loss_vanilla, which has 3.0.
 
-    hidden (N, H), head (V, H): receive gradients, each only if it requires one.
-    token_ids, advantages (N,); weights (N,) and chunk_size as in `distill_loss`.
-    old_logprobs (N,): log p_old(y), or None for the detached log-probabilities of now: the ratio is then exactly 1, and
-        its gradient that of log p(y).
+    hidden (N, H), head (V, H): each receives gradients if it requires them.
+    token_ids, advantages (N,), weights (N,), chunk_size: as in `distill_loss`.
+    old_logprobs (N,): log p_old(y), in nats. None stands for the detached log-probabilities of now:
+        the ratio is exactly 1, and its gradient is that of log p(y).
     clip_low, clip_high: at least 0. clip_dual: above 1, or None for no such bound.
 
-    Returns PolicyLoss. Raises ValueError as `distill_loss`. A non-finite loss is returned as it is.
+    Returns PolicyLoss. A non-finite loss is returned as it is.
+    Raises ValueError as `distill_loss`.
     """
-    per_row = dict(token_ids=token_ids, weights=weights, advantages=advantages, old_logprobs=old_logprobs)
-    _check("", hidden, head, **per_row)
-    _require(clip_low >= 0 and clip_high >= 0,
-             f"clip_low is {clip_low} and clip_high is {clip_high}, but both must be at least 0.")
+    _require(
+        clip_low >= 0 and clip_high >= 0,
+        f"clip_low is {clip_low} and clip_high is {clip_high}, but both must be at least 0.",
+    )
     _require(clip_dual is None or clip_dual > 1, f"clip_dual is {clip_dual}, but must be above 1.")
-    settings = (clip_low, clip_high, math.inf if clip_dual is None else clip_dual)
-    return PolicyLoss(*_sum_over_chunks(_policy_tile, settings, 4, hidden, head, None, per_row.values(), chunk_size))
+    dual = math.inf if clip_dual is None else clip_dual
+    token_loss = functools.partial(_surrogate, low=1 - clip_low, high=1 + clip_high, dual=dual)
+    per_token = {"advantages": advantages, "old_logprobs": old_logprobs}
+    loss, _, logprobs, entropy, outputs = chunked_loss(
+        token_loss, hidden, head, token_ids, weights, chunk_size=chunk_size, **per_token
+    )
+    return PolicyLoss(loss, logprobs, entropy, *outputs)
 
 
-def _policy_tile(logits, token_ids, weights, advantages, old_logprobs, clip_low, clip_high, clip_dual):
-    """As `_distill_tile`, with PolicyLoss's others: (4, n)."""
-    log_p = logits.to(weights.dtype).log_softmax(-1)  # (n, V)
-    logprobs = log_p.gather(-1, token_ids[:, None]).squeeze(-1)
-    advantages = advantages.to(weights.dtype)
-    ratio = (logprobs - (logprobs if old_logprobs is None else old_logprobs.to(weights.dtype))).exp()
-    # The minimum bounds the ratio from above where A is positive, from below where it is negative; the dual clip bounds it
-    # there from above, too. Said this way, an infinite ratio never multiplies an advantage of 0.
+def _surrogate(log_p, token_ids, advantages, low, high, dual, old_logprobs=None):
+    """Computes -min(r A, clip(r) A) of each token (n,), and whether the clip is active.
+
+    The minimum bounds r from above where A is positive, and from below where A is negative. The
+    dual clip bounds r there from above, too. Bounds on r keep an infinite r from an A of 0.
+    """
+    logprobs = logprobs_of(log_p, token_ids)
+    log_ratio = logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)
+    ratio = log_ratio.detach().exp()
     rewarded = advantages >= 0
-    clipped = torch.where(rewarded, ratio > 1 + clip_high, (ratio < 1 - clip_low) | (ratio > clip_dual))
-    bounded = torch.where(rewarded, ratio.clamp(max=1 + clip_high), ratio.clamp(1 - clip_low, clip_dual))
-    terms = -weights * bounded * advantages
-    # dr/dz = r (onehot(y) - p). Where the clip is active, the loss does not depend on r.
-    slope = torch.where(clipped, 0.0, terms)[:, None]
-    logits.copy_((-slope * log_p.exp()).scatter_add(-1, token_ids[:, None], slope))
-    return torch.stack([terms, logprobs, _entropy(log_p), (clipped & (advantages != 0)).to(weights.dtype)])
+    clipped = torch.where(rewarded, ratio > high, (ratio < low) | (ratio > dual))
+    bounded = torch.where(rewarded, ratio.clamp(max=high), ratio.clamp(low, dual))
+    # The 0 keeps an infinite ratio out of the backward pass, where 0 times infinity is NaN.
+    free = torch.where(clipped, 0, log_ratio).exp()
+    losses = -torch.where(clipped, bounded, free) * advantages
+    return losses, clipped & (advantages != 0)
 
 
 @torch.no_grad()
 def score(hidden, head, token_ids, chunk_size=None):
-    """log softmax(hidden head^T)[token_ids], (N,), float32 (float64 for float64 inputs), without gradient.
+    """Computes log softmax(hidden head^T)[token_ids], (N,) nats, without gradient.
 
-    hidden (N, H), head (V, H), token_ids (N,); chunk_size and ValueError as in `distill_loss`.
+    hidden (N, H), head (V, H), token_ids (N,), chunk_size: as in `distill_loss`.
+
+    Returns float32, or float64 for float64 inputs.
+    Raises ValueError as `distill_loss`.
     """
-    _check("", hidden, head, token_ids=token_ids)
-    every_row = torch.ones(len(hidden), device=hidden.device)
-    return _sum_over_chunks(_score_tile, (), 2, hidden, head, None, (token_ids, every_row), chunk_size)[1]
+    per_token = {"token_ids": token_ids, "weights": torch.ones_like(token_ids)}
+    return _sum_over_chunks(_score_tile, {"": (hidden, head)}, per_token, chunk_size)[1]
 
 
 def _score_tile(logits, token_ids, weights):
-    logits = logits.to(weights.dtype)
-    logprobs = logits.gather(-1, token_ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    student = logits[0].to(weights.dtype)
+    logprobs = logprobs_of(student, token_ids) - student.logsumexp(-1)
     return torch.stack([weights * logprobs, logprobs])
 
 
-def _sum_over_chunks(tile_function, settings, count, hidden, head, teacher, per_row, chunk_size, budget=MEMORY_BUDGET):
-    """Drop rows of weight 0, run tile_function over the rest, put its outputs back: loss (), then each (N,).
+def _sum_over_chunks(tile_function, pairs, per_token, chunk_size, memory_budget=MEMORY_BUDGET):
+    """Sums the terms of tile_function over the rows whose weight is not 0.
 
-    tile_function(logits, the teacher's if there is one, *per_row, *settings) sees a few rows. It returns the terms of the
-    loss, then its outputs, (count, n), and may leave the gradient of the terms' sum where the logits were. teacher is
-    (hidden, head) or None; per_row is token_ids, weights, then tensors with N rows or None.
+    tile_function(logits, **per_token): sees a few rows. logits are the student's (n, V), then each
+        teacher's. It returns the terms of the loss, then its outputs: (1 or more, n). It may leave
+        the gradient of the terms' sum in the student's logits.
+    pairs: (hidden, head) of the student, then of each teacher, by what precedes their names.
+    per_token: token_ids, weights and what else tile_function takes, (N,) or None each.
+
+    Returns the loss (), then the outputs, (N,) each.
     """
-    vocabulary, teacher = len(head), teacher or ()
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    row_bytes = 2 * vocabulary * dtype.itemsize
-    _require(chunk_size is None or isinstance(chunk_size, int) and chunk_size >= 1,
-             f"chunk_size is {chunk_size}, but must be a whole number, at least 1.")
-    _require(chunk_size is not None or budget >= row_bytes,
-             f"memory_budget is {budget} bytes, but one row of a vocabulary of {vocabulary} needs {row_bytes}.")
-    token_ids, weights, *others = per_row
-    keep = weights.detach().nonzero().squeeze(-1)
-    per_row = [tensor if tensor is None else tensor.detach().index_select(0, keep)
-               for tensor in (token_ids.long(), weights.to(dtype), *others)]
-    if len(keep):  # only now, because padding may carry any id
-        low, high = (int(end) for end in per_row[0].aminmax())
-        _require(0 <= low and high < vocabulary,
-                 f"token_ids holds ids from {low} to {high}, but the vocabulary has {vocabulary}.")
-    if not torch.is_grad_enabled():  # a Function is told which inputs require gradients even under no_grad
-        hidden, head = hidden.detach(), head.detach()
-    # Outside the Function, so that autograd itself gives the dropped rows a gradient of 0.
-    hidden, *states = (tensor.index_select(0, keep) for tensor in (hidden, *teacher[:1]))
-    loss, outputs = _ChunkedLoss.apply(hidden, head, (*states, *teacher[1:]), per_row, tile_function, settings, count,
-                                       chunk_size or min(LARGEST_CHUNK, int(budget // row_bytes)))
-    return loss, *outputs.new_zeros(len(outputs), len(weights)).index_copy(1, keep, outputs)
+    _check(pairs, per_token)
+    student, *_ = pairs.values()
+    vocabulary = len(student[1])
+    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
+    row_bytes = max(2, len(pairs)) * vocabulary * dtype.itemsize
+    _require(
+        chunk_size is None or isinstance(chunk_size, int) and chunk_size >= 1,
+        f"chunk_size is {chunk_size}, but must be a whole number, at least 1.",
+    )
+    _require(
+        chunk_size is not None or memory_budget >= row_bytes,
+        f"memory_budget is {memory_budget} bytes, "
+        f"but one row of a vocabulary of {vocabulary} needs {row_bytes}.",
+    )
+    chunk_size = chunk_size or min(LARGEST_CHUNK, int(memory_budget // row_bytes))
+    weights = per_token["weights"].to(dtype)
+    live = weights.nonzero().squeeze(-1)
+    if len(live):  # only now, because padding may carry any id
+        low, high = (int(end) for end in per_token["token_ids"][live].aminmax())
+        _require(
+            0 <= low and high < vocabulary,
+            f"token_ids holds ids from {low} to {high}, but the vocabulary has {vocabulary}.",
+        )
+    learns = torch.is_grad_enabled()
+    gradients = [
+        torch.zeros_like(x, dtype=dtype) if learns and x.requires_grad else None for x in student
+    ]
+    per_token = per_token | {"weights": weights}
+    outputs = _fill(gradients, tile_function, pairs.values(), per_token, live, chunk_size)
+    loss = outputs[0, live].sum()
+    return _Formed.apply(*student, loss, *gradients), *outputs[1:]
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Sum of a per-token loss of the logits hidden head^T, whose gradient is formed on the way forward."""
+@torch.no_grad()
+def _fill(gradients, tile_function, pairs, per_token, live, chunk_size):
+    """Runs tile_function over the live rows and fills gradients in.
+
+    gradients: of the student's hidden (N, H) and head (V, H), zeros, or None where it needs none.
+    live: the indices of the rows. The others: as in `_sum_over_chunks`.
+
+    Returns what tile_function returns, (1 or more, N), and 0 in the other rows.
+    """
+    dtype = per_token["weights"].dtype
+    cast = functools.cache(_under_autocast)  # one copy of a head that several teachers share
+    pairs = [(cast(hidden), cast(head)) for hidden, head in pairs]
+    hidden, head = pairs[0]
+    hidden_gradient, head_gradient = gradients
+    units = torch.get_num_threads() if head.device.type == "cpu" else 512
+    tile = min(chunk_size, max(1, TILE * units // len(head)))  # rows
+    chunk_size = min(chunk_size, max(1, len(live)))
+    run = _run_tile
+    if len(live) * len(head) >= COMPILE_FROM:
+        run = _compiler(head.device)
+    else:
+        tile = min(tile, chunk_size)
+
+    def of_live_rows(tensor):  # with a tile more, so that each tile is whole and no shape changes
+        tensor = torch.nn.functional.pad(tensor[live], (0, tile))
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    per_token = {name: of_live_rows(x) for name, x in per_token.items() if x is not None}
+    room = math.ceil(chunk_size / tile) * tile
+    buffers = [states.new_empty(room, len(head)) for states, _ in pairs]
+    outputs = None
+    for start in range(0, max(1, len(live)), chunk_size):  # once without rows, to count the outputs
+        rows = live[start : start + chunk_size]
+        for (states, weight), logits in zip(pairs, buffers, strict=True):
+            torch.mm(states[rows], weight.T, out=logits[: len(rows)])
+        for i in range(0, max(1, len(rows)), tile):
+            logits = [buffer[i : i + tile] for buffer in buffers]
+            of_tile = {name: x.narrow(0, start + i, tile) for name, x in per_token.items()}
+            result = run(tile_function, logits, of_tile)
+            if outputs is None:  # one tensor: small ones between large ones fragment the heap
+                outputs = result.new_zeros(len(result), len(hidden))
+            written = rows[i : i + tile]
+            outputs[:, written] = result[:, : len(written)]
+        gradient = buffers[0][: len(rows)]
+        if hidden_gradient is not None:
+            hidden_gradient[rows] = (gradient @ head).to(dtype)
+        if head_gradient is not None and head.dtype == dtype:
+            head_gradient.addmm_(gradient.T, hidden[rows])
+        elif head_gradient is not None:
+            head_gradient += gradient.T @ hidden[rows]
+    return outputs
+
+
+def _run_tile(tile_function, logits, per_token):
+    return tile_function(logits, **per_token)
+
+
+def _under_autocast(tensor):
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:  # which it never casts
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
+class _Formed(torch.autograd.Function):
+    """Gives a loss the gradients that were formed beside it."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher, per_row, tile_function, settings, count, chunk_size):
-        rows, vocabulary, dtype = len(hidden), len(head), per_row[1].dtype
-        hidden_needs, head_needs = ctx.needs_input_grad[:2]
-        hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if hidden_needs else None  # (N, H)
-        head_gradient = torch.zeros_like(head, dtype=dtype) if head_needs else None        # (V, H)
-        kind = hidden.device.type
-        autocast = torch.is_autocast_enabled(kind)  # which never casts float64
-        pairs = [[x.to(torch.get_autocast_dtype(kind)) if autocast and x.dtype != torch.float64 else x for x in pair]
-                 for pair in ((hidden, head), teacher) if pair]
-        hidden, head = pairs[0]
-
-        tile = min(chunk_size, max(1, TILE * (torch.get_num_threads() if kind == "cpu" else 512) // vocabulary))  # rows
-        chunk_size = min(chunk_size, max(1, rows))
-        if rows * vocabulary >= COMPILE_FROM:
-            tile_function = _compiler(hidden.device)(tile_function)
-        else:
-            tile = min(tile, chunk_size)
-        # Whole tiles, so that no shape ever changes: what they hold beyond the last row is computed and dropped.
-        per_row = [tensor if tensor is None else torch.nn.functional.pad(tensor, (0, tile)) for tensor in per_row]
-        buffers = [states.new_empty(math.ceil(chunk_size / tile) * tile, vocabulary) for states, _ in pairs]
-        # One tensor: a small one a tile, kept between large temporaries, would break the heap to pieces.
-        outputs = per_row[1].new_empty(count, rows + tile)
-        for start in range(0, rows, chunk_size):
-            chunk = slice(start, min(start + chunk_size, rows))
-            n = chunk.stop - start
-            for (states, weight), logits in zip(pairs, buffers, strict=True):
-                torch.mm(states[chunk], weight.T, out=logits[:n])
-            for i in range(start, chunk.stop, tile):  # what a tile says of rows beyond its chunk, the next one overwrites
-                logits = (buffer[i - start: i - start + tile] for buffer in buffers)
-                of_rows = (tensor if tensor is None else tensor[i: i + tile] for tensor in per_row)
-                outputs[:, i: i + tile] = tile_function(*logits, *of_rows, *settings)
-            gradient = buffers[0][:n]
-            if hidden_needs:
-                hidden_gradient[chunk] = gradient @ head
-            if head_needs and head.dtype == dtype:
-                head_gradient.addmm_(gradient.T, hidden[chunk])
-            elif head_needs:
-                head_gradient += gradient.T @ hidden[chunk]
-        loss, outputs = outputs[0, :rows].sum(), outputs[1:, :rows]
-        ctx.save_for_backward(hidden_gradient, head_gradient)
-        ctx.mark_non_differentiable(outputs)
-        return loss, outputs
+    def forward(ctx, hidden, head, loss, *gradients):
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, scale, _):
-        # The product is still in float32; autograd casts it to the dtype of the input.
-        return *(None if saved is None else scale * saved for saved in ctx.saved_tensors), *[None] * 6
+    def backward(ctx, scale):
+        # The product is still in float32. Autograd casts it to the dtype of the input.
+        scaled = (None if saved is None else scale * saved for saved in ctx.saved_tensors)
+        return *scaled, None, None, None
 
 
 @functools.cache
 def _compiler(device):
-    """torch.compile as it serves here; where it does not work, one warning and no change."""
-    try:
-        torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        warnings.warn(f"kernels.py runs its losses uncompiled, which is slower: {str(error).splitlines()[0]}", stacklevel=2)
-        return lambda function: function
-    many = torch._dynamo.config.patch(recompile_limit=64)  # torch.compile takes it as an argument, but not yet in 2.11
+    """Returns a `_run_tile` that is compiled until compiling fails, which it warns of once."""
+    torch._dynamo.config.recompile_limit = 64  # torch 2.11's compile does not take it
+    run = torch.compile(_run_tile, dynamic=False)
 
-    @functools.cache
-    def compiled(function):
-        fast = torch.compile(function, dynamic=False)
+    def run_compiled(*arguments):
+        nonlocal run
+        try:
+            return run(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"kernels.py runs its losses uncompiled, which is slower: {reason}", stacklevel=2
+            )
+            run = _run_tile
+            return run(*arguments)
 
-        def call(*args):
-            with many:  # it is looked at when a call compiles
-                return fast(*args)
-        return call
-    return compiled
+    return run_compiled
 
 
 def _require(condition, message):
@@ -347,26 +540,56 @@ def _require(condition, message):
 
 def _check_divergence(alpha, top_k, vocabulary):
     _require(0 <= alpha <= 1, f"alpha is {alpha}, but must be from 0 to 1.")
-    _require(top_k is None or isinstance(top_k, int) and 1 <= top_k <= vocabulary,
-             f"top_k is {top_k}, but must be a whole number from 1 to the vocabulary of {vocabulary}.")
+    _require(
+        top_k is None or isinstance(top_k, int) and 1 <= top_k <= vocabulary,
+        f"top_k is {top_k}, but must be a whole number from 1 to the vocabulary of {vocabulary}.",
+    )
 
 
-def _check(role, hidden, head, **per_row):
-    """Refuse hidden states and a head that do not fit together, or per-token arguments that do not fit."""
-    for name, tensor in ((f"{role}hidden", hidden), (f"{role}head", head)):
-        shape = tuple(tensor.shape)
-        _require(tensor.dim() == 2, f"{name} has shape {shape}, but must have 2 dimensions.")
-        _require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, but must be floating point.")
-        _require(tensor.is_contiguous(),
-                 f"{name} of shape {shape} has strides {tensor.stride()}, but must be contiguous; call .contiguous() on it.")
-    _require(len(head) > 0, f"{role}head has shape {shape}, but must have a vocabulary.")
-    _require(hidden.shape[1] == head.shape[1],
-             f"{role}hidden has width {hidden.shape[1]}, but {role}head has width {head.shape[1]}.")
-    cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, head.dtype)
-    _require(hidden.dtype == head.dtype or cast, f"{role}hidden is {hidden.dtype}, but {role}head is {head.dtype}.")
-    for name, tensor in per_row.items():
-        said = "is None" if tensor is None else f"has shape {tuple(tensor.shape)}"
-        _require(name == "old_logprobs" if tensor is None else tensor.shape == (len(hidden),),
-                 f"{name} {said}, but {role}hidden has {len(hidden)} rows.")
-        _require(name != "token_ids" or not (tensor.is_floating_point() or tensor.dtype == torch.bool),
-                 f"{name} is {getattr(tensor, 'dtype', None)}, but must be an integer type.")
+def _check(pairs, per_token):
+    """Refuses tensors that do not fit together. pairs, per_token: as in `_sum_over_chunks`."""
+    student, *_ = pairs
+    rows, vocabulary = (len(tensor) for tensor in pairs[student])
+    for role, (hidden, head) in pairs.items():
+        for name, tensor in ((f"{role}hidden", hidden), (f"{role}head", head)):
+            shape = tuple(tensor.shape)
+            _require(len(shape) == 2, f"{name} has shape {shape}, but must have 2 dimensions.")
+            _require(
+                tensor.is_floating_point(), f"{name} is {tensor.dtype}, but must be floating point."
+            )
+            _require(
+                tensor.is_contiguous(),
+                f"{name} of shape {shape} has strides {tensor.stride()}, "
+                "but must be contiguous; call .contiguous() on it.",
+            )
+        _require(len(head) > 0, f"{role}head has shape {shape}, but must have a vocabulary.")
+        _require(
+            len(head) == vocabulary,
+            f"{role}head has a vocabulary of {len(head)}, "
+            f"but {student}head has one of {vocabulary}.",
+        )
+        _require(
+            len(hidden) == rows,
+            f"{role}hidden has {len(hidden)} rows, but {student}hidden has {rows}.",
+        )
+        width, head_width = hidden.shape[1], head.shape[1]
+        _require(
+            width == head_width,
+            f"{role}hidden has width {width}, but {role}head has width {head_width}.",
+        )
+        cast = torch.is_autocast_enabled(hidden.device.type)
+        _require(
+            hidden.dtype == head.dtype or cast and torch.float64 not in (hidden.dtype, head.dtype),
+            f"{role}hidden is {hidden.dtype}, but {role}head is {head.dtype}.",
+        )
+    for name, tensor in per_token.items():
+        if isinstance(tensor, Tensor):
+            fits, found = tensor.shape == (rows,), f"has shape {tuple(tensor.shape)}"
+        else:
+            fits, found = tensor is None and name == "old_logprobs", f"is {tensor}"
+        _require(fits, f"{name} {found}, but {student}hidden has {rows} rows.")
+    dtype = per_token["token_ids"].dtype
+    _require(
+        not (dtype.is_floating_point or dtype == torch.bool),
+        f"token_ids is {dtype}, but must be an integer type.",
+    )

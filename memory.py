@@ -284,12 +284,18 @@ def first_joint(token) -> int:
 
 
 # Where a reply holds what it was asked for: a key and the list (or the one object, or a text, which is none) behind it
-ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+:\s*+(?=[\[{"])""")
+ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+[:=]\s*+(?=[\[{"])""")
 # What opens or ends a value, with the string that follows. A quote inside a string need not be escaped: one that no
 # delimiter follows does not end it
 STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*+(?P=quote)?"""
-PIECE = re.compile(rf"[\[{{,:](?:\s*+{STRING})?|[\]}}]|</?think>", re.S | re.I)
-THOUGHT = re.compile(r"</?think>", re.I)
+# Where a model's thoughts begin and end: <think>, <thinking>, [THINK], <|begin_of_thought|> ...
+THOUGHTS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
+TAG = (rf"(?P<begins><{THOUGHTS}\s?>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>)|"
+       rf"(?P<ends></{THOUGHTS}\s?>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>)")
+PIECE = re.compile(rf"{TAG}|[\[{{,:](?:\s*+{STRING})?|[\]}}]", re.S | re.I)
+TAG = re.compile(TAG, re.I)
+# The end of a text that is whole. A closing quote alone does not tell: it may open a quotation that the limit cut
+SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][^\w\s]*\Z")
 MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
 
 
@@ -310,10 +316,10 @@ def parse(reply) -> dict | None:
     """{key: its rows} for each key that the prompts ask for (strategies, lessons, behaviors, actions) and a reply holds.
 
     None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
-    several (their lists are joined), within another object. What stands in thoughts (<think>) does not count. A row is an
+    several (their lists are joined), within another object. What stands in thoughts (see TAG) does not count. A row is an
     object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
-    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only: see
-    `was_cut`.
+    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only and its last
+    text ends as a sentence does: see `was_cut`.
     """
     found = {}
     for place in places(reply):
@@ -328,7 +334,8 @@ def rows_at(place) -> list[dict | None]:
     except (RecursionError, ValueError):
         rows = [read_object(text) for text in place.rows[:MAX_ITEMS]]
         rows += [None] * (len(place.rows) - len(rows))
-        if row := read_json(place.rest.rstrip().removesuffix(",") + "}"):
+        open_one = place.rest.rstrip().removesuffix(",")
+        if SENTENCE_END.search(open_one) and (row := read_json(open_one + "}")):
             rows.append(row)
         return rows
     if not isinstance(value, list):
@@ -343,13 +350,16 @@ def was_cut(reply) -> bool:
 
 def places(reply) -> list[Place]:
     """Where the reply, its LaTeX made valid JSON, holds the asked-for keys; without those in thoughts."""
-    text = keep_latex(clean(reply)[:MAX_REPLY])
+    text = clean(reply)[:MAX_REPLY]
+    if '\\"' in text and not ASKED.search(text):  # JSON that stands, escaped, in a string of JSON
+        text = re.sub(r'\\([\\"/nt])', lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), text)
+    text = keep_latex(text)
     found = [place_at(text, m) for m in itertools.islice(ASKED.finditer(text), MAX_PLACES)]
     outside = text
     for place in found:  # a tag within an item is no tag
         outside = outside[:place.start] + " " * (place.end - place.start) + outside[place.end:]
-    tags = [(place, THOUGHT.search(outside, place.end)) for place in found]
-    return [place for place, tag in tags if not (tag and tag[0].startswith("</"))]
+    tags = [(place, TAG.search(outside, place.end)) for place in found]
+    return [place for place, tag in tags if not (tag and tag["ends"])]
 
 
 def place_at(text, match) -> Place:
@@ -362,7 +372,7 @@ def place_at(text, match) -> Place:
     outer = 1 if text[start] == "[" else 0  # brackets around an item
     for piece in PIECE.finditer(text, start):
         mark, at = piece[0][0], piece.start()
-        if mark == "<" or len(stack) > MAX_DEPTH:
+        if piece["begins"] or piece["ends"] or len(stack) > MAX_DEPTH:
             return place
         if mark in "[{":
             if mark == "{" and len(stack) == outer:
@@ -408,12 +418,18 @@ def fields_of(row) -> dict | None:
 
 # Commands of LaTeX that begin like JSON's escapes for a line break and a tab. \ni and \tt are left out: i and t are words
 N_AND_T = frozenset("""
-    nabla natural ncong ne nearrow neg neq newcommand newline nexists ngeq ngeqslant ngtr nleftarrow nleq nleqslant nless
-    nmid nobreak nolimits nonumber not notag notin nparallel nprec npreceq nrightarrow nsim nsubseteq nsucc nsucceq
-    nsupseteq nu nwarrow nLeftarrow nLeftrightarrow nRightarrow nVdash nvdash nvDash tag tan tanh tau tbinom text textbf
-    textbackslash textit textmd textnormal textrm textsc textsf textstyle textsubscript textsuperscript texttt textup
-    tfrac therefore theta thetasym thickapprox thicksim thinspace tilde times to top triangle triangledown triangleleft
-    trianglelefteq triangleq triangleright trianglerighteq twoheadrightarrow
+    nabla natural ncong ne nearrow neg negmedspace negthickspace negthinspace neq newcommand newenvironment newline
+    newpage newtheorem nexists ngeq ngeqq ngeqslant ngtr nicefrac nLeftarrow nleftarrow nLeftrightarrow
+    nleftrightarrow nleq nleqq nleqslant nless nmid nobreak nobreakspace nocite noindent nolimits nonumber nopagebreak
+    norm normalfont normalsize not notag notin nparallel nprec npreceq nRightarrow nrightarrow nshortmid
+    nshortparallel nsim nsubset nsubseteq nsubseteqq nsucc nsucceq nsupset nsupseteq nsupseteqq ntriangleleft
+    ntrianglelefteq ntriangleright ntrianglerighteq nu num numberwithin nVDash nVdash nvDash nvdash nwarrow tag tan
+    tanh tau tbinom tensor text textasciitilde textbackslash textbar textbf textbullet textcelsius textcolor
+    textdegree textellipsis textemdash textendash textgreater textit textless textmd textmicro textmu textnormal
+    textohm textperthousand textpm textrm textsc textsf textsl textstyle textsubscript textsuperscript texttimes
+    texttrademark texttt textunderscore textup tfrac therefore theta thetasym thickapprox thicksim thickspace
+    thinspace tilde times tiny to top transpose triangle triangledown triangleleft trianglelefteq triangleq
+    triangleright trianglerighteq twoheadleftarrow twoheadrightarrow
     """.split())
 ESCAPE = re.compile(r"""\\(?:(["\\/']|u[0-9a-fA-F]{4})|([A-Za-z]*))""")  # JSON's (and ', for the repairer), or letters
 
@@ -444,7 +460,9 @@ def parse_items(found, key, first, second) -> list[tuple[str, str]]:
         pair = [row.get(first), row.get(second)] if isinstance(row, dict) else [None, None]
         pair = [clean(x) if isinstance(x, str) else "" for x in pair]  # again: JSON escapes can hide what `parse` cleaned
         if all(x.strip() for x in pair):
-            sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]
+            sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]  # not at e.g. X
+            while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
+                sentences.pop()
             items.append((" ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]))
     return items
 
@@ -471,9 +489,29 @@ def shortcuts(text) -> list[str]:
 
 
 # What an abstraction may call its decisions. A new behavior of a known name updates it, so that both are one to us.
-WRITES = {"new", "add", "added", "create", "insert", "introduce", "update", "updated", "modify", "modified", "rewrite",
-          "revise", "edit", "change", "replace", "refine", "improve"}
-REMOVES = {"remove", "removed", "delete", "deleted", "drop", "discard", "retire", "forget"}
+DECISION = ("decision", "operation", "op", "type", "event")  # the fields that may say it where there is no `action`
+WRITES = {"new", "add", "append", "create", "insert", "introduce", "save", "store", "update", "upsert", "adjust", "amend",
+          "change", "combine", "edit", "extend", "generalize", "generalise", "improve", "merge", "modify", "modified",
+          "refine", "replace", "revise", "rewrite", "rewritten", "strengthen"}
+REMOVES = {"remove", "delete", "deprecate", "discard", "drop", "dropped", "eliminate", "erase", "forget", "prune", "purge",
+           "retire"}
+UNDECIDED = {"no", "not", "or", "don", "keep", "none", "unchanged"}
+
+
+def decision_of(row) -> str:
+    """What a row decides: "write", "remove", or "" where that is not clear. A row that says no decision is written."""
+    others = [row[name] for name in DECISION if verbs_in(row.get(name))]
+    verbs = verbs_in(row["action"] if "action" in row else others[0] if others else "new")
+    return verbs.pop() if len(verbs) == 1 else ""
+
+
+def verbs_in(said) -> set[str]:
+    """Which of "write" and "remove" some words say, in any form of the verb (`Removed`, `add_behavior`)."""
+    words = set(re.findall("[a-z]+", said.casefold())) if isinstance(said, str) else set()
+    if words & UNDECIDED:
+        return set()
+    stems = words | {word.removesuffix(end) for word in words for end in ("d", "ed", "s")}
+    return {verb for verb, known in (("write", WRITES), ("remove", REMOVES)) if stems & known}
 
 
 def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
@@ -486,7 +524,7 @@ def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
 def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
     """A parsed abstraction: ((name, instruction) pairs to write, names to remove, how many rows are neither).
 
-    Cold start and decisions may come under each other's key; a row without an action is written. None where the reply
+    Cold start and decisions may come under each other's key; a row without a decision is written. None where the reply
     has neither key.
     """
     if not found or not found.keys() & {"actions", "behaviors"}:
@@ -495,10 +533,10 @@ def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
     writes, removes = [], []
     for row in rows[:MAX_ITEMS]:
         row = row or {}
-        action, name = plain(str(row.get("action", "new"))).strip(".:!").casefold(), row.get("name")
-        if action in WRITES:
+        decision, name = decision_of(row), row.get("name")
+        if decision == "write":
             writes += parse_items({"row": [row]}, "row", "name", "instruction")
-        elif action in REMOVES and isinstance(name, str):
+        elif decision == "remove" and isinstance(name, str):
             removes.append(plain(name))
     return writes, removes, len(rows) - len(writes) - len(removes)
 
@@ -513,8 +551,8 @@ def unit_rows(rows) -> np.ndarray:
 
     Raises ValueError for what is no such table, and for numbers that are not finite.
     """
-    rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy has no bfloat16
     try:
+        rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy: no bfloat16
         rows = np.array(rows, np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the embedder gave no table of numbers ({error}): name another --embedder") from error
@@ -533,11 +571,12 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
     """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates, how many were updates).
 
     cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who come in one by one. A
-    newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. When all `cap`
-    places are taken, the most redundant goes: the one with the highest cosine to any other, the newcomer included; the
-    older of two. names: n keys. A newcomer takes the place of the one of its name; where it is refused, that one stays.
+    newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. While all `cap`
+    places are taken (by more, where a fork lowered it), the most redundant goes: the one with the highest cosine to any
+    other, the newcomer included; the older of two. names: n keys. A newcomer takes the place of the one of its name; where
+    it is refused, that one stays.
     """
-    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.copy()
+    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.clip(-1, 1)
     np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
     for new in range(held, len(cosines)):
         others = [i for i in stay if names is None or names[i] != names[new]]
@@ -546,7 +585,7 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
             continue
         updates += len(stay) - len(others)
         stay = others
-        if len(stay) >= cap:
+        while len(stay) >= cap:
             del stay[int(cosines[stay][:, [*stay, new]].max(1).argmax())]
         stay.append(new)
     return stay, refused, updates

@@ -376,7 +376,7 @@ class PMD:
     def check(cls, cfg):
         """Raises ValueError, in one sentence, for flags that do not fit the method."""
         if cfg.memory_from:
-            raise ValueError(f"--memory_from goes with --method frozen-memory, not with {cfg.method}")
+            raise ValueError(f"--memory_from and --method frozen-memory go together, and the method is {cfg.method}")
 
     def make_teacher(self, policy):
         """The teacher's weights (Eq. 6): an average that starts at the policy, or the live policy itself."""
@@ -1568,6 +1568,9 @@ def check_memory(task, cfg):
         if unknown:
             raise ValueError(f"--from {cfg.fork_from} has a memory that does not know {len(unknown)} of the training "
                              f"problems, such as {unknown[0]}; give the same --task, or start without --from")
+        if others := known_otherwise(task.train, known):
+            raise ValueError(f"--from {cfg.fork_from} has the memory of another task: {len(others)} training problems have "
+                             f"other texts in it, such as {others[0]!r}; give the same --task, or start without --from")
     if method.memory_mode and rank() == 0:  # whose memory it is
         make_embedder(cfg)
     if method.remembers:
@@ -1615,6 +1618,11 @@ def check_fits(cfg, ranks, quiet):
         raise ValueError(sentence)
 
 
+def known_otherwise(problems, prompts) -> list[str]:
+    """The ids of the problems that a memory's prompts ({id: text}) have with another text: ids may be mere numbers."""
+    return [p.id for p in problems if plain(prompts[p.id]) != plain(p.prompt)]
+
+
 def check_lender(cfg, task):
     """ValueError where --memory_from is not a memory of this task that holds something at its step."""
     source, step = memory_source(cfg)
@@ -1627,7 +1635,7 @@ def check_lender(cfg, task):
     shared = [p for p in task.train if p.id in prompts]
     if not shared:
         raise ValueError(f"{source} is the memory of another task: it knows none of the problems of {cfg.task}")
-    if others := [p.id for p in shared if plain(prompts[p.id]) != plain(p.prompt)]:  # ids may be mere numbers
+    if others := known_otherwise(shared, prompts):
         raise ValueError(f"{source} is the memory of another task: {len(others)} of its problems have ids of {cfg.task} "
                          f"with other texts, such as {others[0]!r}")
     if int(step or 0) > last:

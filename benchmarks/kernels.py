@@ -1,18 +1,22 @@
-"""What the losses of kernels.py cost: against their matrix products, Liger-Kernel, TRL, the naive loss and SDPO's top-k.
+"""Measures the losses of kernels.py beside their products, Liger-Kernel, TRL and naive losses.
 
     python benchmarks/kernels.py [--quick] [--peers FOLDER]
 
-Every contender computes the loss and the gradients of hidden states and head; ours also computes both entropies and the
-log-probabilities, the others do not. The floor is the four matrix products alone, in chunks of 512 into memory that is
-reused. Contenders take turns, so that a ratio compares neighbours in time. On a CPU it uses one thread and CPU time, which a
-busy machine disturbs little; on a GPU, wall time between synchronisations. Medians, and [smallest, largest] ratios.
+Every contender computes the loss and the gradients of hidden states and head. Ours also compute
+entropies and log-probabilities, the others do not. The floor is the four matrix products alone, in
+chunks of 512 into memory that is reused. Contenders take turns, so that a ratio compares neighbours
+in time. On a CPU it uses one thread and CPU time, which a busy machine disturbs little. On a GPU it
+uses wall time between synchronisations. It prints medians, and [smallest, largest] ratios.
 
-Liger-Kernel and TRL need a folder made by `pip install --no-deps --target FOLDER liger-kernel==0.8.5 trl==1.16.0 accelerate
-psutil` (whole, Liger-Kernel would bring Triton, which its chunked losses do not use), beside this repository's requirements.
+Liger-Kernel and TRL need a folder beside this repository's requirements, made by
+`pip install --no-deps --target FOLDER liger-kernel==0.8.5 trl==1.16.0 accelerate psutil`. Whole,
+Liger-Kernel would bring Triton, which its chunked losses do not use.
 
-On an idle machine with AVX2 float32's shapes and slopes took 12 minutes, the memory 7 (it needs 18 GB), the table 8.
-bfloat16 is left out where its products take over four times float32's time, as on a CPU without instructions for it (22).
+On an idle machine with AVX2 float32's shapes and slopes took 12 minutes, the memory 7, the table 8.
+The memory needs 18 GB. bfloat16 is left out where its products take over four times float32's time,
+as on a CPU without instructions for it.
 """
+
 import argparse
 import gc
 import json
@@ -25,8 +29,10 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file's folder would put this file in place of ours
-from kernels import distill_loss
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # this file's folder would put this file in place of ours
+from kernels import chunked_loss, distill_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHUNK = 512
@@ -44,15 +50,20 @@ def make(rows, hidden, vocabulary, dtype):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator).div_(hidden ** 0.25).to(DEVICE, dtype)
+        return torch.randn(*shape, generator=generator).div_(hidden**0.25).to(DEVICE, dtype)
 
-    return {"student_hidden": draw(rows, hidden).requires_grad_(), "student_head": draw(vocabulary, hidden).requires_grad_(),
-            "teacher_hidden": draw(rows, hidden), "teacher_head": draw(vocabulary, hidden),
-            "weights": torch.full((rows,), 1 / rows, device=DEVICE),
-            "token_ids": torch.randint(vocabulary, (rows,), generator=generator).to(DEVICE)}
+    return {
+        "student_hidden": draw(rows, hidden).requires_grad_(),
+        "student_head": draw(vocabulary, hidden).requires_grad_(),
+        "teacher_hidden": draw(rows, hidden),
+        "teacher_head": draw(vocabulary, hidden),
+        "weights": torch.full((rows,), 1 / rows, device=DEVICE),
+        "token_ids": torch.randint(vocabulary, (rows,), generator=generator).to(DEVICE),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------------- contenders
+
 
 @torch.no_grad()
 def floor(inputs):
@@ -68,7 +79,23 @@ def floor(inputs):
 
 
 def ours(alpha, top_k=None):
-    return lambda inputs: distill_loss(**inputs, alpha=alpha, top_k=top_k, chunk_size=CHUNK).loss.backward()
+    return lambda inputs: distill_loss(
+        **inputs, alpha=alpha, top_k=top_k, chunk_size=CHUNK
+    ).loss.backward()
+
+
+def by_formula(alpha):
+    """Computes what `ours` does by autograd on the formula of `divergence` within each tile."""
+
+    def formula(log_p, log_q, token_ids):
+        return divergence(log_p, log_q, alpha)
+
+    def step(inputs):
+        hidden, head, *teacher = list(inputs.values())[:4]
+        ids, weights = inputs["token_ids"], inputs["weights"]
+        chunked_loss(formula, hidden, head, ids, weights, [teacher], CHUNK).loss.backward()
+
+    return step
 
 
 def full_logits(inputs):
@@ -82,27 +109,38 @@ def divergence(log_p, log_q, alpha):
     if alpha == 1:
         return (log_p.exp() * (log_p - log_q)).sum(-1)
     log_m = torch.logaddexp(log_p + math.log(1 - alpha), log_q + math.log(alpha))
-    return ((1 - alpha) * log_p.exp() * (log_p - log_m) + alpha * log_q.exp() * (log_q - log_m)).sum(-1)
+    return (
+        (1 - alpha) * log_p.exp() * (log_p - log_m) + alpha * log_q.exp() * (log_q - log_m)
+    ).sum(-1)
 
 
 def naive(alpha, entropies=False):
     """The least that autograd on full logits can do."""
+
     def step(inputs):
         log_p, log_q = (logits.float().log_softmax(-1) for logits in full_logits(inputs))
         if entropies:  # and log-probabilities: the work that ours does
             with torch.no_grad():
-                [-(x.exp() * x).sum(-1) for x in (log_p, log_q)], log_p.gather(-1, inputs["token_ids"][:, None])
+                (
+                    [-(x.exp() * x).sum(-1) for x in (log_p, log_q)],
+                    log_p.gather(-1, inputs["token_ids"][:, None]),
+                )
         (inputs["weights"] * divergence(log_p, log_q, alpha)).sum().backward()
 
     return step
 
 
 def sdpo_top_k(inputs, top_k=100):
-    """SDPO's approximation: full logits, JSD over the student's 100 most likely tokens and 1 minus their sum."""
+    """Computes SDPO's approximation on full logits.
+
+    It is the JSD over the student's 100 most likely tokens and a tail of 1 minus their sum.
+    """
     log_p, log_q = (logits.float().log_softmax(-1) for logits in full_logits(inputs))
     index = log_p.topk(top_k, dim=-1).indices
 
-    def with_tail(log_probs):  # gathered from log_softmax: cheaper here than logits less their logsumexp
+    def with_tail(
+        log_probs,
+    ):  # gathered from log_softmax: cheaper here than logits less their logsumexp
         top = log_probs.gather(-1, index)
         mass = top.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
         return torch.cat([top, torch.log(-torch.expm1(mass))], -1)
@@ -111,21 +149,31 @@ def sdpo_top_k(inputs, top_k=100):
 
 
 def peers(folder):
-    """{name: contender} of the JSDs that are installed: Liger-Kernel's fused one, compiled as is its default, and that of
-    TRL's SDPO trainer on full logits, in their dtype: the formula of SDPO's own code, operation by operation."""
+    """Returns {name: contender} of the JSDs that are installed.
+
+    Liger-Kernel's is the fused one, compiled as is its default. That of TRL's SDPO trainer is on
+    full logits in their dtype. It is the formula of SDPO's own code, operation by operation.
+    """
     sys.path.append(folder or "")
     found = {}
     try:
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
-        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0, weight_soft_loss=1, beta=0.5, compiled=True, chunk_size=CHUNK)
-        found["Liger-Kernel JSD"] = lambda inputs: liger(*list(inputs.values())[:4], inputs["token_ids"]).backward()
+
+        liger = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0, weight_soft_loss=1, beta=0.5, compiled=True, chunk_size=CHUNK
+        )
+        found["Liger-Kernel JSD"] = lambda inputs: liger(
+            *list(inputs.values())[:4], inputs["token_ids"]
+        ).backward()
     except ImportError as error:
         print(f"Liger-Kernel: not measured, see --help: {error}")
     try:
         from trl.experimental.sdpo.loss_utils import compute_full_logit_self_distillation_loss
 
         def trl(inputs):
-            per_token = compute_full_logit_self_distillation_loss(*full_logits(inputs), distillation_alpha=0.5)
+            per_token = compute_full_logit_self_distillation_loss(
+                *full_logits(inputs), distillation_alpha=0.5
+            )
             (inputs["weights"] * per_token).sum().backward()
 
         found["TRL SDPO JSD"] = trl
@@ -134,7 +182,8 @@ def peers(folder):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
+
 
 def run(contender, inputs):
     inputs["student_hidden"].grad = inputs["student_head"].grad = None
@@ -160,21 +209,44 @@ def ratio(above, below):
 
 
 def against_all(dtype, rounds, theirs):
-    contenders = {"floor": floor, "reverse KL": ours(1), "JSD": ours(0.5), **theirs, "naive reverse KL": naive(1),
-                  "naive JSD": naive(0.5), "naive JSD, entropies": naive(0.5, True), "SDPO top-100 JSD": sdpo_top_k}
+    contenders = {
+        "floor": floor,
+        "reverse KL": ours(1),
+        "JSD": ours(0.5),
+        "reverse KL by a formula": by_formula(1),
+        "JSD by a formula": by_formula(0.5),
+        **theirs,
+        "naive reverse KL": naive(1),
+        "naive JSD": naive(0.5),
+        "naive JSD, entropies": naive(0.5, True),
+        "SDPO top-100 JSD": sdpo_top_k,
+    }
     times = take_turns(contenders, make(2048, 512, 32768, dtype), rounds)
-    print(f"\n{name_of(dtype)}, N 2048, H 512, V 32768, {rounds} rounds      over the floor         over our JSD")
+    print(
+        f"\n{name_of(dtype)}, N 2048, H 512, V 32768, {rounds} rounds"
+        "          over the floor         over our JSD"
+    )
     for name, seconds in times.items():
-        print(f"  {name:19} {statistics.median(seconds):7.2f} s          {ratio(seconds, times['floor']):22} "
-              f"{ratio(seconds, times['JSD'])}")
+        print(
+            f"  {name:23} {statistics.median(seconds):7.2f} s          "
+            f"{ratio(seconds, times['floor']):22} {ratio(seconds, times['JSD'])}"
+        )
 
 
 def against_the_floor(dtype, shapes):
     print(f"\n{name_of(dtype)}, over the floor of the same shape   reverse KL          JSD")
     for shape in shapes:
-        times = take_turns({"floor": floor, "reverse KL": ours(1), "JSD": ours(0.5)}, make(*shape, dtype), 2)
-        print("  N {:5} H {:5} V {:6}  ".format(*shape), f"floor {statistics.median(times['floor']):6.2f} s ",
-              ratio(times["reverse KL"], times["floor"]), "", ratio(times["JSD"], times["floor"]), flush=True)
+        times = take_turns(
+            {"floor": floor, "reverse KL": ours(1), "JSD": ours(0.5)}, make(*shape, dtype), 2
+        )
+        print(
+            "  N {:5} H {:5} V {:6}  ".format(*shape),
+            f"floor {statistics.median(times['floor']):6.2f} s ",
+            ratio(times["reverse KL"], times["floor"]),
+            "",
+            ratio(times["JSD"], times["floor"]),
+            flush=True,
+        )
 
 
 def slopes(dtype):
@@ -186,15 +258,25 @@ def slopes(dtype):
         for factor in (0.5, 1, 2):
             shape = [int(size * factor) if i == axis else size for i, size in enumerate(base)]
             sizes.append(math.log(shape[axis]))
-            seconds.append(math.log(statistics.median(take_turns({"JSD": ours(0.5)}, make(*shape, dtype), 3)["JSD"])))
+            seconds.append(
+                math.log(
+                    statistics.median(take_turns({"JSD": ours(0.5)}, make(*shape, dtype), 3)["JSD"])
+                )
+            )
         print(f"  {name}: {statistics.linear_regression(sizes, seconds).slope:.2f}", flush=True)
 
 
 def memory(name, rows, folder):
-    """Run in a process of its own: prints the most memory, in bytes, that one step adds to its inputs, the gradients that it
-    leaves included."""
-    contender = {"JSD": ours(0.5), "JSD, top-k 100": ours(0.5, 100), "naive JSD": naive(0.5),
-                 "SDPO top-100 JSD": sdpo_top_k}.get(name) or peers(folder)[name]
+    """Prints the most memory, in bytes, that one step adds to its inputs.
+
+    The gradients that the step leaves are included. Run it in a process of its own.
+    """
+    contender = {
+        "JSD": ours(0.5),
+        "JSD, top-k 100": ours(0.5, 100),
+        "naive JSD": naive(0.5),
+        "SDPO top-100 JSD": sdpo_top_k,
+    }.get(name) or peers(folder)[name]
     dtype = torch.float32
     if not name.startswith(("naive", "SDPO", "TRL")):
         run(contender, make(1024, 512, 32768, dtype))  # compiles
@@ -207,7 +289,9 @@ def memory(name, rows, folder):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
 
         def peak(field="VmHWM"):
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            status = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+            )
             return int(status[field].split()[0]) * 1024
 
         before = peak("VmRSS")
@@ -223,10 +307,16 @@ def memories(theirs, folder):
         for rows in sizes:
             command = [sys.executable, __file__, "--memory_of", name, str(rows), "--peers", folder]
             child = subprocess.run(command, capture_output=True, text=True)
-            row.append(f"{int(child.stdout.split()[-1]) / 1e6:8.0f}" if child.returncode == 0 else "  failed")
+            row.append(
+                f"{int(child.stdout.split()[-1]) / 1e6:8.0f}"
+                if child.returncode == 0
+                else "  failed"
+            )
         print(f"  {name:55}", "  ".join(row), flush=True)
-    print("  ours by arithmetic: head's gradient 67, two chunks of logits 134 (later the scaled gradient, 67), and\n"
-          "  five (N, H) tensors: packed rows of student and teacher; gradient as accumulated, scaled, unpacked: 21 and 84")
+    print(
+        "  ours by arithmetic: head's gradient 67, two chunks of logits 134 (later the scaled\n"
+        "  gradient, 67), hidden states' gradient as accumulated and scaled: 8 and 34"
+    )
 
 
 def computed():
@@ -234,22 +324,35 @@ def computed():
     hidden, vocabulary, body, tokens = 4096, 151936, 6.95e9, 32768
     flop = 8 * tokens * hidden * vocabulary
     model = (6 + 2) * body * tokens  # student forward and backward, teacher forward
-    print(f"\nComputed, not measured: Qwen3-8B (H {hidden}, V {vocabulary}), bfloat16, N {tokens} tokens, exact divergence\n"
-          f"  four products {flop / 1e12:.0f} TFLOP; the model, {body / 1e9:.2f}e9 weights without head and embedding,\n"
-          f"  student forward and backward, teacher forward: {model / 1e12:.0f} TFLOP; the loss adds {flop / model:.0%}"
-          f"\n  full bfloat16 logits of both {4 * tokens * vocabulary / 1e9:.0f} GB, which nobody holds; "
-          f"head's float32 gradient {4 * hidden * vocabulary / 1e9:.1f} GB")
-    print("  card   chunk  logits of a chunk  moved by the loss  floor: products  memory   model's floor  loss / model")
+    print(
+        f"\nComputed, not measured: Qwen3-8B (H {hidden}, V {vocabulary}), bfloat16, N {tokens} "
+        f"tokens, exact divergence\n  four products {flop / 1e12:.0f} TFLOP; the model, "
+        f"{body / 1e9:.2f}e9 weights without head and embedding,\n  student forward and backward, "
+        f"teacher forward: {model / 1e12:.0f} TFLOP; the loss adds {flop / model:.0%}\n"
+        f"  full bfloat16 logits of both {4 * tokens * vocabulary / 1e9:.0f} GB, which nobody "
+        f"holds; head's float32 gradient {4 * hidden * vocabulary / 1e9:.1f} GB"
+    )
+    print(
+        "  card   chunk  logits of a chunk  moved by the loss  floor: products  memory   "
+        "model's floor  loss / model"
+    )
     for card, flops, bandwidth in (("H100", 989e12, 3.35e12), ("H200", 989e12, 4.8e12)):
         for chunk in (512, 1024, 2048, 4096):
-            # each chunk: both heads, the head again, its gradient in float32 read and written, a product to add to it
+            # Each chunk: both heads, the head again, its gradient in float32 read and written,
+            # and a product that is added to the gradient.
             per_chunk = hidden * vocabulary * (3 * 2 + 8 + 4)
-            # each logit: written twice, read twice by the tile (statistics, gradient), written, read by two products
-            moved = tokens / chunk * per_chunk + tokens * vocabulary * (2 * 2 + 2 * 2 * 2 + 2 + 2 * 2)
+            # Each logit: written twice, read twice by the tile (statistics, gradient), written,
+            # and read by two products.
+            moved = tokens / chunk * per_chunk + tokens * vocabulary * (
+                2 * 2 + 2 * 2 * 2 + 2 + 2 * 2
+            )
             slowest = max(flop / flops, moved / bandwidth)
-            print(f"  {card}  {chunk:6}  {4 * chunk * vocabulary / 1e9:14.2f} GB {moved / 1e12:15.2f} TB"
-                  f"{1e3 * flop / flops:14.0f} ms {1e3 * moved / bandwidth:6.0f} ms {1e3 * model / flops:12.0f} ms"
-                  f"{slowest / (model / flops):12.0%}")
+            print(
+                f"  {card}  {chunk:6}  {4 * chunk * vocabulary / 1e9:14.2f} GB "
+                f"{moved / 1e12:15.2f} TB{1e3 * flop / flops:14.0f} ms "
+                f"{1e3 * moved / bandwidth:6.0f} ms {1e3 * model / flops:12.0f} ms"
+                f"{slowest / (model / flops):12.0%}"
+            )
 
 
 def dtypes():
@@ -270,8 +373,12 @@ def name_of(dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one shape a dtype, fewer rounds, no slopes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one shape a dtype, fewer rounds, no slopes"
+    )
     parser.add_argument("--peers", default="", metavar="FOLDER", help="holds liger_kernel and trl")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -282,7 +389,13 @@ def main():
     print(f"{device}; torch {torch.__version__}; chunks of {CHUNK} rows")
     theirs, measured = peers(args.peers), dtypes()
     if not args.quick:
-        shapes = [(512, 512, 32768), (2048, 1024, 32768), (512, 512, 151936), (512, 1024, 151936), (8192, 512, 32768)]
+        shapes = [
+            (512, 512, 32768),
+            (2048, 1024, 32768),
+            (512, 512, 151936),
+            (512, 1024, 151936),
+            (8192, 512, 32768),
+        ]
         for dtype in measured:
             against_the_floor(dtype, shapes)
         slopes(torch.float32)

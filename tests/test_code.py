@@ -448,7 +448,10 @@ SAYS_B = [  # as models write it; the correction counts above all
     "<b>B</b>", "- B", "> B",
     "The correct option is:\n\nB", "B. Wait, is A possible? No, B.", "I'm confident it's B.", "That is B.", "→ B",
     "answer is => B", "The answer is \"B\".", "The best answer is (B)", "The answer's B", "we get option (B).",
-    "Answer is clearly B.", "I am going with B"]
+    "Answer is clearly B.", "I am going with B", "選B", "應該選B", "答えはB", "正解はBです", "La réponse est B",
+    "Die Antwort ist B", "La respuesta es B", "A resposta é B", "Ответ: B", "B rather than A", "B instead of A",
+    "B must be correct", "B would be the answer", "B seems right", "B seems to be correct", "Looks like B.", "Hmm, B",
+    "B (the second one)", "B选项", "B選項"]
 SAYS_NOTHING = [  # denials, and two letters of which none is chosen
     "not A", "A or B", "A and B", "A/B", "A, B", "Not B", "The answer is not B", "B or C", "Option B is wrong",
     "B is wrong", "B is incorrect", "It isn't B", "It's not B", "It's A or B", "either A or B", "Both A and B",
@@ -457,7 +460,7 @@ SAYS_NOTHING = [  # denials, and two letters of which none is chosen
     "I don't know", "answer: I don't know", "", "AB", "A & B", "A+B", "vitamin C", "A. No wait, that's wrong.",
     "Anything but B?", "all of them", "A) chloride: wrong. B) nitrate: right.", "B, C", "A; B", "A vs. B",
     "The answer isn't B", "I would not pick B", "B isn't the answer", "B is not the answer", "不是B", "答案不是B", "A B",
-    "I cannot choose option B"]
+    "I cannot choose option B", "B (or C)", "B would be wrong", "B seems not right", "A (B)"]
 
 
 @pytest.mark.parametrize("text", SAYS_B)

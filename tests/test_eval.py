@@ -47,6 +47,21 @@ def test_maj_at_k_is_the_mean_over_tie_breaks(answers, gold):
     assert maj_at_k(rewards, [answers]) == pytest.approx(np.mean([w == gold for w in winners]))
 
 
+@pytest.mark.parametrize("rewards", [[], [[]], [[1, 0], [1]], [[float("nan"), 1.0]], [[2.0, 0.0]], [[-1, 0]]])
+def test_rewards_that_are_no_table_are_refused(rewards):
+    answers = [["a"] * len(row) for row in rewards]
+    for estimate in (lambda: avg_at_k(rewards), lambda: best_at_k(rewards, 1), lambda: maj_at_k(rewards, answers),
+                     lambda: headroom(rewards, answers)):
+        with pytest.raises(ValueError, match="reward"):
+            estimate()
+
+
+@pytest.mark.parametrize("k", [0, -1, 3, 1.5, float("nan")])
+def test_best_of_more_than_there_are_is_refused(k):
+    with pytest.raises(ValueError, match="2 samples of each problem"):
+        best_at_k([[1, 0]], k)
+
+
 @st.composite
 def answered(draw):
     """(rewards, answers) of two problems, five samples each, where samples of one answer may differ in reward."""
@@ -262,6 +277,13 @@ def test_other_encodings_are_named(tmp_path, encoding):
     (tmp_path / "t.jsonl").write_bytes((json.dumps(ROW) + "\n" + json.dumps({**ROW, "id": "2"}) + "\n").encode(encoding))
     with pytest.raises(ValueError, match="t.jsonl is not in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8"):
         read_problems(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("start", [b"\x1f\x8b\x08\x00", b"PK\x03\x04"])
+def test_a_compressed_file_is_named(tmp_path, start):
+    (tmp_path / "train.jsonl").write_bytes(start + b"\0" * 9)
+    with pytest.raises(ValueError, match="train.jsonl is compressed; unpack it"):
+        read_problems(tmp_path / "train.jsonl")
 
 
 def test_missing_and_empty_files_and_unknown_tasks(tmp_path):
@@ -487,6 +509,48 @@ x-4 -> 4
 No.5 -> 5
 1..5 -> 5
 It is 7! -> 7
+\boxed{72\text{ cm}^2} -> 72
+\(72\,\mathrm{m}^2\) -> 72
+72 m$^2$ -> 72
+72 m<sup>2</sup> -> 72
+5 \text{ m/s}^2 -> 5
+5 \mathrm{kg \cdot m}^{2} -> 5
+5 \text{s}^{-1} -> 5
+25 (m/s)^2 -> 25
+5 \text{ (m/s)}^2 -> 5
+5 \tfrac{\text{m}}{\text{s}^2} -> 5
+7 of H$_2$O -> 7
+7 of \mathrm{CO}_2 -> 7
+7 of x<sub>2</sub> -> 7
+\frac{-3}{4} -> -0.75
+\frac{3}{-4} -> -0.75
+\frac 3 4 -> 0.75
+\frac{3}4 -> 0.75
+\frac3{4} -> 0.75
+3∕4 -> 0.75
+1.6 \times 10 ^ { -3 } -> 0.0016
+1.6 \times 10^ {-3} -> 0.0016
+1.6 \times {10}^{-3} -> 0.0016
+5∙10^3 -> 5000
+5 • 10^3 -> 5000
+1~000 -> 1000
+12\!345 -> 12345
+-$7 -> -7
+is −£7 -> -7
+is -₹7 -> -7
+\textcolor{red}{7} -> 7
+\color{blue}{-7} -> -7
+\underline{7} -> 7
+is -\$7 -> -7
+$3$-$7$ -> 7
+10-$7 -> 7
+x = -\,7 -> -7
+\text{Answer: }-7 -> -7
+\boxed{-\text{7}} -> -7
+\mathbf{-7} -> -7
+0b101 -> 5
+0o17 -> 15
+is **7** -> 7
 -0 -> 0
 inf -> ""
 nan -> ""
@@ -511,6 +575,8 @@ def test_numbers_are_read_whole(text, number):
     "12,34", "0,5", "1.234.567", "12,345,67", "1,234.567.8", "192.168.0.1", "2024-05-01", "01/05/2024", "10:30", "555-12-34",
     "2^10", "2**10", "5\u00b2", "\u00bd", "3\u00bd", "2\u03c0", "2\\pi", "\u221a2", "2\\sqrt{2}", "\\frac{\\pi}{2}",
     "\\frac{x}{2}", "x/2",
+    "9 \u00b1 5", "9\u00b15", "9 \\pm 5", "9 +/- 5", "2 ^ 10", "2 ** 10", "101_2", "101_{2}", "(3+4)^2", "{10}^{2}",
+    "\\frac{3}{x}", "-\\frac{-1}{2}", "\\sqrt[3]{9}", "9.\\overline{3}", "9.\\dot{3}", "3$^2$",
     "5/0", "1e999999999", "1e-999999999", "1e" + "9" * 5000, "9" * 5000, "1,2,34"])
 def test_what_can_t_be_read_whole_is_wrong_and_no_piece_of_it_is_right(text):
     start = time.process_time()
@@ -541,7 +607,8 @@ def test_equal_numbers_have_one_text_and_others_another(a, b):
 
 
 @pytest.mark.parametrize("text", [part * 30_000 for part in (
-    "9", "1-", "1/", "= ", "x", "1 ", "1^", "1e", "a_", "\u00b2", "\\frac{1", "1,234")] + [
+    "9", "1-", "1/", "= ", "x", "1 ", "1^", "1e", "a_", "\u00b2", "\\frac{1", "1,234",
+    "a}", "1)", " ^", "{1", "-$", "\\text{1")] + [
     "-" * 30_000 + "1", "=" + " " * 30_000, "\\frac" + " " * 30_000])
 def test_reading_numbers_takes_linear_time(text):
     start = time.process_time()

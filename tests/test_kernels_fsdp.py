@@ -2,6 +2,7 @@
 loss and gradient of autograd on the definition in one. The whole program on several ranks: see test_ranks.py."""
 import copy
 import functools
+import math
 import os
 from itertools import product
 from types import SimpleNamespace
@@ -13,10 +14,10 @@ from conftest import method_of
 
 import pmd
 import ranks
-from kernels import oracle
+from kernels import chunked_loss, logprobs_of, oracle
 
 H, V, TOTAL = 6, 14, 4  # TOTAL: rollouts of the mini-batch, one of which supervises nothing
-CASES = tuple(product(("untied", "tied"), ("live", "ema", "grpo")))
+CASES = tuple(product(("untied", "tied"), ("live", "ema", "grpo", "own")))
 
 
 class Decoder(torch.nn.Module):
@@ -68,6 +69,25 @@ def make(tied, kind):
     return cfg, student, student if kind != "ema" else average, rollouts
 
 
+def ratio_times_divergence(log_p, log_q, token_ids, sampled):
+    """The loss of the kinds `live` and `ema`, as a formula of one's own."""
+    ratio = (logprobs_of(log_p, token_ids).detach() - sampled).exp().clamp(max=1.5)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return ratio * sum((x.exp() * (x - log_m)).sum(-1) / 2 for x in (log_p, log_q))
+
+
+def own_loss(batch, student, teacher):
+    """As pmd.loss_of, by chunked_loss."""
+    with torch.no_grad():
+        states = ranks.forward(teacher, lambda: pmd.completion_hidden(teacher, [r.teacher_ids for r in batch], batch))
+    hidden, head = pmd.completion_hidden(student, [r.prompt_ids for r in batch], batch), student.lm_head.weight
+    nothing = torch.zeros(0)
+    weights = torch.cat([nothing, *(torch.full((len(r.ids),), 1 / (TOTAL * len(r.ids))) for r in batch)])
+    sampled = torch.cat([nothing, *(r.rollout_logprobs for r in batch)])
+    return chunked_loss(ratio_times_divergence, hidden, head, pmd.token_ids(batch, head), weights,
+                        [(states, teacher.lm_head.weight)], sampled=sampled)
+
+
 def one_case(tied, kind):
     """(loss, {name: whole gradient}) of two micro-batches on each of two ranks; the last one has no rollout left."""
     cfg, student, teacher, (first, second, third) = make(tied, kind)
@@ -76,7 +96,11 @@ def one_case(tied, kind):
     total = torch.zeros((), dtype=torch.float64)
     for batch in (([first], [second]), ([third], []))[ranks.rank()]:
         method, mean = method_of(cfg, student, teacher), pmd.Total(TOTAL, kind != "grpo", kind == "grpo")
-        loss = ranks.forward(student, functools.partial(method.loss, batch, mean))["loss"]
+        formed = functools.partial(method.loss, batch, mean)
+        if kind == "own":
+            formed = functools.partial(own_loss, batch, student, teacher)
+        found = ranks.forward(student, formed)
+        loss = found.loss if kind == "own" else found["loss"]
         loss.backward()
         ranks.reshard(teacher)
         total += loss.detach()

@@ -202,13 +202,20 @@ def insights_of(reply):
     BOTH.replace('"title"', '"sure": True, "none": None, "title"'), BOTH.replace('"strategies"', "strategies"),
     BOTH.replace('"strategies": [', '"strategies": ').replace('first."}]', 'first."}'), "Strategies: [see below\n" + BOTH,
     '{"strategies": [...], "lessons": [...]}\n' + BOTH, BOTH[:-1], BOTH[:-2], BOTH[:-3], BOTH.replace("}]", "]", 1),
-    BOTH.replace("}]", "}", 1), BOTH.replace('"title"', '\n  // a comment\n  "title"'), str(json.loads(BOTH))])
+    BOTH.replace("}]", "}", 1), BOTH.replace('"title"', '\n  // a comment\n  "title"'), str(json.loads(BOTH)),
+    *(f"{begins}{DRAFT}{ends}\n{BOTH}" for begins, ends in (
+        ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
+        ("<THINK >", "</THINK >"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"),
+        ("<scratchpad>", "</scratchpad>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"), ("", "[/THINK]"))),
+    '[THINK]{"strategies": [{"title": "Draft", "content": "cut[/THINK]' + BOTH, BOTH.replace('": [', '" = ['),
+    json.dumps(BOTH), json.dumps({"answer": json.dumps(json.loads(BOTH), indent=1)}), BOTH.replace('"', '\\"')])
 def test_the_json_is_found_wherever_it_stands(reply):
     assert insights_of(reply) == RIGHT
 
 
 def test_a_tag_within_an_item_is_no_thought():
-    pieces = ["</think>", "<think>", "a </think> b <think> c", "<think> x </think>"]
+    pieces = ["</think>", "[THINK]", "a </think> b <think> c", "<reasoning> x </reasoning>"]
     for title, content, lesson in itertools.product(pieces, repeat=3):
         reply = json.dumps({"strategies": [{"title": title, "content": content}],
                             "lessons": [{"title": "t", "content": lesson}]})
@@ -222,6 +229,14 @@ def test_a_schema_that_is_echoed_before_the_answer_is_rejected_alone(make_memory
     memory.reflect(1, [P])
     assert {(i.title, i.text) for i in memory.living("insight")} == {*RIGHT["strategies"], *RIGHT["lessons"]}
     assert memory.counts()["insight_rejected"] == 2
+
+
+def test_an_escaped_reply_keeps_its_texts():
+    """JSON in a string of JSON: quotes, line breaks and LaTeX come out as in the JSON itself."""
+    content = 'Say "x".\n- and \\frac{a}{b}, \\nu\tthen'
+    reply = json.dumps({"strategies": [{"title": "T", "content": content}]})
+    row, = mem.parse(json.dumps(reply))["strategies"]
+    assert row == {"title": "T", "content": content}
 
 
 def test_quotes_in_a_text_need_no_backslash():
@@ -246,7 +261,9 @@ FORMULAS = [
     r"\nu = c/\lambda", r"\theta", r"2\times 3", r"\frac{1}{2}", r"\rho", r"\beta", r"\bar{x}", r"\boxed{B}", r"\forall",
     r"\rightarrow", r"\right)", r"\tau", r"\tan x", r"x \to 0", r"\text{mol}", r"\nabla", r"a \neq b", r"\not=", r"\notin",
     r"\upsilon", r"\uparrow", r"\underline{x}", r"\unit", r"\alpha", r"\Delta\tau", r"\(x\)", r"\{a, b\}", r"5\,\%",
-    r"x\_1", r"\begin{array}", r"\bmod", r"\rangle", r"\triangle", r"\tfrac12", r"\ne 0", r"\therefore"]
+    r"x\_1", r"\begin{array}", r"\bmod", r"\rangle", r"\triangle", r"\tfrac12", r"\ne 0", r"\therefore",
+    r"\norm{x}", r"\nicefrac{1}{2}", r"\num{5}", r"\textcolor{red}{x}", r"\textdegree", r"\textmu", r"\nleqq", r"\ngeqq",
+    r"\nsubset", r"\ntriangleleft", r"\negthinspace", r"\tensor{T}", r"\tiny", r"\noindent"]
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
@@ -294,6 +311,18 @@ def test_no_half_item_is_stored_wherever_the_reply_ends(reply):
     assert seen == 3
 
 
+QUOTING = '{"strategies": [{"title": "T", "content": "Avoid the so called "golden" rule, and ("it"), too."}'
+
+
+def test_a_quotation_that_the_limit_cut_is_no_end_of_a_text():
+    """Quotes in a text need no backslash, so that a reply may end at one that only opens or closes a quotation."""
+    whole = ("T", 'Avoid the so called "golden" rule, and ("it"), too.')
+    for end in range(len(QUOTING) + 1):
+        for closing in ("", ","):
+            assert insights_of(QUOTING[:end] + closing)["strategies"] in ([], [whole])
+    assert insights_of(QUOTING)["strategies"] == [whole]
+
+
 def test_a_reply_that_its_limit_cut_is_counted_and_its_whole_items_stay(make_memory):
     reply = insight_reply(["One rule.", "Another rule that is"])
     bank = behaviors(("behavior_a", "Do this."), ("behavior_b", "Never do"))
@@ -337,6 +366,14 @@ def test_an_item_is_one_line_of_ten_words_and_four_sentences():
     found = {"lessons": [{"title": title, "content": content}]}
     assert mem.parse_items(found, "lessons", "title", "content") == [
         ("one two three four five six seven eight nine ten", "A b. C d! E f? Use 0.5 g, e.g. of x.")]
+
+
+@pytest.mark.parametrize("content, kept", [
+    ("A b. C d. E f. Check units, e.g. Newton or Pa. G h.", "A b. C d. E f. Check units, e.g. Newton or Pa."),
+    ("Use it, i.e. Ohm's law. C d.", "Use it, i.e. Ohm's law. C d."),
+    ("One. " + "Two " * 400 + "end. " + "Three " * 400 + "end.", "One. " + "Two " * 400 + "end.")])
+def test_a_content_is_cut_between_sentences(content, kept):
+    assert mem.parse_items({"lessons": [{"title": "t", "content": content}]}, "lessons", "title", "content") == [("t", kept)]
 
 
 def test_an_insight_cannot_pass_for_a_heading(make_memory):
@@ -513,9 +550,15 @@ WRITTEN, REMOVED = dict(ABC) | {"behavior_x": "xxx"}, dict(ABC[1:])
 @pytest.mark.parametrize("reply, left", [
     *(({"actions": [decision(word)]}, WRITTEN) for word in
       ("new", "New", "NEW", " new ", "new.", "add", "Add", "create", "insert", "update", "Update", "modify", "Modify",
-       "rewrite", "revise", "edit", "change", "refine", "replace")),
+       "rewrite", "revise", "edit", "change", "refine", "replace", "created", "Revised", "edited", "'new'", "add_behavior",
+       "create new", "ADD_NEW", "Update existing", "merge", "upsert", "updates")),
     *(({"actions": [decision(word, "behavior_a")]}, REMOVED) for word in
-      ("remove", "Remove", "REMOVE", " remove\n", "removed", "delete", "Delete", "drop", "discard", "retire")),
+      ("remove", "Remove", "REMOVE", " remove\n", "removed", "delete", "Delete", "drop", "discard", "retire",
+       "dropped", "retired",
+       "remove_behavior", "deletes", "prune", "eliminate")),
+    *(({"actions": [{word: "remove", "name": "behavior_a", "instruction": "It is wrong."}]}, REMOVED) for word in
+      ("decision", "operation", "op", "Type")),
+    ({"actions": [{"type": "behavior", "name": "behavior_x", "instruction": "xxx"}]}, WRITTEN),
     ({"actions": [{"action": "Delete", "name": " behavior_a "}]}, REMOVED),
     ({"behaviors": [{"name": "behavior_x", "instruction": "xxx"}]}, WRITTEN),  # under the other prompt's key
     ({"behaviors": [decision("remove", "behavior_a")]}, REMOVED),
@@ -536,7 +579,8 @@ def test_an_empty_bank_takes_decisions_too(make_memory):
     assert bank_of(memory) == {"behavior_a": "alpha"} and memory.counts(1)["behavior_rejected"] == 1
 
 
-NO_ACTIONS = ("explode", "", "new, update or remove", 7, None, ["new"], {"new": 1}, "keep")
+NO_ACTIONS = ("do not remove", "no update", "keep; do not change", "update or remove",
+              "explode", "", "new, update or remove", 7, None, ["new"], {"new": 1}, "keep")
 NO_ROWS = ("add behavior_x: xxx", 3, None, [], {}, {"action": "remove"}, {"action": "remove", "name": ["behavior_a"]},
            {"action": "new"}, {"action": "new", "name": "behavior_x"}, decision("new", "no_prefix"))
 
@@ -825,6 +869,7 @@ def test_rows_of_unit_length_stay_to_the_bit_and_zeros_stay_zeros():
 
 @pytest.mark.parametrize("vectors, said", [
     (lambda texts: [[np.nan, 1.0]] * len(texts), "not finite"), (lambda texts: [[1e39, np.inf]] * len(texts), "not finite"),
+    (lambda texts: None, "no table"),
     (lambda texts: [1.0] * len(texts), "shape"), (lambda texts: [["a"]] * len(texts), "no table"),
     (lambda texts: [[1.0], [1.0, 2.0]], "no table"), (lambda texts: [[1.0, 0.0]] * 3, "3 rows for 1 texts")])
 def test_what_is_no_embedding_is_said_in_a_sentence(make_memory, vectors, said):
@@ -834,6 +879,29 @@ def test_what_is_no_embedding_is_said_in_a_sentence(make_memory, vectors, said):
 
 def no_direction(texts):
     return np.zeros((len(texts), 4), np.float32)
+
+
+def test_no_cosine_is_above_one(make_memory):
+    """Where novelty is 1.0 only equal texts are refused, however the product of two equal unit vectors is rounded."""
+    vectors = np.random.default_rng(0).normal(size=(50, 300))
+
+    def embed(texts):
+        return mem.unit_rows(vectors[[int(text) % 50 for text in texts]] if texts != [" "] else vectors[:1])
+
+    memory = make_memory(embed=embed, response_novelty=1.0, max_failures=100)
+    memory.record(1, attempts(map(str, range(100)), [0] * 100))
+    assert memory.sizes()["experience"] == 100 and "experience_duplicate" not in memory.counts()
+
+
+def test_a_smaller_cap_holds_from_the_next_newcomer_on(make_memory):
+    """As in a fork with other flags: the gate is the run's own, not that of the run which filled the memory."""
+    memory = make_memory(max_failures=5)
+    memory.record(1, attempts(["a b", "a c", "d", "e", "f"], [0] * 5))
+    memory.caps["failure"] = 3
+    memory.record(2, attempts(["g"], [0], step=2))
+    left = {i.text for i in memory.living("experience")}
+    assert len(left) == memory.sizes()["experience"] == 3 and "g" in left and "a b" not in left  # which a c is like
+    assert memory.counts(2)["experience_evicted"] == 3
 
 
 def test_equal_texts_are_duplicates_in_every_tier_whatever_the_embedder_says(make_memory):

@@ -311,6 +311,138 @@ def test_update_equals_one_written_from_scratch(policy, tokenizer, sampler, prob
     assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-6 * wanted.abs().max()), (found - wanted).abs().max()
 
 
+@pytest.mark.parametrize("loss_mean", ["sequence", "token", "sum"])
+def test_rows_of_both_kinds_share_one_mean(policy, tokenizer, sampler, problems, make_config, loss_mean):
+    """Rows decide: a third is distilled, weighted token by token; a third reinforced; some are both, and some neither."""
+    cfg = make_config(method="srpo", loss_mean=loss_mean, alpha=1.0)
+    rollouts = conditioned(sampler, problems[:2] + problems[-1:], cfg, tokenizer)
+    of_lengths(rollouts, LENGTHS, policy, cfg)
+    for i, r in enumerate(rollouts):
+        r.weight = torch.linspace(0.2, 1.7, len(r.ids))
+        if i % 3 == 1 or i == 3:
+            r.advantage = i / 5 - 1
+        if i % 3 or i == 0:
+            r.teacher_ids = r.teacher_ids if i in (2, 3, 5) else []
+    kinds = [(bool(r.teacher_ids), r.advantage is not None) for r in rollouts]
+    assert len(set(kinds)) == 4
+    teacher = copy.deepcopy(policy)
+    batch, = pmd.mini_batches(rollouts, policy, dataclasses.replace(cfg, mini_batch_size=99))
+    found, sums = gradients(policy, teacher, batch, cfg)
+    policy.zero_grad()
+    tokens = sum(len(r.ids) for r, kind in zip(rollouts, kinds, strict=True) if any(kind))
+    for r, (distilled, reinforced) in zip(rollouts, kinds, strict=True):
+        if not distilled and not reinforced:
+            continue
+        p = policy(torch.tensor([r.prompt_ids + r.ids])).logits[0, len(r.prompt_ids) - 1: -1].log_softmax(-1)
+        now = p.gather(1, torch.tensor(r.ids)[:, None])[:, 0]
+        weight = (now.detach() - r.rollout_logprobs).exp().clamp(max=2.0)
+        weight = weight * share(loss_mean, len(r.ids), len(rollouts), tokens)
+        term = 0.0
+        if distilled:
+            with torch.no_grad():
+                logits = teacher(torch.tensor([r.teacher_ids + r.ids])).logits[0, len(r.teacher_ids) - 1: -1]
+                q = logits.log_softmax(-1)
+            term = term + (weight * r.weight * (p.exp() * (p - q)).sum(1)).sum()
+        if reinforced:
+            term = term - (r.advantage * weight * now).sum()
+        term.backward()
+    wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=5e-6 * wanted.abs().max()), (found - wanted).abs().max()
+    assert sums["tokens"] == tokens and sums["distilled_tokens"] + sums["reinforced_tokens"] > tokens
+
+
+def test_a_row_that_was_not_sampled_under_its_prompt_has_no_ratio(policy, tokenizer, sampler, problems, make_config):
+    cfg = make_config()
+    rollouts = conditioned(sampler, problems[:2], cfg, tokenizer)
+    for r in rollouts:
+        r.rollout_logprobs = r.rollout_logprobs + 0.0
+    batch, = pmd.mini_batches(rollouts, policy, cfg)
+    plain, _ = gradients(policy, copy.deepcopy(policy), batch, cfg)
+    for r in rollouts[::2]:
+        r.rollout_logprobs = None
+    batch, = pmd.mini_batches(rollouts, policy, cfg)
+    found, sums = gradients(policy, copy.deepcopy(policy), batch, cfg)
+    assert torch.allclose(found, plain, atol=1e-6)  # sampler and trainer agree here, so that all ratios are 1
+    assert sums["compared"] == sum(len(r.ids) for r in rollouts[1::2])
+
+
+def test_srpo_routes_by_outcome(policy, tokenizer, sampler, problems, make_config):
+    """Its two signs: the teacher prompt of a success changes no gradient; the share of distilled tokens falls as reward
+    rises."""
+    cfg = make_config("--method", "srpo", "--group_size", "8")
+    sampler.cfg, sampler.step = cfg, 1
+    method, shares, grads = method_of(cfg, policy, copy.deepcopy(policy), tokenizer=tokenizer), [], []
+    assert (cfg.loss_mean, cfg.srpo_beta) == ("token", 1.0)
+    for solved in (1, 4, 7):
+        for told in ("3 1 7 4", "9 9 9 9") if solved == 4 else ("3 1 7 4",):
+            rollouts = pmd.attempt(sampler, problems[:2], cfg)
+            for i, r in enumerate(rollouts):
+                r.reward = float(i % 8 < solved)
+            rows = method.condition(1, rollouts)
+            assert all(bool(r.teacher_ids) == (r.reward == 0) and (r.advantage is None) == (r.reward == 0) for r in rows)
+            for r in rows:
+                if r.reward:
+                    r.teacher_prompt = told  # of no consequence: what is trained stands in teacher_ids
+            method.weigh(1, rows)
+            weights = torch.cat([r.weight for r in rows if r.teacher_ids])
+            assert weights.mean() == pytest.approx(1, abs=1e-5) and weights.std() > 0
+            batch, = pmd.mini_batches(rows, policy, dataclasses.replace(cfg, mini_batch_size=99))
+            gradient, sums = gradients(policy, method.teacher, batch, cfg)
+            grads.append(gradient)
+        shares.append(sums["distilled_tokens"] / sums["tokens"])
+    assert shares[0] > shares[1] > shares[2] > 0
+    assert torch.equal(grads[1], grads[2]) and not torch.allclose(grads[0], grads[1])
+
+
+OWN = """
+from dataclasses import dataclass
+import pmd
+
+@dataclass
+class Config(pmd.Config):
+    failures_only: bool = pmd.option(True, "supervise failures alone")
+
+class Method(pmd.PMD):
+    Config = Config
+
+    def condition(self, step, rollouts):
+        rows = super().condition(step, rollouts)
+        for r in rows:
+            if r.reward > 0.5 and self.cfg.failures_only:
+                r.teacher_ids = []
+        return rows
+
+    def state(self):
+        return {"seen": getattr(self, "seen", 0) + 1}
+
+    def load(self, state):
+        self.seen = state.get("seen", 0)
+"""
+
+
+def test_a_method_of_ones_own_is_a_file(tmp_path, make_config):
+    """Its flag, its state in the checkpoint, and no global of pmd that it overwrites."""
+    (tmp_path / "mine.py").write_text(OWN)
+    before = dict(vars(pmd))
+    cfg = make_config("--method", str(tmp_path / "mine.py"), "--no_failures_only", name="mine", save_every=1)
+    assert cfg.failures_only is False
+    pmd.train(cfg)
+    assert {k for k, v in vars(pmd).items() if before.get(k) is not v} == set()
+    trainer = json.loads((tmp_path / "mine" / "checkpoints" / "2" / "trainer.json").read_text())
+    assert trainer["method"] == {"seen": 1}
+    pmd.train(dataclasses.replace(cfg, steps=3, resume=True))
+    trainer = json.loads((tmp_path / "mine" / "checkpoints" / "3" / "trainer.json").read_text())
+    assert trainer["method"] == {"seen": 2}
+
+
+@pytest.mark.parametrize("text, message", [("x = 1", "has no class Method"), ("class Method:\n    pass", "has no class Method")])
+def test_a_file_that_is_no_method_is_refused(tmp_path, text, message):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        pmd.parse_flags(["--method", str(path)])
+
+
 def test_the_end_of_a_completion_is_trained(sampler, problems, make_config, tokenizer):
     rollouts = conditioned(sampler, problems[:2], make_config(), tokenizer)
     assert all(r.ids[-1] == tokenizer.eos_token_id for r in rollouts if r.finished)
@@ -802,6 +934,23 @@ def test_equal_ids_are_not_equal_problems(make_config):
         pmd.check(cfg)
 
 
+def test_a_fork_does_not_read_what_was_learned_of_other_problems_with_equal_ids(make_config, tmp_path):
+    task, _ = pmd.check(make_config())
+    for name, first in (("one", 0), ("other", 40)):
+        (tmp_path / name).mkdir()
+        for split, problems in (("train", task.train[first:first + 6]), ("test", task.test[:3])):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(
+                {"id": str(i), "prompt": p.prompt, "answer": p.answer, "verifier": p.verifier} | p.extra) + "\n"
+                for i, p in enumerate(problems)))
+    flags = dict(dev=0.0, save_every=1, steps=1)
+    pmd.train(make_config(task=str(tmp_path / "one"), name="run", **flags))
+    flags |= dict(name="fork", fork_from="run@1", steps=2)
+    with pytest.raises(ValueError, match="the memory of another task: 6 training problems have other texts in it"):
+        pmd.check(make_config(task=str(tmp_path / "other"), **flags))
+    pmd.check(make_config(task=str(tmp_path / "one"), **flags))
+    pmd.check(make_config(task=str(tmp_path / "other"), method="sdpo", **flags))  # which takes the weights alone
+
+
 def test_forks_into_and_out_of_the_controls(make_config, monkeypatch):
     """A transient memory starts empty, whatever its fork held; a borrowed memory, whose steps are another run's, is not
     written on."""
@@ -905,6 +1054,14 @@ def test_an_evaluation_on_training_problems_says_so(make_config, tmp_path, capsy
     eval.main(["--model", "nano", "--task", str(folder), "--n", "1", "--memory", str(tmp_path / "lender" / "memory.db"),
                "--out", str(tmp_path), "--name", "read", "--dev", "0"])
     assert sentence in capsys.readouterr().out
+
+
+def test_an_evaluation_with_an_empty_memory_is_refused(make_config, tmp_path):
+    """A transient run's is empty at its end: it would be an evaluation without a memory under the name of one with it."""
+    pmd.train(make_config(method="pmd-transient", name="transient"))
+    with pytest.raises(SystemExit, match="--memory .*transient/memory.db holds nothing; name the memory.db of another run"):
+        eval.main(["--model", "nano", "--n", "1", "--memory", str(tmp_path / "transient" / "memory.db"), "--out",
+                   str(tmp_path), "--name", "read"])
 
 
 def test_batches_cover_an_epoch_without_repetition(problems, make_config):
@@ -1058,7 +1215,7 @@ def test_for_an_evaluation_only_the_test_split_has_to_fit(make_config, tmp_path,
         row = {"id": split, "prompt": "1 " * n, "answer": "1", "verifier": "last_number"}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     config = dict(task=str(tmp_path), max_prompt=20, dev=0.0, batch_size=1)
-    task, _ = pmd.check(make_config(method="eval", **config))
+    task, _ = pmd.check(make_config(**config), training=False)
     assert [p.id for p in task.test] == ["test"] and capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="no train problem of .* is left within --max_prompt 20"):
         pmd.check(make_config(**config))
@@ -1087,9 +1244,12 @@ def command(*flags, **kwargs):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--stepz", "3"], "unrecognized arguments: --stepz"), (["--method", "ppo"], "invalid choice: 'ppo'"),
+    (["--stepz", "3"], "unrecognized arguments: --stepz"), (["--method", "ppo"], "pmd.py: --method 'ppo' is none of"),
     (["--task", "nano/987654"], "pmd.py: there is no task 'nano/987654'"),
-    (["--compare", "pmd,ppo"], "--compare takes different methods")])
+    (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of pmd, frozen-memory,"),
+    (["--compare", "pmd,pmd"], "--compare takes different methods"),
+    (["--method", "README.md"], "'README.md' is none of"), (["--method", "nowhere.py"], "no path of a file that ends in .py"),
+    (["--method", "../pmd"], "'../pmd' is none of")])
 def test_the_command_line_says_what_is_wrong(flags, message, tmp_path):
     done = command(*flags, "--out", str(tmp_path))
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

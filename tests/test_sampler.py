@@ -147,7 +147,7 @@ def test_the_cost_of_generation_without_vllm_is_said():
     assert "3 texts at a time: a step 86 calls in turn or up to 6.8 hours, an evaluation 2128 calls in turn" in said
     assert "requirements-gpu.txt" in said and "--sampler transformers" in said and "\n" not in said
     assert "a step 11 calls" in pmd.slow_generation(pmd.Config(), 399, 8)
-    assert "a step" not in pmd.slow_generation(pmd.Config(method="eval"), 399, 1)
+    assert "a step" not in pmd.slow_generation(pmd.Config(), 399, 1, training=False)
     assert "1 texts" in pmd.slow_generation(pmd.Config(micro_tokens=1), 399, 1)
 
 

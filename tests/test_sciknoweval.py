@@ -108,6 +108,29 @@ def test_a_hub_that_is_another_is_one_sentence(hub, old, new, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"details": None}, "has 0 multiple-choice items of level L3"), ({"details": "L3"}, "has 0 multiple-choice items"),
+    ({"details": {"task": "t"}}, "has 0 multiple-choice items"),
+    ({"question": None}, "item [0-9]+ of physics .*: it has to have a question"),
+    ({"choices": None}, "item [0-9]+ of physics .*: .* as many texts as labels"),
+    ({"choices": {"label": ["A", "B"], "text": ["one"]}}, "item [0-9]+ of physics .*: .* as many texts as labels"),
+    ({"choices": {"label": ["A", "B"], "text": ["one", None]}}, "item [0-9]+ of physics .*: .* as many texts as labels"),
+    ({"choices": [{"label": "A", "text": "one"}]}, "item [0-9]+ of physics .*: .* as many texts as labels")])
+def test_a_hub_with_other_columns_is_one_sentence(hub, change, message):
+    data = hub / "data/v2/sciknoweval_test_v2.jsonl"
+    rows = [json.loads(line) | change for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_task("sciknoweval/physics", data=str(hub))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_without_rows_says_what_it_can(hub):
+    (hub / "data/v2/sciknoweval_test_v2.jsonl").write_text("")
+    with pytest.raises(ValueError, match="can't be loaded: [A-Z]"):
+        load_task("sciknoweval/physics", data=str(hub))
+
+
 def test_without_a_network_the_hub_is_one_sentence():
     with pytest.raises(ValueError, match="sciknoweval/physics needs --data, .*hicai-zju/SciKnowEval, which can't be loaded"):
         load_task("sciknoweval/physics")
