@@ -366,8 +366,11 @@ class Run:
         """Fills weights and moments; returns what trainer.json says."""
         cure = self._without(self.saved)
         about = read_json(self.saved / "trainer.json", cure)
-        if missing := [key for key in ("step", "updates", "ema", "seconds") if key not in about]:
-            raise RunError(f"{self.saved / 'trainer.json'} has no {missing[0]}: {cure}")
+        for key, kind in {"step": int, "updates": int, "ema": bool, "seconds": (int, float)}.items():
+            if not isinstance(about.get(key), kind):
+                raise RunError(f"{self.saved / 'trainer.json'} has no {key} that can be one: {cure}")
+        if about["step"] != int(self.saved.name):
+            raise RunError(f"{self.saved / 'trainer.json'} is of step {about['step']}: {cure}")
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
         loaded = self._read_weights(cure) if rank() == 0 else {}  # rank 0 deals them out
         set_model_state_dict(policy, loaded, options=options)
@@ -642,7 +645,7 @@ def finished(cfg, total) -> dict | None:
 
 
 def checkpoints(folder):
-    return sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    return sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
 
 
 def save_model(policy, tokenizer, folder):
