@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -113,6 +114,17 @@ def writing(path, cure="free some space on the disk; --resume then goes on from 
         if type(error) is not Exception:  # which is what tokenizers raise for a full disk
             raise
         raise RunError(f"{path} can't be written ({reason(error)}): {cure}") from error
+
+
+@contextlib.contextmanager
+def without_log():
+    """Without the tracebacks that torch logs as warnings of what it then raises (its state_dict_loader)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def read_json(path, cure) -> dict:
@@ -378,7 +390,8 @@ class Run:
             set_model_state_dict(teacher, loaded, options=options)
         state = trainer_state(policy, teacher if about["ema"] else policy, optimizer)
         try:
-            dcp.load(state, checkpoint_id=self.saved / "trainer", no_dist=world() == 1)
+            with without_log():
+                dcp.load(state, checkpoint_id=self.saved / "trainer", no_dist=world() == 1)
         except (OSError, CheckpointException) as error:
             raise RunError(f"{self.saved / 'trainer'} can't be read ({reason(error)}): {cure}") from error
         return about

@@ -105,7 +105,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("file", DAMAGE)
-def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file):
+def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file, caplog):
     cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
     folder = Path(cfg.out, "r")
     shutil.copytree(saved, folder)
@@ -114,6 +114,7 @@ def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file):
     with pytest.raises(ValueError, match=said) as caught:
         pmd.train(cfg)
     assert "\n" not in str(caught.value) and isinstance(caught.value, records.RunError)
+    assert not caplog.records  # torch's warnings would show a traceback
     if file.endswith(".metadata"):  # and the way on is one
         shutil.rmtree(folder / "checkpoints" / "2")
         pmd.train(cfg)
