@@ -114,7 +114,7 @@ def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file, caplo
     with pytest.raises(ValueError, match=said) as caught:
         pmd.train(cfg)
     assert "\n" not in str(caught.value) and isinstance(caught.value, records.RunError)
-    assert not caplog.records  # torch's warnings would show a traceback
+    assert not [r for r in caplog.records if r.name == "root"]  # torch's warnings show a traceback
     if file.endswith(".metadata"):  # and the way on is one
         shutil.rmtree(folder / "checkpoints" / "2")
         pmd.train(cfg)
