@@ -1145,8 +1145,6 @@ def evaluate(argv):
     """
     import pmd
     import records
-    from memory import Memory
-    from report import evaluated
 
     parser = argparse.ArgumentParser(
         prog="python eval.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False,
@@ -1166,9 +1164,24 @@ def evaluate(argv):
         task, tokenizer = pmd.check(replace(cfg, batch_size=ranks, name="", resume=False), ranks=ranks, training=False,
                                     quiet=pmd.rank() > 0 or pmd.world() < ranks,
                                     reads=cfg.max_reprompt if args.memory else 0)
-    first = pmd.rank() == 0
     parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
     cfg = replace(cfg, method="eval", memory_from=args.memory, name=cfg.name or "-".join(parts).replace("/", "-"))
+    try:
+        answer(cfg, task, tokenizer)
+    except Exception as error:
+        if not (said := pmd.failure(error, cfg)):
+            raise
+        raise records.RunError(said) from error
+
+
+def answer(cfg, task, tokenizer):
+    """The work of `evaluate`, after its checks. cfg: its method is eval, and memory_from the memory.db that is read."""
+    import pmd
+    import records
+    from memory import Memory
+    from report import evaluated
+
+    first = pmd.rank() == 0
     folder, problems = Path(cfg.out) / cfg.name, task.test
     path, rows, memory = folder / "evals" / "0-test.jsonl", [], None
     if 0 < cfg.eval_problems < len(problems):
@@ -1181,8 +1194,8 @@ def evaluate(argv):
             cure = "remove it, and the same command writes it anew without comparing its flags"
             records.refuse_changes(records.read_json(folder / "config.json", cure), cfg)
             records.refuse_other_problems(folder, asked, tokenizer)
-        if args.memory:
-            memory = Memory(args.memory, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
+        if cfg.memory_from:
+            memory = Memory(cfg.memory_from, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
                             retrieve_k=cfg.retrieve_k)
             if not any(memory.sizes().values()):
                 raise ValueError(f"--memory {args.memory} holds nothing; name the memory.db of another run, or leave it out")
@@ -1237,7 +1250,10 @@ def main(argv=None):
             print(compare(args.runs) if argv[0] == "compare" else figures(args.runs, args.out))
         else:
             evaluate(argv)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        print("eval.py: interrupted; the same command goes on with the problems that are left", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
 
 

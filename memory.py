@@ -737,8 +737,11 @@ class Memory:
                 self.db.executemany("INSERT INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in about.items()])
                 self.db.commit()
             self.meta = dict(self.db.execute("SELECT key, value FROM meta"))
-        if self.meta.get("schema") != str(SCHEMA_VERSION):
-            raise ValueError(f"{path} has memory schema {self.meta.get('schema')}, this code reads {SCHEMA_VERSION}: use "
+        if missing := [key for key in ("schema", "embedder", "dimension", "caps") if key not in self.meta]:
+            raise ValueError(f"{path} is no memory of this code: it does not say its {missing[0]}; name another file, or "
+                             "remove it")
+        if self.meta["schema"] != str(SCHEMA_VERSION):
+            raise ValueError(f"{path} has memory schema {self.meta['schema']}, this code reads {SCHEMA_VERSION}: use "
                              "the version that wrote it, or remove it")
         if embedder is not None and self.meta["embedder"] != embedder:
             raise ValueError(f"{path} was embedded by {self.meta['embedder']!r}, this run uses {embedder!r}: use that one")
@@ -1329,6 +1332,8 @@ def main(argv=None):
         else:
             command.add_argument("--png", help="where the picture goes (default: memory.png beside the file)")
     args = vars(parser.parse_args(argv))
+    if not 0 <= (args.get("step") or 0) < 2**63:  # SQLite holds no larger one
+        parser.error(f"--step {args['step']} is no step of a run")
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
     command, path = args.pop("command"), args.pop("path")

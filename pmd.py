@@ -45,6 +45,7 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -1409,7 +1410,7 @@ def misfit(value, kind, within) -> str:
     low, high = map(float, within[1:-1].split(","))
     if kind is int and high == float("inf"):
         high, within = 2**31 - 1, within[:-1] + "]"  # numpy, SQLite and vLLM hold no larger one
-    if not np.isfinite(float(value)):
+    if not -math.inf < value < math.inf:  # of integers too, which may be too long for a float
         return "must be a finite number"
     if value < low or value == low and within.startswith("("):
         return f"must be {'above' if within.startswith('(') else 'at least'} {low:.9g}"
@@ -1421,9 +1422,12 @@ def misfit(value, kind, within) -> str:
 def check_words(cfg):
     """The flags whose values are words, as far as the type of the field leaves them open."""
     tiers = ("experience", "insight", "behavior")
-    if unknown := [tier for tier in cfg.tiers.split(",") if tier not in tiers]:
+    given = cfg.tiers.split(",")
+    if unknown := [tier for tier in given if tier not in tiers]:
         raise ValueError(f"--tiers takes experience, insight and behavior, with commas between, not "
-                         f"{', '.join(tier or repr(tier) for tier in unknown)}")
+                         f"{', '.join(map(repr, unknown))}")
+    if len(set(given)) < len(given):
+        raise ValueError(f"--tiers takes each tier once, not {cfg.tiers}")
     if cfg.task == "livecodebench" and cfg.since >= cfg.until:
         raise ValueError(f"--since {cfg.since} is no day before --until {cfg.until}")
     if cfg.log and not importlib.util.find_spec(cfg.log):
@@ -1486,6 +1490,8 @@ def check_folder(cfg, quiet):
         refuse_changes(read_json(folder / "config.json", cure), cfg, quiet)
     if not cfg.fork_from:
         return
+    if cfg.resume and checkpoints(folder):
+        return  # a fork that has a checkpoint of its own needs the other run no more, which may have dropped that one since
     if not (fork := checkpoint_of(cfg)).is_dir():
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
@@ -1941,6 +1947,8 @@ def failure(error, cfg) -> str:
         return f"the weights of --model {cfg.model} can't be read: {error}"
     if isinstance(error, (FloatingPointError, OSError, Unsupported, RunError)):
         return str(error)
+    if isinstance(error.__cause__, sqlite3.Error):  # the memory has explained it
+        return str(error)
     return ""
 
 
@@ -1960,8 +1968,13 @@ def main():
         with ranks_around(cfg):
             cfg = replace(cfg, name=cfg.name or broadcast(default_name(cfg)))
             checked = check(cfg, quiet=restarts or rank() > 0, ranks=count_ranks(cfg))
-    except (ValueError, OSError) as error:
-        sys.exit(f"{who}: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    except KeyboardInterrupt:
+        print(f"{who}: interrupted before it began", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not (said := str(error) if isinstance(error, ValueError) else failure(error, cfg)):
+            raise
+        sys.exit(f"{who}: {said}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     try:
         end_of(cfg, checked)
     except Stopped as stopped:

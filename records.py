@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -116,6 +117,17 @@ def writing(path, cure="free some space on the disk; --resume then goes on from 
         if type(error) is not Exception:  # which is what tokenizers raise for a full disk
             raise
         raise RunError(f"{path} can't be written ({reason(error)}): {cure}") from error
+
+
+@contextlib.contextmanager
+def without_log():
+    """Without the tracebacks that torch logs as warnings of what it then raises (its state_dict_loader)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def read_json(path, cure) -> dict:
@@ -375,8 +387,11 @@ class Run:
         """Fills weights and moments; returns what trainer.json says."""
         cure = self._without(self.saved)
         about = read_json(self.saved / "trainer.json", cure)
-        if missing := [key for key in ("step", "updates", "ema", "seconds") if key not in about]:
-            raise RunError(f"{self.saved / 'trainer.json'} has no {missing[0]}: {cure}")
+        for key, kind in {"step": int, "updates": int, "ema": bool, "seconds": (int, float)}.items():
+            if not isinstance(about.get(key), kind):
+                raise RunError(f"{self.saved / 'trainer.json'} has no {key} that can be one: {cure}")
+        if about["step"] != int(self.saved.name):
+            raise RunError(f"{self.saved / 'trainer.json'} is of step {about['step']}: {cure}")
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
         loaded = self._read_weights(cure) if rank() == 0 else {}  # rank 0 deals them out
         set_model_state_dict(policy, loaded, options=options)
@@ -384,7 +399,8 @@ class Run:
             set_model_state_dict(teacher, loaded, options=options)
         state = trainer_state(policy, teacher if about["ema"] else policy, optimizer)
         try:
-            dcp.load(state, checkpoint_id=self.saved / "trainer", no_dist=world() == 1)
+            with without_log():
+                dcp.load(state, checkpoint_id=self.saved / "trainer", no_dist=world() == 1)
         except (OSError, CheckpointException) as error:
             raise RunError(f"{self.saved / 'trainer'} can't be read ({reason(error)}): {cure}") from error
         return about
@@ -703,7 +719,7 @@ def finished(cfg, total) -> dict | None:
 
 
 def checkpoints(folder):
-    return sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    return sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
 
 
 def save_model(policy, tokenizer, folder):

@@ -181,6 +181,8 @@ def main():
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
+    if args.kills < 1 or args.ranks < 1:
+        parser.error("--kills and --ranks must be at least 1")
     rng = random.Random(args.seed)
     torture("pmd", args.kills - args.kills // 2, args.ranks, rng)
     torture("grpo", args.kills // 2, args.ranks, rng)

@@ -347,6 +347,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="two worlds, 20 steps: a check of the machinery, no result")
     parser.add_argument("--report", action="store_true", help="tables and figures only")
     args = parser.parse_args()
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers} must be at least 1")
+    if unknown := set(args.parts.split(",")) - {*PARTS, "knobs"}:
+        parser.error(f"--parts takes some of knobs, {', '.join(PARTS)}, not {', '.join(map(repr, sorted(unknown)))}")
     pmd.transformers_logging.set_verbosity_error()
     names, short = [] if args.report else args.parts.replace("knobs", ",".join(KNOBS)).split(","), {}
     if args.quick:

@@ -1384,3 +1384,22 @@ def test_it_is_readable(make_memory):
     shown = mem.describe(memory, "p")
     assert all(w in shown for w in ("the win", "alpha", "behavior_x: beta", "solved in 1 of 1")), shown
     assert memory.sizes() == {"experience": 1, "insight": 1, "behavior": 1}
+
+
+@pytest.mark.parametrize("key", ["schema", "embedder", "dimension", "caps"])
+def test_a_file_that_does_not_say_what_it_is_is_no_memory(tmp_path, key):
+    path = tmp_path / "m.db"
+    mem.Memory(path, words, None, embedder="words").close()
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM meta WHERE key = ?", (key,))
+    db.close()
+    for mode in ("frozen", "evolving"):
+        with pytest.raises(ValueError, match=f"m.db is no memory of this code: it does not say its {key}; name another"):
+            mem.Memory(path, words, None, embedder="words", mode=mode)
+
+
+@pytest.mark.parametrize("step", ["-1", "1" + "0" * 30, "1" + "0" * 400])
+def test_a_step_that_no_run_has_is_a_sentence(tmp_path, capsys, step):
+    with pytest.raises(SystemExit) as end:
+        mem.main(["show", str(tmp_path / "m.db"), "--step", step])
+    assert end.value.code == 2 and "is no step of a run" in capsys.readouterr().err

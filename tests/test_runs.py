@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
+import runpy
 import shutil
 import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -102,7 +105,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("file", DAMAGE)
-def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file):
+def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file, caplog):
     cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
     folder = Path(cfg.out, "r")
     shutil.copytree(saved, folder)
@@ -111,10 +114,24 @@ def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file):
     with pytest.raises(ValueError, match=said) as caught:
         pmd.train(cfg)
     assert "\n" not in str(caught.value) and isinstance(caught.value, records.RunError)
+    assert not [r for r in caplog.records if r.name == "root"]  # torch's warnings show a traceback
     if file.endswith(".metadata"):  # and the way on is one
         shutil.rmtree(folder / "checkpoints" / "2")
         pmd.train(cfg)
         assert (folder / "checkpoints" / "3").is_dir()
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(step="2"), "has no step that can be one"), (dict(updates=None), "has no updates that can be one"),
+    (dict(seconds="1"), "has no seconds that can be one"), (dict(ema=0), "has no ema that can be one"),
+    (dict(step=1), "is of step 1"), (dict(step=-2), "is of step -2")])
+def test_a_checkpoint_that_says_what_can_t_be_is_named_with_the_way_on(make_config, saved, changes, said):
+    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
+    shutil.copytree(saved, Path(cfg.out, "r"))
+    about = Path(cfg.out, "r", "checkpoints", "2", "trainer.json")
+    about.write_text(json.dumps(json.loads(about.read_text()) | changes))
+    with pytest.raises(records.RunError, match=f"2/trainer.json {said}: remove .*checkpoints/2.* goes on from .*/1$"):
+        pmd.train(cfg)
 
 
 def test_a_damaged_memory_in_a_checkpoint_is_not_taken_for_the_runs(make_config, saved):
@@ -147,6 +164,25 @@ def test_what_is_no_fault_of_the_program_is_a_sentence_and_a_fault_is_none(make_
         assert pmd.failure(error, cfg) == "x"
     for error in (ValueError("x"), KeyError("x"), TypeError("x"), RuntimeError("x"), IndexError("x"), AssertionError("x")):
         assert pmd.failure(error, cfg) == ""
+
+
+def test_a_memory_that_breaks_while_the_run_goes_on_is_a_sentence(command, monkeypatch):
+    record = pmd.Memory.record
+
+    def broken(self, step, rollouts):
+        self.db.execute("DROP TABLE event")
+        return record(self, step, rollouts)
+
+    monkeypatch.setattr(pmd.Memory, "record", broken)
+    code, _, said = command("--name", "a")
+    assert code == 1
+    assert re.match(r"pmd.py: .*memory.db can't be used as a memory \(no such table: event\)", said.splitlines()[-1])
+
+
+def test_what_is_no_step_is_no_checkpoint(tmp_path):
+    for name in ("1", "10", "²", "abc", "3.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [c.name for c in records.checkpoints(tmp_path)] == ["1", "10"]
 
 
 def test_the_command_ends_by_a_sentence_or_by_a_traceback(command, monkeypatch):
@@ -427,3 +463,110 @@ def test_the_embedded_model_stays_on_one_cpu_process_of_a_gpu_node(monkeypatch):
 
 def test_nothing_retrieved_is_a_value_that_works(make_config):
     pmd.train(make_config(method="frozen-policy", name="r", retrieve_k=0, inference_retrieval=0, behavior_every=1))
+
+
+# -- what a second pair of eyes tried -----------------------------------------------------------------------------------
+
+NUMBERS = [f for f in dataclasses.fields(pmd.Config) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
+def test_a_number_outside_its_meaning_is_a_sentence_whatever_its_length(make_config, field):
+    for value in ("nan", "inf", "-inf", "-1e9", "1e400", "1" + "0" * 30, "1" + "0" * 400, "-1" + "0" * 400, "1" * 5000):
+        try:
+            value = field.type(value)
+        except ValueError:  # argparse refuses it
+            continue
+        inside = field.type is float and field.metadata["within"].endswith("inf)") and 0 < value < float("inf")
+        if inside:
+            continue
+        with pytest.raises(ValueError, match=f"^--{field.name} .* must be "):
+            pmd.check_numbers(make_config(**{field.name: value}))
+
+
+def test_a_tier_is_given_once(make_config):
+    for tiers in ("insight,insight", "experience,insight,behavior,experience"):
+        with pytest.raises(ValueError, match=f"--tiers takes each tier once, not {tiers}"):
+            pmd.check(make_config(tiers=tiers))
+
+
+def test_a_fork_goes_on_without_the_checkpoint_that_it_began_with(make_config, tmp_path):
+    """The other run goes on, and keeps its last checkpoints only."""
+    whole = make_config(name="whole", save_every=1, steps=3)
+    pmd.train(whole)
+    fork = dataclasses.replace(whole, name="f", fork_from="whole@2", steps=3)
+    pmd.train(dataclasses.replace(fork, name="left alone", steps=4))
+    pmd.train(fork)
+    shutil.rmtree(tmp_path / "whole")
+    with pytest.raises(ValueError, match="--from whole@2 is no RUN@STEP"):
+        pmd.check(dataclasses.replace(fork, name="another"))
+    pmd.train(dataclasses.replace(fork, steps=4, resume=True))
+    one, other = (tmp_path / name / "final" / "model.safetensors" for name in ("left alone", "f"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("error, code, last", [
+    (KeyboardInterrupt(), 130, "pmd.py: interrupted before it began"), (MemoryError(), 1, "pmd.py: out of memory: .*"),
+    (OSError("no such place"), 1, "pmd.py: no such place"), (ValueError("no such flag"), 1, "pmd.py: no such flag")])
+def test_the_checks_end_by_a_sentence(command, monkeypatch, error, code, last):
+    def raises(*args):
+        raise error
+
+    monkeypatch.setattr(pmd, "load_task", raises)
+    found, _, said = command("--name", "a")
+    assert found == code and re.fullmatch(last, said.splitlines()[-1])
+    monkeypatch.setattr(pmd, "checked_totals", raises)  # of a comparison
+    monkeypatch.setattr(pmd, "ProcessPoolExecutor", lambda *args: contextlib.nullcontext(Here))
+    found, _, said = command("--name", "a", "--compare", "sdpo,grpo")
+    assert found == code and re.fullmatch(last, said.splitlines()[-1])
+
+
+class Here:
+    """A pool of this process."""
+
+    @staticmethod
+    def submit(function, *args):
+        return types.SimpleNamespace(result=lambda: function(*args))
+
+
+EVALUATION = "--model nano --n 1 --eval_problems 2 --name e".split()
+
+
+@pytest.mark.parametrize("error, code, last", [
+    (KeyboardInterrupt(), 130, "eval.py: interrupted; the same command goes on with the problems that are left"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 1, "eval.py: out of memory: CUDA out of memory.; lower --micro_.*"),
+    (FloatingPointError("no numbers"), 1, "eval.py: no numbers"),
+    (SafetensorError("cut"), 1, "eval.py: the weights of --model nano can't be read: cut")])
+def test_an_evaluation_ends_by_a_sentence(tmp_path, capsys, monkeypatch, error, code, last):
+    def raises(*args):
+        raise error
+
+    monkeypatch.setattr(pmd.Sampler, "draw", raises)
+    with pytest.raises(SystemExit) as end:
+        evaluate([*EVALUATION, "--out", str(tmp_path)])
+    said = end.value.code if code == 1 else capsys.readouterr().err.splitlines()[-1]
+    assert (1 if isinstance(end.value.code, str) else end.value.code) == code and re.fullmatch(last, said)
+
+
+def test_a_fault_of_the_program_in_an_evaluation_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(pmd.Sampler, "draw", lambda *args: {}["a fault"])
+    with pytest.raises(KeyError):
+        evaluate([*EVALUATION, "--out", str(tmp_path)])
+
+
+TOOLS = [("tools/plan.py", "--gpus=0"), ("tools/plan.py", "--gpus=-1"), ("tools/plan.py", "--gpu_memory=nan"),
+         ("tools/plan.py", "--gpu_memory=-1"), ("tools/plan.py", "--gpu_memory_utilization=2"),
+         ("tools/plan.py", "--gpu_memory_utilization=nan"), ("tools/plan.py", "--max_completion=-5"),
+         ("tools/same.py", "nosuch"), ("tools/same.py", "--steps=0"), ("tools/same.py", "--methods=x"),
+         ("tools/same.py", "--methods="), ("study/study.py", "--parts=x"), ("study/study.py", "--parts="),
+         ("study/study.py", "--workers=0"), ("benchmarks/chaos.py", "--kills=-1"), ("benchmarks/chaos.py", "--ranks=0")]
+
+
+@pytest.mark.parametrize("script, flag", TOOLS)
+def test_the_scripts_refuse_what_means_nothing(monkeypatch, capsys, script, flag):
+    commit = ["HEAD"] if script == "tools/same.py" and flag.startswith("-") else []
+    monkeypatch.setattr(sys, "argv", [script, *commit, flag])
+    monkeypatch.setattr(sys, "path", [str(Path(pmd.HERE, script).parent), *sys.path])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(pmd.HERE, script)), run_name="__main__")
+    assert end.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]

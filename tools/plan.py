@@ -363,6 +363,11 @@ def main():
                  "tensor_parallel"):
         parser.add_argument(f"--{name}", type=type(getattr(defaults, name)), default=getattr(defaults, name))
     args = parser.parse_args()
+    for name in ("gpus", "gpu_memory", "max_prompt", "max_completion", "max_reprompt", "micro_tokens", "tensor_parallel"):
+        if not 0 < getattr(args, name) < float("inf"):
+            parser.error(f"--{name} {getattr(args, name)} must be above 0")
+    if not 0 <= args.gpu_memory_utilization <= 1:
+        parser.error(f"--gpu_memory_utilization {args.gpu_memory_utilization} must be from 0 to 1")
     try:
         if args.what_fits:
             what_fits(args, args.gpu_memory_utilization)

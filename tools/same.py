@@ -71,9 +71,17 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="batches a run (default: 4)")
     parser.add_argument("--methods", default=",".join(METHODS), help="with commas between (default: all six)")
     args = parser.parse_args()
+    methods, known = args.methods.split(","), subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", args.commit + "^{commit}"], cwd=HERE, capture_output=True)
+    if unknown := [method for method in methods if method not in METHODS]:
+        parser.error(f"--methods takes some of {', '.join(METHODS)}, not {', '.join(map(repr, unknown))}")
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} must be at least 1")
+    if known.returncode:
+        parser.error(f"{args.commit} is no commit of {HERE}")
     different = False
     with worktree(args.commit) as other, tempfile.TemporaryDirectory() as folder:
-        for method in tqdm(args.methods.split(","), unit="method"):
+        for method in tqdm(methods, unit="method"):
             theirs = rows_of(other, method, args.steps, Path(folder, "theirs"))
             ours = rows_of(HERE, method, args.steps, Path(folder, "ours"))
             found = difference(ours, theirs)
