@@ -369,7 +369,7 @@ def test_a_row_that_was_not_sampled_under_its_prompt_has_no_ratio(policy, tokeni
 def test_srpo_routes_by_outcome(policy, tokenizer, sampler, problems, make_config):
     """Its two signs: the teacher prompt of a success changes no gradient; the share of distilled tokens falls as reward
     rises."""
-    cfg = make_config("--method", "srpo", "--group_size", "8")
+    cfg = make_config("--method", "srpo", group_size=8)
     sampler.cfg, sampler.step = cfg, 1
     method, shares, grads = method_of(cfg, policy, copy.deepcopy(policy), tokenizer=tokenizer), [], []
     assert (cfg.loss_mean, cfg.srpo_beta) == ("token", 1.0)
@@ -1248,7 +1248,8 @@ def command(*flags, **kwargs):
     (["--task", "nano/987654"], "pmd.py: there is no task 'nano/987654'"),
     (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of pmd, frozen-memory,"),
     (["--compare", "pmd,pmd"], "--compare takes different methods"),
-    (["--method", "README.md"], "'README.md' is none of"), (["--method", "nowhere.py"], "no path of a file that ends in .py"),
+    (["--method", "README.md"], "'README.md' is none of"),
+    (["--method", "nowhere.py"], "no path of a file that ends in .py"),
     (["--method", "../pmd"], "'../pmd' is none of")])
 def test_the_command_line_says_what_is_wrong(flags, message, tmp_path):
     done = command(*flags, "--out", str(tmp_path))
