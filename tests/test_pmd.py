@@ -1093,7 +1093,7 @@ def test_presets_and_flags():
     (dict(method="frozen-memory"), "--method frozen-policy --name frozen"), (dict(memory_from="x"), "go together"),
     (dict(method="frozen-memory", memory_from="nowhere"), "there is no .*nowhere/memory.db"),
     (dict(method="frozen-memory", memory_from="nowhere@x"), "neither RUN nor RUN@STEP"),
-    (dict(tiers="insight,magic"), "not magic"), (dict(task="sciknoweval/chemistry"), "sciknoweval/chemistry needs --data"),
+    (dict(tiers="insight,magic"), "not 'magic'"), (dict(task="sciknoweval/chemistry"), "sciknoweval/chemistry needs --data"),
     (dict(task="sciknoweval/alchemy"), "no domain 'alchemy'"), (dict(model="elsewhere"), "elsewhere is neither a Hugging"),
     (dict(model="Qwen3-8B"), "Qwen3-8B is neither .* nor a reachable name on the Hub"),
     (dict(tensor_parallel=2), "--tensor_parallel 2 does not divide the 1 processes"),
