@@ -1161,7 +1161,7 @@ def evaluate(argv):
     with pmd.ranks_around(cfg):
         pmd.check_numbers(cfg)  # batch_size too, which is another one below
         pmd.check_name(cfg)
-        task, tokenizer = pmd.check(replace(cfg, method="eval", batch_size=ranks, name="", resume=False), ranks=ranks,
+        task, tokenizer = pmd.check(replace(cfg, batch_size=ranks, name="", resume=False), ranks=ranks, training=False,
                                     quiet=pmd.rank() > 0 or pmd.world() < ranks,
                                     reads=cfg.max_reprompt if args.memory else 0)
     parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]

@@ -1,14 +1,16 @@
 """Procedural Memory Distillation (PMD, arXiv 2607.01480): a policy and a memory that co-evolve.
 
     python pmd.py                                  all of it on the embedded tiny model, in minutes on a laptop
-    python pmd.py --method sdpo                    a baseline: the same loop, phases switched
+    python pmd.py --method sdpo                    another method: a file of methods/, or one of your own
     python pmd.py --compare grpo,sdpo,pmd          several in turn, on equal budgets, in one figure
 
 The memory-free student answers each problem several times and a verifier scores the answers. From those attempts a
 three-tier memory grows (memory.py). A teacher, the same model reading that memory, re-scores the student's own tokens,
 and the student is pulled towards it token by token (kernels.py). At inference there is no memory.
 
-Read `Config`, then `train()`, with Algorithm 1 of the paper beside it. Shape letters: B rows of a micro-batch, T padded
+Read `Config`, `train()` and `PMD`, with Algorithm 1 of the paper beside them.
+
+Shape letters: B rows of a micro-batch, T padded
 length, N completion tokens, H hidden, V vocabulary, G group.
 
 Deviations from the paper
@@ -50,7 +52,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple
 
 if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metadata.distributions()):
     sys.exit("pmd.py: an installed package is named `kernels` like our kernels.py, and transformers would load the wrong "
@@ -125,7 +127,6 @@ from records import (
 MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct"}
 
 
-REMEMBERS = ("pmd", "pmd-transient", "frozen-policy")  # the methods with a phase 2
 FORMS = {"steps": "nano", "code": "code"}  # the prompts of memory.py for a task's verifier; "question" for all others
 
 
@@ -147,10 +148,9 @@ class Config:
     """
 
     # what is run
-    method: Literal["pmd", "sdpo", "grpo", "pmd-transient", "frozen-memory", "frozen-policy"] = option(
-        "pmd", "pmd: the teacher reads an evolving memory. sdpo: it sees a successful sibling or feedback. grpo: policy "
-               "gradient, no teacher. pmd-transient: the memory ends with each step. frozen-memory: the teacher reads "
-               "--memory_from. frozen-policy: only the memory evolves, and evaluation has it in the prompt [Tab. 2, 3]")
+    method: str = option(
+        "pmd", "pmd; a file of methods/: sdpo, grpo, pmd-transient, frozen-memory, frozen-policy, srpo (it begins with what "
+               "it does); or the path of a file of your own. --method NAME --help shows its flags")
     memory_from: str = option("", "frozen-memory: the run RUN, or RUN@STEP, whose memory is read")
     tiers: str = option("experience,insight,behavior", "what the teacher reads; hides blocks and changes no extraction "
                                                        "[Tab. 4]")
@@ -298,68 +298,189 @@ PRESETS = {
                  warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, embedder="hashing",
                  gradient_checkpointing=False, memory_completion=96, clusters=20, eval_every=10, eval_k=8, save_every=40),
 }
-# On top of them, by task and method: where SDPO's repository runs a baseline with other values.
-METHOD_PRESETS = {("livecodebench", "grpo"): dict(mini_batch_size=8)}  # experiments/rich_feedback/run_baseline_grpo.sh
-
-
 def train(cfg: Config, checked=None) -> dict:
-    """Algorithm 1: returns the run's summary. Every method is this loop, with phases switched.
+    """Algorithm 1, with the phases of the method that cfg names: returns the run's summary.
 
     checked: what `check` returned for cfg, where it was called before.
     """
     task, tokenizer = checked or check(cfg, quiet=rank() > 0)
     policy = shard(load_policy(cfg), cfg)  # float32 master weights
-    teacher = make_teacher(policy, cfg)  # the same model; it only reads more
+    method = method_class(cfg.method)(cfg, task, tokenizer, policy)  # makes the teacher
     optimizer = make_optimizer(policy, cfg)
-    sampler = make_sampler(policy, tokenizer, cfg)  # the only object that generates text
+    sampler = method.sampler = make_sampler(policy, tokenizer, cfg)  # the only object that generates text
     sampler.sleep()  # what a checkpoint holds is filled in where there is room for it
     run = Run(cfg, task, tokenizer)
-    memory = make_memory(run, sampler, task, cfg)
-    first = run.restore(policy, teacher, optimizer, memory)
+    method.memory = make_memory(run, method)
+    first = run.restore(method, optimizer)
     sampler.wake()
     if run.must_evaluate(first - 1):
-        evaluate(first - 1, run, sampler, memory, cfg)
+        evaluate(first - 1, run, method)
 
     for step, problems in batches(task.train, first, cfg):
         sampler.step = step
 
         # 1. Attempt: the memory-free student answers, the verifier responds                                   (Eq. 1)
         with run.phase("attempt"):
-            rollouts = attempt(sampler, problems, cfg)
+            rollouts = method.attempt(step, problems)
 
         # 2. Remember: experience -> insight (per problem) -> behavior (shared)                             (Eq. 2, 3)
-        if cfg.method in REMEMBERS:
-            with run.phase("remember"):
-                memory.record(step, rollouts)
-                memory.reflect(step, problems)
-                if step % refresh_period(task.train, cfg) == 0:
-                    memory.abstract(step)
+        with run.phase("remember"):
+            method.remember(step, problems, rollouts)
 
-        # 3. Condition the teacher: same completion, richer prompt                                          (Eq. 4-6)
+        # 3. Condition the teacher: same completion, richer prompt                                          (Eq. 4, 5)
         with run.phase("condition"):
-            condition(rollouts, memory, tokenizer, step, cfg)
+            rows = method.condition(step, rollouts)
 
-        # 4. Distill: match the teacher token by token on the student's own text                            (Eq. 7, 8)
+        # 4. Distill: match the teacher token by token on the student's own text                            (Eq. 6-8)
         with run.phase("distill"):
-            if cfg.method != "frozen-policy":  # whose weights stay as they were pushed
+            learns = any(map(is_trained, rows))
+            if learns:
                 sampler.sleep()  # the device is the trainer's
+            method.weigh(step, rows)
             sums = Counter()
-            for minibatch in mini_batches(rollouts, policy, cfg):
-                sums = add(sums, update(policy, teacher, optimizer, minibatch, step, cfg))
-            follow(teacher, policy, cfg)
+            for minibatch in mini_batches(rows, policy, cfg):
+                sums = add(sums, update(method, optimizer, minibatch, step))
+            method.follow(step)
         with run.phase("sync"):
-            if cfg.method != "frozen-policy":
+            if learns:
                 sampler.wake()  # with the new weights
 
-        run.log(step, rollouts, sums, memory)
+        run.log(step, rollouts, sums, method.memory)
         if run.must_evaluate(step):
-            evaluate(step, run, sampler, memory, cfg)
-        if cfg.method == "pmd-transient":
-            memory.forget(step)
+            evaluate(step, run, method)
+        method.end_step(step)
         if run.must_save(step):
-            run.save(step, policy, teacher, optimizer, memory)
+            run.save(step, method, optimizer)
 
-    return run.finish(policy, memory)
+    return run.finish(policy, method.memory)
+
+
+class PMD:
+    """The paper, phase by phase. Another method replaces what it changes: class Method of a file of methods/.
+
+    Rows decide how they are trained, see Rollout: phase 4 asks no method. cfg, task, tokenizer, policy, teacher, sampler and
+    memory are there in every hook but make_teacher, which makes the teacher.
+    """
+
+    Config = Config  # a method's own flags and defaults: a subclass, in its file
+    presets = {}  # {task: {flag: default}}, over PRESETS and under what is given
+    remembers = True  # phase 2 writes a memory
+    memory_mode = "evolving"  # of memory.Memory; None: there is none
+    reprompts = True  # somebody reads prompts of up to --max_reprompt tokens
+
+    def __init__(self, cfg, task, tokenizer, policy):
+        self.cfg, self.task, self.tokenizer, self.policy = cfg, task, tokenizer, policy
+        self.teacher = self.make_teacher(policy)
+        self.sampler = self.memory = None  # train() sets them
+
+    @classmethod
+    def check(cls, cfg):
+        """Raises ValueError, in one sentence, for flags that do not fit the method."""
+        if cfg.memory_from:
+            raise ValueError(f"--memory_from and --method frozen-memory go together, and the method is {cfg.method}")
+
+    def make_teacher(self, policy):
+        """The teacher's weights (Eq. 6): an average that starts at the policy, or the live policy itself."""
+        return policy if self.cfg.teacher == "live" else copy_of(policy, self.cfg)
+
+    def attempt(self, step, problems) -> list["Rollout"]:
+        """G completions of each problem from its plain prompt, with their verdicts (Eq. 1)."""
+        return attempt(self.sampler, problems, self.cfg)
+
+    def remember(self, step, problems, rollouts):
+        """Experience and insight after every batch, behaviors on a slower clock (Eq. 2, 3)."""
+        self.memory.record(step, rollouts)
+        self.memory.reflect(step, problems)
+        if step % self.refresh_period() == 0:
+            self.memory.abstract(step)
+
+    def refresh_period(self) -> int:
+        """Steps between refreshes of the bank: an epoch, where nothing else is asked for (Eq. 3)."""
+        return self.cfg.behavior_every or batches_per_epoch(self.task.train, self.cfg)
+
+    def contexts(self, step, rollouts) -> list[dict]:
+        """What each rollout's teacher reads besides the problem, as keyword arguments of memory.compose (Eq. 4)."""
+        return self.recall(step, rollouts, self.cfg.behaviors_refreshed)
+
+    def recall(self, step, rollouts, refreshed) -> list[dict]:
+        """`contexts` from the memory. refreshed: with the bank after this step's refresh."""
+        cfg = self.cfg
+        contexts = self.memory.contexts(rollouts, step, cfg.tiers.split(","), refreshed)
+        if cfg.supervise == "solved":
+            keys = ("strategies", "solution", "feedback")
+            contexts = [context if any(context[k] for k in keys) else {} for context in contexts]
+        return contexts
+
+    def condition(self, step, rollouts) -> list["Rollout"]:
+        """Gives rollouts their teacher's prompt (Eq. 5); returns the rows that phase 4 trains on. A rollout whose teacher
+        would read no more than its student is not supervised."""
+        failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
+        taught = [(r, context) for r, context in zip(rollouts, self.contexts(step, rollouts), strict=True)
+                  if self.cfg.supervise_mastered or r.problem.id in failed]
+        problems, contexts = [r.problem for r, _ in taught], [context for _, context in taught]
+        prompts = teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
+        for (r, _), (prompt, ids) in zip(taught, prompts, strict=True):
+            if prompt != r.problem.prompt:
+                r.teacher_prompt, r.teacher_ids = prompt, ids
+        return rollouts
+
+    def weigh(self, step, rows):
+        """Changes rows by what models say of them (see `scored`), before the first update: nothing here."""
+
+    def teacher_hidden(self, batch) -> torch.Tensor:
+        """(N, H): the states that teach the tokens of rows with teacher_ids, under one head (Eq. 6)."""
+        return forward(self.teacher, lambda: completion_hidden(self.teacher, [r.teacher_ids for r in batch], batch))
+
+    def loss(self, batch, total) -> dict:
+        """The loss of a micro-batch (Eq. 7): see `loss_of`."""
+        return loss_of(self, batch, total)
+
+    def follow(self, step):
+        """Moves an EMA teacher once, after the batch's last update (Table 11)."""
+        follow(self.teacher, self.policy, self.cfg)
+
+    def end_step(self, step):
+        """After the step's evaluation, before its checkpoint: nothing here."""
+
+    def asked(self, problems) -> list[str] | None:
+        """What held-out problems read in an evaluation; None for their plain prompt, without memory."""
+
+    def state(self) -> dict:
+        """What a checkpoint has to hold of the method: values of JSON."""
+        return {}
+
+    def load(self, state):
+        """Takes up what `state` gave."""
+
+
+def method_class(name) -> type:
+    """The class that --method names: PMD, or Method of methods/NAME.py or of the file at that path.
+
+    Raises ValueError, with the methods that there are, for a name that is none.
+    """
+    stem = name.replace("-", "_")
+    if stem == "pmd":
+        return PMD
+    if name.endswith(".py") and Path(name).is_file():
+        module = module_at(str(Path(name).resolve()))
+    elif re.fullmatch(r"[a-z]\w*", stem) and (HERE / "methods" / f"{stem}.py").is_file():
+        module = importlib.import_module(f"methods.{stem}")
+    else:
+        known = ", ".join(["pmd", *sorted(p.stem.replace("_", "-") for p in (HERE / "methods").glob("[a-z]*.py"))])
+        raise ValueError(f"--method {name!r} is none of {known}, and no path of a file that ends in .py")
+    if not isinstance(found := getattr(module, "Method", None), type) or not issubclass(found, PMD):
+        raise ValueError(f"--method {name}: the file has no class Method(PMD)")
+    return found
+
+
+@functools.cache
+def module_at(path):
+    """The module of a method's file outside methods/."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,16 +500,20 @@ class Sample:
 
 @dataclass
 class Rollout(Sample):
-    """A sample that answers a problem, and all that is learned from it."""
+    """A sample that answers a problem, and all that is learned from it. rollout_logprobs is None where the text was not
+    sampled under prompt_ids: it then has no ratio to the sampler, and no part in the sampler gap."""
 
     id: str  # step/problem/sample
     problem: Problem
     reward: float
     feedback: str = ""
     test_pass_rate: float | None = None  # of programs; logged, never a reward
-    advantage: float = 0.0  # group-relative, for GRPO
+    # How it is trained, as a row of phase 4. One number, or (C,) of them, one for each token
     teacher_prompt: str = ""  # the teacher's user message; empty where it has nothing to add
-    teacher_ids: list[int] = field(default_factory=list)
+    teacher_ids: list[int] = field(default_factory=list)  # of that prompt; empty: it is not distilled
+    teachers: list[list[int]] = field(default_factory=list)  # further teacher prompts, for methods that read several
+    weight: float | torch.Tensor = 1.0  # of its divergence
+    advantage: float | torch.Tensor | None = None  # None: it is not reinforced; 0.0 is, and counts in the mean
     old_logprobs: torch.Tensor | None = None  # (C,) the trainer's, before the batch's first update
 
 
@@ -878,42 +1003,20 @@ def by_tokens(lengths, budget) -> list[list[int]]:
 # Phase 3: condition the teacher
 # ---------------------------------------------------------------------------------------------------------------------
 
-def condition(rollouts, memory, tokenizer, step, cfg):
-    """Gives each rollout its teacher's prompt (Eq. 4, 5), or for GRPO its advantage.
+def set_advantages(rollouts):
+    """Group-relative advantages, not divided by their deviation: SDPO's GRPO."""
+    for group in groups_of(rollouts).values():
+        mean = sum(r.reward for r in group) / len(group)
+        for r in group:
+            r.advantage = r.reward - mean
 
-    SDPO's rules: the first successful sibling of the group is shown, never the rollout's own success; feedback only
-    where there is no such sibling. PMD: what memory.contexts says. Who has nothing to add supervises nothing, and under a
-    frozen policy nobody does.
-    """
-    if cfg.method == "frozen-policy":
-        return
+
+def groups_of(rollouts) -> dict[str, list[Rollout]]:
+    """{problem id: its rollouts}"""
     groups = {}
     for r in rollouts:
         groups.setdefault(r.problem.id, []).append(r)
-    if cfg.method == "grpo":
-        for group in groups.values():
-            mean = sum(r.reward for r in group) / len(group)
-            for r in group:
-                r.advantage = r.reward - mean
-        return
-    if cfg.method == "sdpo":
-        contexts = []
-        for r in rollouts:
-            siblings = [s.text for s in groups[r.problem.id] if s is not r and s.reward > SUCCESS]
-            contexts.append({"solution": siblings[0]} if siblings else {"feedback": r.feedback})
-    else:
-        refreshed = cfg.behaviors_refreshed or cfg.method == "pmd-transient"
-        contexts = memory.contexts(rollouts, step, cfg.tiers.split(","), refreshed)
-        if cfg.supervise == "solved":
-            keys = ("strategies", "solution", "feedback")
-            contexts = [context if any(context[k] for k in keys) else {} for context in contexts]
-    failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
-    taught = [(r, context) for r, context in zip(rollouts, contexts, strict=True)
-              if cfg.supervise_mastered or r.problem.id in failed]
-    prompts = teacher_prompts([r.problem for r, _ in taught], [context for _, context in taught], tokenizer, cfg)
-    for (r, _), (prompt, ids) in zip(taught, prompts, strict=True):
-        if prompt != r.problem.prompt:
-            r.teacher_prompt, r.teacher_ids = prompt, ids
+    return groups
 
 
 def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
@@ -945,29 +1048,33 @@ def mini_batches(rollouts, policy, cfg):
     """Cuts a batch at problem borders into `mini_batch_size` problems an update.
 
     The trainer's own log-probabilities of the batch are scored first where a ratio needs them: with several updates a
-    batch, and for GRPO. A single distillation update goes without: its policy IS the one that would be scored.
+    batch, and for rows that are reinforced or were sampled under another prompt. A single distillation update goes without:
+    its policy IS the one that would be scored.
     """
     size = cfg.mini_batch_size * cfg.group_size
     parts = [rollouts[i: i + size] for i in range(0, len(rollouts), size)]
-    if len(parts) > 1 or cfg.method == "grpo":
-        scored = {}
+    if len(parts) > 1 or any(r.advantage is not None or r.rollout_logprobs is None for r in rollouts):
+        scores = {}
         for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
             rows = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
-            scored |= {r.id: row for r, row in zip(batch, rows, strict=True)}
+            scores |= {r.id: row for r, row in zip(batch, rows, strict=True)}
         reshard(policy)
-        scored = {id: row for part in gather(scored) for id, row in part.items()}
+        scores = {id: row for part in gather(scores) for id, row in part.items()}
         for r in rollouts:
-            r.old_logprobs = scored[r.id]
+            r.old_logprobs = scores[r.id]
     yield from parts
 
 
-def micro_batches(rollouts, cfg) -> list[list[Rollout]]:
+def micro_batches(rollouts, cfg, prompt_of=None) -> list[list[Rollout]]:
     """This rank's share of a mini-batch, in micro-batches of `micro_tokens` padded tokens.
 
     Every rank gets as many, the last ones perhaps empty: sharded weights are gathered by all ranks or by none.
     """
+    def longest(row):
+        return len(prompt_of(row)) if prompt_of else max(map(len, (row.prompt_ids, row.teacher_ids, *row.teachers)))
+
     def cut(share):
-        lengths = [max(len(r.prompt_ids), len(r.teacher_ids)) + len(r.ids) for r in share]
+        lengths = [longest(r) + len(r.ids) for r in share]
         return [[share[i] for i in rows] for rows in by_tokens(lengths, cfg.micro_tokens)]
 
     shares = [cut(rollouts[i::world()]) for i in range(world())]
@@ -1004,56 +1111,102 @@ def own_logprobs(policy, rollouts, cfg):
         return forward(policy, scores)
 
 
+def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
+    """{row id: (log-probabilities (C,), entropies (C,) in nats) of its completion under prompt_of(row)}, on the host.
+
+    Each rank scores its share; all get all. Without gradient. For `weigh`.
+    """
+    def scores(batch):
+        hidden = completion_hidden(model, [prompt_of(r) for r in batch], batch)
+        head = model.get_output_embeddings().weight
+        every = torch.zeros(sum(len(r.ids) for r in batch), device=head.device)
+        found = policy_loss(hidden, head, token_ids(batch, head), every, every + 1, None, 0.0, 0.0)
+        return found.logprobs.cpu(), found.entropy.cpu()
+
+    found = {}
+    with torch.no_grad(), compute(model, cfg):
+        for batch in micro_batches(rows, cfg, prompt_of):
+            values = forward(model, functools.partial(scores, batch))
+            columns = [column.split([len(r.ids) for r in batch]) for column in values]
+            found |= {r.id: pair for r, pair in zip(batch, zip(*columns, strict=True), strict=True)}
+    reshard(model)
+    return {id: pair for part in gather(found) for id, pair in part.items()}
+
+
 def token_ids(rollouts, like):
     return torch.tensor([t for r in rollouts for t in r.ids], dtype=torch.long, device=like.device)  # (N,)
 
 
-def update(policy, teacher, optimizer, rollouts, step, cfg) -> Counter:
-    """One optimizer step on a mini-batch (Eq. 7, 8); returns sums over its supervised tokens.
+def is_trained(row) -> bool:
+    return bool(row.teacher_ids) or row.advantage is not None
 
-    Rollouts and tokens are counted over the whole mini-batch before it is cut into micro-batches, so that the cut changes
+
+def has_signal(row) -> bool:
+    """Whether it can have a gradient: not so an advantage of 0."""
+    return bool(row.teacher_ids) or row.advantage is not None and bool(torch.as_tensor(row.advantage).any())
+
+
+class Total(NamedTuple):
+    """Of a mini-batch, the same on every rank: what its mean divides by, and which of the two terms its loss has."""
+
+    divisor: int
+    distills: bool
+    reinforces: bool
+
+
+def update(method, optimizer, rows, step) -> Counter:
+    """One optimizer step on a mini-batch (Eq. 7, 8); returns sums over its trained tokens.
+
+    Rows and tokens are counted over the whole mini-batch before it is cut into micro-batches, so that the cut changes
     neither loss nor gradient. Raises FloatingPointError on a loss or gradient that is not finite, before it touches the
     weights.
     """
-    supervised = rollouts if cfg.method == "grpo" else [r for r in rollouts if r.teacher_ids]
-    tokens = sum(len(r.ids) for r in supervised)
-    total = tokens if cfg.loss_mean == "token" else len(rollouts)
-    if not tokens or cfg.method == "grpo" and not any(r.advantage for r in supervised):
-        some = micro_batches(rollouts[: 4 * world()], cfg)  # the sampler is watched all the same
+    policy, cfg = method.policy, method.cfg
+    trained = [r for r in rows if is_trained(r)]
+    tokens = sum(len(r.ids) for r in trained)
+    if not tokens or not any(map(has_signal, trained)):
+        some = micro_batches(rows[: 4 * world()], cfg)  # the sampler is watched all the same
         gaps = [sampler_gap(batch, own_logprobs(policy, batch, cfg)) for batch in some]
         reshard(policy)
         return add(checked(gaps, step, cfg), {"updates_skipped": 1})
+    distilled, reinforced = [r for r in trained if r.teacher_ids], [r for r in trained if r.advantage is not None]
+    total = Total(tokens if cfg.loss_mean == "token" else len(rows), bool(distilled), bool(reinforced))
     sums, gaps = {}, []
     optimizer.zero_grad()
     policy.train(cfg.gradient_checkpointing)  # transformers recomputes in train mode only; nothing else differs
-    for batch in micro_batches(supervised, cfg):
+    for batch in micro_batches(trained, cfg):
         with compute(policy, cfg):
-            out = forward(policy, functools.partial(loss_of, batch, total, policy, teacher, cfg))
-        if not torch.isfinite(out.loss):
-            raise FloatingPointError(f"the loss is {out.loss.item()} at step {step}, on {problem_ids(batch)}")
-        out.loss.backward()
-        reshard(teacher)
-        gaps.append(sampler_gap(batch, out.logprobs))
-        sums = add(sums, {name: float(getattr(out, name).detach().sum()) for name in set(out._fields) - {"logprobs"}})
+            out = forward(policy, functools.partial(method.loss, batch, total))
+        loss, logprobs = out["loss"], out.pop("logprobs")
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}, on {problem_ids(batch)}")
+        loss.backward()
+        reshard(method.teacher)
+        gaps.append(sampler_gap(batch, logprobs))
+        sums = add(sums, {name: float(value.detach().sum()) for name, value in out.items()})
     policy.eval()
     gap = checked(gaps, step, cfg)
     with clock("optimizer"):
         norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(supervised)}")
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(trained)}")
         for group in optimizer.param_groups:  # linear warm-up, then constant
             group["lr"] = cfg.lr * min(1.0, (optimizer.updates + 1) / max(1, cfg.warmup_steps))
         optimizer.step()
         optimizer.updates += 1
     sums = functools.reduce(add, gather(sums), gap)
-    return add(sums, {"tokens": tokens, "updates": 1, "grad_norm": float(norm)})
+    counts = {"tokens": tokens, "distilled_tokens": sum(len(r.ids) for r in distilled),
+              "reinforced_tokens": sum(len(r.ids) for r in reinforced)}
+    return add(sums, {**counts, "updates": 1, "grad_norm": float(norm)})
 
 
 def sampler_gap(batch, logprobs) -> dict:
     """Sum and maximum of |log p_trainer - log p_sampler| over a micro-batch's tokens, and their number. logprobs (N,): the
     trainer's now, where the rollouts don't hold older ones of the weights that sampled."""
-    ours = logprobs if not batch or batch[0].old_logprobs is None else torch.cat([r.old_logprobs for r in batch])
-    gap = (ours.cpu() - torch.cat([torch.zeros(0), *(r.rollout_logprobs for r in batch)])).abs()
+    now = logprobs.cpu().split([len(r.ids) for r in batch])
+    pairs = [(row if r.old_logprobs is None else r.old_logprobs, r.rollout_logprobs)
+             for r, row in zip(batch, now, strict=True) if r.rollout_logprobs is not None]
+    gap = torch.cat([torch.zeros(0), *(ours - theirs for ours, theirs in pairs)]).abs()
     return {"sampler_gap": float(gap.sum()), "sampler_gap_max": float(gap.max()) if len(gap) else 0.0, "compared": len(gap)}
 
 
@@ -1067,33 +1220,69 @@ def checked(gaps, step, cfg) -> Counter:
     return gap
 
 
-def loss_of(batch, total, policy, teacher, cfg):
-    """The loss of one micro-batch, its share of the mean over the mini-batch: see kernels.py for what it returns.
+def loss_of(method, batch, total) -> dict:
+    """The loss of one micro-batch, its share of the mean over the mini-batch: the divergence of the rows that have a teacher
+    and the policy-gradient surrogate of those that have an advantage, over one forward pass.
 
-    total: what that mean divides by, the mini-batch's rollouts, or with `--loss_mean token` its supervised tokens.
+    total: see Total. Returns the loss (), logprobs (N,) of the batch's tokens, and per-token values that are summed up:
+    divergence, entropy and teacher_entropy (nats), clipped.
     """
-    if cfg.method != "grpo":
+    policy, cfg = method.policy, method.cfg
+    distilled, reinforced = [bool(r.teacher_ids) for r in batch], [r.advantage is not None for r in batch]
+    if total.distills:
         with clock("teacher"), torch.no_grad():  # before the student's pass: a live teacher has the student's weights
-            teacher_hidden = forward(teacher, lambda: completion_hidden(teacher, [r.teacher_ids for r in batch], batch))
+            teacher_hidden = method.teacher_hidden(chosen(batch, distilled))
     hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
     head = policy.get_output_embeddings().weight  # (V, H)
     ids = token_ids(batch, head)
-    sampled = flat([r.rollout_logprobs for r in batch], head)
-    old = None if batch and batch[0].old_logprobs is None else flat([r.old_logprobs for r in batch], head)
+    old = None if not batch or batch[0].old_logprobs is None else flat([r.old_logprobs for r in batch], head)
+    sampled = flat([r.old_logprobs if r.rollout_logprobs is None else r.rollout_logprobs for r in batch], head)
     # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout, rollout_clip)
-    weights = flat([torch.full((len(r.ids),), token_weight(r, total, cfg)) for r in batch], head)
+    weights = flat([torch.full((len(r.ids),), token_weight(r, total.divisor, cfg)) for r in batch], head)
     weights = weights if old is None else weights * (old - sampled).exp().clamp(max=cfg.rollout_clip)
-    if cfg.method == "grpo":
-        advantages = flat([torch.full((len(r.ids),), r.advantage) for r in batch], head)
-        return policy_loss(hidden, head, ids, advantages, weights, old, cfg.clip_low, cfg.clip_high, cfg.clip_dual)
-    # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside the kernel
-    reference, clip = (sampled, cfg.rollout_clip) if old is None else (old, cfg.is_clip)
-    return distill_loss(hidden, head, teacher_hidden, teacher.get_output_embeddings().weight.detach(), weights, ids,
-                        cfg.alpha, cfg.top_k or None, old_logprobs=reference, is_clip=clip)
+    out = {"loss": 0.0, "logprobs": torch.zeros_like(weights), "entropy": torch.zeros_like(weights)}
+
+    def rows(values, of):
+        """The tokens of those rows of the batch alone; all of them where nothing is left out."""
+        return values if values is None or all(of) else values[mask(of, batch, values.device)]
+
+    if total.distills:
+        # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside the kernel
+        reference, clip = (sampled, cfg.rollout_clip) if old is None else (old, cfg.is_clip)
+        own = weights * flat([torch.as_tensor(r.weight).expand(len(r.ids)) for r in batch], head)
+        found = distill_loss(
+            rows(hidden, distilled), head, teacher_hidden, method.teacher.get_output_embeddings().weight.detach(),
+            rows(own, distilled), rows(ids, distilled), cfg.alpha, cfg.top_k or None,
+            old_logprobs=rows(reference, distilled), is_clip=clip)
+        note(out, found, mask(distilled, batch, head.device))
+    if total.reinforces:
+        advantages = [torch.as_tensor(0.0 if r.advantage is None else r.advantage).expand(len(r.ids)) for r in batch]
+        found = policy_loss(rows(hidden, reinforced), head, rows(ids, reinforced), rows(flat(advantages, head), reinforced),
+                            rows(weights, reinforced), rows(old, reinforced), cfg.clip_low, cfg.clip_high, cfg.clip_dual)
+        note(out, found, mask(reinforced, batch, head.device))
+    return out
+
+
+def chosen(batch, which):
+    return [r for r, is_one in zip(batch, which, strict=True) if is_one]
+
+
+def mask(which, batch, device):
+    """(N,) whether a token is of one of the chosen rows."""
+    return torch.tensor([w for w, r in zip(which, batch, strict=True) for _ in r.ids], dtype=torch.bool, device=device)
+
+
+def note(out, found, tokens):
+    """Adds what a kernel found at those tokens of a micro-batch to what its loss is made of."""
+    out["loss"] = out["loss"] + found.loss
+    for name in set(found._fields) - {"loss"}:
+        value = torch.zeros_like(out["logprobs"])
+        value[tokens] = getattr(found, name).to(value.dtype)
+        out[name] = torch.where(tokens, value, out[name]) if name in out else value
 
 
 def token_weight(rollout, total, cfg) -> float:
-    """The weight of each token of a rollout in the loss of its mini-batch, before the ratios. total: as in `loss_of`."""
+    """The weight of each token of a rollout in the loss of its mini-batch, before the ratios. total: Total.divisor."""
     if cfg.loss_mean == "sequence":
         return 1 / (total * max(1, len(rollout.ids)))
     return 1 / total
@@ -1129,19 +1318,14 @@ def make_optimizer(policy, cfg):
     return optimizer
 
 
-def make_teacher(policy, cfg):
-    """An average that starts at the policy; the policy itself if the teacher is live, or where nobody is taught.
-
-    Of a sharded policy it is sharded too, and never whole anywhere.
-    """
-    if cfg.teacher == "live" or cfg.method in ("grpo", "frozen-policy"):
-        return policy
+def copy_of(policy, cfg):
+    """Another model with the same weights. Of a sharded policy it is sharded too, and never whole anywhere."""
     return shard(outline(policy.config), cfg, twin=policy) if is_sharded(policy) else copy.deepcopy(policy)
 
 
 @torch.no_grad()
 def follow(teacher, policy, cfg):
-    """Moves an EMA teacher once, after the batch's last update: teacher += rate * (policy - teacher)."""
+    """teacher += rate * (policy - teacher), unless the teacher is the policy."""
     if teacher is not policy:
         with clock("optimizer"):
             for t, p in zip(teacher.parameters(), policy.parameters(), strict=True):
@@ -1152,11 +1336,10 @@ def follow(teacher, policy, cfg):
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
-def evaluate(step, run, sampler, memory, cfg):
-    """Answers dev and test from the plain prompt; every sample goes to evals/, the estimates to metrics.jsonl (Tab. 2).
-
-    Under a frozen policy, which would score as the base does, the memory is in the prompt.
-    """
+def evaluate(step, run, method):
+    """Answers dev and test from the plain prompt, or what the method asks; every sample goes to evals/, the estimates to
+    metrics.jsonl (Tab. 2)."""
+    sampler, cfg = method.sampler, method.cfg
     sampler.step = step
     with run.phase("evaluate"):
         for split in ("dev", "test"):
@@ -1165,12 +1348,9 @@ def evaluate(step, run, sampler, memory, cfg):
                 continue
             if 0 < cfg.eval_problems < len(problems):  # the same ones at every step of every run
                 problems = random.Random("evaluate").sample(problems, cfg.eval_problems)
-            texts = None
-            if cfg.method == "frozen-policy":
-                if step == run.origin and rank() == 0 and (said := memory.overlap(problems)):
-                    run.bar.write(f"{split}: {said}")
-                contexts = memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
-                texts = [reprompt(p, c, sampler.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]
+            texts = method.asked(problems)
+            if texts and step == run.origin and rank() == 0 and (said := method.memory.overlap(problems)):
+                run.bar.write(f"{split}: {said}")
             samples = sampler.answer(problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts)
             judged = verdicts(problems, samples, cfg)
             if rank() == 0:
@@ -1181,38 +1361,46 @@ def evaluate(step, run, sampler, memory, cfg):
 # What a run is made of
 # ---------------------------------------------------------------------------------------------------------------------
 
-def check(cfg, quiet=False, ranks=0, reads=0, checked=None):
+def check(cfg, quiet=False, ranks=0, reads=0, checked=None, training=True):
     """(task, tokenizer), or a ValueError that says in one sentence what is wrong, before any work is lost.
 
     quiet: says nothing of what is left out. ranks: of the job that is to be started, where it is not this one's world().
     reads: tokens of a prompt that is longer than --max_prompt, where that is not the teacher's. checked: what this gave for
-    another method, with the same flags otherwise: it is not loaded again.
+    another method, with the same flags otherwise: it is not loaded again. training: not so for eval.py.
     """
     ranks = ranks or world()
+    if training:
+        method_class(cfg.method).check(cfg)
     check_numbers(cfg)
     check_words(cfg)
     check_machine(cfg, ranks)
     check_folder(cfg, quiet)
-    task, tokenizer = checked or load_problems(cfg, quiet)
-    check_problems(task, tokenizer, cfg)
-    check_memory(task, cfg)
-    check_lengths(task, tokenizer, cfg, reads)
-    check_fits(cfg, ranks, quiet)
+    task, tokenizer = checked or load_problems(cfg, quiet, ("train", "dev", "test") if training else ("test",))
+    check_problems(task, cfg)
+    if training:
+        check_training(task, tokenizer, cfg)
+        check_memory(task, cfg)
+    check_lengths(task, tokenizer, cfg, reads, training)
+    check_fits(cfg if training else replace(cfg, method="eval"), ranks, quiet)
     if device_of(cfg).type == "cuda" and not cfg.sampler and not fast_sampler(cfg) and not quiet:
         held_out = [min(len(split), cfg.eval_problems or len(split)) for split in (task.dev, task.test)]
-        print(slow_generation(cfg, sum(held_out), ranks))
+        print(slow_generation(cfg, sum(held_out), ranks, training))
     return task, tokenizer
 
 
 def check_numbers(cfg):
     """Each number against the interval of its field, and those that only make sense together."""
-    for f in fields(Config):
+    for f in fields(cfg):
         if f.type in (int, float) and (wrong := misfit(getattr(cfg, f.name), f.type, f.metadata["within"])):
             raise ValueError(f"--{f.name} {getattr(cfg, f.name)} {wrong}")
     if cfg.lr * cfg.weight_decay >= 1:
         raise ValueError(f"--weight_decay {cfg.weight_decay} times --lr {cfg.lr} is 1 or more, which turns every weight "
                          "around; lower one")
-    if cfg.group_size == 1 and cfg.method in ("grpo", "sdpo"):
+
+
+def need_groups(cfg):
+    """ValueError where a method that compares the answers of a group has groups of one."""
+    if cfg.group_size == 1:
         raise ValueError(f"--group_size 1 leaves {cfg.method} nothing to learn from: it compares the answers of a group; "
                          "use 2 or more")
 
@@ -1247,9 +1435,6 @@ def check_words(cfg):
     for name in ("model", "embedder"):
         if not getattr(cfg, name):
             raise ValueError(f"--{name} must be given a name")
-    if bool(cfg.memory_from) != (cfg.method == "frozen-memory"):
-        raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method frozen-policy "
-                         f"--name frozen` makes such a run, {cfg.out}/frozen")
 
 
 def check_machine(cfg, ranks):
@@ -1311,7 +1496,7 @@ def check_folder(cfg, quiet):
         kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
         raise ValueError(f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept there: {kept}")
     forked = read_json(fork.parent.parent / "config.json", "it says which model the checkpoint is of")
-    if forked.get("method") == "frozen-memory" and cfg.method in REMEMBERS:
+    if forked.get("method") == "frozen-memory" and method_class(cfg.method).remembers:
         raise ValueError(f"--from {cfg.fork_from} has the memory of another run, whose steps are not its own, so that "
                          f"--method {cfg.method} can't go on writing it; fork the run that wrote it")
     other = forked.get("model", "")
@@ -1320,8 +1505,9 @@ def check_folder(cfg, quiet):
                          f"{cfg.model}; give the same")
 
 
-def load_problems(cfg, quiet):
-    """(task, tokenizer): the problems whose prompts are within --max_prompt, and the model's tokenizer."""
+def load_problems(cfg, quiet, asked):
+    """(task, tokenizer): the problems whose prompts are within --max_prompt, and the model's tokenizer. asked: the splits
+    that are looked at."""
     task = load_task(cfg.task, cfg.dev, cfg.dev_seed, cfg.data, cfg.protocol, cfg.since, cfg.until, cfg.exclude_flagged)
     need_sandbox(task, cfg.unsafe_exec)
     try:
@@ -1337,7 +1523,7 @@ def load_problems(cfg, quiet):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # only fills the left of a batch; masks come from lengths
     splits = {}
-    for split in ("test",) if cfg.method == "eval" else ("train", "dev", "test"):
+    for split in asked:
         problems = getattr(task, split)
         fits = [len(encode_prompt(tokenizer, p.prompt, p.system)) <= cfg.max_prompt for p in problems]
         splits[split] = [p for p, fit in zip(problems, fits, strict=True) if fit]
@@ -1352,12 +1538,14 @@ def load_problems(cfg, quiet):
     return replace(task, **splits), tokenizer
 
 
-def check_problems(task, tokenizer, cfg):
-    """Flags against the problems, and those against what the run was started with."""
+def check_problems(task, cfg):
+    """Flags against the problems."""
     if cfg.mcq == "lenient" and task.test[0].verifier != "choice":
         raise ValueError(f"--mcq lenient is for multiple choice, which {cfg.task} is not")
-    if cfg.method == "eval":
-        return
+
+
+def check_training(task, tokenizer, cfg):
+    """Flags against the training problems, and those against what the run was started with."""
     if len(task.train) < cfg.batch_size:
         raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(task.train)} training problems of "
                          f"{cfg.task}")
@@ -1374,10 +1562,11 @@ def check_problems(task, tokenizer, cfg):
 
 def check_memory(task, cfg):
     """The memory that is read or gone on with, its embedder, and who writes behaviors."""
+    method = method_class(cfg.method)
     resumed = cfg.resume and (Path(cfg.out) / cfg.name / "memory.db").exists()  # a run has a copy of what it was lent
     if cfg.memory_from and not resumed:
         check_lender(cfg, task)
-    if cfg.fork_from and not resumed and cfg.method in REMEMBERS and (checkpoint_of(cfg) / "memory.db").is_file():
+    if cfg.fork_from and not resumed and method.remembers and (checkpoint_of(cfg) / "memory.db").is_file():
         source = checkpoint_of(cfg) / "memory.db"
         with contextlib.closing(Memory(source, None, None, embedder=cfg.embedder, mode="frozen")) as lent:
             known = lent.prompts()
@@ -1388,19 +1577,20 @@ def check_memory(task, cfg):
         if others := known_otherwise(task.train, known):
             raise ValueError(f"--from {cfg.fork_from} has the memory of another task: {len(others)} training problems have "
                              f"other texts in it, such as {others[0]!r}; give the same --task, or start without --from")
-    if cfg.method in (*REMEMBERS, "frozen-memory") and rank() == 0:  # whose memory it is
+    if method.memory_mode and rank() == 0:  # whose memory it is
         make_embedder(cfg)
-    if cfg.method in REMEMBERS:
+    if method.remembers:
         make_abstractor(cfg, check=True)
 
 
-def check_lengths(task, tokenizer, cfg, reads):
+def check_lengths(task, tokenizer, cfg, reads, training):
     """Prompts and replies against the model's positions, and --top_k against its vocabulary."""
     shape = AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model))
     vocabulary = getattr(shape.get_text_config(), "vocab_size", None)
     if vocabulary and cfg.top_k > vocabulary:
         raise ValueError(f"--top_k {cfg.top_k} is more than the {vocabulary} tokens of {cfg.model}; 0 takes all of them")
-    taught = cfg.method in (*REMEMBERS, "frozen-memory", "sdpo")
+    method = method_class(cfg.method) if training else None
+    taught = training and method.reprompts
     if taught and cfg.max_reprompt < cfg.max_prompt:
         longest = max(len(encode_prompt(tokenizer, p.prompt, p.system)) for p in task.train)
         if longest > cfg.max_reprompt:
@@ -1410,7 +1600,7 @@ def check_lengths(task, tokenizer, cfg, reads):
     reads, writes = max(cfg.max_prompt, reads), cfg.max_completion
     if taught:
         reads = max(reads, cfg.max_reprompt)
-        writes = max(writes, cfg.memory_completion if cfg.method in REMEMBERS else 0)
+        writes = max(writes, cfg.memory_completion if method.remembers else 0)
     if positions and reads + writes > positions:
         cure = f"--max_reprompt {positions - writes}" if cfg.max_prompt + writes <= positions else "a lower --max_completion"
         raise ValueError(f"{cfg.model} has {positions} positions, and a prompt of {reads} tokens with a reply of {writes} "
@@ -1470,10 +1660,10 @@ def fast_sampler(cfg) -> bool:
     return cfg.sampler == "vllm" or not cfg.sampler and device_of(cfg).type == "cuda" and vllm_version() is not None
 
 
-def slow_generation(cfg, held_out, ranks) -> str:
+def slow_generation(cfg, held_out, ranks, training=True) -> str:
     """One sentence: what generation without vLLM costs on a GPU. held_out: problems of an evaluation."""
     rows = max(1, cfg.micro_tokens // (cfg.max_prompt + cfg.max_completion))  # as `by_tokens` batches the longest
-    parts = [] if cfg.method == "eval" else [("a step", cfg.batch_size * cfg.group_size)]
+    parts = [("a step", cfg.batch_size * cfg.group_size)] if training else []
     costs = []
     for what, texts in (*parts, ("an evaluation", held_out * cfg.eval_k)):
         calls = math.ceil(math.ceil(texts / ranks) / rows)
@@ -1590,22 +1780,23 @@ def make_abstractor(cfg, check=False):
     return generate
 
 
-def make_memory(run, sampler, task, cfg):
+def make_memory(run, method):
     """The run's memory; on several ranks, rank 0's behind OnRankZero."""
+    sampler = method.sampler
     if world() == 1:
-        return open_memory(run, sampler, sampler.ask, task, cfg)
-    memory = open_memory(run, sampler, OnRankZero.generator(sampler), task, cfg) if rank() == 0 else None
+        return open_memory(run, method, sampler.ask)
+    memory = open_memory(run, method, OnRankZero.generator(sampler)) if rank() == 0 else None
     return OnRankZero(memory, sampler)
 
 
-def open_memory(run, sampler, generate, task, cfg):
-    shared = {f.name for f in fields(Config)} & set(Memory.__init__.__kwdefaults__)  # equal names, equal meanings
+def open_memory(run, method, generate):
+    cfg, task = method.cfg, method.task
+    shared = {f.name for f in fields(cfg)} & set(Memory.__init__.__kwdefaults__)  # equal names, equal meanings
     knobs = {"forms": FORMS.get(task.train[0].verifier, "question")} | {n: getattr(cfg, n) for n in shared}
-    knobs["mode"] = {"frozen-memory": "frozen", "pmd-transient": "transient"}.get(cfg.method, "evolving")
-    if cfg.method in ("grpo", "sdpo"):  # nothing is remembered, so nothing is embedded
+    if not method.memory_mode:  # nothing is remembered, so nothing is embedded
         return Memory(":memory:", make_embedder(replace(cfg, embedder="hashing")), None)
     path, aside = run.folder / "memory.db", run.folder / "memory.partial"
-    if cfg.method == "frozen-memory" and not path.exists():  # a copy of our own: the run resumes when the other is gone
+    if method.memory_mode == "frozen" and not path.exists():  # a copy of our own: the run resumes when the other is gone
         source, step = memory_source(cfg)
         aside.unlink(missing_ok=True)
         with contextlib.closing(Memory(source, None, None, mode="frozen")) as lent:
@@ -1617,18 +1808,14 @@ def open_memory(run, sampler, generate, task, cfg):
         run.take_memory(aside)
         aside.rename(path)
     try:
-        memory = Memory(path, make_embedder(cfg), generate, make_abstractor(cfg),
-                        fits=lambda prompt: len(encode_prompt(sampler.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
+        memory = Memory(path, make_embedder(cfg), generate, make_abstractor(cfg), mode=method.memory_mode,
+                        fits=lambda prompt: len(encode_prompt(method.tokenizer, prompt)) <= cfg.max_reprompt, **knobs)
     except ValueError as error:
         copy = f"; the same command then takes the copy in {run.saved}" if run.saved else ""
         raise RunError(f"{error}{copy}") from error
-    if cfg.method in REMEMBERS:
+    if method.remembers:
         memory.add_problems(task.train)
     return memory
-
-
-def refresh_period(problems, cfg):
-    return 1 if cfg.method == "pmd-transient" else cfg.behavior_every or batches_per_epoch(problems, cfg)
 
 
 def batches(problems, first, cfg):
@@ -1656,34 +1843,45 @@ class Flags(HfArgumentParser):
 
 
 def parse_flags(argv=None) -> Config:
-    """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then what was given."""
+    """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then what was given.
+
+    Raises ValueError for a --method that there is none of.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default="pmd")
+    method = method_class(first.parse_known_args(argv)[0].method)
     parser = Flags(
-        Config, description=__doc__.split("\n\nRead `Config`")[0], usage="python pmd.py [--flag value ...]",
+        method.Config, description=__doc__.split("\n\nRead `Config`")[0], usage="python pmd.py [--flag value ...]",
         epilog="Defaults are shown for the task at hand: `python pmd.py --model Qwen3-8B --help` shows the paper's.",
         formatter_class=Help, allow_abbrev=False)
-    given, _ = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+    given, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     given.task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
     kind = "nano" if given.model == "nano" else given.task.split("/")[0]
-    parser.set_defaults(**PRESETS.get(kind, {}) | METHOD_PRESETS.get((kind, given.method), {}))
+    parser.set_defaults(**PRESETS.get(kind, {}) | method.presets.get(kind, {}))
     if given.model == "nano":  # too small to gain by a GPU, let alone by several
         parser.set_defaults(device="cpu")
-    cfg = Config(**vars(parser.parse_args(argv)))
-    return replace(cfg, task=given.task)
+    cfg = method.Config(**vars(parser.parse_args(argv)))
+    return replace(cfg, task=given.task, method=given.method if given.method.endswith(".py") else dashed(given.method))
+
+
+def dashed(method):
+    """The one spelling of a method's name in records: pmd-transient, also where pmd_transient was given."""
+    return method.replace("_", "-")
 
 
 def compared(cfg, argv=None):
     """The folder of a comparison and its runs: several methods, same flags (argv), same budget."""
     methods = [m.strip() for m in cfg.compare.split(",")]
-    known = get_args(Config.__dataclass_fields__["method"].type)
-    if not set(methods) <= set(known) or len(set(methods)) < len(methods):
-        raise ValueError(f"--compare takes different methods out of {', '.join(known)}, not {cfg.compare!r}")
+    if len(set(map(method_class, methods))) < len(methods):
+        raise ValueError(f"--compare takes different methods, not {cfg.compare!r}")
     if "RANK" in os.environ:
         raise ValueError("--compare starts the processes of each method itself, on one machine; under torchrun give its "
                          "methods one after the other, each as --method METHOD --name NAME/METHOD")
     flags = sys.argv[1:] if argv is None else argv
     runs = [parse_flags([*flags, "--method", m]) for m in methods]  # a method may have a preset of its own
     name = cfg.name or default_name(cfg)
-    return Path(cfg.out) / name, [replace(run, compare="", name=f"{name}/{run.method}") for run in runs]
+    return Path(cfg.out) / name, [replace(run, compare="", name=f"{name}/{Path(run.method).stem}") for run in runs]
 
 
 def compare(cfg):
@@ -1755,7 +1953,10 @@ def failure(error, cfg) -> str:
 
 
 def main():
-    cfg = parse_flags()
+    try:
+        cfg = parse_flags()
+    except ValueError as error:
+        sys.exit(f"pmd.py: {error}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show a character ends no run
@@ -1792,4 +1993,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import pmd  # a method imports pmd: were this module __main__, there would be two of every class
+
+    pmd.main()

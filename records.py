@@ -266,14 +266,18 @@ class Run:
             "teacher_active": sum(bool(r.teacher_ids) for r in rollouts) / n,
             "supervised_tokens": sums["tokens"], "updates": sums["updates"], "updates_skipped": sums["updates_skipped"]}
         if sums["tokens"]:
-            metrics |= {k: sums[k] / sums["tokens"] for k in ("divergence", "entropy", "teacher_entropy",
-                                                              "clipped") if k in sums}
+            of = {"divergence": "distilled_tokens", "teacher_entropy": "distilled_tokens", "entropy": "tokens",
+                  "clipped": "reinforced_tokens"}
+            metrics |= {k: sums[k] / sums[n] for k, n in of.items() if sums[n]}
             metrics |= {k: sums[k] / sums["updates"] for k in ("loss", "grad_norm")}
-        metrics |= {"sampler_gap": sums["sampler_gap"] / sums["compared"], "sampler_gap_max": sums["sampler_gap_max"]}
+        if sums["distilled_tokens"] and sums["reinforced_tokens"]:  # rows of both kinds
+            metrics["distilled_share"] = sums["distilled_tokens"] / sums["tokens"]
+        metrics["sampler_gap"] = sums["sampler_gap"] / max(1, sums["compared"])
+        metrics["sampler_gap_max"] = sums["sampler_gap_max"]
         if rates := [r.test_pass_rate for r in rollouts if r.test_pass_rate is not None]:
             metrics["test_pass_rate"] = sum(rates) / len(rates)
         metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
-        events = memory.counts(step) if cfg.method != "frozen-memory" else {}  # what happened in it is its own run's
+        events = memory.counts(step) if memory.mode != "frozen" else {}  # what happened in it is its own run's
         metrics |= {"memory": memory.sizes(), "memory_events": events}
         if proposed := events.get("insight_proposed", 0) + events.get("behavior_proposed", 0):
             metrics["shortcut_rate"] = events.get("shortcut", 0) / proposed
@@ -312,7 +316,7 @@ class Run:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def save(self, step, policy, teacher, optimizer, memory):
+    def save(self, step, method, optimizer):
         """checkpoints/STEP: the weights as a Hugging Face folder; teacher and optimizer in trainer/ (torch's DCP, which any
         number of ranks can read), and memory.db.
 
@@ -324,21 +328,22 @@ class Run:
         then = f"--resume then goes on from {before[-1]}" if before else "no checkpoint was written before this one"
         cure = f"free some space on the disk, or lower --keep; {then}"
         with self.phase("save"), writing(f"the checkpoint {folder}", cure):
-            self._write_checkpoint(step, folder, policy, teacher, optimizer, memory)
+            self._write_checkpoint(step, folder, method, optimizer)
             gather(None)  # nobody goes on, or stops, before it is there
         if self.stop and (step < self.total or self.evaluated != step):
             self._stop(step)
 
-    def _write_checkpoint(self, step, folder, policy, teacher, optimizer, memory):
+    def _write_checkpoint(self, step, folder, method, optimizer):
         aside = folder.with_name(f"{step}.partial")
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
+        policy, teacher, memory = method.policy, method.teacher, method.memory
         save_model(policy, self.tokenizer, aside)
         dcp.save(trainer_state(policy, teacher, optimizer), checkpoint_id=aside / "trainer", no_dist=world() == 1)
         if rank():
             return
         about = {"step": step, "updates": optimizer.updates, "ema": teacher is not policy,
-                 "seconds": self.spent + time.perf_counter() - self.started}
+                 "seconds": self.spent + time.perf_counter() - self.started, "method": method.state()}
         write(aside / "trainer.json", json.dumps(about))
         if memory.path != ":memory:":
             memory.copy_to(aside / "memory.db")
@@ -357,7 +362,7 @@ class Run:
             if old != best:
                 shutil.rmtree(old)
 
-    def restore(self, policy, teacher, optimizer, memory) -> int:
+    def restore(self, method, optimizer) -> int:
         """Back to the newest checkpoint, or to --from's; memory and records return to its step. The next step's number.
 
         Weights and moments are filled in place, beside one copy of the policy on the host. Raises RunError, with the file
@@ -365,10 +370,11 @@ class Run:
         """
         step = 0
         if self.saved:
-            about = self._read_checkpoint(policy, teacher, optimizer)
+            about = self._read_checkpoint(method.policy, method.teacher, optimizer)
+            method.load(about.get("method", {}))
             optimizer.updates, step, self.spent = about["updates"], about["step"], about["seconds"]
-        if self.cfg.method != "frozen-memory":
-            memory.truncate_after(step)
+        if method.memory_mode != "frozen":
+            method.memory.truncate_after(step)
         if rank() == 0:
             for aside in (self.folder / "checkpoints").glob("*.partial"):  # of a process that is gone: the lock is ours
                 shutil.rmtree(aside)
@@ -485,7 +491,7 @@ class Run:
         found = {name: row and {k: row[k] for k in keys} for name, row in pick.items()}
         del found["test_best"]["interval"]  # the best of several looks at the test split has no honest interval
         found["test_best"]["n_checkpoints_searched"] = len(tests)
-        events = memory.counts() if cfg.method != "frozen-memory" else {}
+        events = memory.counts() if memory.mode != "frozen" else {}
         summary = {"method": cfg.method, "task": cfg.task, "model": cfg.model, "seed": cfg.seed, "steps": self.total,
                    "rollouts": self.total * cfg.batch_size * cfg.group_size,
                    "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,

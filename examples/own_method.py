@@ -1,9 +1,10 @@
-"""Your own method: replace one phase of the loop and run it under the same conditions as the others.
+"""Your own method: a file with a class Method that replaces what it changes. Every flag of pmd.py works with it.
 
-    python examples/own_method.py --seed 0          # takes every flag of pmd.py; compare with `python pmd.py --seed 0`
+    python pmd.py --method examples/own_method.py --seed 0        # compare with `python pmd.py --seed 0`
+    python pmd.py --compare pmd,examples/own_method.py            # in one figure, on equal budgets
 
 This one asks whether successes need a teacher at all: only failed rollouts are supervised. Everything else is PMD, the
-memory's growth included. If it deserves a name, a value of `--method` is the next step.
+memory's growth included. In methods/ a file needs no path: methods/mine.py is `--method mine`.
 """
 
 import sys
@@ -13,17 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pmd
 
-condition = pmd.condition
+
+class Method(pmd.PMD):
+    def condition(self, step, rollouts):
+        rows = super().condition(step, rollouts)
+        for r in rows:
+            if r.reward > 0.5:
+                r.teacher_ids, r.teacher_prompt = [], ""
+        return rows
 
 
-def condition_failures_only(rollouts, memory, tokenizer, step, cfg):
-    condition(rollouts, memory, tokenizer, step, cfg)
-    for r in rollouts:
-        if r.reward > 0.5:
-            r.teacher_ids, r.teacher_prompt = [], ""
-
-
-pmd.condition = condition_failures_only
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # python examples/own_method.py is short for the first command
+    sys.argv[1:1] = ["--method", __file__]
     pmd.main()

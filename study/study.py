@@ -278,10 +278,14 @@ class WithoutLessons(Memory):
         return [{**context, "lessons": []} for context in super().contexts(*args)]
 
 
-def update_at_a_falling_rate(policy, teacher, optimizer, rollouts, step, cfg):
+def update_at_a_falling_rate(method, optimizer, rows, step):
     """pmd.update, at a rate that falls to 0 over the second half of the run."""
-    share = min(1.0, 2 * (cfg.steps - step + 1) / cfg.steps)
-    return update(policy, teacher, optimizer, rollouts, step, dataclasses.replace(cfg, lr=cfg.lr * share))
+    cfg = method.cfg
+    method.cfg = dataclasses.replace(cfg, lr=cfg.lr * min(1.0, 2 * (cfg.steps - step + 1) / cfg.steps))
+    try:
+        return update(method, optimizer, rows, step)
+    finally:
+        method.cfg = cfg
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,15 @@ class Script:
         return [self.rule(p) for p in prompts]
 
 
+def method_of(cfg, policy=None, teacher=None, memory=None, tokenizer=None, task=None):
+    """The method of cfg with these parts, without a teacher of its own making."""
+    kind = pmd.method_class(cfg.method)
+    method = kind.__new__(kind)
+    method.cfg, method.task, method.tokenizer, method.memory = cfg, task, tokenizer, memory
+    method.policy, method.teacher, method.sampler = policy, teacher, None
+    return method
+
+
 @pytest.fixture
 def make_memory(tmp_path):
     made = []

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import method_of
 
 import pmd
 import ranks
@@ -61,7 +62,10 @@ def make(tied, kind):
         old = sampled + torch.arange(length) % 2  # a weight of 1, or beyond its bound: exact in float32, which forms it
         rollouts.append(SimpleNamespace(
             problem=problem, prompt_ids=prompt, ids=ids, teacher_ids=[*torch.randint(V, (2,)).tolist(), *prompt],
-            rollout_logprobs=sampled, advantage=(0.5, -0.25, -0.25)[i], old_logprobs=old if kind == "grpo" else None))
+            rollout_logprobs=sampled, advantage=(0.5, -0.25, -0.25)[i] if kind == "grpo" else None, weight=1.0,
+            old_logprobs=old if kind == "grpo" else None))
+        if kind == "grpo":
+            rollouts[-1].teacher_ids = []
     return cfg, student, student if kind != "ema" else average, rollouts
 
 
@@ -91,10 +95,12 @@ def one_case(tied, kind):
     student = ranks.shard(student, cfg)
     total = torch.zeros((), dtype=torch.float64)
     for batch in (([first], [second]), ([third], []))[ranks.rank()]:
-        formed = functools.partial(pmd.loss_of, batch, TOTAL, student, teacher, cfg)
+        method, mean = method_of(cfg, student, teacher), pmd.Total(TOTAL, kind != "grpo", kind == "grpo")
+        formed = functools.partial(method.loss, batch, mean)
         if kind == "own":
             formed = functools.partial(own_loss, batch, student, teacher)
-        loss = ranks.forward(student, formed).loss
+        found = ranks.forward(student, formed)
+        loss = found.loss if kind == "own" else found["loss"]
         loss.backward()
         ranks.reshard(teacher)
         total += loss.detach()

@@ -75,8 +75,13 @@ def test_one_step_on_programs(config, monkeypatch):
     Scripted.training, Scripted.prompts, Scripted.asked = load_task("livecodebench", dev=0, data=config.data).train, [], []
     monkeypatch.setattr(pmd, "make_sampler", Scripted)
     conditioned = []
-    condition = pmd.condition
-    monkeypatch.setattr(pmd, "condition", lambda rollouts, *rest: (condition(rollouts, *rest), conditioned.extend(rollouts)))
+
+    class Watched(pmd.PMD):
+        def condition(self, step, rollouts):
+            conditioned.extend(rollouts)
+            return super().condition(step, rollouts)
+
+    monkeypatch.setattr(pmd, "method_class", lambda name: Watched)
     summary = pmd.train(config)
 
     wanted = {p.id: (set(p.extra["inputs"]), set(p.extra["outputs"])) for p in Scripted.training}

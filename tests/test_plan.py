@@ -37,8 +37,8 @@ def measure(architecture, flags, rows):
     policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), dtype=torch.float32).eval()
     if cfg.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
-    teacher = pmd.make_teacher(policy, cfg)
-    policy, teacher = pmd.shard(policy, cfg), pmd.shard(teacher, cfg)
+    policy = pmd.shard(policy, cfg)
+    method = pmd.method_class(cfg.method)(cfg, None, None, policy)
     optimizer = pmd.make_optimizer(policy, cfg)
     prompt, ids = [1] * cfg.max_prompt, [1] * cfg.max_completion
     rollouts = [pmd.Rollout(prompt, ids, torch.zeros(len(ids)), "", True, "", None, 0.0, teacher_ids=prompt)
@@ -46,8 +46,8 @@ def measure(architecture, flags, rows):
     resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     for step in range(2):
-        pmd.update(policy, teacher, optimizer, rollouts, step, cfg)
-        pmd.follow(teacher, policy, cfg)
+        pmd.update(method, optimizer, rollouts, step)
+        method.follow(step)
     return resident("VmHWM") - before
 
 ranks.start_ranks(pmd.Config(nproc=1, device="cpu"))

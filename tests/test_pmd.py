@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NANO, Attempt, Question, Script, words
+from conftest import NANO, Attempt, Question, Script, method_of, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
@@ -57,7 +57,8 @@ def gradients(policy, teacher, rollouts, cfg):
     """The gradient `update` hands to the optimizer, through a learning rate of 0."""
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     optimizer.updates = 0
-    sums = pmd.update(policy, teacher, optimizer, rollouts, 1, dataclasses.replace(cfg, max_grad_norm=math.inf, lr=0.0))
+    still = dataclasses.replace(cfg, max_grad_norm=math.inf, lr=0.0)
+    sums = pmd.update(method_of(still, policy, teacher), optimizer, rollouts, 1)
     return torch.cat([p.grad.flatten().clone() for p in policy.parameters()]), sums
 
 
@@ -223,14 +224,15 @@ def test_what_a_gpu_adds_comes_in_order(make_config, monkeypatch, dtype):
 # -- the update ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss_mean", ["sequence", "token", "sum"])
-@pytest.mark.parametrize("method", ["pmd", "grpo"])
+@pytest.mark.parametrize("method", ["pmd", "grpo", "srpo"])
 def test_micro_batches_change_neither_loss_nor_gradient(policy, tokenizer, sampler, problems, make_config, method,
                                                         loss_mean):
     cfg = make_config(method=method, loss_mean=loss_mean)
     rollouts = conditioned(sampler, problems[::40], cfg, tokenizer)
     for i, r in enumerate(rollouts):
-        r.advantage = i % 3 - 0.5
-        if i % 3 == 2:
+        if method == "grpo" or method == "srpo" and i % 3 == 1:
+            r.advantage = i % 3 - 0.5
+        if method == "grpo" or i % 3:
             r.teacher_ids = []
     list(pmd.mini_batches(rollouts, policy, dataclasses.replace(cfg, mini_batch_size=99)))
     teacher = copy.deepcopy(policy)
@@ -309,6 +311,138 @@ def test_update_equals_one_written_from_scratch(policy, tokenizer, sampler, prob
     assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-6 * wanted.abs().max()), (found - wanted).abs().max()
 
 
+@pytest.mark.parametrize("loss_mean", ["sequence", "token", "sum"])
+def test_rows_of_both_kinds_share_one_mean(policy, tokenizer, sampler, problems, make_config, loss_mean):
+    """Rows decide: a third is distilled, weighted token by token; a third reinforced; some are both, and some neither."""
+    cfg = make_config(method="srpo", loss_mean=loss_mean, alpha=1.0)
+    rollouts = conditioned(sampler, problems[:2] + problems[-1:], cfg, tokenizer)
+    of_lengths(rollouts, LENGTHS, policy, cfg)
+    for i, r in enumerate(rollouts):
+        r.weight = torch.linspace(0.2, 1.7, len(r.ids))
+        if i % 3 == 1 or i == 3:
+            r.advantage = i / 5 - 1
+        if i % 3 or i == 0:
+            r.teacher_ids = r.teacher_ids if i in (2, 3, 5) else []
+    kinds = [(bool(r.teacher_ids), r.advantage is not None) for r in rollouts]
+    assert len(set(kinds)) == 4
+    teacher = copy.deepcopy(policy)
+    batch, = pmd.mini_batches(rollouts, policy, dataclasses.replace(cfg, mini_batch_size=99))
+    found, sums = gradients(policy, teacher, batch, cfg)
+    policy.zero_grad()
+    tokens = sum(len(r.ids) for r, kind in zip(rollouts, kinds, strict=True) if any(kind))
+    for r, (distilled, reinforced) in zip(rollouts, kinds, strict=True):
+        if not distilled and not reinforced:
+            continue
+        p = policy(torch.tensor([r.prompt_ids + r.ids])).logits[0, len(r.prompt_ids) - 1: -1].log_softmax(-1)
+        now = p.gather(1, torch.tensor(r.ids)[:, None])[:, 0]
+        weight = (now.detach() - r.rollout_logprobs).exp().clamp(max=2.0)
+        weight = weight * share(loss_mean, len(r.ids), len(rollouts), tokens)
+        term = 0.0
+        if distilled:
+            with torch.no_grad():
+                logits = teacher(torch.tensor([r.teacher_ids + r.ids])).logits[0, len(r.teacher_ids) - 1: -1]
+                q = logits.log_softmax(-1)
+            term = term + (weight * r.weight * (p.exp() * (p - q)).sum(1)).sum()
+        if reinforced:
+            term = term - (r.advantage * weight * now).sum()
+        term.backward()
+    wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=5e-6 * wanted.abs().max()), (found - wanted).abs().max()
+    assert sums["tokens"] == tokens and sums["distilled_tokens"] + sums["reinforced_tokens"] > tokens
+
+
+def test_a_row_that_was_not_sampled_under_its_prompt_has_no_ratio(policy, tokenizer, sampler, problems, make_config):
+    cfg = make_config()
+    rollouts = conditioned(sampler, problems[:2], cfg, tokenizer)
+    for r in rollouts:
+        r.rollout_logprobs = r.rollout_logprobs + 0.0
+    batch, = pmd.mini_batches(rollouts, policy, cfg)
+    plain, _ = gradients(policy, copy.deepcopy(policy), batch, cfg)
+    for r in rollouts[::2]:
+        r.rollout_logprobs = None
+    batch, = pmd.mini_batches(rollouts, policy, cfg)
+    found, sums = gradients(policy, copy.deepcopy(policy), batch, cfg)
+    assert torch.allclose(found, plain, atol=1e-6)  # sampler and trainer agree here, so that all ratios are 1
+    assert sums["compared"] == sum(len(r.ids) for r in rollouts[1::2])
+
+
+def test_srpo_routes_by_outcome(policy, tokenizer, sampler, problems, make_config):
+    """Its two signs: the teacher prompt of a success changes no gradient; the share of distilled tokens falls as reward
+    rises."""
+    cfg = make_config("--method", "srpo", group_size=8)
+    sampler.cfg, sampler.step = cfg, 1
+    method, shares, grads = method_of(cfg, policy, copy.deepcopy(policy), tokenizer=tokenizer), [], []
+    assert (cfg.loss_mean, cfg.srpo_beta) == ("token", 1.0)
+    for solved in (1, 4, 7):
+        for told in ("3 1 7 4", "9 9 9 9") if solved == 4 else ("3 1 7 4",):
+            rollouts = pmd.attempt(sampler, problems[:2], cfg)
+            for i, r in enumerate(rollouts):
+                r.reward = float(i % 8 < solved)
+            rows = method.condition(1, rollouts)
+            assert all(bool(r.teacher_ids) == (r.reward == 0) and (r.advantage is None) == (r.reward == 0) for r in rows)
+            for r in rows:
+                if r.reward:
+                    r.teacher_prompt = told  # of no consequence: what is trained stands in teacher_ids
+            method.weigh(1, rows)
+            weights = torch.cat([r.weight for r in rows if r.teacher_ids])
+            assert weights.mean() == pytest.approx(1, abs=1e-5) and weights.std() > 0
+            batch, = pmd.mini_batches(rows, policy, dataclasses.replace(cfg, mini_batch_size=99))
+            gradient, sums = gradients(policy, method.teacher, batch, cfg)
+            grads.append(gradient)
+        shares.append(sums["distilled_tokens"] / sums["tokens"])
+    assert shares[0] > shares[1] > shares[2] > 0
+    assert torch.equal(grads[1], grads[2]) and not torch.allclose(grads[0], grads[1])
+
+
+OWN = """
+from dataclasses import dataclass
+import pmd
+
+@dataclass
+class Config(pmd.Config):
+    failures_only: bool = pmd.option(True, "supervise failures alone")
+
+class Method(pmd.PMD):
+    Config = Config
+
+    def condition(self, step, rollouts):
+        rows = super().condition(step, rollouts)
+        for r in rows:
+            if r.reward > 0.5 and self.cfg.failures_only:
+                r.teacher_ids = []
+        return rows
+
+    def state(self):
+        return {"seen": getattr(self, "seen", 0) + 1}
+
+    def load(self, state):
+        self.seen = state.get("seen", 0)
+"""
+
+
+def test_a_method_of_ones_own_is_a_file(tmp_path, make_config):
+    """Its flag, its state in the checkpoint, and no global of pmd that it overwrites."""
+    (tmp_path / "mine.py").write_text(OWN)
+    before = dict(vars(pmd))
+    cfg = make_config("--method", str(tmp_path / "mine.py"), "--no_failures_only", name="mine", save_every=1)
+    assert cfg.failures_only is False
+    pmd.train(cfg)
+    assert {k for k, v in vars(pmd).items() if before.get(k) is not v} == set()
+    trainer = json.loads((tmp_path / "mine" / "checkpoints" / "2" / "trainer.json").read_text())
+    assert trainer["method"] == {"seen": 1}
+    pmd.train(dataclasses.replace(cfg, steps=3, resume=True))
+    trainer = json.loads((tmp_path / "mine" / "checkpoints" / "3" / "trainer.json").read_text())
+    assert trainer["method"] == {"seen": 2}
+
+
+@pytest.mark.parametrize("text", ["x = 1", "class Method:\n    pass"])
+def test_a_file_that_is_no_method_is_refused(tmp_path, text):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="has no class Method"):
+        pmd.parse_flags(["--method", str(path)])
+
+
 def test_the_end_of_a_completion_is_trained(sampler, problems, make_config, tokenizer):
     rollouts = conditioned(sampler, problems[:2], make_config(), tokenizer)
     assert all(r.ids[-1] == tokenizer.eos_token_id for r in rollouts if r.finished)
@@ -326,7 +460,7 @@ def test_who_is_supervised(tokenizer, sampler, problems, make_config):
         cfg = make_config(group_size=1, supervise=rule)
         sampler.cfg, sampler.step = cfg, 1
         rollouts = pmd.attempt(sampler, problems[:5], cfg)
-        pmd.condition(rollouts, memory, tokenizer, 1, cfg)
+        method_of(cfg, memory=memory, tokenizer=tokenizer).condition(1, rollouts)
         assert [bool(r.teacher_ids) for r in rollouts] == wanted
 
 
@@ -340,7 +474,7 @@ def test_problems_that_are_mastered_need_not_be_supervised(tokenizer, sampler, p
         rollouts = pmd.attempt(sampler, problems[:3], cfg)
         for r, reward in zip(rollouts, (1.0, 1.0, 1.0, 0.0, 0.0, 0.0), strict=True):
             r.reward, r.feedback = reward, ""
-        pmd.condition(rollouts, memory, tokenizer, 1, cfg)
+        method_of(cfg, memory=memory, tokenizer=tokenizer).condition(1, rollouts)
         # SDPO shows a sibling's success only: the second group's success has none, the third group no success at all
         rest = [True] * 4 if method == "pmd" else [False, True, False, False]
         assert [bool(r.teacher_ids) for r in rollouts] == [bool(r.teacher_prompt) for r in rollouts] == [first] * 2 + rest
@@ -353,7 +487,7 @@ def test_grpo_equals_the_policy_gradient_at_the_first_update(policy, tokenizer, 
     rollouts = pmd.attempt(sampler, problems[:4], cfg)
     for i, r in enumerate(rollouts):
         r.reward = float(i % 3 == 0)
-    pmd.condition(rollouts, None, tokenizer, 1, cfg)
+    method_of(cfg, memory=None, tokenizer=tokenizer).condition(1, rollouts)
     assert sum(r.advantage for r in rollouts[:8]) == pytest.approx(0)
     assert rollouts[0].advantage == pytest.approx(1 - 3 / 8)
     lengths = (3 * LENGTHS)[:len(rollouts)]
@@ -403,8 +537,8 @@ def test_one_step_of_distillation_moves_the_student_to_the_teacher(policy, token
     cfg = make_config(lr=1e-3, max_sampler_gap=9.0)  # the rollouts stay as they were
     rollouts = conditioned(sampler, problems[:8], cfg, tokenizer)
     teacher, optimizer = copy.deepcopy(policy), pmd.make_optimizer(policy, cfg)
-    before, *_, after = [(s := pmd.update(policy, teacher, optimizer, rollouts, 1, cfg))["divergence"] / s["tokens"]
-                         for _ in range(6)]
+    method = method_of(cfg, policy, teacher)
+    before, *_, after = [(s := pmd.update(method, optimizer, rollouts, 1))["divergence"] / s["tokens"] for _ in range(6)]
     assert after < 0.5 * before
 
 
@@ -431,7 +565,7 @@ def test_warm_up(policy, tokenizer, sampler, problems, make_config):
     cfg = make_config(lr=1e-3, warmup_steps=4, max_sampler_gap=9.0)
     rollouts, optimizer, rates = conditioned(sampler, problems[:2], cfg, tokenizer), pmd.make_optimizer(policy, cfg), []
     for _ in range(6):
-        pmd.update(policy, policy, optimizer, rollouts, 1, cfg)
+        pmd.update(method_of(cfg, policy, policy), optimizer, rollouts, 1)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
@@ -456,15 +590,15 @@ def test_a_batch_without_signal_changes_nothing_and_is_counted(policy, tokenizer
         for r in rollouts:
             r.reward = 0.0
         memory = mem.Memory(":memory:", pmd.make_embedder(cfg), lambda prompts: [])
-        pmd.condition(rollouts, memory, tokenizer, 1, cfg)
+        method_of(cfg, memory=memory, tokenizer=tokenizer).condition(1, rollouts)
         before = [p.clone() for p in policy.parameters()]
-        sums = pmd.update(policy, policy, pmd.make_optimizer(policy, cfg), rollouts, 1, cfg)
+        sums = pmd.update(method_of(cfg, policy, policy), pmd.make_optimizer(policy, cfg), rollouts, 1)
         assert sums["updates_skipped"] == 1 and not sums["tokens"] and not sums["updates"]
     assert sums["compared"] and sums["sampler_gap_max"] < 1e-4  # the sampler is watched all the same
     for r in rollouts:
         r.rollout_logprobs = r.rollout_logprobs - 0.2
     with pytest.raises(FloatingPointError, match="differ by 0.200 nats a token at step 1, more than --max_sampler_gap"):
-        pmd.update(policy, policy, pmd.make_optimizer(policy, cfg), rollouts, 1, cfg)
+        pmd.update(method_of(cfg, policy, policy), pmd.make_optimizer(policy, cfg), rollouts, 1)
         assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -475,7 +609,7 @@ def test_a_non_finite_loss_stops_before_the_weights_move(policy, tokenizer, samp
     with torch.no_grad():
         next(teacher.parameters()).fill_(math.nan)
     with pytest.raises(FloatingPointError, match=f"nan at step 9, on problems {problems[0].id}"):
-        pmd.update(policy, teacher, pmd.make_optimizer(policy, cfg), rollouts, 9, cfg)
+        pmd.update(method_of(cfg, policy, teacher), pmd.make_optimizer(policy, cfg), rollouts, 9)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -490,7 +624,7 @@ def test_a_sampler_that_runs_other_weights_stops_the_run_before_the_weights_move
     for r in rollouts:
         r.rollout_logprobs = r.rollout_logprobs - 0.02
     with pytest.raises(FloatingPointError, match="differ by 0.110 nats a token at step 3, more than --max_sampler_gap 0.1"):
-        pmd.update(policy, copy.deepcopy(policy), pmd.make_optimizer(policy, cfg), rollouts, 3, cfg)
+        pmd.update(method_of(cfg, policy, copy.deepcopy(policy)), pmd.make_optimizer(policy, cfg), rollouts, 3)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -504,12 +638,12 @@ def test_sdpo_shows_the_first_successful_sibling_and_never_ones_own(problems, to
     p, q = problems[:2]
     group = [rollout(p, "1", 0.0, 0, "wrong"), rollout(p, "2", 1.0, 1), rollout(p, "3", 1.0, 2)]
     lone = [rollout(q, "4", 1.0, 0), rollout(q, "5", 0.0, 1), rollout(q, "6", 0.0, 2)]
-    pmd.condition(group + lone, None, tokenizer, 1, make_config(method="sdpo"))
+    method_of(make_config(method="sdpo"), memory=None, tokenizer=tokenizer).condition(1, group + lone)
     told = [r.teacher_prompt.split(mem.SOLUTION)[-1].split()[0] if r.teacher_prompt else None for r in group + lone]
     assert told == ["2", "3", "2", None, "4", "4"]
     assert mem.FEEDBACK not in group[0].teacher_prompt  # a solution is at hand
     failed = [rollout(p, "1", 0.0, 0, "wrong"), rollout(p, "2", 0.0, 1)]
-    pmd.condition(failed, None, tokenizer, 1, make_config(method="sdpo"))
+    method_of(make_config(method="sdpo"), memory=None, tokenizer=tokenizer).condition(1, failed)
     assert failed[0].teacher_prompt == mem.compose(p.prompt, feedback="wrong") and not failed[1].teacher_ids
 
 
@@ -754,13 +888,14 @@ def test_what_the_teacher_of_a_frozen_memory_reads_in_its_first_step(make_config
     cfg = make_config(method="frozen-memory", memory_from="lender", name="borrower", steps=2, dev=0.0)
     task, _ = pmd.check(make_config(dev=0.0))
     borrowed_memory(cfg, task.train)
-    seen, condition = [], pmd.condition
+    seen = []
 
-    def spy(rollouts, memory, tokenizer, step, cfg):
-        condition(rollouts, memory, tokenizer, step, cfg)
-        seen.extend((step, r) for r in rollouts)
+    class Watched(pmd.method_class("frozen-memory")):
+        def condition(self, step, rollouts):
+            seen.extend((step, r) for r in rollouts)
+            return super().condition(step, rollouts)
 
-    monkeypatch.setattr(pmd, "condition", spy)
+    monkeypatch.setattr(pmd, "method_class", lambda name: Watched)
     summary = pmd.train(cfg)
     assert {step for step, _ in seen} == {1, 2} and len(seen) == 2 * 3 * 4
     for _, r in seen:
@@ -1080,7 +1215,7 @@ def test_for_an_evaluation_only_the_test_split_has_to_fit(make_config, tmp_path,
         row = {"id": split, "prompt": "1 " * n, "answer": "1", "verifier": "last_number"}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     config = dict(task=str(tmp_path), max_prompt=20, dev=0.0, batch_size=1)
-    task, _ = pmd.check(make_config(method="eval", **config))
+    task, _ = pmd.check(make_config(**config), training=False)
     assert [p.id for p in task.test] == ["test"] and capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="no train problem of .* is left within --max_prompt 20"):
         pmd.check(make_config(**config))
@@ -1109,9 +1244,13 @@ def command(*flags, **kwargs):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--stepz", "3"], "unrecognized arguments: --stepz"), (["--method", "ppo"], "invalid choice: 'ppo'"),
+    (["--stepz", "3"], "unrecognized arguments: --stepz"), (["--method", "ppo"], "pmd.py: --method 'ppo' is none of"),
     (["--task", "nano/987654"], "pmd.py: there is no task 'nano/987654'"),
-    (["--compare", "pmd,ppo"], "--compare takes different methods")])
+    (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of pmd, frozen-memory,"),
+    (["--compare", "pmd,pmd"], "--compare takes different methods"),
+    (["--method", "README.md"], "'README.md' is none of"),
+    (["--method", "nowhere.py"], "no path of a file that ends in .py"),
+    (["--method", "../pmd"], "'../pmd' is none of")])
 def test_the_command_line_says_what_is_wrong(flags, message, tmp_path):
     done = command(*flags, "--out", str(tmp_path))
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

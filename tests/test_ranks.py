@@ -139,7 +139,7 @@ if pmd.rank():
 policy = pmd.load_policy(cfg)
 assert pmd.rank() == 0 or all(t.is_meta for t in (*policy.parameters(), *policy.buffers()))
 policy = pmd.shard(policy, cfg)
-teacher = pmd.make_teacher(policy, cfg)
+teacher = pmd.copy_of(policy, cfg)
 sampler = pmd.Sampler(policy, pmd.AutoTokenizer.from_pretrained(cfg.model), cfg)
 assert not any(t.is_meta for m in (policy, teacher, sampler.policy) for t in (*m.parameters(), *m.buffers()))
 assert not policy.training and not teacher.training and all(p.requires_grad for p in policy.parameters())

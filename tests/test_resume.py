@@ -42,10 +42,10 @@ def test_resume_equals_never_having_stopped(make_config, method, monkeypatch):
     broken = dataclasses.replace(cfg, name="broken", resume=True)  # starts it, for there is none
     update = pmd.update
 
-    def dies(policy, teacher, optimizer, rollouts, step, cfg):
+    def dies(method, optimizer, rows, step):
         if step == 4:
             raise KeyboardInterrupt
-        return update(policy, teacher, optimizer, rollouts, step, cfg)
+        return update(method, optimizer, rows, step)
 
     monkeypatch.setattr(pmd, "update", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -90,10 +90,10 @@ def test_a_run_that_is_interrupted_before_its_first_update_learns_the_same(make_
 def test_a_failing_update_names_the_last_good_checkpoint(make_config, monkeypatch):
     update = pmd.update
 
-    def fails(policy, teacher, optimizer, rollouts, step, cfg):
+    def fails(method, optimizer, rows, step):
         if step == 3:
             raise FloatingPointError("the loss is nan at step 3, on problems x")
-        return update(policy, teacher, optimizer, rollouts, step, cfg)
+        return update(method, optimizer, rows, step)
 
     monkeypatch.setattr(pmd, "update", fails)
     with pytest.raises(FloatingPointError, match="nan at step 3, on problems x; the last good checkpoint is .*points/2$"):

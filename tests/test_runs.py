@@ -394,11 +394,11 @@ def test_an_evaluation_too_has_one_writer_and_keeps_to_its_problems(tmp_path):
 def test_a_comparison_in_a_folder_of_a_folder_is_stopped_and_goes_on(command, monkeypatch, tmp_path):
     update, methods = pmd.update, []
 
-    def told(policy, teacher, optimizer, rollouts, step, cfg):
-        methods.append(cfg.method)
-        if cfg.method == "grpo" and methods.count("grpo") == 1:
+    def told(method, optimizer, rows, step):
+        methods.append(method.cfg.method)
+        if method.cfg.method == "grpo" and methods.count("grpo") == 1:
             signal.raise_signal(signal.SIGTERM)
-        return update(policy, teacher, optimizer, rollouts, step, cfg)
+        return update(method, optimizer, rows, step)
 
     monkeypatch.setattr(pmd, "update", told)
     flags = ["--compare", "sdpo,grpo", "--name", "a/b", "--steps", "2"]

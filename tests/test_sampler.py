@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import method_of
 
 import memory as mem
 import pmd
@@ -146,7 +147,7 @@ def test_the_cost_of_generation_without_vllm_is_said():
     assert "3 texts at a time: a step 86 calls in turn or up to 6.8 hours, an evaluation 2128 calls in turn" in said
     assert "requirements-gpu.txt" in said and "--sampler transformers" in said and "\n" not in said
     assert "a step 11 calls" in pmd.slow_generation(pmd.Config(), 399, 8)
-    assert "a step" not in pmd.slow_generation(pmd.Config(method="eval"), 399, 1)
+    assert "a step" not in pmd.slow_generation(pmd.Config(), 399, 1, training=False)
     assert "1 texts" in pmd.slow_generation(pmd.Config(micro_tokens=1), 399, 1)
 
 
@@ -205,6 +206,6 @@ def test_no_prompt_is_made_where_nobody_is_taught(tokenizer, make_config, monkey
                 for p in problems for i in range(4)]
     encoded, encode = [], pmd.encode_prompt
     monkeypatch.setattr(pmd, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args))
-    pmd.condition(rollouts, None, tokenizer, 1, make_config("--no_supervise_mastered", method="sdpo"))
+    method_of(make_config("--no_supervise_mastered", method="sdpo"), tokenizer=tokenizer).condition(1, rollouts)
     assert not any(r.teacher_ids for r in rollouts[:4]) and all(r.teacher_ids for r in rollouts[4:])
     assert len(encoded) == 2 and all("1 ka lo ti" in text for text in encoded)  # by the first success, or the second

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Script, words
+from conftest import Script, method_of, words
 
 import eval as ev
 import memory as mem
@@ -183,7 +183,7 @@ def test_three_tiers_and_the_teachers_prompt(problems, tokenizer, make_config):
     assert memory.sizes()["behavior"] == 1 and memory.living("behavior")[0].text == SKILL
     assert "reflect_parse_failure" not in memory.counts()
 
-    pmd.condition(rollouts, memory, tokenizer, 3, make_config(method="pmd"))
+    method_of(make_config(method="pmd"), memory=memory, tokenizer=tokenizer).condition(3, rollouts)
     first = problems[0]
     prompt = rollouts[0].teacher_prompt  # of a wrong answer to a problem that was also answered rightly
     print("\n" + prompt)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NANO
+from conftest import NANO, method_of
 from scipy.stats import chi2_contingency, chisquare, norm
 from test_ranks import FLAGS, assert_same, run
 from transformers import AutoConfig
@@ -80,7 +80,7 @@ def told(sampler, problems, steps, updates, cfg):
             hint = mem.compose(r.problem.prompt, strategies=[("rule", rule) for rule in r.problem.extra["hidden"].split()])
             r.teacher_ids = pmd.encode_prompt(sampler.tokenizer, hint)
         for _ in range(updates):
-            sums = pmd.update(policy, teacher, optimizer, rollouts, step, cfg)
+            sums = pmd.update(method_of(cfg, policy, teacher), optimizer, rollouts, step)
         sampler.sleep()
         sampler.wake()
         yield sums
