@@ -1198,7 +1198,8 @@ def answer(cfg, task, tokenizer):
             memory = Memory(cfg.memory_from, pmd.make_embedder(cfg), None, embedder=cfg.embedder, mode="frozen",
                             retrieve_k=cfg.retrieve_k)
             if not any(memory.sizes().values()):
-                raise ValueError(f"--memory {cfg.memory_from} holds nothing; name the memory.db of another run, or leave it out")
+                raise ValueError(f"--memory {cfg.memory_from} holds nothing; name the memory.db of another run, or leave it "
+                                 "out")
         path.parent.mkdir(parents=True, exist_ok=True)
         records.write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
         records.write(folder / "problems.json", json.dumps(records.fingerprint(asked, tokenizer), indent=1))
