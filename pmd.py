@@ -298,6 +298,8 @@ PRESETS = {
                  warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, embedder="hashing",
                  gradient_checkpointing=False, memory_completion=96, clusters=20, eval_every=10, eval_k=8, save_every=40),
 }
+
+
 def train(cfg: Config, checked=None) -> dict:
     """Algorithm 1, with the phases of the method that cfg names: returns the run's summary.
 
