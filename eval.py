@@ -925,6 +925,8 @@ def verify(problem, completion, lenient=False) -> Verdict:
     verifier = VERIFIERS[problem.verifier]
     if lenient and problem.verifier == "choice":
         verifier = verify_choice_lenient
+    if not holdable(completion):  # what a model wrote is no fault of the verifier
+        completion = completion.encode("utf-8", "replace").decode()
     try:
         verdict = verifier(problem, completion)
     except Exception as error:  # whatever a verifier of one's own raises

@@ -631,3 +631,10 @@ def test_parquet_files_are_read_like_json_lines(tmp_path):
     (tmp_path / "test.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(ValueError, match="test.parquet can't be read as Parquet"):
         load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize("verifier, answer, said", [
+    ("last_number", "7", "It is 7 \ud83d"), ("steps", "a b", "a \ud83d"), ("choice", "B", "\ud83d<answer>B</answer>")])
+def test_half_a_surrogate_pair_in_what_a_model_wrote_is_no_fault_of_the_verifier(verifier, answer, said):
+    verdict = verify(Problem("x", "q", answer, verifier), said)
+    assert verdict.reward == (verifier != "steps") and (verdict.answer + verdict.feedback).encode()

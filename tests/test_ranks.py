@@ -317,6 +317,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert "the comparison stopped in grpo; the same command with --name a/b --resume goes on" in said
+    assert said.count("--name a/b --resume") == 2 and "--name a/b/grpo" not in said  # the job's own words name it, too
     (saved,), rows = (metrics.parent / "checkpoints").iterdir(), metrics.read_text().splitlines()
     assert saved.name == str(json.loads(rows[-1])["step"]) and not (tmp_path / "a" / "b" / "sdpo").exists()
 

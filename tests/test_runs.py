@@ -391,27 +391,6 @@ def test_an_evaluation_too_has_one_writer_and_keeps_to_its_problems(tmp_path):
 
 # -- beginnings and ends ------------------------------------------------------------------------------------------------
 
-def test_a_comparison_in_a_folder_of_a_folder_is_stopped_and_goes_on(command, monkeypatch, tmp_path):
-    update, methods = pmd.update, []
-
-    def told(method, optimizer, rows, step):
-        methods.append(method.cfg.method)
-        if method.cfg.method == "grpo" and methods.count("grpo") == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return update(method, optimizer, rows, step)
-
-    monkeypatch.setattr(pmd, "update", told)
-    flags = ["--compare", "sdpo,grpo", "--name", "a/b", "--steps", "2"]
-    code, out, said = command(*flags)
-    assert code == 143 and said.splitlines()[-1].startswith("pmd.py: SIGTERM: stopped after step 1 of 2; the same command ")
-    assert said.rstrip().endswith("with --name a/b --resume goes on") and not (tmp_path / "a/b/compare.png").exists()
-    code, out, said = command(*flags, "--resume")
-    assert code == 0, said
-    assert f"{tmp_path / 'a/b/sdpo'} is at its end: nothing is left to do" in out and methods.count("sdpo") == 2
-    assert (tmp_path / "a/b/compare.png").is_file() and (tmp_path / "a/b/grpo/summary.json").is_file()
-    assert {p.name for p in tmp_path.iterdir()} == {"a"}
-
-
 def test_the_end_names_what_is_there_and_a_finished_run_stays(command, tmp_path):
     code, out, _ = command("--name", "g", "--method", "grpo")
     assert code == 0 and out.splitlines()[-1].endswith("(curve.png, samples.jsonl, evals, final)")
