@@ -201,9 +201,13 @@ def test_the_embedded_model_s_own_reflections_are_made_wrong(
 
 def test_a_rate_that_falls_over_the_second_half(monkeypatch, make_config):
     rates = []
-    monkeypatch.setattr(study, "update", lambda *args: rates.append((args[4], args[5].lr)))
+    method = method_of(make_config(steps=160, lr=0.8))
+    monkeypatch.setattr(
+        study, "update", lambda method, *args: rates.append((args[-1], method.cfg.lr))
+    )
     for step in (1, 80, 81, 120, 121, 160):
-        study.update_at_a_falling_rate(None, None, None, [], step, make_config(steps=160, lr=0.8))
+        study.update_at_a_falling_rate(method, None, [], step)
+    assert method.cfg.lr == 0.8
     assert rates == [
         (1, 0.8),
         (80, 0.8),

@@ -190,8 +190,8 @@ def task_folder(folder, system):
     (NO_SYSTEM + make.CHAT_TEMPLATE, "", False), (make.CHAT_TEMPLATE, "Be brief.", False)])
 def test_the_card_says_where_the_system_message_went(make_config, tmp_path, template, system, says):
     model, task = model_folder(tmp_path / "m", template), task_folder(tmp_path / "t", system)
-    for method in ("pmd", "eval"):
-        found, _ = pmd.check(make_config(model=model, task=task, method=method))
+    for training in (True, False):
+        found, _ = pmd.check(make_config(model=model, task=task), training=training)
         assert (f"{model}'s chat template takes no system message: it is put before the user's" in found.card) == says
 
 
