@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import NANO
+from conftest import NANO, method_of
 
 sys.path.append(str(NANO.parent / "study"))
 import tables
