@@ -100,6 +100,7 @@ def untied(out):
 @pytest.mark.parametrize("ranks, flags", [
     (2, ["--method", "grpo", "--task", "nano"]),  # with the untied head
     (2, ["--method", "sdpo", "--teacher", "live", "--gradient_checkpointing", "True"]),
+    (2, ["--method", "srpo", "--micro_tokens", "200"]),  # micro-batches that hold rows of one kind alone, or of both
     (4, ["--method", "pmd", "--batch_size", "4", "--mini_batch_size", "1", "--group_size", "2"])])  # two ranks have no row
 def test_other_methods_heads_and_ranks_without_a_row(out, untied, ranks, flags):
     name = flags[1]

@@ -34,7 +34,7 @@ def state(folder):
     return (folder / "final" / "model.safetensors").read_bytes(), rows, events, metrics
 
 
-@pytest.mark.parametrize("method", ["pmd", "sdpo", "grpo"])
+@pytest.mark.parametrize("method", ["pmd", "sdpo", "grpo", "srpo"])
 def test_resume_equals_never_having_stopped(make_config, method, monkeypatch):
     cfg = make_config(method=method, steps=5, batch_size=8, mini_batch_size=8, behavior_every=2, eval_every=2, save_every=2,
                       name="whole")
