@@ -94,7 +94,8 @@ def make_config(tmp_path):
     def make(*flags, **changes):
         small = dict(steps=2, batch_size=3, mini_batch_size=3, group_size=4, eval_problems=3, eval_k=2, eval_every=0,
                      save_every=0, log_every=1, out=str(tmp_path))
-        return dataclasses.replace(pmd.parse_flags(list(flags)), **(small | changes))
+        method = ["--method", changes["method"]] if "method" in changes else []  # whose flags are its own
+        return dataclasses.replace(pmd.parse_flags([*flags, *method]), **(small | changes))
 
     return make
 
