@@ -104,9 +104,9 @@ def draw_secret(rng):
     return {s: rng.choice(OPS) for s in HIDDEN} | KNOWN
 
 
-def told(rng, syllable, secret):
-    """A memory's word on a syllable: true but for WRONG of the time."""
-    return f"{syllable}={rng.choice(OPS) if rng.random() < WRONG else secret[syllable]}"
+def told(rng, syllable, secret, wrong=WRONG):
+    """A memory's word on a syllable: true but for a share `wrong` of the time."""
+    return f"{syllable}={rng.choice(OPS) if rng.random() < wrong else secret[syllable]}"
 
 
 def failed(rng, name, secret, n=1):
@@ -163,16 +163,20 @@ ALONE = 0.45  # share of the examples with a memory that show lessons and nothin
 def context(rng, name, secret, digits, shown):
     """(arguments of memory.compose, the reader who has read them) with the blocks `shown`, letters as in MIXES."""
     reader, found, truth = Reader(name), {}, [secret[s] for s in name]
+    wrong = 0.25 if "l" in shown else WRONG  # more often where a lesson may contradict it; the reader counts on WRONG
     others = rng.sample([s for s in SYLLABLES if s not in name], 3)
     if "s" in shown:
         some = name if rng.random() < 0.7 else rng.sample(name, rng.randint(1, len(name)))
-        found["strategies"] = [("rule", told(rng, s, secret)) for s in some]
+        found["strategies"] = [("rule", told(rng, s, secret, wrong)) for s in some]
     if "b" in shown:
         bank = ([s for s in name if rng.random() < 0.85] + others)[:3]
-        found["behaviors"] = [(f"behavior_{s}", told(rng, s, secret)) for s in rng.sample(bank, 3)]
+        found["behaviors"] = [(f"behavior_{s}", told(rng, s, secret, wrong)) for s in rng.sample(bank, 3)]
+    lines = traps(rng, name, secret) if "l" in shown else []
     for _, line in found.get("strategies", []) + found.get("behaviors", []):
         reader.believe(line, WRONG)
-    lines = traps(rng, name, secret) if "l" in shown else []
+        syllable, op = line.split("=")
+        if lines and syllable in name and op != secret[syllable] and rng.random() < 0.5:
+            lines[rng.randrange(len(lines))] = f"{syllable}!{op}"
     if lines:
         found["lessons"] = [("trap", line) for line in lines]
     if "x" in shown:  # another problem of the same name, or one that shares a syllable
@@ -358,7 +362,7 @@ def abstraction(rng):
 
 MIX = ((with_memory, 0.55), (plain, 0.07), (reflection, 0.11), (abstraction, 0.12), (revision, 0.05),
        (second_attempt, 0.04), (confidence, 0.03), (critic, 0.03))
-LATER = (reflection, abstraction, critic)  # long, and easy once the model can read: not in the first quarter of training
+LATER = (reflection, abstraction, critic)  # long, and easy once the model can read: not in the first phase of training
 
 
 def draw_examples(rng, n, early=False) -> list[Example]:

@@ -14,8 +14,10 @@ an ordinary Hugging Face folder. probes.py compares what it believes with what a
 
 import argparse
 import random
+import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from nano.examples import LEVELS, OPS, Example, draw_examples  # noqa: E402
 from nano.world import OPERATIONS, SYLLABLES, attempt_text, make_world, problem_text, write_world  # noqa: E402
 
 __all__ = ["OPERATIONS", "attempt_text", "make_world", "problem_text", "write_world"]  # and what is defined here
-STEPS = 5000
+FIRST_STEPS, STEPS = 600, 3200
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single, ordinary tokens
@@ -77,9 +79,7 @@ def make_tokenizer():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def make_model(tokenizer, seed, hidden_size=96, layers=4):
-    """A Qwen3 decoder of about 0.6M parameters. A pair's embedding (`vo=rev`) starts as the sum of its parts: with that,
-    using memory in context forms within hundreds of steps; without it, not within thousands. `vo!rev` starts as their
-    difference with a direction of its own: what copies an operation into the answer then also keeps one out of it."""
+    """A Qwen3 decoder of about 0.55M parameters, its weights drawn at random."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -90,14 +90,53 @@ def make_model(tokenizer, seed, hidden_size=96, layers=4):
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, initializer_range=0.1, use_cache=True)
     model = Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        table, ids = model.get_input_embeddings().weight, tokenizer.get_vocab()
-        warning = torch.randn(config.hidden_size) * config.initializer_range
-        for s in SYLLABLES:
-            for o in OPERATIONS:
-                table[ids[f"{s}={o}"]] = table[ids[s]] + table[ids[o]]
-                table[ids[f"{s}!{o}"]] = table[ids[s]] - table[ids[o]] + warning
     return model
+
+
+class Parts:
+    """The embeddings of pre-training: those of words with parts are sums, of vo and =rev for vo=rev, of vo and !rev for
+    vo!rev, of vo and "behavior" for behavior_vo. So what is learned of one pair holds for all 224, and using memory in
+    context forms within hundreds of steps; with rows of their own that start at random, not within thousands. The
+    checkpoint holds the sums as an ordinary table.
+    """
+
+    def __init__(self, tokenizer, table):
+        """table: (vocabulary, H), the model's, tied to its output; it is overwritten with sums of parts."""
+        import torch
+
+        parts_of = {token: parts(token) for token in tokenizer.get_vocab()}
+        number = {part: i for i, part in enumerate(dict.fromkeys(p for found in parts_of.values() for p in found))}
+        self.table, self.sums = table, torch.zeros(len(table), len(number))  # (V, parts): which parts each token has
+        for token, i in tokenizer.get_vocab().items():
+            self.sums[i, [number[part] for part in parts_of[token]]] = 1.0
+        self.number, self.weight = number, torch.nn.Parameter(torch.randn(len(number), table.shape[1]) * 0.1)
+        self.fill()
+
+    def mirror(self):
+        """!rev becomes the reflection of =rev about the mean of all =rev, with a small direction of its own: the attention
+        that has learned to find what is told of a syllable finds warnings as well, and what it copies counts against the
+        operation. Without this exclusion is not learned in thousands of steps: the share that tells the signs apart, a
+        mean that all =rev have, is what attention looks for."""
+        import torch
+
+        told = self.weight.data[[self.number[f"={o}"] for o in OPS]]
+        own = torch.randn(told.shape[1]) * 0.1
+        self.weight.data[[self.number[f"!{o}"] for o in OPS]] = 2 * told.mean(0) - told + own
+        self.fill()
+
+    def take_gradient(self):
+        """From the table's, which is used up."""
+        self.weight.grad, self.table.grad = self.sums.T @ self.table.grad, None
+
+    def fill(self):
+        self.table.data.copy_(self.sums @ self.weight.data)
+
+
+def parts(token) -> tuple:
+    """`vo=rev` -> vo, =rev; `behavior_vo:` -> vo, behavior_:; any other token is whole."""
+    pair = re.fullmatch(r"([a-z]+)([=!][a-z]+)", token)
+    name = re.fullmatch(r"(behavior_)([a-z]+)(:?)", token)
+    return pair.groups() if pair else (name[2], name[1] + name[3]) if name else (token,)
 
 
 def prompt_ids(tokenizer, examples):
@@ -143,8 +182,12 @@ def loss_of(model, tokenizer, examples):
     return loss, int(wanted.sum()) + len(where)
 
 
-def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=250):
-    """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU time it took."""
+def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=200):
+    """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU time it took.
+
+    Two phases: short prompts at a constant rate, until what is told is copied; then warnings start as the mirror images of
+    what is told, all kinds of examples are shown, and the rate falls to 0.
+    """
     import torch
     from tqdm import tqdm
 
@@ -152,24 +195,32 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
 
     torch.set_num_threads(1)
     started = time.process_time()
-    rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
+    rng, tokenizer, first = random.Random(f"nano model {seed}"), make_tokenizer(), min(FIRST_STEPS, steps // 2)
     model = make_model(tokenizer, seed, hidden_size, layers)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    embeddings = Parts(tokenizer, model.get_input_embeddings().weight)
+    trained = [embeddings.weight, *(p for p in model.parameters() if p is not embeddings.table)]
+    adam = partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = adam(trained)
     bar = tqdm(range(1, steps + 1), mininterval=60)
     for step in bar:
-        rate = 3e-3 * min(1.0, step / 100, 2.0 * (1 - step / (steps + 1)))  # warm-up, constant, linear decay by half time
+        early = step <= first
+        if step == first + 1:
+            embeddings.mirror()
+            rng, optimizer = random.Random(f"nano model {seed}, second phase"), adam(trained)
+        warm = step / 100 if early else (step - first) / 50
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        examples = draw_examples(rng, batch_size, early=step < steps / 4)
+            group["lr"] = 3e-3 * min(1, warm, (steps + 1 - step) / (steps - first))
+        examples = draw_examples(rng, batch_size, early)
         examples.sort(key=lambda e: len(e.prompt) + len(e.given))  # like lengths together, little padding
         optimizer.zero_grad()
-        parts = [loss_of(model, tokenizer, examples[i: i + 16]) for i in range(0, batch_size, 16)]
-        total = sum(n for _, n in parts)
-        loss = sum(part for part, _ in parts) / total
+        losses = [loss_of(model, tokenizer, examples[i: i + 16]) for i in range(0, batch_size, 16)]
+        loss = sum(part for part, _ in losses) / sum(n for _, n in losses)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        embeddings.take_gradient()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        embeddings.fill()
         if step % probe_every == 0 or step == steps:
             found = reading(model, tokenizer, n=32)
             scores = probe(model, tokenizer, n=32)

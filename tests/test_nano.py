@@ -290,5 +290,32 @@ def test_targets_are_the_readers_and_stand_at_the_operations(tokenizer):
     assert n == len(example.reply.split()) + 1 and loss.item() == pytest.approx(n * np.log(len(tokenizer)), rel=1e-5)
 
 
+def test_embeddings_are_sums_of_parts_and_learn_as_such(tokenizer):
+    """The gradient of the parts is that of the loss through the sums, by finite differences."""
+    torch.manual_seed(0)
+    table = torch.nn.Parameter(torch.zeros(len(tokenizer), 3))
+    embeddings = make.Parts(tokenizer, table)
+    ids, rows = tokenizer.get_vocab(), table.detach().double()
+    for sign, o in itertools.product("=!", OPS):
+        shared = [rows[ids[f"{s}{sign}{o}"]] - rows[ids[s]] for s in SYLLABLES]
+        assert all(torch.allclose(row, shared[0], atol=1e-6) for row in shared)
+    wanted = torch.randn(len(tokenizer), 3)
+
+    def loss():
+        return ((table - wanted) ** 2).sum()
+
+    loss().backward()
+    embeddings.take_gradient()
+    assert table.grad is None
+    for part, column in ((0, 0), (40, 1), (len(embeddings.weight) - 1, 2)):
+        values = []
+        for nudge in (1e-2, -2e-2):
+            embeddings.weight.data[part, column] += nudge
+            embeddings.fill()
+            values.append(loss().item())
+        embeddings.weight.data[part, column] += 1e-2
+        assert embeddings.weight.grad[part, column].item() == pytest.approx((values[0] - values[1]) / 2e-2, rel=0.05, abs=0.5)
+
+
 def test_every_syllable_is_hidden_or_known():
     assert len(set(SYLLABLES)) == 28 and set(KNOWN) <= set(SYLLABLES)
