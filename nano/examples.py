@@ -134,15 +134,28 @@ def single_traps(rng, name, secret, n):
     return chosen
 
 
+def near_misses(rng, name, secret, n):
+    """Up to n different attempts of a policy that knows all steps but one, mostly the last: what whole combinations
+    exclude can be read off them once the other steps are known."""
+    unknown, found = rng.choice((len(name) - 1, rng.randrange(len(name)))), []
+    for _ in range(2 * n):
+        operations = [secret[s] if rng.random() < 0.93 else rng.choice(OPS) for s in name]
+        operations[unknown] = rng.choice([o for o in OPS if o != secret[name[unknown]]])
+        if operations not in found:
+            found.append(operations)
+    return found[:n]
+
+
 def traps(rng, name, secret):
     """Lessons of one problem, up to ten: about one step each, about whole combinations, or both."""
     n = rng.choice((1, 2, 3, 4, 5, 6, 8, 10))
-    form = rng.choice(("one", "one", "one", "whole", "whole", "both"))
+    form = rng.choice(("one", "one", "whole", "whole", "whole", "both"))
     lines = single_traps(rng, name, secret, n) if form != "whole" else []
     if form == "both":
         lines = lines[: n // 2]
     if form != "one":
-        lines += [trap(name, f) for f in failed(rng, name, secret, n - len(lines))]
+        attempts = (near_misses if rng.random() < 0.6 else failed)(rng, name, secret, n - len(lines))
+        lines += [trap(name, f) for f in attempts]
     if rng.random() < 0.1:  # a neighbour's
         other = rng.choice([s for s in HIDDEN if s not in name])
         lines.append(f"{other}!{rng.choice([o for o in OPS if o != secret[other]])}")
@@ -211,11 +224,38 @@ def plain(rng):
     return Example(problem_text(name, digits), attempt_text(name, [secret[s] for s in name], digits), Reader(name))
 
 
-def with_memory(rng):
+def with_memory(rng, shown=None):
     name, secret, digits = draw(rng)
-    found, reader = some_context(rng, name, secret, digits)
+    found, reader = context(rng, name, secret, digits, shown) if shown else some_context(rng, name, secret, digits)
     return Example(mem.compose(problem_text(name, digits), **found),
                    attempt_text(name, [secret[s] for s in name], digits), reader)
+
+
+def warned(rng):
+    """Nothing but lessons or feedback."""
+    return with_memory(rng, rng.choice(("l", "l", "l", "l", "l", "l", "f", "lf")))
+
+
+def contradicted(rng):
+    """Strategies or behaviors, one of them wrong, and lessons or feedback that say so."""
+    name, secret, digits = draw(rng)
+    wrong = rng.choice([s for s in name if s not in KNOWN] or name)
+    rumour = secret | {wrong: rng.choice([o for o in OPS if o != secret[wrong]])}
+    rules, denial = [f"{s}={rumour[s]}" for s in name], f"{wrong}!{rumour[wrong]}"
+    lines = single_traps(rng, name, secret, rng.choice((0, 0, 1, 2, 3, 4, 6)))
+    said = denial if rng.random() < 0.3 else ""
+    if not said:
+        lines = rng.sample([denial, *(line for line in lines if line != denial)], len({denial, *lines}))
+    strategies = [("rule", r) for r in rules] if rng.random() < 0.7 else []
+    behaviors = [(f"behavior_{s}", r) for s, r in zip(name, rules, strict=True)] if not strategies else []
+    reader = Reader(name)
+    for rule in rules:
+        reader.believe(rule, WRONG)
+    for line in [*lines, said]:
+        reader.believe(line)
+    prompt = mem.compose(problem_text(name, digits), strategies=strategies, behaviors=behaviors, feedback=said,
+                         lessons=[("trap", line) for line in lines])
+    return Example(prompt, attempt_text(name, [secret[s] for s in name], digits), reader)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,11 +400,13 @@ def abstraction(rng):
     return Example(prompt, json.dumps(reply))
 
 
-MIX = ((with_memory, 0.55), (plain, 0.07), (reflection, 0.11), (abstraction, 0.12), (revision, 0.05),
-       (second_attempt, 0.04), (confidence, 0.03), (critic, 0.03))
-LATER = (reflection, abstraction, critic)  # long, and easy once the model can read: not in the first phase of training
+READING = ((with_memory, 0.74), (plain, 0.09), (revision, 0.07), (second_attempt, 0.06), (confidence, 0.04))
+WARNINGS = ((warned, 0.7), (with_memory, 0.18), (revision, 0.06), (second_attempt, 0.04), (confidence, 0.02))
+MIX = ((with_memory, 0.30), (warned, 0.22), (contradicted, 0.05), (plain, 0.05), (reflection, 0.11), (abstraction, 0.09),
+       (revision, 0.09), (second_attempt, 0.05), (confidence, 0.02), (critic, 0.02))
+PHASES = (READING, WARNINGS, MIX)
 
 
-def draw_examples(rng, n, early=False) -> list[Example]:
-    kinds, shares = zip(*(pair for pair in MIX if not (early and pair[0] in LATER)), strict=True)
+def draw_examples(rng, n, mix=MIX) -> list[Example]:
+    kinds, shares = zip(*mix, strict=True)
     return [kind(rng) for kind in rng.choices(kinds, shares, k=n)]

@@ -26,11 +26,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import memory as mem  # noqa: E402
-from nano.examples import LEVELS, OPS, Example, draw_examples  # noqa: E402
+from nano.examples import LEVELS, OPS, PHASES, Example, draw_examples  # noqa: E402
 from nano.world import OPERATIONS, SYLLABLES, attempt_text, make_world, problem_text, write_world  # noqa: E402
 
 __all__ = ["OPERATIONS", "attempt_text", "make_world", "problem_text", "write_world"]  # and what is defined here
-FIRST_STEPS, STEPS = 600, 3200
+STEPS = 4250
+RATES = (3e-3, 1.5e-3, 1.5e-3)  # learning rates of the three phases
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single, ordinary tokens
@@ -109,19 +110,10 @@ class Parts:
         self.table, self.sums = table, torch.zeros(len(table), len(number))  # (V, parts): which parts each token has
         for token, i in tokenizer.get_vocab().items():
             self.sums[i, [number[part] for part in parts_of[token]]] = 1.0
-        self.number, self.weight = number, torch.nn.Parameter(torch.randn(len(number), table.shape[1]) * 0.1)
-        self.fill()
-
-    def mirror(self):
-        """!rev becomes the reflection of =rev about the mean of all =rev, with a small direction of its own: the attention
-        that has learned to find what is told of a syllable finds warnings as well, and what it copies counts against the
-        operation. Without this exclusion is not learned in thousands of steps: the share that tells the signs apart, a
-        mean that all =rev have, is what attention looks for."""
-        import torch
-
-        told = self.weight.data[[self.number[f"={o}"] for o in OPS]]
-        own = torch.randn(told.shape[1]) * 0.1
-        self.weight.data[[self.number[f"!{o}"] for o in OPS]] = 2 * told.mean(0) - told + own
+        weight, warning = torch.randn(len(number), table.shape[1]) * 0.1, torch.randn(table.shape[1]) * 0.1
+        for o in OPERATIONS:  # what brings an operation into an answer then also keeps one out of it
+            weight[number[f"!{o}"]] = warning - weight[number[f"={o}"]]
+        self.weight = torch.nn.Parameter(weight)
         self.fill()
 
     def take_gradient(self):
@@ -185,8 +177,8 @@ def loss_of(model, tokenizer, examples):
 def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=200):
     """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU time it took.
 
-    Two phases: short prompts at a constant rate, until what is told is copied; then warnings start as the mirror images of
-    what is told, all kinds of examples are shown, and the rate falls to 0.
+    PHASES: first all that is short, until what is told is copied; then mostly warnings, which are slow to learn; then
+    everything, at a rate that falls to 0.
     """
     import torch
     from tqdm import tqdm
@@ -195,7 +187,8 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
 
     torch.set_num_threads(1)
     started = time.process_time()
-    rng, tokenizer, first = random.Random(f"nano model {seed}"), make_tokenizer(), min(FIRST_STEPS, steps // 2)
+    rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
+    ends = [round(share * steps / STEPS) for share in (600, 2250)]  # of the first two phases
     model = make_model(tokenizer, seed, hidden_size, layers)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
     embeddings = Parts(tokenizer, model.get_input_embeddings().weight)
@@ -204,14 +197,14 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
     optimizer = adam(trained)
     bar = tqdm(range(1, steps + 1), mininterval=60)
     for step in bar:
-        early = step <= first
-        if step == first + 1:
-            embeddings.mirror()
-            rng, optimizer = random.Random(f"nano model {seed}, second phase"), adam(trained)
-        warm = step / 100 if early else (step - first) / 50
+        phase = sum(step > end for end in ends)
+        if step - 1 in ends:
+            rng, optimizer = random.Random(f"nano model {seed}, phase {phase}"), adam(trained)
+        since = step - [0, *ends][phase]
+        left = 1.0 if phase < 2 else (steps + 1 - step) / (steps - ends[1])
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, warm, (steps + 1 - step) / (steps - first))
-        examples = draw_examples(rng, batch_size, early)
+            group["lr"] = RATES[phase] * min(1, since / 50, left)
+        examples = draw_examples(rng, batch_size, PHASES[phase])
         examples.sort(key=lambda e: len(e.prompt) + len(e.given))  # like lengths together, little padding
         optimizer.zero_grad()
         losses = [loss_of(model, tokenizer, examples[i: i + 16]) for i in range(0, batch_size, 16)]
