@@ -273,7 +273,7 @@ def revision(rng):
     name, secret, digits = draw(rng)
     found, reader = maybe_context(rng, name, secret, digits)
     truth = [secret[s] for s in name]
-    if rng.random() < 0.65:
+    if rng.random() < 0.55:
         first, cue = failed(rng, name, secret)[0], mem.REVISE_WRONG
         reader.believe(trap(name, first))
     else:
@@ -402,8 +402,8 @@ def abstraction(rng):
 
 READING = ((with_memory, 0.74), (plain, 0.09), (revision, 0.07), (second_attempt, 0.06), (confidence, 0.04))
 WARNINGS = ((warned, 0.7), (with_memory, 0.18), (revision, 0.06), (second_attempt, 0.04), (confidence, 0.02))
-MIX = ((with_memory, 0.30), (warned, 0.22), (contradicted, 0.05), (plain, 0.05), (reflection, 0.11), (abstraction, 0.09),
-       (revision, 0.09), (second_attempt, 0.05), (confidence, 0.02), (critic, 0.02))
+MIX = ((with_memory, 0.26), (warned, 0.26), (contradicted, 0.05), (plain, 0.05), (reflection, 0.10), (abstraction, 0.08),
+       (revision, 0.11), (second_attempt, 0.04), (confidence, 0.03), (critic, 0.02))
 PHASES = (READING, WARNINGS, MIX)
 
 

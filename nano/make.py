@@ -49,9 +49,15 @@ JSON_FRAME = [
     *(f'{{"actions": [{{"action": "{a}", "name": "' for a in ("new", "update", "remove")),
     *(f'"}}, {{"action": "{a}", "name": "' for a in ("new", "update", "remove"))]
 
+# In a lesson about a whole combination, `trap: vo!rev mi!inc`, each pair is a token of its own kind, vo&rev: read from left
+# to right, vo!rev would else look the same there as where it stands alone and excludes rev for good. First the first pair of
+# such a line, then, as often as a name has more, the pair behind one that is changed already.
+WHOLE = ("(?<=trap: [a-z]{2})!(?=[a-z]{3,4} [a-z]{2}!)",
+         *("(?<=&[a-z]{3} [a-z]{2})!", "(?<=&[a-z]{4} [a-z]{2})!") * 2)
+
 
 def make_tokenizer():
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     form_lines = [v for k, v in vars(mem.NANO).items() if k not in ("key_term", "confidence", "literal")]
@@ -61,11 +67,12 @@ def make_tokenizer():
                mem.ASK_CONFIDENCE, *JSON_FRAME]
     words = ["system", "user", "assistant", "Apply", "to", "-", "rule:", "trap:", "1.", "2.", "3.", mem.CONFIDENCE, *LEVELS]
     words += [str(d) for d in range(10)] + SYLLABLES + list(OPERATIONS)
-    words += [f"{s}{sign}{o}" for sign in "=!" for s in SYLLABLES for o in OPERATIONS]
+    words += [f"{s}{sign}{o}" for sign in "=!&" for s in SYLLABLES for o in OPERATIONS]
     words += [f"behavior_{s}{colon}" for colon in ("", ":") for s in SYLLABLES]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
     vocab = {w: i for i, w in enumerate(special + words)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), "&") for pattern in WHOLE])
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_tokens([AddedToken(p, special=False, normalized=False) for p in dict.fromkeys(phrases)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -112,7 +119,7 @@ class Parts:
             self.sums[i, [number[part] for part in parts_of[token]]] = 1.0
         weight, warning = torch.randn(len(number), table.shape[1]) * 0.1, torch.randn(table.shape[1]) * 0.1
         for o in OPERATIONS:  # what brings an operation into an answer then also keeps one out of it
-            weight[number[f"!{o}"]] = warning - weight[number[f"={o}"]]
+            weight[number[f"!{o}"]] = weight[number[f"&{o}"]] = warning - weight[number[f"={o}"]]
         self.weight = torch.nn.Parameter(weight)
         self.fill()
 
@@ -125,8 +132,8 @@ class Parts:
 
 
 def parts(token) -> tuple:
-    """`vo=rev` -> vo, =rev; `behavior_vo:` -> vo, behavior_:; any other token is whole."""
-    pair = re.fullmatch(r"([a-z]+)([=!][a-z]+)", token)
+    """`vo=rev` -> vo, =rev; `vo&rev` -> vo, &rev; `behavior_vo:` -> vo, behavior_:; any other token is whole."""
+    pair = re.fullmatch(r"([a-z]+)([=!&][a-z]+)", token)
     name = re.fullmatch(r"(behavior_)([a-z]+)(:?)", token)
     return pair.groups() if pair else (name[2], name[1] + name[3]) if name else (token,)
 

@@ -272,6 +272,22 @@ def test_prompts_for_other_methods_are_what_the_model_was_trained_on(tokenizer):
     assert make.prompt_ids(tokenizer, [one]) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
+def test_pairs_of_a_whole_combination_are_tokens_of_their_own_kind_in_a_lesson_and_nowhere_else(tokenizer):
+    for op in OPS:  # of three letters and of four
+        for n in (1, 2, 3):
+            name = ["vo", "mi", "ku"][:n]
+            line = trap(name, [op] * n)
+            marked = [w.replace("!", "&") if n > 1 else w for w in line.split()]
+            for prompt, before in ((mem.compose("vo", lessons=[("trap", line), ("trap", "ro!inc")]), "trap:"),
+                                   (mem.abstraction_prompt(mem.NANO, [("vo", [f"- trap: {line}"])], []), "trap:")):
+                words = tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, prompt))
+                at = words.index(before) + 1
+                assert words[at: at + n] == marked and tokenizer.unk_token not in words
+            assert "ro!inc" in tokenizer.convert_ids_to_tokens(tokenizer(f"trap: {line}\n- trap: ro!inc")["input_ids"])
+            reply = examples.items_json([], [line])
+            assert mem.parse(tokenizer.decode(tokenizer(reply)["input_ids"]))["lessons"][0]["content"].strip() == line
+
+
 def test_targets_are_the_readers_and_stand_at_the_operations(tokenizer):
     name, truth = ["vo", "mi"], ["rev", "inc"]
     reader = Reader(name).believe(trap(name, ["rev", "dec"]))
@@ -296,7 +312,7 @@ def test_embeddings_are_sums_of_parts_and_learn_as_such(tokenizer):
     table = torch.nn.Parameter(torch.zeros(len(tokenizer), 3))
     embeddings = make.Parts(tokenizer, table)
     ids, rows = tokenizer.get_vocab(), table.detach().double()
-    for sign, o in itertools.product("=!", OPS):
+    for sign, o in itertools.product("=!&", OPS):
         shared = [rows[ids[f"{s}{sign}{o}"]] - rows[ids[s]] for s in SYLLABLES]
         assert all(torch.allclose(row, shared[0], atol=1e-6) for row in shared)
     wanted = torch.randn(len(tokenizer), 3)
@@ -314,7 +330,8 @@ def test_embeddings_are_sums_of_parts_and_learn_as_such(tokenizer):
             embeddings.fill()
             values.append(loss().item())
         embeddings.weight.data[part, column] += 1e-2
-        assert embeddings.weight.grad[part, column].item() == pytest.approx((values[0] - values[1]) / 2e-2, rel=0.05, abs=0.5)
+        slope = (values[0] - values[1]) / 2e-2
+        assert embeddings.weight.grad[part, column].item() == pytest.approx(slope, rel=0.05, abs=0.5)
 
 
 def test_every_syllable_is_hidden_or_known():
