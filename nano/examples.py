@@ -236,6 +236,21 @@ def warned(rng):
     return with_memory(rng, rng.choice(("l", "l", "l", "l", "l", "l", "f", "lf")))
 
 
+def near_missed(rng):
+    """Whole combinations that agree in all steps but one, alone or beside strategies about the others."""
+    name, secret, digits = draw(rng, (2, 2, 3))
+    lines = [trap(name, f) for f in near_misses(rng, name, secret, rng.choice((1, 2, 3, 4, 5, 6, 8)))]
+    rules = [f"{s}={secret[s]}" for s in name if rng.random() < 0.6] if rng.random() < 0.25 else []
+    reader = Reader(name)
+    for rule in rules:
+        reader.believe(rule, WRONG)
+    for line in lines:
+        reader.believe(line)
+    prompt = mem.compose(problem_text(name, digits), strategies=[("rule", rule) for rule in rules],
+                         lessons=[("trap", line) for line in lines])
+    return Example(prompt, attempt_text(name, [secret[s] for s in name], digits), reader)
+
+
 def contradicted(rng):
     """Strategies or behaviors, one of them wrong, and lessons or feedback that say so."""
     name, secret, digits = draw(rng)
@@ -401,9 +416,10 @@ def abstraction(rng):
 
 
 READING = ((with_memory, 0.74), (plain, 0.09), (revision, 0.07), (second_attempt, 0.06), (confidence, 0.04))
-WARNINGS = ((warned, 0.7), (with_memory, 0.18), (revision, 0.06), (second_attempt, 0.04), (confidence, 0.02))
-MIX = ((with_memory, 0.26), (warned, 0.26), (contradicted, 0.05), (plain, 0.05), (reflection, 0.10), (abstraction, 0.08),
-       (revision, 0.11), (second_attempt, 0.04), (confidence, 0.03), (critic, 0.02))
+WARNINGS = ((near_missed, 0.45), (warned, 0.2), (with_memory, 0.14), (contradicted, 0.04), (revision, 0.1),
+            (second_attempt, 0.04), (confidence, 0.03))
+MIX = ((with_memory, 0.17), (warned, 0.09), (near_missed, 0.10), (contradicted, 0.04), (plain, 0.04), (reflection, 0.28),
+       (abstraction, 0.13), (revision, 0.06), (second_attempt, 0.04), (confidence, 0.02), (critic, 0.03))
 PHASES = (READING, WARNINGS, MIX)
 
 

@@ -30,8 +30,8 @@ from nano.examples import LEVELS, OPS, PHASES, Example, draw_examples  # noqa: E
 from nano.world import OPERATIONS, SYLLABLES, attempt_text, make_world, problem_text, write_world  # noqa: E402
 
 __all__ = ["OPERATIONS", "attempt_text", "make_world", "problem_text", "write_world"]  # and what is defined here
-STEPS = 4250
-RATES = (3e-3, 1.5e-3, 1.5e-3)  # learning rates of the three phases
+STEPS = 5800
+RATES = (3e-3, 1.5e-3, 2e-3)  # learning rates of the three phases
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single, ordinary tokens
@@ -195,7 +195,7 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
     torch.set_num_threads(1)
     started = time.process_time()
     rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
-    ends = [round(share * steps / STEPS) for share in (600, 2250)]  # of the first two phases
+    ends = [round(share * steps / STEPS) for share in (800, 3000)]  # of the first two phases
     model = make_model(tokenizer, seed, hidden_size, layers)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
     embeddings = Parts(tokenizer, model.get_input_embeddings().weight)
