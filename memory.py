@@ -65,6 +65,16 @@ EXAMPLES = "Correct solutions to similar problems:"
 FEEDBACK = "The following is feedback from your unsuccessful earlier attempt:"
 CLOSING = "Correctly solve the original question."
 
+# Sentences of prompts that other methods show, ours; nano's checkpoint reads them (nano/README.md says how each is used).
+CRITIQUE = "Your attempt, corrected at its first wrong step:"
+BEGINNING = "The beginning of a correct solution:"
+REVISE_WRONG = "That was wrong; once more:"  # these two in the assistant's own turn, after an attempt
+REVISE_RIGHT = "That was right; once more:"
+AGAIN = "That attempt was wrong. Answer again, minding this critique:"  # opens a second message of the user
+CRITIC = "Name the first wrong step of this attempt."
+ASK_CONFIDENCE = "End with your confidence that the answer is right."  # stands after the problem
+CONFIDENCE = "Confidence:"
+
 
 @dataclass(frozen=True)
 class Forms:
@@ -160,12 +170,14 @@ CODE = forms_in_words(
 FORMS = {"nano": NANO, "question": QUESTION, "code": CODE}
 
 
-def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedback="", examples=()) -> str:
+def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedback="", examples=(), critique="",
+            beginning="") -> str:
     """The teacher's user message, block by block as in B.2; blocks without content are left out (Eq. 4 and 5).
 
     problem: str. strategies, lessons: (title, content) pairs. behaviors: (name, instruction) pairs. examples: (problem,
-    solution) pairs, which B.2 has not: no teacher reads them, see Memory.inference_contexts. With no block at all the
-    problem is returned as it is, so `compose(x) == x` tells that the teacher has nothing to add.
+    solution) pairs, which B.2 has not: no teacher reads them, see Memory.inference_contexts. critique: an attempt rewritten
+    up to and with its first wrong step. beginning: the first steps of a solution; both are for other methods. With no block
+    at all the problem is returned as it is, so `compose(x) == x` tells that the teacher has nothing to add.
     """
     parts, solution = [], strip_thoughts(solution)
     if strategies:
@@ -176,6 +188,10 @@ def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedb
         parts += [BEHAVIORS, *(f"{i}. {name}: {text}" for i, (name, text) in enumerate(behaviors, 1))]
     if examples:
         parts += [EXAMPLES, *(line for question, text in examples for line in (question, strip_thoughts(text)))]
+    if beginning:
+        parts += [BEGINNING, beginning]
+    if critique:
+        parts += [CRITIQUE, critique]
     if solution:
         parts += [SOLUTION, solution]
     if feedback:
@@ -188,7 +204,7 @@ def strip_thoughts(text) -> str:
     return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
 
 
-CUT_FIRST = ("examples", "behaviors", "lessons", "strategies", "feedback", "solution")
+CUT_FIRST = ("examples", "behaviors", "lessons", "strategies", "feedback", "critique", "beginning", "solution")
 
 
 def compose_within(budget, count, problem, **context) -> str:
@@ -216,6 +232,12 @@ def reflection_prompt(forms, problem, successes, failures, solved, total) -> str
         parts += [forms.wrong, text] + ([forms.feedback, feedback] if feedback else [])
     both = forms.contrastive if successes and failures else forms.strategies_only if successes else forms.lessons_only
     return "\n".join([*parts, both])
+
+
+def critic_prompt(problem, attempt, solution="") -> str:
+    """Asks for the first wrong step of an attempt, beside a correct solution where there is one; for other methods."""
+    parts = [CRITIC, problem, NANO.wrong, attempt]
+    return "\n".join(parts + ([SOLUTION, solution] if solution else []))
 
 
 def abstraction_prompt(forms, cluster, known) -> str:
@@ -687,11 +709,13 @@ class Memory:
     mistake). Reflection reads one attempt at a time, until an insight came from it. An insight is rejected unless that
     attempt, with its feedback, contains it; a behavior, unless the living strategies of two problems do. A strategy that
     a later failure contradicts ends. Contained: its key terms are. In nano a key term is a claim, such as zo=rev; all of
-    them must be there, a failure made of nothing but living strategies ends them, and a success that holds all terms of a
-    lesson ends the lesson. In plain text the key terms are the words of five letters or more, lower case, without a plural
-    s, that are no stop words; half of them must be there (`HALF`), and a failure that holds all of a strategy's ends it.
-    Rejections are counted. How often an item was offered to the teacher of a later success or failure is counted too
-    (events support_success and support_failure, before the token budget); it changes nothing.
+    them must be there, and a lesson holds either all claims of the attempt or only such as its feedback names. A failure
+    ends the strategies that its feedback names, or where it has none and is made of nothing but living strategies, those;
+    a success that holds all terms of a lesson ends the lesson. In plain text the key terms are the words of five letters or
+    more, lower case, without a plural s, that are no stop words; half of them must be there (`HALF`), and a failure that
+    holds all of a strategy's ends it. Rejections are counted. How often an item was offered to the teacher of a later
+    success or failure is counted too (events support_success and support_failure, before the token budget); it changes
+    nothing.
 
     Raises ValueError for a file that can't be a memory of this code and embedding model, OSError where the file can't be
     opened, read or written; a method that raises has changed nothing.
@@ -853,8 +877,7 @@ class Memory:
                 for title, content in items:
                     item = Item(0, "insight", kind, problem.id, title, content, evidence=ids, policy_step=step - 1)
                     if self._measured(item) and evidence and content.casefold() not in ECHOES and (
-                            not self.ground_insights or
-                            any(self._contained(content, f"{a.text}\n{a.feedback}") for a in evidence)):
+                            not self.ground_insights or any(self._grounded(item, a) for a in evidence)):
                         written.append(item)
                     else:
                         self._events[problem.id, "insight_rejected"] += 1
@@ -999,6 +1022,14 @@ class Memory:
         terms = self._terms(text)
         return bool(terms) and len(terms & self._terms(evidence)) >= (1 if self.forms.literal else self.HALF) * len(terms)
 
+    def _grounded(self, insight, attempt) -> bool:
+        """Whether an attempt, with its feedback, contains an insight. In nano a lesson is about all terms of the attempt, at
+        least one of which is wrong, or about terms that its feedback names: of the others nobody knows that they failed."""
+        if self.forms.literal and insight.kind == "lesson":
+            terms = self._terms(insight.text)
+            return bool(terms) and (terms <= self._terms(attempt.feedback) or terms == self._terms(attempt.text))
+        return self._contained(insight.text, f"{attempt.text}\n{attempt.feedback}")
+
     def _contradict(self, step, attempts):
         """Ends the insights that these attempts contradict; see the class."""
         insights = self._of("insight", {a.problem for a in attempts})
@@ -1006,7 +1037,10 @@ class Memory:
             terms, kind = self._terms(attempt.text), "strategy" if attempt.kind == "failure" else "lesson"
             living = insights[attempt.problem]
             items = [i for i in living if i.kind == kind and self._terms(i.text) and self._terms(i.text) <= terms]
-            if self.forms.literal and kind == "strategy":  # nothing else it did may be to blame
+            blamed = self._terms(attempt.feedback or "") if self.forms.literal else set()
+            if blamed and kind == "strategy":
+                items = [i for i in items if self._terms(i.text) <= blamed]
+            elif self.forms.literal and kind == "strategy":  # nothing else it did may be to blame
                 items = items if set().union(*(self._terms(i.text) for i in items)) == terms else []
             elif kind == "lesson" and not self.forms.literal:  # a success that names a mistake need not have made it
                 items = []

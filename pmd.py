@@ -155,8 +155,9 @@ class Config:
     tiers: str = option("experience,insight,behavior", "what the teacher reads; hides blocks and changes no extraction "
                                                        "[Tab. 4]")
     model: str = option("nano", "a Hugging Face folder or Hub name, Qwen3-8B or OLMo3-Instruct-7B; nano is the embedded one")
-    task: str = option("", "nano, nano/SEED, sciknoweval/DOMAIN, livecodebench or a folder with train.jsonl and "
-                           "test.jsonl (default: nano with nano, sciknoweval/chemistry with any other model)")
+    task: str = option("", "nano, nano/plain (the same without feedback), nano/SEED, nano/plain/SEED, sciknoweval/DOMAIN, "
+                           "livecodebench or a folder with train.jsonl and test.jsonl (default: nano with nano, "
+                           "sciknoweval/chemistry with any other model)")
     data: str = option("", "for sciknoweval: the folder with DOMAIN/train.json and test.json, as in SDPO's repository; for "
                            "livecodebench: the official file or a folder of such; empty for the Hub (not run)")
     seed: int = option(0, "of everything random in the run", within="[0, 4294967295]")

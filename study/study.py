@@ -195,7 +195,7 @@ def work(job, folder, short):
     task = out / "worlds" / job.kind / str(job.world)
     if not task.exists():
         aside = task.with_name(f"{job.world}.{os.getpid()}")
-        write_world(job.world, aside, **WORLD_KINDS[job.kind])
+        write_world(job.world, aside, speaks=False, **WORLD_KINDS[job.kind])
         with contextlib.suppress(OSError):  # the other worker was first
             aside.rename(task)
     shutil.rmtree(out / name, ignore_errors=True)
