@@ -588,7 +588,7 @@ def test_a_batch_without_signal_changes_nothing_and_is_counted(policy, tokenizer
         sampler.cfg, sampler.step = cfg, 1
         rollouts = pmd.attempt(sampler, problems[:2], cfg)
         for r in rollouts:
-            r.reward = 0.0
+            r.reward, r.feedback = 0.0, ""  # nor does a verifier say anything
         memory = mem.Memory(":memory:", pmd.make_embedder(cfg), lambda prompts: [])
         method_of(cfg, memory=memory, tokenizer=tokenizer).condition(1, rollouts)
         before = [p.clone() for p in policy.parameters()]
