@@ -86,15 +86,16 @@ def test_an_engine_that_listens_passes_and_the_weights_are_as_before(start, poli
     assert sampler.llm.pushes == 3
 
 
-@pytest.mark.parametrize("hears, which", [
-    (lambda push, name: False, "changed"),
-    (lambda push, name: push != 2, "true"),
-    (lambda push, name: name != "lm_head.weight", "changed"),
-    (lambda push, name: name != "model.embed_tokens.weight", "changed"),
-    (lambda push, name: "layers" not in name, "changed")], ids=["nothing", "once", "no head", "no embedding", "no layers"])
-def test_an_engine_that_ignores_a_push_is_refused(hears, which, start, untied):
+@pytest.mark.parametrize("hears", [
+    lambda push, name: False,
+    lambda push, name: push != 2,
+    lambda push, name: name != "lm_head.weight",
+    lambda push, name: name != "model.embed_tokens.weight",
+    lambda push, name: "layers" not in name], ids=["nothing", "once", "no head", "no embedding", "no layers"])
+def test_an_engine_that_ignores_a_push_is_refused(hears, start, untied):
+    """At the first push or at the second: its weights can't be five times nearer to either of the two than to the other."""
     before = [p.clone() for p in untied.parameters()]
-    with pytest.raises(FloatingPointError, match=f"vLLM does not run the {which} weights .* use --sampler transformers"):
+    with pytest.raises(FloatingPointError, match="vLLM does not run the (changed|true) weights .* use --sampler transformers"):
         start(untied, hears)
     assert all(torch.equal(a, b) for a, b in zip(before, untied.parameters(), strict=True))
 
@@ -118,7 +119,7 @@ def test_unlikely_text_in_bfloat16_is_no_other_model(start, policy, monkeypatch)
     """Where the probe has tens of nats a token, rounding makes tenths of them: more than any bound that fits likely text."""
     monkeypatch.setattr(pmd.VLLM, "PROBE", "ka=rev 3 lo!inc mi ye=swap 7 do 0 zi!neg ju=flip 5 vo")
     with torch.no_grad():
-        policy.model.norm.weight.mul_(12)
+        policy.model.norm.weight.mul_(24)
     sampler = start(policy, dtype=torch.bfloat16)
     gap, size = sampler._gap(sampler._ours(), sampler._push()), float(sampler._ours().abs().mean())
     assert size > 30 and gap > 3 * sampler.cfg.max_sampler_gap, (size, gap)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import shutil
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import eval as ev
 import memory as mem
 import pmd
-from nano import make
+from nano import examples, make
 
 
 def a_tokenizer(template, special=("<s>", "</s>"), plain=(), eos="</s>", normalizer=None, folded=()):
@@ -141,8 +142,8 @@ def test_added_tokens_that_are_not_special_are_control_tokens_if_they_look_it(to
 
 def test_nano_reads_what_it_always_read(tokenizer):
     """Every kind of prompt that it is trained on, and the tasks' own: nothing in them is broken."""
-    rng = make.random.Random(11)
-    prompts = [kind(rng)[0] for kind, _ in make.MIX for _ in range(200)]
+    rng = random.Random(11)
+    prompts = [kind(rng).prompt for kind, _ in examples.MIX for _ in range(200)]
     task = pmd.load_task("nano")
     prompts += [p.prompt for split in (task.train, task.dev, task.test) for p in split] + ["unknown words @ & < 3"]
     for prompt in prompts:
