@@ -17,8 +17,8 @@ This file imports neither torch nor any model. It is handed plain callables:
 
 To look at the memory of a run, also of one that is still going:
 
-    python memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N] [--grep TEXT]
-    python memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a table and a PNG
+    python tools/show_memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N] [--grep TEXT]
+    python tools/show_memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a table and a PNG
 
 Whatever a model wrote is data: it is stored as text, parsed as JSON by a tolerant parser that runs nothing, joined by
 concatenation (never as a format string), and `neutralise` breaks the tokenizer's control tokens and the template's turn
@@ -30,28 +30,53 @@ sees, the prompts for code, the patterns of `shortcuts`. `ground_insights` is an
 see `Memory`.
 """
 
-import argparse
 import contextlib
 import functools
-import itertools
 import json
+import math
 import random
 import re
-import signal
-import sqlite3
-import sys
-import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
-from json_repair import repair_json
 from sklearn.cluster import KMeans
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-SCHEMA_VERSION = 2
-SUCCESS = 0.5  # a reward above this is a success (SDPO code: success_reward_threshold)
+from runtime.chat import clean, encode_prompt, plain
+from runtime.checkpoint import memory_source
+from runtime.files import RunError
+from runtime.options import option
+from runtime.ranks import OnRankZero, rank, world
+from runtime.replies import MAX_CONTENT, MAX_ITEMS, parse, strip_thoughts, was_cut
+from runtime.services import make_abstractor, make_embedder
+from runtime.store import AMONG, TIERS, WITH_EMBEDDING, Item, Store, nearest
+from tasks.problem import SUCCESS
+
+
+@dataclass
+class MemoryOptions:
+    """Memory."""
+
+    tiers: str = option("experience,insight,behavior", "what the teacher reads; hides blocks and changes no extraction "
+                                                       "[Tab. 4]")
+    memory_from: str = option("", "frozen-memory: the run RUN, or RUN@STEP, whose memory is read")
+    max_insights: int = option(10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]", within="[1, inf)")
+    retrieve_k: int = option(3, "behaviors shown to the teacher [paper, main experiments]", within="[0, inf)")
+    behavior_every: int = option(0, "steps between refreshes of the bank; 0 for once an epoch [Eq. 3; Alg. 1: every batch]",
+                                 within="[0, inf)")
+    behaviors_refreshed: bool = option(False, "the teacher reads the bank after this step's refresh [Alg. 1] instead of "
+                                              "before it [Eq. 4]")
+    query_feedback: bool = option(False, "the query for behaviors is the question and the feedback [optional in B.5]")
+    clusters: int = option(16, "clusters of questions that behaviors are abstracted from [ours]", within="[1, inf)")
+    drop_shortcuts: bool = option(False, "drop insights and behaviors with shortcut-like phrasing; it is counted either way "
+                                         "[B.3 measures it]")
+    ground_insights: bool = option(False, "write only insights that their evidence contains, and more [deviation 7]")
+    abstractor: str = option("policy", "who writes behaviors: the policy, or openai:MODEL on the server of OPENAI_BASE_URL "
+                                       "with OPENAI_API_KEY [deviation 4; C.1: GPT-5.4]")
+    memory_completion: int = option(768, "tokens of a reflection or abstraction [ours]", within="[1, inf)")
+    embedder: str = option("Qwen/Qwen3-Embedding-0.6B", "embeds questions, attempts and insights: a sentence-transformers "
+                                                        "folder or Hub name [paper]; hashing, of words, needs no download")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts. The headings of the teacher's prompt are the paper's (B.2); all other sentences are ours.
@@ -64,7 +89,6 @@ SOLUTION = "Correct solution:"
 EXAMPLES = "Correct solutions to similar problems:"
 FEEDBACK = "The following is feedback from your unsuccessful earlier attempt:"
 CLOSING = "Correctly solve the original question."
-
 # Sentences of prompts that other methods show, ours; nano's checkpoint reads them (nano/README.md says how each is used).
 CRITIQUE = "Your attempt, corrected at its first wrong step:"
 BEGINNING = "The beginning of a correct solution:"
@@ -119,7 +143,6 @@ NANO = Forms(
     key_term=r"[a-z]+[=!][a-z]+",
     literal=True,
 )
-
 ITEM = '{"title": "at most ten words", "content": "two to four sentences"}'
 BEHAVIOR = '"name": "behavior_...", "instruction": "one or two sentences"'
 ECHOES = ("at most ten words", "two to four sentences", "one or two sentences")  # what a model that does not follow copies
@@ -168,6 +191,7 @@ CODE = forms_in_words(
     "passing tests by other means, such as answering known inputs from a table",
     "its story, or to the numbers of its examples and tests")
 FORMS = {"nano": NANO, "question": QUESTION, "code": CODE}
+FORMS_OF = {"steps": "nano", "code": "code"}  # of a task, by its verifier; "question" for all others
 
 
 def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedback="", examples=(), critique="",
@@ -199,11 +223,6 @@ def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedb
     return "\n".join([problem, *parts, CLOSING]) if parts else problem
 
 
-def strip_thoughts(text) -> str:
-    """A solution without its <think> part, which SDPO strips too."""
-    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
-
-
 CUT_FIRST = ("examples", "behaviors", "lessons", "strategies", "feedback", "critique", "beginning", "solution")
 
 
@@ -216,6 +235,13 @@ def compose_within(budget, count, problem, **context) -> str:
             context[block] = context[block][:-1] if isinstance(context[block], list) else ""
             text = compose(problem, **context)
     return text
+
+
+def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
+    """The problem with what a context adds to it, within `max_reprompt` tokens, system message and template included.
+    encode(user, system): encode_prompt of the tokenizer, or one that remembers."""
+    encode = encode or functools.partial(encode_prompt, tokenizer)
+    return compose_within(cfg.max_reprompt, lambda text: len(encode(text, problem.system)), problem.prompt, **context)
 
 
 def reflection_prompt(forms, problem, successes, failures, solved, total) -> str:
@@ -254,221 +280,7 @@ def abstraction_prompt(forms, cluster, known) -> str:
     return "\n".join([*parts, forms.decide if known else forms.cold_start])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text from a model
-# ---------------------------------------------------------------------------------------------------------------------
-
-MAX_REPLY, MAX_ITEMS, MAX_CONTENT = 20_000, 16, 2_000  # characters, items, characters; ours
 TITLE_WORDS, SENTENCES = 10, 4  # of an item, at most (B.3)
-
-
-def clean(text) -> str:
-    """Text that SQLite and a tokenizer accept: no NUL, no lone surrogates."""
-    return str(text).replace("\0", "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-class Folded(dict):
-    """A table for str.translate: each character as a normalising tokenizer may see it (NFKC, lower case), one for one."""
-
-    def __missing__(self, code):
-        folded = unicodedata.normalize("NFKC", chr(code)).lower()
-        self[code] = folded if len(folded) == 1 else chr(code)
-        return self[code]
-
-
-FOLDED = Folded()
-
-
-def neutralise(text, control_tokens) -> str:
-    """Breaks every control token in `text` with a space after its first character, so that it can't open a chat turn.
-
-    control_tokens: texts; one of a single character is left alone. They are found in upper and lower case, in full-width
-    and other compatible characters, and with any white space where they have some.
-    """
-    text, finder = clean(text), token_finder(frozenset(control_tokens))
-    while found := [m.start() + first_joint(m[0]) for m in finder.finditer(text.translate(FOLDED))]:
-        borders = [0, *found, len(text)]
-        text = " ".join(text[a:b] for a, b in itertools.pairwise(borders))  # where two overlap, the next round
-    return text
-
-
-@functools.cache
-def token_finder(control_tokens) -> re.Pattern:
-    """Finds any of the control tokens in a text that went through FOLDED."""
-    words = [t.translate(FOLDED).split() for t in sorted(control_tokens, key=len, reverse=True)]
-    patterns = [r"\s+".join(map(re.escape, w)) for w in words if max(map(len, w), default=0) > 1]
-    return re.compile("|".join(patterns) or r"(?!)")
-
-
-def first_joint(token) -> int:
-    """The first place between two characters that are no white space: a space there makes another text of any token."""
-    return next(i for i in range(1, len(token)) if not (token[i - 1].isspace() or token[i].isspace()))
-
-
-# Where a reply holds what it was asked for: a key and the list (or the one object, or a text, which is none) behind it
-ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+[:=]\s*+(?=[\[{"])""")
-# What opens or ends a value, with the string that follows. A quote inside a string need not be escaped: one that no
-# delimiter follows does not end it
-STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*+(?P=quote)?"""
-# Where a model's thoughts begin and end: <think>, <thinking>, [THINK], <|begin_of_thought|> ...
-THOUGHTS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
-TAG = (rf"(?P<begins><{THOUGHTS}\s?>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>)|"
-       rf"(?P<ends></{THOUGHTS}\s?>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>)")
-PIECE = re.compile(rf"{TAG}|[\[{{,:](?:\s*+{STRING})?|[\]}}]", re.S | re.I)
-TAG = re.compile(TAG, re.I)
-# The end of a text that is whole. A closing quote alone does not tell: it may open a quotation that the limit cut
-SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][^\w\s]*\Z")
-MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
-
-
-@dataclass
-class Place:
-    """One asked-for key in a reply and the texts of the objects behind it."""
-
-    key: str
-    start: int
-    end: int  # of the list, or of its last whole object where the reply ends within the list
-    rows: list[str]
-    whole: str = ""  # all that stands behind the key, where that has an end
-    cut: bool = False  # the reply ended within the list
-    rest: str = ""  # the object that was open then
-
-
-def parse(reply) -> dict | None:
-    """{key: its rows} for each key that the prompts ask for (strategies, lessons, behaviors, actions) and a reply holds.
-
-    None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
-    several (their lists are joined), within another object. What stands in thoughts (see TAG) does not count. A row is an
-    object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
-    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only and its last
-    text ends as a sentence does: see `was_cut`.
-    """
-    found = {}
-    for place in places(reply):
-        found.setdefault(place.key, []).extend(rows_at(place))
-    return found or None
-
-
-def rows_at(place) -> list[dict | None]:
-    """The rows behind one key: of valid JSON all of them, of broken JSON the objects that were found in it."""
-    try:
-        value = json.loads(place.whole, strict=False)
-    except (RecursionError, ValueError):
-        rows = [read_object(text) for text in place.rows[:MAX_ITEMS]]
-        rows += [None] * (len(place.rows) - len(rows))
-        open_one = place.rest.rstrip().removesuffix(",")
-        if SENTENCE_END.search(open_one) and (row := read_json(open_one + "}")):
-            rows.append(row)
-        return rows
-    if not isinstance(value, list):
-        value = [value] if value else []
-    return [fields_of(row) for row in value]
-
-
-def was_cut(reply) -> bool:
-    """Whether a reply ended within a list that was asked for, as at its token limit: the item that was open is dropped."""
-    return any(place.cut for place in places(reply)[-1:])
-
-
-def places(reply) -> list[Place]:
-    """Where the reply, its LaTeX made valid JSON, holds the asked-for keys; without those in thoughts."""
-    text = clean(reply)[:MAX_REPLY]
-    if '\\"' in text and not ASKED.search(text):  # JSON that stands, escaped, in a string of JSON
-        text = re.sub(r'\\([\\"/nt])', lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), text)
-    text = keep_latex(text)
-    found = [place_at(text, m) for m in itertools.islice(ASKED.finditer(text), MAX_PLACES)]
-    outside = text
-    for place in found:  # a tag within an item is no tag
-        outside = outside[:place.start] + " " * (place.end - place.start) + outside[place.end:]
-    tags = [(place, TAG.search(outside, place.end)) for place in found]
-    return [place for place, tag in tags if not (tag and tag["ends"])]
-
-
-def place_at(text, match) -> Place:
-    """Reads the list (or object) behind a key, bracket by bracket; a closing bracket closes those that it skips, too."""
-    start, stack, begin = match.end(), [], None
-    place = Place(match[1].lower(), start, start, [])
-    if text[start] == '"':
-        place.rows.append("")  # a row that can't be read
-        return place
-    outer = 1 if text[start] == "[" else 0  # brackets around an item
-    for piece in PIECE.finditer(text, start):
-        mark, at = piece[0][0], piece.start()
-        if piece["begins"] or piece["ends"] or len(stack) > MAX_DEPTH:
-            return place
-        if mark in "[{":
-            if mark == "{" and len(stack) == outer:
-                begin = at
-            stack.append(mark)
-        if mark in "]}":
-            opener = "[" if mark == "]" else "{"
-            while stack and stack.pop() != opener:
-                pass
-            if begin is not None and len(stack) <= outer:
-                place.end = at + (mark == "}")
-                place.rows.append(text[begin: place.end])
-                begin = None
-            if not stack:
-                place.end = at + 1
-                place.whole = text[start: place.end]
-                return place
-    place.cut, place.rest = True, "" if begin is None else text[begin:]
-    return place
-
-
-def read_object(text) -> dict | None:
-    """A JSON object, repaired if need be."""
-    if row := read_json(text):
-        return row
-    try:
-        return fields_of(repair_json(text, return_objects=True))
-    except (RecursionError, ValueError):
-        return None
-
-
-def read_json(text) -> dict | None:
-    """A JSON object as the standard has it, but for raw line breaks in strings."""
-    try:
-        return fields_of(json.loads(text, strict=False))
-    except (RecursionError, ValueError):
-        return None
-
-
-def fields_of(row) -> dict | None:
-    return {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else None
-
-
-# Commands of LaTeX that begin like JSON's escapes for a line break and a tab. \ni and \tt are left out: i and t are words
-N_AND_T = frozenset("""
-    nabla natural ncong ne nearrow neg negmedspace negthickspace negthinspace neq newcommand newenvironment newline
-    newpage newtheorem nexists ngeq ngeqq ngeqslant ngtr nicefrac nLeftarrow nleftarrow nLeftrightarrow
-    nleftrightarrow nleq nleqq nleqslant nless nmid nobreak nobreakspace nocite noindent nolimits nonumber nopagebreak
-    norm normalfont normalsize not notag notin nparallel nprec npreceq nRightarrow nrightarrow nshortmid
-    nshortparallel nsim nsubset nsubseteq nsubseteqq nsucc nsucceq nsupset nsupseteq nsupseteqq ntriangleleft
-    ntrianglelefteq ntriangleright ntrianglerighteq nu num numberwithin nVDash nVdash nvDash nvdash nwarrow tag tan
-    tanh tau tbinom tensor text textasciitilde textbackslash textbar textbf textbullet textcelsius textcolor
-    textdegree textellipsis textemdash textendash textgreater textit textless textmd textmicro textmu textnormal
-    textohm textperthousand textpm textrm textsc textsf textsl textstyle textsubscript textsuperscript texttimes
-    texttrademark texttt textunderscore textup tfrac therefore theta thetasym thickapprox thicksim thickspace
-    thinspace tilde times tiny to top transpose triangle triangledown triangleleft trianglelefteq triangleq
-    triangleright trianglerighteq twoheadleftarrow twoheadrightarrow
-    """.split())
-ESCAPE = re.compile(r"""\\(?:(["\\/']|u[0-9a-fA-F]{4})|([A-Za-z]*))""")  # JSON's (and ', for the repairer), or letters
-
-
-def keep_latex(text) -> str:
-    """Doubles the single backslashes of LaTeX in a JSON text, so that a reader of JSON keeps its commands.
-
-    The rule: `\\b`, `\\f` and `\\r` before a letter, `\\n` and `\\t` where all the letters that follow make a command of
-    LaTeX, and whatever JSON has no escape for, are LaTeX; the rest is JSON's. It errs where what follows a line break or a
-    tab happens to make one: `\\nu` before a line that begins with a lone u, `\\tan` before a column that begins with an.
-    """
-    def one(match):
-        json_has_it, letters = match[1], match[2]
-        control = letters in ("b", "f", "r") or letters and letters[0] in "nt" and letters not in N_AND_T
-        return match[0] if json_has_it or control else "\\" + match[0]
-
-    return ESCAPE.sub(one, text)
 
 
 def parse_items(found, key, first, second) -> list[tuple[str, str]]:
@@ -563,32 +375,6 @@ def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
     return writes, removes, len(rows) - len(writes) - len(removes)
 
 
-def plain(text) -> str:
-    """A text without its white space's kind and amount, by which two texts are told to be the same."""
-    return " ".join(clean(text).split())
-
-
-def unit_rows(rows) -> np.ndarray:
-    """(n, D) numbers, in an array, lists or tensors of any type, as float32 rows of unit length. Zeros stay zeros.
-
-    Raises ValueError for what is no such table, and for numbers that are not finite.
-    """
-    try:
-        rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy: no bfloat16
-        rows = np.array(rows, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the embedder gave no table of numbers ({error}): name another --embedder") from error
-    if rows.ndim != 2:
-        raise ValueError(f"the embedder gave an array of shape {rows.shape} where each text has to have a row: name another "
-                         "--embedder")
-    if not np.isfinite(rows).all():
-        raise ValueError("the embedder gave numbers that are not finite, as float16 can: load it in float32, or name "
-                         "another --embedder")
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    lengths[(lengths == 0) | (np.abs(lengths - 1) < 1e-6)] = 1  # what is of unit length stays as it is, to the bit
-    return (rows / lengths).astype(np.float32)
-
-
 def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int, int]:
     """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates, how many were updates).
 
@@ -613,641 +399,484 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
     return stay, refused, updates
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The store
-# ---------------------------------------------------------------------------------------------------------------------
+class Memory(Store):
+    """Experience, insight and behavior in one file, and the model calls that write the upper two.
 
-TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE problem (id TEXT PRIMARY KEY, text TEXT, cluster INTEGER, embedding BLOB);
-CREATE TABLE item (
-    id INTEGER PRIMARY KEY,
-    tier TEXT,            -- experience, insight, behavior
-    kind TEXT,            -- success, failure / strategy, lesson / behavior
-    problem TEXT,         -- '' for behaviors: one bank for all
-    title TEXT,           -- an insight's title, a behavior's name
-    text TEXT,            -- completion / content / instruction
-    reward REAL, feedback TEXT,
-    evidence TEXT,        -- JSON list: an experience's rollout, an insight's experience ids, a behavior's problems
-    shortcuts TEXT,       -- families of shortcut-like phrasing found in it, with spaces between
-    born INTEGER, ended INTEGER,
-    policy_step INTEGER,  -- steps the policy that wrote it had been trained for, NULL if another model wrote it
-    embedding BLOB        -- float32; NULL of an experience or insight that ended, which no gate and no query needs
-);
-CREATE INDEX living ON item (tier, problem, kind) WHERE ended IS NULL;
-CREATE INDEX ending ON item (ended) WHERE ended IS NOT NULL;
-CREATE INDEX birth ON item (born);
-CREATE TABLE event (  -- subject: a problem's id, an item's id after '#', or ''
-    step INTEGER, subject TEXT, kind TEXT, n INTEGER, PRIMARY KEY (subject, kind, step)) WITHOUT ROWID;
-CREATE INDEX happening ON event (step)
-"""
-COLUMNS = "id, tier, kind, problem, title, text, reward, feedback, evidence, shortcuts, born, ended, policy_step"
-WITH_EMBEDDING = COLUMNS + ", embedding"
-ENDED = "ended = ?, embedding = CASE tier WHEN 'behavior' THEN embedding END"  # a teacher reads the bank of the step before
-AMONG = "IN (SELECT value FROM json_each(?))"  # membership in a JSON list, given as one argument
+    path, embed, embedder: of the file, see Store. generate, abstractor: see the top of this file. The
+    caps are the paper's. fits(prompt): whether the model can read it. What is left out of a prompt to
+    make it fit is counted. drop_shortcuts: items with shortcut-like phrasing are dropped, not only
+    counted (B.3).
 
-CURES = {"SQLITE_BUSY": "another process is writing it; wait until it is done, or stop it",
-         "SQLITE_READONLY": "make the file and its folder writable, or choose another folder",
-         "SQLITE_CANTOPEN": "make its folder, writable for you, or choose another",
-         "SQLITE_FULL": "free some space on the disk; all that was committed before is safe",
-         "SQLITE_IOERR": "look at the disk and its quota; all that was committed before is safe",
-         "SQLITE_NOTADB": "name another file, or remove it",
-         "SQLITE_CORRUPT": "go back to a checkpoint's copy, or remove it",
-         "SQLITE_ERROR": "it was made by something else; name another file, or remove it"}
+    mode is one of three.
+    "evolving": the memory of the paper.
+    "transient": behaviors come from clusters of this step's problems only, and the caller ends every
+    step with `forget`.
+    "frozen": another run's memory, which is only read. Its steps and rollouts are that run's: all that
+    lives in it is read from the first step on.
 
-
-@dataclass
-class Item:
-    """One row of the memory; see TABLES for the fields. The embedding is None where the text alone was asked for, and where
-    it was dropped as the item ended."""
-
-    id: int
-    tier: str
-    kind: str
-    problem: str
-    title: str | None
-    text: str
-    reward: float | None = None
-    feedback: str | None = None
-    evidence: str = "[]"
-    shortcuts: str = ""
-    born: int = 0
-    ended: int | None = None
-    policy_step: int | None = 0
-    embedding: np.ndarray | None = field(default=None, repr=False)
-
-    @property
-    def sources(self) -> list:
-        """What it came from: an experience's rollout, an insight's experience ids, a behavior's problems."""
-        return json.loads(self.evidence)  # only when asked: most readers of a row are not
-
-    @property
-    def embedded_text(self) -> str:
-        """What its embedding is of."""
-        return self.text if self.tier == "experience" else f"{self.title}: {self.text}"
-
-    @classmethod
-    def from_row(cls, row):
-        item = cls(*row)
-        if item.embedding is not None:
-            item.embedding = np.frombuffer(item.embedding, np.float32)
-        return item
-
-
-class Memory:
-    """Experience, insight and behavior in one SQLite file, and the model calls that make the upper two from the lower.
-
-    path: the file; ":memory:" for none. embed, generate, abstractor: see the top of this file. embedder: the name of the
-    embedding model. The caps are the paper's. fits(prompt): whether the model can read it; what is left out of a prompt to
-    make it fit is counted. drop_shortcuts: items with shortcut-like phrasing are dropped, not only counted (B.3).
-
-    mode: "evolving"; "transient", where behaviors come from clusters of this step's problems only, and the caller ends
-    every step with `forget`; "frozen", another run's memory that is only read (the file is opened immutable). Its steps and
-    rollouts are that run's: all that lives in it is read from the first step on.
-
-    ground_insights, beyond the paper (it cures a small model that miscopies its own attempts and then locks in on the
-    mistake). Reflection reads one attempt at a time, until an insight came from it. An insight is rejected unless that
-    attempt, with its feedback, contains it; a behavior, unless the living strategies of two problems do. A strategy that
-    a later failure contradicts ends. Contained: its key terms are. In nano a key term is a claim, such as zo=rev; all of
-    them must be there, and a lesson holds either all claims of the attempt or only such as its feedback names. A failure
-    ends the strategies that its feedback names, or where it has none and is made of nothing but living strategies, those;
-    a success that holds all terms of a lesson ends the lesson. In plain text the key terms are the words of five letters or
-    more, lower case, without a plural s, that are no stop words; half of them must be there (`HALF`), and a failure that
-    holds all of a strategy's ends it. Rejections are counted. How often an item was offered to the teacher of a later
-    success or failure is counted too (events support_success and support_failure, before the token budget); it changes
-    nothing.
-
-    Raises ValueError for a file that can't be a memory of this code and embedding model, OSError where the file can't be
-    opened, read or written; a method that raises has changed nothing.
+    Raises ValueError and OSError as Store does. A method that raises has changed nothing.
     """
 
-    HALF = 0.5
-
-    def __init__(self, path, embed, generate, abstractor=None, *, forms="nano", embedder=None, mode="evolving",
-                 ground_insights=False, drop_shortcuts=False, query_feedback=False, max_successes=5, max_failures=3,
-                 max_insights=10, max_behaviors=500, response_novelty=0.95, insight_novelty=0.85, clusters=16,
-                 cluster_problems=8, cluster_insights=3, known_behaviors=8, retrieve_k=3, seed=0,
-                 fits=lambda prompt: True):
-        self.embed, self.generate, self.abstractor, self.fits = embed, generate, abstractor or generate, fits
+    def __init__(
+        self,
+        path,
+        embed,
+        generate,
+        abstractor=None,
+        *,
+        forms="nano",
+        embedder=None,
+        mode="evolving",
+        drop_shortcuts=False,
+        query_feedback=False,
+        max_successes=5,  # per problem, as the next two [paper]
+        max_failures=3,  # [paper]
+        max_insights=10,  # strategies, and as many lessons [Fig. 6]
+        max_behaviors=500,  # of the bank [paper]
+        response_novelty=0.95,  # cosine above which an attempt is a near-duplicate [ours]
+        insight_novelty=0.85,  # cosine above which an insight or behavior is one [ours]
+        clusters=16,  # of questions that behaviors are abstracted from [ours]
+        cluster_problems=8,  # problems that a cluster's prompt shows [ours]
+        cluster_insights=3,  # strategies, and as many lessons, of each of them [ours]
+        known_behaviors=8,  # that an abstraction is shown [ours]
+        retrieve_k=3,  # behaviors shown to the teacher [paper]
+        seed=0,
+        fits=lambda prompt: True,
+    ):
+        self.generate, self.abstractor, self.fits = generate, abstractor or generate, fits
         self.written_elsewhere = abstractor is not None
-        self.forms, self.mode = FORMS[forms], mode
-        self.ground_insights, self.drop_shortcuts, self.query_feedback = ground_insights, drop_shortcuts, query_feedback
-        self.caps = {"success": max_successes, "failure": max_failures, "strategy": max_insights,
-                     "lesson": max_insights, "behavior": max_behaviors}
-        self.novelty = {"experience": response_novelty, "insight": insight_novelty, "behavior": insight_novelty}
-        self.clusters, self.cluster_problems, self.cluster_insights = clusters, cluster_problems, cluster_insights
-        self.known_behaviors, self.retrieve_k, self.seed = known_behaviors, retrieve_k, seed
-        self.path, self._events, self._sizes = str(path), Counter(), Counter()
-        self._open(embedder)
+        self.forms, self.mode, self.seed = FORMS[forms], mode, seed
+        self.drop_shortcuts, self.query_feedback = drop_shortcuts, query_feedback
+        self.caps = {
+            "success": max_successes,
+            "failure": max_failures,
+            "strategy": max_insights,
+            "lesson": max_insights,
+            "behavior": max_behaviors,
+        }
+        self.novelty = {
+            "experience": response_novelty,
+            "insight": insight_novelty,
+            "behavior": insight_novelty,
+        }
+        self.clusters, self.cluster_problems = clusters, cluster_problems
+        self.cluster_insights, self.known_behaviors = cluster_insights, known_behaviors
+        self.retrieve_k = retrieve_k
+        super().__init__(path, embed, embedder, frozen=mode == "frozen", caps=self.caps)
 
-    def _open(self, embedder):
-        frozen, path = self.mode == "frozen", Path(self.path)
-        if frozen and not path.is_file():
-            raise ValueError(f"there is no memory {path}; name the memory.db of a run")
-        log = path.with_name(path.name + "-wal")  # commits of a run that is still going, or was killed
-        how = "" if not frozen else "?mode=ro" if log.is_file() and log.stat().st_size else "?immutable=1"
-        with self._explained():
-            self.db = sqlite3.connect(self.path if self.path == ":memory:" else path.resolve().as_uri() + how, uri=True)
-            if not frozen:
-                self.db.execute("PRAGMA page_size = 8192")  # a row with its embedding fits on one page
-                self.db.execute("PRAGMA journal_mode = WAL")
-                self.db.execute("PRAGMA synchronous = NORMAL")  # with WAL a power cut may lose the last step, never corrupt
-            if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
-                self.db.execute("BEGIN IMMEDIATE")
-                for statement in TABLES.split(";\n"):
-                    self.db.execute(statement)
-                about = {"schema": SCHEMA_VERSION, "embedder": embedder or "", "dimension": self._vectors([" "]).shape[1],
-                         "caps": json.dumps(self.caps)}
-                self.db.executemany("INSERT INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in about.items()])
-                self.db.commit()
-            self.meta = dict(self.db.execute("SELECT key, value FROM meta"))
-        if missing := [key for key in ("schema", "embedder", "dimension", "caps") if key not in self.meta]:
-            raise ValueError(f"{path} is no memory of this code: it does not say its {missing[0]}; name another file, or "
-                             "remove it")
-        if self.meta["schema"] != str(SCHEMA_VERSION):
-            raise ValueError(f"{path} has memory schema {self.meta['schema']}, this code reads {SCHEMA_VERSION}: use "
-                             "the version that wrote it, or remove it")
-        if embedder is not None and self.meta["embedder"] != embedder:
-            raise ValueError(f"{path} was embedded by {self.meta['embedder']!r}, this run uses {embedder!r}: use that one")
-        if self.embed and (now := self._vectors([" "]).shape[1]) != int(self.meta["dimension"]):
-            raise ValueError(f"{path} holds embeddings of {self.meta['dimension']} dimensions, {embedder!r} gives {now}: "
-                             "use the model that wrote it")
-        self._sizes = Counter(dict(self._query("SELECT tier, COUNT(*) FROM item WHERE ended IS NULL GROUP BY tier")))
-
-    @contextlib.contextmanager
-    def _explained(self):
-        """Errors of the database as one sentence that names the file and the cure."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            name = getattr(error, "sqlite_errorname", "")
-            cure = next((cure for code, cure in CURES.items() if name.startswith(code)), "report this")
-            kind = ValueError if name in ("SQLITE_NOTADB", "SQLITE_ERROR") else OSError
-            raise kind(f"{self.path} can't be used as a memory ({error}): {cure}") from error
-
-    @contextlib.contextmanager
-    def _writing(self, step=0):
-        """One transaction, which ends with the events noted so far: all of it is kept or, after an error, none."""
-        before = self._sizes.copy()
-        try:
-            with self._explained(), self.db:
-                yield
-                self.db.executemany("INSERT INTO event VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
-                                    [(step, *key, n) for key, n in self._events.items() if n])
-        except BaseException:
-            self._sizes = before
-            raise
-        finally:
-            self._events.clear()
-
-    def _query(self, statement, *args):
-        with self._explained():
-            return self.db.execute(statement, args).fetchall()
-
-    # -- writing ------------------------------------------------------------------------------------------------------
+    # -- writing
 
     def add_problems(self, problems):
-        """Embeds and clusters the training questions, once, before step 1. problems: objects with .id and .prompt."""
-        if self._query("SELECT 1 FROM problem LIMIT 1"):
+        """Embeds and clusters the training questions, once, before step 1.
+
+        problems: objects with .id and .prompt.
+        """
+        if self.query("SELECT 1 FROM problem LIMIT 1"):
             return
-        vectors = self._vectors([p.prompt for p in problems])
+        vectors = self.vectors([p.prompt for p in problems])
         labels = self._clustered(vectors, self.clusters)
-        with self._writing():
-            self.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", [
-                (p.id, clean(p.prompt), int(c), v.tobytes()) for p, c, v in zip(problems, labels, vectors, strict=True)])
+        rows = [
+            (p.id, clean(p.prompt), int(label), vector.tobytes())
+            for p, label, vector in zip(problems, labels, vectors, strict=True)
+        ]
+        with self.writing():
+            self.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", rows)
 
     def _clustered(self, vectors, k):
-        return KMeans(min(k, len(np.unique(vectors, axis=0))), n_init=4, random_state=self.seed).fit_predict(vectors)
+        """(n,) labels: k-means on question embeddings [ours]."""
+        k = min(k, len(np.unique(vectors, axis=0)))
+        return KMeans(k, n_init=4, random_state=self.seed).fit_predict(vectors)
 
     def record(self, step, rollouts):
         """Tier 1, Eq. 2: keeps this step's attempts behind the novelty gate.
 
         rollouts: objects with .id (str), .problem (.id), .text, .reward, .feedback.
         """
-        items = [Item(0, "experience", "success" if r.reward > SUCCESS else "failure", r.problem.id, None, clean(r.text),
-                      r.reward, clean(r.feedback), json.dumps([r.id]), policy_step=step - 1) for r in rollouts]
-        for item in items:
-            self._events[item.problem, item.kind] += 1
-        vectors = self._embedded(items)
-        with self._writing(step):
-            if self.ground_insights:
-                self._contradict(step, items)
+        items = []
+        for r in rollouts:
+            kind = "success" if r.reward > SUCCESS else "failure"
+            items.append(Item(
+                0, "experience", kind, r.problem.id, None, clean(r.text), r.reward, clean(r.feedback),
+                json.dumps([r.id]), policy_step=step - 1))
+            self.events[r.problem.id, kind] += 1
+        vectors = self.embedded(items)
+        with self.writing(step):
+            self.contradict(step, items)
             self._admit(step, items, vectors)
 
     def reflect(self, step, problems):
-        """Tier 2, Eq. 2: the model reads the accumulated experience of each problem and writes strategies and lessons.
+        """Tier 2, Eq. 2: the model reads the experience of each problem and writes its insight.
 
-        All prompts of the step go out as one batch. Insights accumulate behind the gate and are never overwritten.
+        All prompts of the step go out as one batch. Insights accumulate behind the gate and are never
+        overwritten.
         """
-        ids = [p.id for p in problems]
-        attempts, insights = self._of("experience", ids), self._of("insight", ids)
-        solved = self._success_fractions(ids, step)
-        jobs = []  # (problem, attempts) per prompt
-        for p in problems:
-            if self.ground_insights:  # one at a time
-                done = {source for i in insights[p.id] for source in i.sources}
-                jobs += [(p, [a]) for a in attempts[p.id] if a.id not in done]
-            elif attempts[p.id]:
-                jobs.append((p, attempts[p.id]))
-
-        def prompt_of(problem, attempts):
-            return reflection_prompt(self.forms, problem.prompt, [a.text for a in attempts if a.kind == "success"],
-                                     [(a.text, a.feedback) for a in attempts if a.kind == "failure"], *solved[problem.id])
-
-        for problem, read in jobs:  # too long for the model: the oldest attempt of the more frequent kind goes
-            while read and not self.fits(prompt_of(problem, read)):
-                kinds = [a.kind for a in read]
-                del read[kinds.index(max(sorted(set(kinds)), key=kinds.count))]
-                self._events[problem.id, "reflection_cut"] += 1
-        jobs = [job for job in jobs if job[1]]
+        jobs = self._reflection_jobs(step, problems)
+        replies = self.generate([prompt for *_, prompt in jobs]) if jobs else []
         written = []
-        replies = self.generate([prompt_of(*job) for job in jobs]) if jobs else []
-        for (problem, read), reply in zip(jobs, replies, strict=True):
-            self._events[problem.id, "reflection"] += 1
-            self._events.update({(problem.id, "reflection_truncated"): 1} if was_cut(reply) else {})
+        for (problem, attempts, _), reply in zip(jobs, replies, strict=True):
+            self.events[problem.id, "reflection"] += 1
+            if was_cut(reply):
+                self.events[problem.id, "reflection_truncated"] += 1
             found = parse(reply)
-            strategies, odd = items_under(found, "strategies", "title", "content")
-            lessons, odder = items_under(found, "lessons", "title", "content")
+            strategies, odd_strategies = items_under(found, "strategies", "title", "content")
+            lessons, odd_lessons = items_under(found, "lessons", "title", "content")
             if not strategies and not lessons:
-                self._events[problem.id, "reflect_parse_failure"] += 1
-            self._events[problem.id, "insight_rejected"] += odd + odder
-            for kind, outcome, items in (("strategy", "success", strategies), ("lesson", "failure", lessons)):
-                evidence = [a for a in read if a.kind == outcome]
+                self.events[problem.id, "reflect_parse_failure"] += 1
+            self.events[problem.id, "insight_rejected"] += odd_strategies + odd_lessons
+            for kind, outcome, items in (
+                ("strategy", "success", strategies),
+                ("lesson", "failure", lessons),
+            ):
+                evidence = [a for a in attempts if a.kind == outcome]
                 ids = json.dumps([a.id for a in evidence])
                 for title, content in items:
-                    item = Item(0, "insight", kind, problem.id, title, content, evidence=ids, policy_step=step - 1)
-                    if self._measured(item) and evidence and content.casefold() not in ECHOES and (
-                            not self.ground_insights or any(self._grounded(item, a) for a in evidence)):
+                    item = Item(
+                        0, "insight", kind, problem.id, title, content, evidence=ids,
+                        policy_step=step - 1)
+                    wanted = self._measured(item) and evidence and not is_echo(content)
+                    if wanted and self.accepts_insight(item, evidence):
                         written.append(item)
                     else:
-                        self._events[problem.id, "insight_rejected"] += 1
-        vectors = self._embedded(written)
-        with self._writing(step):
+                        self.events[problem.id, "insight_rejected"] += 1
+        vectors = self.embedded(written)
+        with self.writing(step):
             self._admit(step, written, vectors)
 
-    def abstract(self, step):
-        """Tier 3, Eq. 3: the insights of each cluster of similar questions become behaviors of the shared bank.
+    def _reflection_jobs(self, step, problems):
+        """[(problem, attempts, prompt)] of this step's reflections.
 
-        An empty bank is filled from nothing (cold start); later the nearest existing behaviors are shown and the reply
-        decides which are new, updated or removed. A behavior's name is its key: a new one of a known name updates it, and
-        an update that the gate refuses leaves the old one as it was. Removals come first, whatever the order of a reply:
-        a behavior that is to take the place of others must not be refused for being like them.
+        Where a prompt is too long for the model, the oldest attempt of the more frequent kind goes.
+        """
+        ids = [p.id for p in problems]
+        experience = self.living_of("experience", ids)
+        insights = self.living_of("insight", ids)
+        solved = self._success_fractions(ids, step)
+        jobs = []
+        for p in problems:
+            for attempts in self.evidence_sets(experience[p.id], insights[p.id]):
+                prompt = self._reflection_prompt(p, attempts, solved)
+                while attempts and not self.fits(prompt):
+                    kinds = [a.kind for a in attempts]
+                    del attempts[kinds.index(max(sorted(set(kinds)), key=kinds.count))]
+                    self.events[p.id, "reflection_cut"] += 1
+                    prompt = self._reflection_prompt(p, attempts, solved)
+                if attempts:
+                    jobs.append((p, attempts, prompt))
+        return jobs
+
+    def _reflection_prompt(self, problem, attempts, solved) -> str:
+        successes = [a.text for a in attempts if a.kind == "success"]
+        failures = [(a.text, a.feedback) for a in attempts if a.kind == "failure"]
+        return reflection_prompt(
+            self.forms, problem.prompt, successes, failures, *solved[problem.id])
+
+    def abstract(self, step):
+        """Tier 3, Eq. 3: the insights of each cluster of similar questions become behaviors.
+
+        An empty bank is filled from nothing (cold start). Later the nearest existing behaviors are
+        shown, and the reply decides which are new, updated or removed. A behavior's name is its key: a
+        new one of a known name updates it, and an update that the gate refuses leaves the old one as
+        it was. Removals come first, whatever the order of a reply: a behavior that is to take the
+        place of others must not be refused for being like them.
         """
         bank = self.living("behavior")
-        jobs = self._cluster_prompts(step, bank)
-        replies = self.abstractor([prompt for *_, prompt in jobs]) if jobs else []
-        by_name, written, removed = {b.title: b.id for b in bank}, [], set()
-        for (strategies, _, _), reply in zip(jobs, replies, strict=True):
-            self._events["", "abstraction"] += 1
-            self._events.update({("", "abstraction_truncated"): 1} if was_cut(reply) else {})
+        jobs = self._abstraction_jobs(step, bank)
+        replies = self.abstractor([prompt for _, prompt in jobs]) if jobs else []
+        by_name = {b.title: b.id for b in bank}
+        written, removed = [], set()
+        for (strategies, _), reply in zip(jobs, replies, strict=True):
+            self.events["", "abstraction"] += 1
+            if was_cut(reply):
+                self.events["", "abstraction_truncated"] += 1
             taken = decisions(parse(reply))
             if taken is None:
-                self._events["", "abstract_parse_failure"] += 1
+                self.events["", "abstract_parse_failure"] += 1
                 continue
             writes, removes, unread = taken
             removed.update(name for name in removes if name in by_name)
-            self._events["", "behavior_rejected"] += unread + sum(name not in by_name for name in removes)
+            unknown = sum(name not in by_name for name in removes)
+            self.events["", "behavior_rejected"] += unread + unknown
             for name, instruction in writes:
-                sources = [problem for problem, texts in strategies.items() if not self.ground_insights or
-                           any(self._contained(instruction, text) for text in texts)]
-                item = Item(0, "behavior", "behavior", "", name, instruction, evidence=json.dumps(sources),
-                            policy_step=None if self.written_elsewhere else step - 1)
-                supported = (len(sources) >= 2 or not self.ground_insights) and instruction.casefold() not in ECHOES
-                if self._measured(item) and name.startswith("behavior_") and supported:
+                sources = self.supporters(instruction, strategies)
+                item = Item(
+                    0, "behavior", "behavior", "", name, instruction, evidence=json.dumps(sources),
+                    policy_step=None if self.written_elsewhere else step - 1)
+                wanted = self._measured(item) and name.startswith("behavior_")
+                if wanted and len(sources) >= self.SUPPORTERS and not is_echo(instruction):
                     written.append(item)
                 else:
-                    self._events["", "behavior_rejected"] += 1
-        vectors = self._embedded(written)
-        with self._writing(step):
-            self._end(step, "behavior", [by_name[name] for name in removed])
+                    self.events["", "behavior_rejected"] += 1
+        vectors = self.embedded(written)
+        with self.writing(step):
+            self.end(step, "behavior", [by_name[name] for name in removed])
             self._admit(step, written, vectors)
 
-    def _cluster_prompts(self, step, bank):
-        """({problem id: its strategies}, known behaviors, prompt) for each cluster that something is remembered of."""
-        kinds = self.tally("insight")
-        remembered = sorted({problem for tier in ("experience", "insight") for problem, _ in self.tally(tier)})
-        random.Random(f"{self.seed} abstract {step}").shuffle(remembered)  # so that a large cluster shows others each time
-        remembered.sort(key=lambda p: (not kinds[p, "strategy"], not kinds[p, "lesson"]))
-        rows = self._query("SELECT id, cluster FROM problem")
-        if self.mode == "transient":
-            rows = self._query(f"SELECT id, embedding FROM problem WHERE id {AMONG} ORDER BY id", json.dumps(remembered))
-            labels = self._clustered(np.stack([np.frombuffer(v, np.float32) for _, v in rows]),
-                                     -(-len(rows) // self.cluster_problems)) if rows else []
-            rows = [(pid, int(label)) for (pid, _), label in zip(rows, labels, strict=True)]
-        label_of, clusters, jobs = dict(rows), defaultdict(list), []
-        for pid in remembered:
-            if pid in label_of and len(clusters[label_of[pid]]) < self.cluster_problems:
-                clusters[label_of[pid]].append(pid)
-        shown = json.dumps([pid for pids in clusters.values() for pid in pids])
-        problems = {pid: (text, np.frombuffer(vector, np.float32)) for pid, text, vector in
-                    self._query(f"SELECT id, text, embedding FROM problem WHERE id {AMONG}", shown)}
-        insights, attempts = self._of("insight", problems), self._of("experience", problems)
-        for _, pids in sorted(clusters.items()):
-            known, = nearest(np.mean([problems[p][1] for p in pids], axis=0, keepdims=True), bank, self.known_behaviors)
-            summary = []
-            for pid in pids:
-                newest = [i for kind in ("strategy", "lesson")
-                          for i in [i for i in insights[pid] if i.kind == kind][-self.cluster_insights:]]
-                raw = [f"{self.forms.correct if e.kind == 'success' else self.forms.wrong}\n{e.text}" for e in attempts[pid]]
-                summary.append((problems[pid][0], [f"- {i.title}: {i.text}" for i in newest] or raw))
-            names = [(b.title, b.text) for b in known]
-            while summary and not self.fits(prompt := abstraction_prompt(self.forms, summary, names)):
+    def _abstraction_jobs(self, step, bank):
+        """[({problem id: its strategies}, prompt)] for each cluster that something is remembered of."""
+        clusters = self._remembered_clusters(step)
+        shown = [id for ids in clusters for id in ids]
+        rows = self.query(
+            f"SELECT id, text, embedding FROM problem WHERE id {AMONG}", json.dumps(shown))
+        prompts = {id: text for id, text, _ in rows}
+        vectors = {id: np.frombuffer(vector, np.float32) for id, _, vector in rows}
+        insights = self.living_of("insight", shown)
+        experience = self.living_of("experience", shown)
+        jobs = []
+        for ids in clusters:
+            center = np.mean([vectors[id] for id in ids], axis=0, keepdims=True)
+            (known,) = nearest(center, bank, self.known_behaviors)
+            known = [(b.title, b.text) for b in known]
+            summary = [(prompts[id], self._digest(insights[id], experience[id])) for id in ids]
+            prompt = abstraction_prompt(self.forms, summary, known)
+            while summary and not self.fits(prompt):
                 summary.pop()  # too long for the model: the last problem goes
-                self._events["", "abstraction_cut"] += 1
+                self.events["", "abstraction_cut"] += 1
+                prompt = abstraction_prompt(self.forms, summary, known)
             if summary:
-                strategies = {p: [i.text for i in insights[p] if i.kind == "strategy"] for p in pids[: len(summary)]}
-                jobs.append((strategies, known, prompt))
+                strategies = {
+                    id: [i.text for i in insights[id] if i.kind == "strategy"]
+                    for id in ids[: len(summary)]
+                }
+                jobs.append((strategies, prompt))
         return jobs
 
+    def _digest(self, insights, attempts) -> list[str]:
+        """A problem's lines in an abstraction prompt: its newest insights, or its raw attempts."""
+        lines = []
+        for kind in ("strategy", "lesson"):
+            newest = [i for i in insights if i.kind == kind][-self.cluster_insights :]
+            lines += [f"- {i.title}: {i.text}" for i in newest]
+        if lines:
+            return lines
+        verdict = {"success": self.forms.correct, "failure": self.forms.wrong}
+        return [f"{verdict[a.kind]}\n{a.text}" for a in attempts]
+
+    def _remembered_clusters(self, step) -> list[list[str]]:
+        """Problem ids by cluster, of those that something is remembered of.
+
+        Problems with strategies come first, those with lessons next, in an order drawn for the step,
+        so that a large cluster shows others each time.
+        """
+        insights, attempts = self.tally("insight"), self.tally("experience")
+        remembered = sorted({problem for problem, _ in [*insights, *attempts]})
+        random.Random(f"{self.seed} abstract {step}").shuffle(remembered)
+        remembered.sort(key=lambda p: (not insights[p, "strategy"], not insights[p, "lesson"]))
+        if self.mode == "transient":
+            labels = self._labels_of(remembered)
+        else:
+            labels = dict(self.query("SELECT id, cluster FROM problem"))
+        clusters = defaultdict(list)
+        for id in remembered:
+            if id in labels and len(clusters[labels[id]]) < self.cluster_problems:
+                clusters[labels[id]].append(id)
+        return [ids for _, ids in sorted(clusters.items())]
+
+    def _labels_of(self, problems) -> dict[str, int]:
+        """{id: cluster} of some problems clustered by themselves: a transient memory knows no others."""
+        rows = self.query(
+            f"SELECT id, embedding FROM problem WHERE id {AMONG} ORDER BY id", json.dumps(problems))
+        if not rows:
+            return {}
+        vectors = np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
+        labels = self._clustered(vectors, math.ceil(len(rows) / self.cluster_problems))
+        return {id: int(label) for (id, _), label in zip(rows, labels, strict=True)}
+
     def _measured(self, item) -> bool:
-        """Notes an item that a model proposed, and shortcut-like phrasing in it; False if it is to be dropped for that."""
+        """Notes a proposed item and shortcut-like phrasing in it; False if it is dropped for that."""
         families = shortcuts(f"{item.title}. {item.text}")
         item.shortcuts = " ".join(families)
-        flags = [f"shortcut_{family}" for family in families] + ["shortcut"] * bool(families)
-        self._events.update([(item.problem, kind) for kind in [f"{item.tier}_proposed", *flags]])
+        self.events[item.problem, f"{item.tier}_proposed"] += 1
+        for family in families:
+            self.events[item.problem, f"shortcut_{family}"] += 1
+        if families:
+            self.events[item.problem, "shortcut"] += 1
         return not (families and self.drop_shortcuts)
-
-    def _vectors(self, texts):
-        """(len(texts), D): what `embed` says of them, as the store and all cosines need it."""
-        if not texts:
-            return np.zeros((0, int(self.meta["dimension"])), np.float32)
-        vectors = unit_rows(self.embed(texts))
-        if len(vectors) != len(texts):
-            raise ValueError(f"the embedder gave {len(vectors)} rows for {len(texts)} texts: name another --embedder")
-        return vectors
-
-    def _embedded(self, items):
-        return self._vectors([i.embedded_text for i in items])
 
     def _admit(self, step, items, vectors):
         """Puts items of one tier, with their embeddings, through the gate of their problem and kind."""
         if not items:
             return
-        tier, groups, admitted, lost = items[0].tier, defaultdict(list), [], []
-        held = self._of(tier, {i.problem for i in items}, WITH_EMBEDDING)
+        tier = items[0].tier
+        held = self.living_of(tier, {i.problem for i in items}, WITH_EMBEDDING)
+        groups = defaultdict(list)
         for item, vector in zip(items, vectors, strict=True):
             item.embedding = vector
             groups[item.problem, item.kind].append(item)
+        admitted, lost = [], []
         for (problem, kind), new in groups.items():
             old = [i for i in held[problem] if i.kind == kind]
             table = np.stack([i.embedding for i in old + new])
             texts = np.array([plain(i.text) for i in old + new], object)
             names = [i.title for i in old + new] if tier == "behavior" else None
-            stay, refused, updates = gate(table @ table.T, len(old), self.caps[kind], self.novelty[tier],
-                                          texts[:, None] == texts, names)
+            stay, refused, updates = gate(
+                table @ table.T, len(old), self.caps[kind], self.novelty[tier],
+                texts[:, None] == texts, names)
             lost += [old[i].id for i in set(range(len(old))) - set(stay)]
             admitted += [new[i - len(old)] for i in stay if i >= len(old)]
             evicted = len(old) + len(new) - len(stay) - refused - updates
-            for what, n in (("duplicate", refused), ("evicted", evicted), ("updated", updates)):
-                self._events[problem, f"{tier}_{what}"] += n
-        self._end(step, tier, lost)
-        self.db.executemany(
-            f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
-            [(tier, i.kind, i.problem, i.title, i.text, i.reward, i.feedback, i.evidence, i.shortcuts,
-              step, i.policy_step, i.embedding.tobytes()) for i in admitted])
-        self._sizes[tier] += len(admitted)
+            self.events[problem, f"{tier}_duplicate"] += refused
+            self.events[problem, f"{tier}_evicted"] += evicted
+            self.events[problem, f"{tier}_updated"] += updates
+        self.end(step, tier, lost)
+        self.insert(step, tier, admitted)
 
-    def _end(self, step, tier, ids):
-        self.db.executemany(f"UPDATE item SET {ENDED} WHERE id = ?", [(step, id) for id in ids])
-        self._sizes[tier] -= len(ids)
+    # -- what nano.grounded.GroundedMemory replaces (deviation 7)
 
-    # -- grounding (ours, `ground_insights`) --------------------------------------------------------------------------
+    SUPPORTERS = 0  # problems whose strategies a behavior needs
 
-    def _terms(self, text):
-        found = re.findall(self.forms.key_term, text.lower())
-        return {t.replace("!", "=") for t in found} if self.forms.literal else {
-            t.removesuffix("s") for t in found if t not in ENGLISH_STOP_WORDS}
+    def evidence_sets(self, attempts, insights) -> list[list[Item]]:
+        """The sets of a problem's attempts of which each is reflected on: all together (B.1)."""
+        return [list(attempts)] if attempts else []
 
-    def _contained(self, text, evidence) -> bool:
-        terms = self._terms(text)
-        return bool(terms) and len(terms & self._terms(evidence)) >= (1 if self.forms.literal else self.HALF) * len(terms)
+    def accepts_insight(self, insight, evidence) -> bool:
+        return True
 
-    def _grounded(self, insight, attempt) -> bool:
-        """Whether an attempt, with its feedback, contains an insight. In nano a lesson is about all terms of the attempt, at
-        least one of which is wrong, or about terms that its feedback names: of the others nobody knows that they failed."""
-        if self.forms.literal and insight.kind == "lesson":
-            terms = self._terms(insight.text)
-            return bool(terms) and (terms <= self._terms(attempt.feedback) or terms == self._terms(attempt.text))
-        return self._contained(insight.text, f"{attempt.text}\n{attempt.feedback}")
+    def supporters(self, instruction, strategies) -> list[str]:
+        """The ids of the problems that a behavior comes from. strategies: {problem id: texts}."""
+        return list(strategies)
 
-    def _contradict(self, step, attempts):
-        """Ends the insights that these attempts contradict; see the class."""
-        insights = self._of("insight", {a.problem for a in attempts})
-        for attempt in attempts:
-            terms, kind = self._terms(attempt.text), "strategy" if attempt.kind == "failure" else "lesson"
-            living = insights[attempt.problem]
-            items = [i for i in living if i.kind == kind and self._terms(i.text) and self._terms(i.text) <= terms]
-            blamed = self._terms(attempt.feedback or "") if self.forms.literal else set()
-            if blamed and kind == "strategy":
-                items = [i for i in items if self._terms(i.text) <= blamed]
-            elif self.forms.literal and kind == "strategy":  # nothing else it did may be to blame
-                items = items if set().union(*(self._terms(i.text) for i in items)) == terms else []
-            elif kind == "lesson" and not self.forms.literal:  # a success that names a mistake need not have made it
-                items = []
-            if items:
-                insights[attempt.problem] = [i for i in living if i not in items]
-                self._end(step, "insight", [i.id for i in items])
-                self._events[attempt.problem, "insight_contradicted"] += len(items)
+    def contradict(self, step, attempts):
+        """Ends the insights that these attempts contradict: none here."""
 
-    # -- reading ------------------------------------------------------------------------------------------------------
+    def note_support(self, step, rollout, items):
+        """Counts what a teacher was offered: nothing here."""
 
-    def living(self, tier, problem=None) -> list[Item]:
-        """The living items of a tier, oldest first; of one problem if it is given."""
-        where, args = ("AND problem = ?", (problem,)) if problem is not None else ("", ())
-        rows = self._query(f"SELECT {WITH_EMBEDDING} FROM item WHERE tier = ? AND ended IS NULL {where}", tier, *args)
-        return sorted(map(Item.from_row, rows), key=lambda i: i.id)
+    # -- reading
 
-    def _of(self, tier, problems, columns=COLUMNS) -> dict[str, list[Item]]:
-        """{problem id: the living items of a tier, oldest first, by default without their embeddings}"""
-        found = defaultdict(list)
-        rows = self._query(f"SELECT {columns} FROM item WHERE tier = ? AND problem {AMONG} AND ended IS NULL",
-                           tier, json.dumps(list(problems)))
-        for item in sorted(map(Item.from_row, rows), key=lambda i: i.id):
-            found[item.problem].append(item)
-        return found
-
-    def as_of(self, step, tier, problem=None) -> list[Item]:
-        """The items of a tier that were alive at the END of `step`, oldest first; of one problem if it is given."""
-        where, args = ("AND problem = ?", (problem,)) if problem is not None else ("", ())
-        rows = [row for ended, by in (("ended IS NULL", ()), ("ended > ?", (step,))) for row in self._query(
-            f"SELECT {WITH_EMBEDDING} FROM item WHERE {ended} AND +born <= ? AND tier = ? {where}", *by, step, tier, *args)]
-        return sorted(map(Item.from_row, rows), key=lambda i: i.id)
-
-    def contexts(self, rollouts, step, tiers=("experience", "insight", "behavior"), refreshed=False) -> list[dict]:
+    def contexts(self, rollouts, step, tiers=TIERS, refreshed=False) -> list[dict]:
         """What the teacher may read for each rollout, as keyword arguments of `compose` (Eq. 4).
 
-        A problem's own experience and insight after this step's update; behaviors from the bank as it was at the end
-        of the step before (`refreshed`: after this step's refresh, as in Algorithm 1, lines 11 to 14); the most recent
-        stored success that is not the rollout's own. `tiers` hides blocks for the ablations and changes no extraction;
-        solution and feedback are those of experience (Table 4's modes).
-        Of a frozen memory all behaviors and all successes: its steps and rollouts are another run's, even where the
-        numbers and ids are alike.
+        A problem's own experience and insight after this step's update. Behaviors from the bank as it
+        was at the end of the step before (`refreshed`: after this step's refresh, as in Algorithm 1,
+        lines 11 to 14). The most recent stored success that is not the rollout's own. `tiers` hides
+        blocks for the ablations and changes no extraction; solution and feedback are those of
+        experience (Table 4's modes).
+
+        Of a frozen memory all behaviors and all successes: its steps and rollouts are another run's,
+        even where the numbers and ids are alike.
         """
-        frozen = self.mode == "frozen"
         problems = {r.problem.id: r.problem for r in rollouts}
-        insights = self._of("insight", problems) if "insight" in tiers else defaultdict(list)
-        attempts = self._of("experience", problems) if "experience" in tiers else defaultdict(list)
+        insights = self.living_of("insight", problems if "insight" in tiers else ())
+        attempts = self.living_of("experience", problems if "experience" in tiers else ())
         bank = []
         if "behavior" in tiers:
-            bank = self.living("behavior") if refreshed or frozen else self.as_of(step - 1, "behavior")
-        if self.query_feedback and bank:  # B.5: optional
-            queries = self._vectors([f"{r.problem.prompt}\n{clean(r.feedback)}" for r in rollouts])
-            skills = nearest(queries, bank, self.retrieve_k)
-        else:
-            found = nearest(self._question_vectors(problems.values()), bank, self.retrieve_k)
-            of = dict(zip(problems, found, strict=True))
-            skills = [of[r.problem.id] for r in rollouts]
-        texts = {pid: as_context(insights[pid], []) for pid in problems}
-        successes = {pid: [(a.text, a.sources) for a in attempts[pid] if a.kind == "success"] for pid in problems}
+            now = refreshed or self.frozen
+            bank = self.living("behavior") if now else self.as_of(step - 1, "behavior")
         contexts = []
-        for r, behaviors in zip(rollouts, skills, strict=True):
-            others = [text for text, sources in successes[r.problem.id] if frozen or r.id not in sources]
-            contexts.append({**texts[r.problem.id], "behaviors": [(b.title, b.text) for b in behaviors],
-                             "solution": others[-1] if others else "",
-                             "feedback": r.feedback if "experience" in tiers else ""})
-            if self.ground_insights and not frozen:
-                outcome = "support_success" if r.reward > SUCCESS else "support_failure"
-                read = insights[r.problem.id] + behaviors
-                self._events.update([(f"#{i.id}", outcome) for i in read if i.born < step])
-        if self._events:
-            with self._writing(step):
+        for r, behaviors in zip(rollouts, self._skills(rollouts, bank), strict=True):
+            successes = [
+                a.text
+                for a in attempts[r.problem.id]
+                if a.kind == "success" and (self.frozen or r.id not in a.sources)
+            ]
+            contexts.append({
+                **as_context(insights[r.problem.id], behaviors),
+                "solution": successes[-1] if successes else "",
+                "feedback": r.feedback if "experience" in tiers else "",
+            })
+            self.note_support(step, r, insights[r.problem.id] + behaviors)
+        if self.events:
+            with self.writing(step):
                 pass  # only the events
         return contexts
 
-    def _question_vectors(self, problems):
-        """(n, D) embeddings of questions, from the file where it holds them."""
-        ids = json.dumps([p.id for p in problems])
-        stored = dict(self._query(f"SELECT id, embedding FROM problem WHERE id {AMONG}", ids))
-        if unknown := [p for p in problems if p.id not in stored]:
-            vectors = self._vectors([p.prompt for p in unknown])
-            stored |= {p.id: v.tobytes() for p, v in zip(unknown, vectors, strict=True)}
-        return np.stack([np.frombuffer(stored[p.id], np.float32) for p in problems])
+    def _skills(self, rollouts, bank) -> list[list[Item]]:
+        """The behaviors nearest to each rollout's question, or to question and feedback (B.5: optional)."""
+        if self.query_feedback and bank:
+            queries = [f"{r.problem.prompt}\n{clean(r.feedback)}" for r in rollouts]
+            return nearest(self.vectors(queries), bank, self.retrieve_k)
+        problems = {r.problem.id: r.problem for r in rollouts}
+        found = nearest(self.question_vectors(problems.values()), bank, self.retrieve_k)
+        of = dict(zip(problems, found, strict=True))
+        return [of[r.problem.id] for r in rollouts]
 
-    def inference_contexts(self, problems, tiers=("experience", "insight", "behavior"), neighbors=1) -> list[dict]:
-        """What may be put into the PROMPT of held-out problems, as keyword arguments of `compose`; they have no memory of
-        their own, so they read the insight and the latest success of their `neighbors` nearest training problems, by
-        question embedding, and the nearest behaviors. A problem that was trained on (see `own_problems`) reads nothing of
-        itself: the next nearest takes its place. Ours: the paper does not say how its frozen-policy rows feed memory at
-        test time."""
-        known = self._query("SELECT id, text, embedding FROM problem ORDER BY id")
-        vectors, own = self._vectors([p.prompt for p in problems]), self.own_problems(problems)
-        table = np.array([np.frombuffer(vector, np.float32) for *_, vector in known]).reshape(len(known), vectors.shape[1])
+    def inference_contexts(self, problems, tiers=TIERS, neighbors=1) -> list[dict]:
+        """What may be put into the PROMPT of held-out problems, as keyword arguments of `compose`.
+
+        They have no memory of their own, so they read the insight and the latest success of their
+        `neighbors` nearest training problems, by question embedding, and the nearest behaviors. A
+        problem that was trained on (see `own_problems`) reads nothing of itself: the next nearest
+        takes its place. Ours: the paper does not say how its frozen-policy rows feed memory at test
+        time.
+        """
+        known = self.query("SELECT id, text, embedding FROM problem ORDER BY id")
+        vectors, own = self.vectors([p.prompt for p in problems]), self.own_problems(problems)
+        table = np.array([np.frombuffer(vector, np.float32) for *_, vector in known])
+        table = table.reshape(len(known), vectors.shape[1])
         order = np.argsort(-(vectors @ table.T), axis=1, kind="stable")
-        near = [[i for i in row if not is_own[i]][:neighbors] for row, is_own in zip(order, own, strict=True)]
-        ids = {known[i][0] for row in near for i in row}
-        insights = self._of("insight", ids) if "insight" in tiers else defaultdict(list)
-        attempts = self._of("experience", ids) if "experience" in tiers else {}
-        solved = {pid: [a.text for a in found if a.kind == "success"][-1:] for pid, found in attempts.items()}
-        skills = nearest(vectors, self.living("behavior") if "behavior" in tiers else [], self.retrieve_k)
-        return [as_context([item for i in row for item in insights[known[i][0]]], behaviors)
-                | {"examples": [(known[i][1], text) for i in row for text in solved.get(known[i][0], ())]}
-                for row, behaviors in zip(near, skills, strict=True)]
+        near = [
+            [known[i] for i in row if not is_own[i]][:neighbors]
+            for row, is_own in zip(order, own, strict=True)
+        ]
+        ids = {id for row in near for id, *_ in row}
+        insights = self.living_of("insight", ids if "insight" in tiers else ())
+        attempts = self.living_of("experience", ids if "experience" in tiers else ())
+        bank = self.living("behavior") if "behavior" in tiers else []
+        contexts = []
+        for row, behaviors in zip(near, nearest(vectors, bank, self.retrieve_k), strict=True):
+            examples = []
+            for id, text, _ in row:
+                successes = [a.text for a in attempts[id] if a.kind == "success"]
+                examples += [(text, success) for success in successes[-1:]]
+            read = [item for id, *_ in row for item in insights[id]]
+            contexts.append(as_context(read, behaviors) | {"examples": examples})
+        return contexts
 
     def own_problems(self, problems) -> np.ndarray:
-        """(len(problems), training problems in the order of their ids): whether the one is the other, by its id or by its
-        prompt up to white space."""
-        known = self._query("SELECT id, text FROM problem ORDER BY id")
-        ids, texts = np.array([id for id, _ in known], object), np.array([plain(text) for _, text in known], object)
+        """(len(problems), training problems in the order of their ids): whether the one is the other.
+
+        By its id, or by its prompt up to white space.
+        """
+        known = self.query("SELECT id, text FROM problem ORDER BY id")
+        ids = np.array([id for id, _ in known], object)
+        texts = np.array([plain(text) for _, text in known], object)
         own = [(ids == p.id) | (texts == plain(p.prompt)) for p in problems]
         return np.array(own, bool).reshape(len(problems), len(known))
 
     def overlap(self, problems) -> str:
-        """What a reader of `inference_contexts` has to be told of problems that were trained on; "" where there are none."""
+        """Says which problems of `inference_contexts` were trained on; "" where there are none."""
         own = self.own_problems(problems)
         trained_on, alone = own.any(axis=1).sum(), own.all(axis=1).sum()
         if not trained_on:
             return ""
-        said = (f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was written on (the same "
-                "id or text): they read not their own insight and success but those of the nearest other problem")
-        return said + f"; {alone} have no other and read behaviors alone" * bool(alone)
-
-    def holds(self, step) -> bool:
-        """Whether anything was remembered at the end of `step`."""
-        return bool(self._query("SELECT 1 FROM item WHERE born <= ? AND (ended IS NULL OR ended > ?) LIMIT 1", step, step))
-
-    def last_step(self) -> int:
-        """The last step that left a trace; 0 for none."""
-        return max(self._query("SELECT COALESCE(MAX(step), 0) FROM event")[0][0],
-                   self._query("SELECT COALESCE(MAX(born), 0) FROM item")[0][0])
-
-    def prompts(self) -> dict[str, str]:
-        """{id: prompt} of the problems that `add_problems` was given."""
-        return dict(self._query("SELECT id, text FROM problem"))
-
-    def sizes(self) -> dict[str, int]:
-        """Living items in each tier."""
-        return {tier: self._sizes[tier] for tier in ("experience", "insight", "behavior")}
-
-    def tally(self, tier) -> Counter:
-        """{(problem id, kind): living items of a tier}"""
-        return Counter({(problem, kind): n for problem, kind, n in self._query(
-            "SELECT problem, kind, COUNT(*) FROM item WHERE tier = ? AND ended IS NULL GROUP BY problem, kind", tier)})
-
-    def counts(self, step=None) -> dict[str, int]:
-        """How often each kind of event happened, in all or in one step."""
-        where, args = ("WHERE step = ?", (step,)) if step is not None else ("", ())
-        return dict(self._query(f"SELECT kind, SUM(n) FROM event {where} GROUP BY kind ORDER BY kind", *args))
+        said = (
+            f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was "
+            "written on (the same id or text): they read not their own insight and success but those "
+            "of the nearest other problem"
+        )
+        if alone:
+            said += f"; {alone} have no other and read behaviors alone"
+        return said
 
     def _success_fractions(self, problems, step) -> dict[str, tuple[int, int]]:
-        """{problem id: (successes, attempts)}: the confidence signal of reflection, over the whole run so far, or over this
-        step where memory ends with it."""
-        first = step if self.mode == "transient" else 0
-        rows = self._query("SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') AND step >= ? AND "
-                           f"subject {AMONG} GROUP BY subject, kind", first, json.dumps(list(problems)))
-        n = {(subject, kind): total for subject, kind, total in rows}
-        return {p: (n.get((p, "success"), 0), n.get((p, "success"), 0) + n.get((p, "failure"), 0)) for p in problems}
+        """{problem id: (successes, attempts)}: the confidence signal of reflection.
 
-    # -- time ---------------------------------------------------------------------------------------------------------
+        Over the whole run so far, or over this step where memory ends with it.
+        """
+        first = step if self.mode == "transient" else 0
+        rows = self.query(
+            "SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') "
+            f"AND step >= ? AND subject {AMONG} GROUP BY subject, kind",
+            first, json.dumps(list(problems)))
+        n = Counter({(subject, kind): total for subject, kind, total in rows})
+        return {p: (n[p, "success"], n[p, "success"] + n[p, "failure"]) for p in problems}
+
+    # -- time
 
     def forget(self, step):
-        """Ends everything that lives at `step`: the transient control keeps nothing from one step to the next."""
-        with self._writing(step):
-            self.db.execute(f"UPDATE item SET {ENDED} WHERE ended IS NULL", (step,))
-            self._sizes.clear()
+        """Ends everything that lives at `step`: the transient control keeps nothing between steps."""
+        self.end_all(step)
 
     def truncate_after(self, step):
-        """Back to the end of `step`: what was born later is deleted, what ended later lives again.
-
-        Embeddings that were dropped are made anew. A transient memory is empty at the end of a step, also of one that
-        another run took: a fork's.
-        """
-        bare = [Item.from_row(row) for row in self._query(
-            f"SELECT {WITH_EMBEDDING} FROM item WHERE ended > ? AND born <= ? AND embedding IS NULL", step, step)]
-        vectors = self._embedded(bare) if self.embed else []
-        with self._writing(step):  # sizes by what changes, as elsewhere: to count all would take longer than the rest
-            dead = self.db.execute("SELECT tier FROM item WHERE born > ? AND +ended IS NULL", (step,)).fetchall()
-            self.db.execute("DELETE FROM item WHERE born > ?", (step,))
-            revived = self.db.execute("SELECT tier FROM item WHERE ended > ?", (step,)).fetchall()
-            self.db.execute("UPDATE item SET ended = NULL WHERE ended > ?", (step,))
-            self.db.execute("DELETE FROM event WHERE step > ?", (step,))
-            self.db.executemany("UPDATE item SET embedding = ? WHERE id = ?",
-                                [(v.tobytes(), i.id) for i, v in zip(bare, vectors, strict=bool(self.embed))])
-            self._sizes.update(tier for tier, in revived)
-            self._sizes.subtract(tier for tier, in dead)
+        """Goes back to the end of `step`. There a transient memory is empty, also of another run's."""
+        super().truncate_after(step)
         if self.mode == "transient":
             self.forget(step)
 
-    def copy_to(self, path):
-        """A copy of the file as it is now, for a checkpoint; a WAL database copied by hand may miss its last commits."""
-        with self._explained(), contextlib.closing(sqlite3.connect(path)) as copy:
-            self.db.backup(copy)
 
-    def settle(self):
-        """Has the disk hold all that was committed: what a checkpoint relies on. A kill alone loses nothing anyway."""
-        if self.mode != "frozen":
-            self._query("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def close(self):
-        self.settle()
-        self.db.close()
-
-
-def nearest(vectors, items, k) -> list[list[Item]]:
-    """For each row of `vectors` (n, D) the k items nearest by cosine, best first; the older first among equals."""
-    if not items:
-        return [[] for _ in vectors]
-    order = np.argsort(-(vectors @ np.stack([i.embedding for i in items]).T), axis=1, kind="stable")  # (n, items)
-    return [[items[i] for i in row[:k]] for row in order]
+def is_echo(text) -> bool:
+    """Whether a model copied a placeholder of its instructions."""
+    return text.casefold() in ECHOES
 
 
 def as_context(insights, behaviors) -> dict:
@@ -1257,127 +886,55 @@ def as_context(insights, behaviors) -> dict:
             "behaviors": [(b.title, b.text) for b in behaviors]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Looking at it
-# ---------------------------------------------------------------------------------------------------------------------
-
-def describe(memory, problem, step=None) -> str:
-    """One problem's memory in readable form, at the end of `step` or now: experience, insight, retrieved behaviors."""
-    step = 10**9 if step is None else step
-    found = memory._query("SELECT text, embedding FROM problem WHERE id = ?", problem)
-    if not found:
-        raise ValueError(f"{memory.path} knows no problem {problem!r}; `show` without --problem lists some")
-    (text, vector), = found
-    tiers = {tier: memory.as_of(step, tier, problem) for tier in ("experience", "insight")}
-    tiers["behavior"], = nearest(np.frombuffer(vector, np.float32)[None], memory.as_of(step, "behavior"), memory.retrieve_k)
-    solved = dict(memory._query("SELECT kind, SUM(n) FROM event WHERE subject = ? AND step <= ? AND kind IN "
-                                "('success', 'failure') GROUP BY kind", problem, step))
-    lines = [f"problem {problem}: {text}",
-             f"  solved in {solved.get('success', 0)} of {sum(solved.values())} attempts so far"]
-    for tier, items in tiers.items():
-        lines += [f"  {tier}" + ("" if items else ": none yet"), *(f"    {line_of(i)}" for i in items)]
-    return printable("\n".join(lines))
+def open_memory(run, method):
+    """The memory of a run; on several ranks, rank 0's behind OnRankZero. run: see runtime/run.py. method: a pmd.PMD."""
+    sampler = method.sampler
+    if world() == 1:
+        return memory_of(run, method, sampler.ask)
+    memory = memory_of(run, method, OnRankZero.generator(sampler)) if rank() == 0 else None
+    return OnRankZero(memory, sampler)
 
 
-def line_of(item):
-    head = " ".join(x for x in (item.kind if item.tier != "behavior" else "", item.title) if x)
-    seen = f" (feedback: {item.feedback})" if item.feedback else ""
-    flags = f" [shortcut: {item.shortcuts}]" if item.shortcuts else ""
-    return f"[step {item.born}] {head}: {item.text}{seen}{flags}".replace("\n", "\n      ")
+def memory_of(run, method, generate):
+    cfg, problems = method.cfg, method.task.train
+    if not method.memory_mode:  # nothing is remembered, so nothing is embedded
+        return Memory(":memory:", make_embedder(replace(cfg, embedder="hashing")), None)
+    path = run.folder / "memory.db"
+    if not path.exists():
+        take_memory(path, run, method)
 
+    def fits(prompt):
+        return len(encode_prompt(method.tokenizer, prompt)) <= cfg.max_reprompt
 
-def printable(text):
-    """Without the control characters with which a model's text could steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
-    """Readable tiers: one problem's, or the items of one tier or of all, at the end of `step` or now, that hold `grep`."""
-    if problem is not None:
-        return describe(memory, problem, step)
-    at = 10**9 if step is None else step
-    items = {t: memory.as_of(at, t) for t in ([tier] if tier else ["experience", "insight", "behavior"])}
-    lines = []
-    for name, found in items.items():
-        if grep:
-            found = [i for i in found if grep.lower() in f"{i.problem} {i.title} {i.text} {i.feedback}".lower()]
-        lines.append(f"{name}: {len(found)} items" + (f" that hold {grep!r}" if grep else ""))
-        groups = defaultdict(list)
-        for item in found:
-            groups[item.problem].append(item)
-        whole = tier or grep or name == "behavior"
-        for pid, group in groups.items() if whole else list(groups.items())[:3]:
-            lines += [f"  problem {pid}"] * bool(pid) + [f"    {line_of(i)}" for i in group]
-        if not whole and len(groups) > 3:
-            lines.append(f"  ... and {len(groups) - 3} more problems: --tier {name} shows all, --problem ID one of them")
-    return printable("\n".join(lines))
-
-
-def growth(memory) -> dict[str, np.ndarray]:
-    """Living items at the end of each step, 0 to the last with an event or a birth: {kind: (steps + 1,)}."""
-    rows = memory._query("SELECT kind, born, ended, shortcuts != '' FROM item")
-    last = max([0, *(born for _, born, *_ in rows), *memory._query("SELECT COALESCE(MAX(step), 0) FROM event")[0]])
-    kinds = ("success", "failure", "strategy", "lesson", "behavior", "shortcut")
-    changes = {kind: np.zeros(last + 2, int) for kind in kinds}
-    for kind, born, ended, flagged in rows:
-        for name in [kind] + ["shortcut"] * flagged:
-            changes[name][born] += 1
-            changes[name][last + 1 if ended is None else ended] -= 1
-    return {kind: change.cumsum()[:-1] for kind, change in changes.items()}
-
-
-def stats(memory, png) -> str:
-    """The growth curves of the paper's Figure 6, as a table, and as a picture in the file `png`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    curves, problems = growth(memory), memory._query("SELECT COUNT(*) FROM problem")[0][0]
-    last = len(curves["behavior"]) - 1
-    at = sorted({round(x) for x in np.linspace(0, last, 13)})
-    lines = [f"{'step':>6} " + " ".join(f"{kind:>9}" for kind in curves)]
-    lines += [f"{step:>6} " + " ".join(f"{curve[step]:>9}" for curve in curves.values()) for step in at]
-    cap = json.loads(memory.meta["caps"])["strategy"] * problems
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for kind in ("strategy", "lesson"):
-        left.plot(curves[kind], label={"strategy": "strategies", "lesson": "lessons"}[kind])
-    left.axhline(cap, linestyle=":", color="gray", label=f"cap of each, {cap}")
-    left.set(title="insight", xlabel="step", ylabel="living items", yscale="symlog" if cap > 20 * max(
-        curves["strategy"].max(), curves["lesson"].max(), 1) else "linear")
-    left.legend()
-    right.plot(curves["behavior"], color="tab:green")
-    right.set(title="behavior", xlabel="step", ylabel="living items")
-    figure.savefig(png, dpi=150)
-    pyplot.close(figure)
-    return "\n".join([*lines, f"{problems} problems; picture: {png}"])
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python memory.py", description="Look at the memory of a run; nothing is changed.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (("show", "print what is remembered"), ("stats", "how each tier grew: a table and a picture")):
-        command = commands.add_parser(name, help=about, description=about)
-        command.add_argument("path", help="a run's memory.db")
-        if name == "show":
-            command.add_argument("--problem", metavar="ID", help="one problem: its attempts, its insight, its behaviors")
-            command.add_argument("--tier", choices=("experience", "insight", "behavior"), help="all items of one tier")
-            command.add_argument("--step", type=int, metavar="N", help="as it was at the end of step N (default: now)")
-            command.add_argument("--grep", metavar="TEXT", help="only items that hold TEXT, in upper or lower case")
-        else:
-            command.add_argument("--png", help="where the picture goes (default: memory.png beside the file)")
-    args = vars(parser.parse_args(argv))
-    if not 0 <= (args.get("step") or 0) < 2**63:  # SQLite holds no larger one
-        parser.error(f"--step {args['step']} is no step of a run")
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
-    command, path = args.pop("command"), args.pop("path")
+    kind = method.memory_class()
     try:
-        memory = Memory(path, None, None, mode="frozen")
-        png = args.pop("png", None) or Path(path).with_name("memory.png")
-        print(show(memory, **args) if command == "show" else stats(memory, png))
-    except (ValueError, OSError) as error:
-        sys.exit(f"memory.py: {error}")
+        memory = kind(
+            path, make_embedder(cfg), generate, make_abstractor(cfg),
+            forms=FORMS_OF.get(problems[0].verifier, "question"), embedder=cfg.embedder, mode=method.memory_mode,
+            drop_shortcuts=cfg.drop_shortcuts, query_feedback=cfg.query_feedback, max_insights=cfg.max_insights,
+            clusters=cfg.clusters, retrieve_k=cfg.retrieve_k, seed=cfg.seed, fits=fits)
+    except ValueError as error:
+        copy = f"; the same command then takes the copy in {run.saved}" if run.saved else ""
+        raise RunError(f"{error}{copy}") from error
+    if method.remembers:
+        memory.add_problems(problems)
+    return memory
 
 
-if __name__ == "__main__":
-    main()
+def take_memory(path, run, method):
+    """Puts a copy of the memory that a run begins with at `path`: a lender's, or that of a checkpoint; or nothing.
+
+    A copy, for the run resumes when the other is gone.
+    """
+    aside = path.with_name("memory.partial")
+    if method.memory_mode == "frozen":
+        source, step = memory_source(method.cfg)
+        aside.unlink(missing_ok=True)
+        with contextlib.closing(Store(source, frozen=True)) as lent:
+            lent.copy_to(aside)
+        with contextlib.closing(Store(aside)) as copied:
+            copied.truncate_after(int(step or 10**9))
+        aside.rename(path)
+    elif run.saved and (run.saved / "memory.db").exists():  # of a fork, or of a run that lost its file
+        run.take_memory(aside)
+        aside.rename(path)

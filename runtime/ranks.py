@@ -1,7 +1,6 @@
 """Several devices: one process each, under torchrun. Every rank runs train(); they differ in the data they hold. Rank 0 owns
 the memory's file and writes the records. One process is a world of one rank, through the same lines.
 
-cfg is pmd.Config throughout.
 """
 
 import atexit
@@ -20,6 +19,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+GRACE = 1800  # seconds between SIGTERM and SIGKILL of a job with several processes: a step has to end and be saved
 
 
 class Unsupported(ValueError):
@@ -69,19 +70,19 @@ def start_ranks(cfg):
         end_with_the_others()
     elif count > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-                   f"--shutdown-timeout={cfg.grace}", "--", *sys.argv]
+                   f"--shutdown-timeout={GRACE}", "--", *sys.argv]
         print("restarting as: " + shlex.join(command), flush=True)
         os.execv(sys.executable, command)
 
 
 @contextlib.contextmanager
 def ranks_around(cfg):
-    """Starts the ranks after the checks in its body, or every process would say what is wrong; under torchrun, which has
-    started them, joins first."""
+    """Starts the ranks after the checks in its body, or every process would say what is wrong. Under torchrun, which has
+    started them, joins first. Gives whether this process will be replaced by those of the ranks."""
     joined = "RANK" in os.environ
     if joined:
         start_ranks(cfg)
-    yield
+    yield not joined and count_ranks(cfg) > 1
     if not joined:
         start_ranks(cfg)
 

@@ -58,7 +58,6 @@ ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "
 UNPROTECTED = """Running generated code WITHOUT a sandbox. It gets a fresh process with limits on CPU time, memory, file
 size and processes, and nothing else: it can read and write all that you can, use the network, signal your processes and
 leave some behind. Install the sandbox (apt install bubblewrap libseccomp2), or do this where nothing can be lost."""
-
 # What no contest program needs of the kernel. A name that the library does not know on this machine is passed over.
 REFUSED = """add_key keyctl request_key shmget shmat semget msgget mq_open memfd_create memfd_secret io_uring_setup
 io_uring_enter io_uring_register userfaultfd bpf perf_event_open ptrace process_vm_readv process_vm_writev process_madvise
@@ -66,9 +65,7 @@ pidfd_getfd kcmp unshare setns mount umount2 pivot_root chroot move_mount open_t
 mount_setattr name_to_handle_at open_by_handle_at fanotify_init quotactl quotactl_fd acct swapon swapoff syslog init_module
 finit_module delete_module kexec_load kexec_file_load reboot settimeofday clock_settime clock_adjtime adjtimex iopl ioperm
 modify_ldt vmsplice move_pages migrate_pages lookup_dcookie vhangup nfsservctl""".split()
-
 START = "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code, globals())(*job)"
-
 unsafe_exec = False
 slots = threading.BoundedSemaphore(CORES)
 
@@ -497,4 +494,3 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
             yield Outcome("time_limit", b"", "")
         finally:
             os.killpg(process.pid, signal.SIGKILL)
-

@@ -4,141 +4,80 @@ Nothing here changes what is learned. cfg is pmd.Config throughout.
 
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
-import importlib.metadata
 import json
-import logging
 import os
-import platform
 import resource
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-import warnings
-from collections import Counter
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from eval import Answers, json_lines
-from memory import SUCCESS, Memory, describe
-from ranks import broadcast, gather, rank, whole, world
+from runtime.checkpoint import (
+    batches_per_epoch,
+    checkpoint_of,
+    checkpoints,
+    claim,
+    default_name,
+    release,
+    save_model,
+    total_steps,
+    trainer_state,
+)
+from runtime.clock import clock
+from runtime.files import (
+    RunError,
+    Stopped,
+    append,
+    append_text,
+    read_json,
+    read_rows,
+    reason,
+    settle,
+    without_log,
+    write,
+    write_lines,
+    writing,
+)
+from runtime.options import option
+from runtime.provenance import VERSION, changes, commit, environment, fingerprint
+from runtime.ranks import broadcast, gather, rank, world
+from runtime.store import Store, describe
+from runtime.tables import plot_curves, table, title
+from tasks.problem import SUCCESS
 
-VERSION = "0.1.0"
-HERE = Path(__file__).resolve().parent
+
+@dataclass
+class RunOptions:
+    """The run and its records."""
+
+    seed: int = option(0, "of everything random in the run", within="[0, 4294967295]")
+    name: str = option("", "the run's folder under --out (default: task-method-seed-date-time)")
+    out: str = option("runs", "where runs are written")
+    resume: bool = option(False, "continue the run --name from its last checkpoint; start it if there is none")
+    fork_from: str = option("", "start from RUN@STEP, a kept checkpoint: policy, teacher, optimizer and memory together",
+                            "--from")
+    log_every: int = option(10, "steps between printed lines and samples in samples.jsonl [ours]", within="[1, inf)")
+    save_every: int = option(50, "steps between checkpoints; 0 for none but the one of a run that is stopped [ours]",
+                             within="[0, inf)")
+    keep: int = option(2, "checkpoints kept, besides the one that was best on dev [ours]", within="[1, inf)")
+    max_minutes: float = option(0.0, "save and stop after the step at hand when so many minutes have passed, as on SIGTERM "
+                                     "and Ctrl-C; --resume goes on; 0 for no limit [ours]", within="[0, inf)")
+    log: Literal["", "tensorboard", "wandb"] = option("", "send the metrics there too, through its own library [ours]")
+
+
 COMPARISON = "PMD_COMPARISON"  # the environment of a run that --compare started: the --name of the comparison
-
-matplotlib.use("Agg")  # figures are files; no screen is needed
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where one process is meant
-
-
-class Clock:
-    """Seconds by name, each second counted once: what runs inside stops the clock of what is around it."""
-
-    def __init__(self):
-        self.seconds, self.running, self.peak = Counter(), [], 0
-
-    @contextlib.contextmanager
-    def __call__(self, name):
-        self._turn()
-        self.running.append(name)
-        try:
-            yield
-        finally:
-            self._turn()
-            self.running.pop()
-
-    def _turn(self):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # or the next name would pay for this one's kernels
-            free, total = torch.cuda.mem_get_info()  # torch's own count would hold what a sleeping vLLM has given back
-            self.peak = max(self.peak, total - free)  # where phases end, when torch still keeps what it took in them
-        now = time.perf_counter()
-        if self.running:
-            self.seconds[self.running[-1]] += now - self.since
-        self.since = now
-
-    def read(self) -> dict:
-        """The seconds since the last reading."""
-        found, self.seconds = dict(self.seconds), Counter()
-        return found
-
-
-clock = Clock()
-
-
-class Stopped(Exception):
-    """The run was told to stop, and has saved. name: the --name to go on with. code: the exit status of the program."""
-
-    def __init__(self, what, name, code):
-        super().__init__(what)
-        self.what, self.name, self.code = what, name, code
-
-    def __str__(self):
-        return f"{self.what}; the same command with --name {self.name} --resume goes on"
-
-
-class RunError(ValueError):
-    """What ends a run that is no fault of the program. The message is one sentence, with the file and the cure."""
-
-
-def reason(error) -> str:
-    """Why, in a few words: without a traceback of another process, an error's number or the file that is named anyway."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-@contextlib.contextmanager
-def writing(path, cure="free some space on the disk; --resume then goes on from the newest checkpoint"):
-    """What can't be written inside as a RunError that names `path`."""
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        raise RunError(f"{path} can't be written ({reason(error)}): {cure}") from error
-    except Exception as error:
-        if type(error) is not Exception:  # which is what tokenizers raise for a full disk
-            raise
-        raise RunError(f"{path} can't be written ({reason(error)}): {cure}") from error
-
-
-@contextlib.contextmanager
-def without_log():
-    """Without the tracebacks that torch logs as warnings of what it then raises (its state_dict_loader)."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def read_json(path, cure) -> dict:
-    """The object in a file of JSON; a RunError with `cure` where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} can't be read ({reason(error)}): {cure}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path} holds no JSON object: {cure}")
-    return found
 
 
 class Run:
@@ -277,7 +216,7 @@ class Run:
         if rates := [r.test_pass_rate for r in rollouts if r.test_pass_rate is not None]:
             metrics["test_pass_rate"] = sum(rates) / len(rates)
         metrics["keywords"] = {w: sum(w in r.text.lower() for r in rollouts) / n for w in ("strategy", "lesson", "behavior")}
-        events = memory.counts(step) if memory.mode != "frozen" else {}  # what happened in it is its own run's
+        events = memory.counts(step) if not memory.frozen else {}  # what happened in it is its own run's
         metrics |= {"memory": memory.sizes(), "memory_events": events}
         if proposed := events.get("insight_proposed", 0) + events.get("behavior_proposed", 0):
             metrics["shortcut_rate"] = events.get("shortcut", 0) / proposed
@@ -302,12 +241,19 @@ class Run:
                 "teacher_prompt": shown.teacher_prompt, "completion": shown.text, "reward": shown.reward,
                 "insight": [f"{i.kind} {i.title}: {i.text}" for i in memory.living("insight", shown.problem.id)]})
 
-    def note_answers(self, step, split, rows):
-        """The samples of an evaluation, and what is estimated from them."""
+    def note_answers(self, step, split, rows, estimates):
+        """Keeps the samples of an evaluation, and what is estimated from them."""
+        if rank():
+            return
         cfg = self.cfg
         write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", rows)
-        self.note({"step": step, "split": split, "rollouts": step * cfg.batch_size * cfg.group_size, "mcq": cfg.mcq,
-                   **Answers.of(rows).estimates(cfg.task)})
+        rollouts = step * cfg.batch_size * cfg.group_size
+        self.note({"step": step, "split": split, "rollouts": rollouts, "mcq": cfg.mcq, **estimates})
+
+    def say(self, split, sentence):
+        """Prints a sentence about a split, if there is one, above the progress bar."""
+        if sentence and rank() == 0:
+            self.bar.write(f"{split}: {sentence}")
 
     def note(self, row):
         """A line of metrics.jsonl, on disk before the next step, and of what --log names."""
@@ -373,7 +319,7 @@ class Run:
             about = self._read_checkpoint(method.policy, method.teacher, optimizer)
             method.load(about.get("method", {}))
             optimizer.updates, step, self.spent = about["updates"], about["step"], about["seconds"]
-        if method.memory_mode != "frozen":
+        if not method.memory.frozen:
             method.memory.truncate_after(step)
         if rank() == 0:
             for aside in (self.folder / "checkpoints").glob("*.partial"):  # of a process that is gone: the lock is ours
@@ -430,7 +376,7 @@ class Run:
         source = self.saved / "memory.db"
         shutil.copy(source, path)
         try:
-            Memory(path, None, None, mode="frozen").close()
+            Store(path, frozen=True).close()
         except (OSError, ValueError) as error:
             raise RunError(f"{source} can't be used as a memory: {self._without(self.saved)}") from error
 
@@ -460,7 +406,7 @@ class Run:
         if any(memory.sizes().values()):
             kinds = memory.tally("insight") + memory.tally("experience")
             most = max(self.task.train, key=lambda p: [kinds[p.id, k] for k in ("strategy", "lesson", "success", "failure")])
-            print("\n" + describe(memory, most.id))
+            print("\n" + describe(memory, most.id, behaviors=self.cfg.retrieve_k))
         names = [n for n in ("curve.png", "memory.db", "samples.jsonl", "evals", "final") if (self.folder / n).exists()]
         print(f"\nall of it: {self.folder}  ({', '.join(names)})")
         memory.close()
@@ -491,7 +437,7 @@ class Run:
         found = {name: row and {k: row[k] for k in keys} for name, row in pick.items()}
         del found["test_best"]["interval"]  # the best of several looks at the test split has no honest interval
         found["test_best"]["n_checkpoints_searched"] = len(tests)
-        events = memory.counts() if memory.mode != "frozen" else {}
+        events = memory.counts() if not memory.frozen else {}
         summary = {"method": cfg.method, "task": cfg.task, "model": cfg.model, "seed": cfg.seed, "steps": self.total,
                    "rollouts": self.total * cfg.batch_size * cfg.group_size,
                    "seconds": round(self.spent + time.perf_counter() - self.started, 1), **found,
@@ -510,314 +456,6 @@ def memory_precision(memory, problems):
         return None
     found = [i.text in hidden[i.problem] for i in memory.living("insight") if i.kind == "strategy" and hidden.get(i.problem)]
     return sum(found) / len(found) if found else None
-
-
-def score(found) -> str:
-    """Writes avg@k, with its interval if it has one."""
-    text = f"{found['avg_at_k']:.3f}"
-    if not found.get("interval"):
-        return text
-    low, high = found["interval"]
-    return f"{text} [{low:.3f}, {high:.3f}]"
-
-
-def table(summaries) -> str:
-    """Lays out the results of runs, {method: summary}: held-out avg@k with 95% intervals."""
-    first = next(iter(summaries.values()))
-    final = first["final"]
-    prompt = "no memory in the prompt"
-    if "frozen-policy" in summaries:
-        prompt = "memory in the prompt of frozen-policy alone"
-    if first.get("mcq") == "lenient":
-        prompt = f"read leniently, {prompt}"
-    asked = f"avg@{final['k']} on {final['n_problems']} held-out problems of {first['data']}"
-    rows = {"": f"{asked}, {prompt}", "base policy": score(first["base"])}
-    for name, summary in summaries.items():
-        dev, test = summary["dev_best"], summary["test_best"]
-        rows[f"{name}, after training"] = score(summary["final"])
-        if dev:
-            rows[f"{name}, best on dev"] = f"{score(dev)}  at step {dev['step']}"
-        searched = f"selected on test among {test['n_checkpoints_searched']} checkpoints"
-        rows[f"{name}, best on test"] = f"{score(test)}  at step {test['step']}, {searched}"
-    width = max(map(len, rows))
-    return "\n".join(f"{name:{width}s}  {text}" for name, text in rows.items())
-
-
-def plot_curves(curves, path, title):
-    """Draws learning curves on test with their intervals, as a PNG.
-
-    curves: {name: rows of a metrics.jsonl}.
-    """
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, rows in curves.items():
-        tests = [row for row in rows if row.get("split") == "test"]
-        steps = [row["step"] for row in tests]
-        values = [row["avg_at_k"] for row in tests]
-        bounds = [row["interval"] or [row["avg_at_k"]] * 2 for row in tests]
-        (line,) = axes.plot(steps, values, marker="o", markersize=3, label=name)
-        color = line.get_color()
-        axes.fill_between(steps, *np.transpose(bounds), color=color, alpha=0.15, linewidth=0)
-    axes.set(xlabel="step", ylabel="share of answers that are right", title=title, ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def title(summary):
-    return f"{summary['data']}\navg@{summary['final']['k']} on held-out problems"
-
-
-def default_name(cfg):
-    return f"{cfg.task.strip('/').replace('/', '-')}-{cfg.compare and 'compare' or cfg.method}-{cfg.seed}-" \
-           f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # to the microsecond, as jobs of an array start in one second
-
-
-# What a resumed run may have otherwise: what only adds steps or output, and knobs of memory, speed and place. `data` is
-# where the problems lie; what they are is compared by their digest.
-FREE = {"resume", "steps", "epochs", "out", "name", "log_every", "save_every", "keep", "max_minutes", "grace", "log",
-        "device", "nproc", "micro_tokens", "gradient_checkpointing", "sampler", "gpu_memory_utilization", "tensor_parallel",
-        "max_sampler_gap", "data", "unsafe_exec"}
-FORMERLY = {"loss_mean": "token"}  # what was done before there was a field for it, where that is not its default
-
-
-def refuse_changes(before, cfg, quiet=False):
-    """A resumed run keeps its configuration, but for what is FREE; that is noted. before: what config.json holds; a field
-    that it lacks was not there yet, and had its default."""
-    said = {}
-    for f in dataclasses.fields(cfg):
-        now, then = getattr(cfg, f.name), before.get(f.name, FORMERLY.get(f.name, f.default))
-        if now != then:
-            said[f.name] = f"--{f.name} ({then!r} before, {now!r} now)"
-    if refused := [text for name, text in said.items() if name not in FREE]:
-        raise ValueError(f"the run {cfg.name} was started with other flags: {', '.join(refused)}; use another --name")
-    noted = [text for name, text in said.items() if name not in ("resume", "out", "name")]
-    if noted and not quiet:
-        print(f"changed since the run was started: {', '.join(noted)}")
-
-
-def fingerprint(task, tokenizer) -> dict:
-    """What a run learns from and with: for each split its number of problems and a digest of all that they hold, in order;
-    and of the model its revision on the Hub, or a digest of its folder's files (name, size, first and last MiB)."""
-    found = {}
-    for split in ("train", "dev", "test"):
-        digest = hashlib.sha256()
-        for p in getattr(task, split):
-            row = [p.id, p.prompt, p.answer, p.verifier, p.system, p.extra]
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        found[split] = {"problems": len(getattr(task, split)), "sha256": digest.hexdigest()}
-    return found | {"model": model_identity(tokenizer.name_or_path)}
-
-
-def model_identity(name) -> str:
-    if not Path(name).is_dir():
-        return getattr(AutoConfig.from_pretrained(name), "_commit_hash", None) or ""
-    digest = hashlib.sha256()
-    kinds = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
-    for path in sorted(p for p in Path(name).iterdir() if p.suffix in kinds):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def changes(before, now) -> list[str]:
-    """What differs between two fingerprints, for a reader."""
-    parts = {"train": "the training problems", "dev": "the dev problems", "test": "the test problems", "model": "the model"}
-    return [text for part, text in parts.items() if before.get(part, now[part]) != now[part]]
-
-
-def refuse_other_problems(folder, task, tokenizer):
-    """ValueError where the run in `folder` was started with other problems or another model under the same name."""
-    path = folder / "problems.json"
-    if not path.is_file():  # of a run from before there was one
-        return
-    before = read_json(path, "remove it, and the problems are taken for those that the run was started with")
-    if changed := changes(before, fingerprint(task, tokenizer)):
-        raise ValueError(f"{' and '.join(changed)} are not those that {folder} was started with: give it the same again, or "
-                         "use another --name")
-
-
-# -- one writer ---------------------------------------------------------------------------------------------------------
-
-LOCKS = {}  # by folder: the open file whose lock makes this process its only writer
-
-
-def claim(folder, resume) -> str:
-    """Makes this process the only writer of a run's folder, and the folder if need be; or says in a sentence why not.
-
-    By flock on its file `lock`, which the kernel lets go when the process ends, however it ends. Between nodes that holds
-    where the file system passes it on: NFS does (Linux 2.6.12 on), Lustre if it is mounted with -o flock. One without locks
-    is said, and used.
-    """
-    with writing(folder, "choose another --out"):
-        try:
-            folder.mkdir(parents=True, exist_ok=resume)
-        except FileExistsError:
-            return f"{folder} exists; add --resume to continue it or choose another --name"
-        release(folder)
-        file = open(folder / "lock", "ab+", buffering=0)
-    try:
-        locked = try_lock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        print(f"{folder} is on a file system without locks ({reason(error)}): nothing keeps a second process from it")
-        locked = True
-    if not locked:
-        return taken(folder, file)
-    LOCKS[folder.resolve()] = file
-    with writing(folder / "lock"):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return ""
-
-
-def release(folder):
-    if file := LOCKS.pop(folder.resolve(), None):
-        file.close()
-
-
-def refuse_second_writer(folder):
-    """ValueError where another process writes into `folder` now. Takes no lock: `claim` does, after the model is loaded."""
-    path = folder / "lock"
-    if folder.resolve() in LOCKS or not path.is_file():
-        return
-    with open(path, "rb") as file, contextlib.suppress(OSError):  # without locks nothing can be said
-        if not try_lock(file, fcntl.LOCK_SH):
-            raise ValueError(taken(folder, file))
-
-
-def try_lock(file, kind) -> bool:
-    """For a second, in which another may only have looked."""
-    for _ in range(20):
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.05)
-    return False
-
-
-def taken(folder, file):
-    file.seek(0)
-    holder = file.read().decode(errors="replace") or "another process"
-    return f"{folder} is being written by {holder}: wait until that has ended, or use another --name"
-
-
-def finished(cfg, total) -> dict | None:
-    """The summary of a run that has come to its last step, `total`; None where there is something left to do."""
-    folder = Path(cfg.out) / cfg.name
-    if not (folder / "final").is_dir():
-        return None
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it was cut by something else than us
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if isinstance(summary, dict) and summary.get("steps") == total:
-            return summary
-    return None
-
-
-def checkpoints(folder):
-    return sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
-
-
-def save_model(policy, tokenizer, folder):
-    """A Hugging Face folder, written by rank 0; weights are made whole one by one, a tied one once."""
-    if world() == 1:
-        policy.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return
-    state = {id(p): p for p in policy.parameters()}
-    for key, tensor in state.items():
-        full = whole(tensor)
-        state[key] = full.cpu() if rank() == 0 else None
-    if rank() == 0:
-        names = {name: state[id(p)] for name, p in policy.named_parameters(remove_duplicate=False)}
-        policy.save_pretrained(folder, state_dict=names)
-        tokenizer.save_pretrained(folder)
-
-
-def trainer_state(policy, teacher, optimizer):
-    """What DCP saves, and fills in place: Adam's moments by the weight's name, and the teacher's weights where they are its
-    own. No learning rate or the like: those are the flags of the run that goes on.
-
-    Not torch's get_optimizer_state_dict: where there is no state yet, it takes a step to make one.
-    """
-    state = {"optimizer": {"state": {name: optimizer.state[p] for name, p in policy.named_parameters()}}}
-    if teacher is not policy:
-        state["teacher"] = dict(teacher.named_parameters())
-    return state
-
-
-def git(*args):
-    try:
-        return subprocess.run(["git", *args], cwd=HERE, capture_output=True, encoding="utf-8", errors="replace",
-                              check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def commit():
-    """The commit this code is at, with a + if the tree was changed since; empty outside a git checkout."""
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def environment():
-    names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
-    lines = [f"pmd {VERSION}", f"commit {commit()}", f"python {platform.python_version()} on {platform.platform()}",
-             *(f"{n} {importlib.metadata.version(n)}" for n in names),
-             f"devices: {torch.cuda.device_count()} cuda", f"command: {' '.join(sys.argv)}"]
-    return "\n".join(lines) + "\n\n" + git("diff", "HEAD") + "\n"
-
-
-# Text that UTF-8 can't hold, half of a surrogate pair, is written as the escape that JSON has for it, \ud83d, and read back
-# as what it was.
-
-def append(path, row):
-    append_text(path, json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def append_text(path, text):
-    with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-
-
-def write(path, text):
-    """Writes aside and renames: whoever reads the file finds the old text or the new one."""
-    aside = path.with_name(path.name + ".partial")
-    with writing(path):
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        aside.rename(path)
-
-
-def write_lines(path, rows):
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_lines(path):
-    """The rows of a file of JSON lines; a last line without its end was cut by a kill, and is none."""
-    return [row for _, row in json_lines(path, cut=True)]
-
-
-def read_rows(path):
-    """The rows of a run's own metrics.jsonl or samples.jsonl, each of a step; a RunError where one is not."""
-    try:
-        rows = list(json_lines(path, cut=True))
-    except ValueError as error:
-        raise RunError(f"{error}: mend that line, or take it out; the same command then goes on") from error
-    for n, row in rows:
-        if not isinstance(row.get("step"), int):
-            raise RunError(f"{path}, line {n} has no step: mend that line, or take it out; the same command then goes on")
-    return [row for _, row in rows]
-
-
-def settle(folder):
-    """Has the disk hold a folder and its files, so that a rename after it can't come to stand before them."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def reporter(cfg, folder):
@@ -846,27 +484,3 @@ def reporter(cfg, folder):
         writer.flush()
 
     return send
-
-
-def run_and_step(text, cfg):
-    """(folder, step or "") of RUN[@STEP]; RUN is a folder, or a name under --out."""
-    run, _, step = text.partition("@")
-    return Path(run) if Path(run).is_dir() else Path(cfg.out) / run, step
-
-
-def memory_source(cfg):
-    folder, step = run_and_step(cfg.memory_from, cfg)
-    return folder / "memory.db", step
-
-
-def checkpoint_of(cfg):
-    folder, step = run_and_step(cfg.fork_from, cfg)
-    return folder / "checkpoints" / (step if step.isdecimal() else "?")
-
-
-def batches_per_epoch(problems, cfg):
-    return len(problems) // cfg.batch_size
-
-
-def total_steps(problems, cfg):
-    return cfg.steps or cfg.epochs * batches_per_epoch(problems, cfg)

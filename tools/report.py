@@ -19,58 +19,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from eval import (
-    SUCCESS,
-    WINDOW,
-    Answers,
-    coverage,
-    headroom,
-    interval,
-    json_lines,
-    names,
-    resample,
-)
+from eval import Answers, coverage, headroom, interval, names, resample
+from runtime.tables import aligned, percent
+from tasks.files import json_lines
+from tasks.livecodebench import WINDOW
+from tasks.problem import SUCCESS
 
 matplotlib.use("Agg")  # figures are files; no screen is needed
+
 
 
 # ------------------------------------------------------------------------------------------------
 # What an evaluation prints of itself
 # ------------------------------------------------------------------------------------------------
-
-
-def percent(mean, low=np.nan, high=np.nan) -> str:
-    """Writes a share in percent, with its interval if it has one."""
-    text = f"{100 * mean:.1f}"
-    return text if np.isnan(low) else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def aligned(rows) -> str:
-    """Lays out rows {head: cell} as a table."""
-    table = pd.DataFrame(rows)
-    if table.empty:
-        return "none of these runs"
-    lines = [list(table), *table.to_numpy()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    form = "  ".join(f"{{:{width}}}" for width in widths)
-    text = [form.format(*line).rstrip() for line in lines]
-    text.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
-    return "\n".join(text)
-
-
-def evaluated(name, found) -> str:
-    """Lays out one evaluation of a task, given its row of metrics.jsonl."""
-    k = found["k"]
-    row = {
-        "task": f"{name}, lenient" if found.get("mcq") == "lenient" else name,
-        "problems": f"{found['n_problems']}",
-        f"avg@{k}": percent(found["avg_at_k"], *(found["interval"] or ())),
-        f"maj@{k}": percent(found["maj_at_k"]),
-        f"best@{k}": percent(found["best_at_k"]),
-        "headroom": percent(found["headroom"]),
-        "tokens": f"{found['tokens']:.0f}",
-    }
-    return aligned([row])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -142,7 +103,6 @@ LENGTHS = {  # Table 5: correct, and mean, median, most and fewest tokens
     ("Biology", QWEN, "PMD"): "68.5 481 474 711 296",
 }
 COSTS = {(QWEN, "SDPO"): "37.0 54.6", (QWEN, "PMD"): "53.6 54.9"}  # Table 7: seconds, GB
-
 
 # ------------------------------------------------------------------------------------------------
 # Runs, and the rows of tables that they make
@@ -388,6 +348,7 @@ def blocks_of(folders) -> list[list[Row]]:
     return [blocks[place] for place in sorted(blocks, key=order)]
 
 
+
 # ------------------------------------------------------------------------------------------------
 # Tables
 # ------------------------------------------------------------------------------------------------
@@ -474,6 +435,7 @@ def compare(folders) -> str:
     text += ["\nTable 6: not reproduced; the authors annotated it by hand", COST_TITLE]
     text += [aligned(costs(single)), "\nDifferences at the final step, paired by problem"]
     return "\n".join([*text, aligned(differences(single))])
+
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Finds a method: a file of methods/, or one of your own. A file that exists is a method; there is no registry."""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+from runtime.provenance import HERE
+
+FOLDER = HERE / "methods"
+
+
+def method_class(name) -> type:
+    """The class Method of methods/NAME.py, or of the file at the path `name`.
+
+    Raises ValueError, with the methods that there are, for a name that is none.
+    """
+    stem = name.replace("-", "_")
+    if name.endswith(".py") and Path(name).is_file():
+        module = module_at(str(Path(name).resolve()))
+    elif re.fullmatch(r"[a-z]\w*", stem) and (FOLDER / f"{stem}.py").is_file():
+        module = importlib.import_module(f"methods.{stem}")
+    else:
+        known = ", ".join(sorted(spelled(p.stem) for p in FOLDER.glob("[a-z]*.py")))
+        raise ValueError(f"--method {name!r} is none of {known}, and no path of a file that ends in .py")
+    found = getattr(module, "Method", None)
+    if not isinstance(found, type) or not any(base.__name__ == "PMD" for base in found.__mro__):
+        raise ValueError(f"--method {name}: the file has no class Method(PMD)")
+    return found
+
+
+def method_of(cfg) -> type:
+    """The class that a configuration names."""
+    return method_class(cfg.method)
+
+
+def method_name(argv) -> str:
+    """What --method says, in the one spelling of records: pmd-transient, also for pmd_transient."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default="pmd")
+    return spelled(parser.parse_known_args(argv)[0].method)
+
+
+def spelled(name) -> str:
+    return name if name.endswith(".py") else name.replace("_", "-")
+
+
+@functools.cache
+def module_at(path):
+    """The module of a method's file outside methods/."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

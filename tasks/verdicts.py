@@ -1,0 +1,46 @@
+"""The one function that judges an answer, in training and evaluation alike."""
+
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tasks.choice import verify_choice, verify_choice_lenient
+from tasks.code import verify_code
+from tasks.last_number import verify_last_number
+from tasks.nano import verify_steps
+from tasks.problem import Verdict, checked, holdable
+from tasks.sandbox import CORES
+
+VERIFIERS = {"steps": verify_steps, "choice": verify_choice, "last_number": verify_last_number, "code": verify_code}
+
+
+def verify(problem, completion, lenient=False) -> Verdict:
+    """The verdict on one completion (text): a pure function of both. lenient concerns multiple choice alone.
+
+    ValueError, which names verifier and problem, for a verifier that fails or returns what is no verdict: see checked.
+    """
+    verifier = VERIFIERS[problem.verifier]
+    if lenient and problem.verifier == "choice":
+        verifier = verify_choice_lenient
+    if not holdable(completion):  # what a model wrote is no fault of the verifier
+        completion = completion.encode("utf-8", "replace").decode()
+    try:
+        verdict = verifier(problem, completion)
+    except Exception as error:  # whatever a verifier of one's own raises
+        if verifier is verify_code and isinstance(error, ValueError):  # there is no sandbox, in a sentence
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(f"the verifier {problem.verifier} failed on problem {problem.id!r}: {type(error).__name__} in "
+                         f"{Path(last.filename).name}, line {last.lineno}: {' '.join(str(error).split())}") from error
+    try:
+        return checked(verdict)
+    except ValueError as error:
+        raise ValueError(f"the verifier {problem.verifier} returned {error} for problem {problem.id!r}") from error
+
+
+def verify_all(problems, completions, lenient=False) -> list[Verdict]:
+    """verify on each pair, in order; programs run side by side, as many as there are cores."""
+    if not any(p.verifier == "code" for p in problems):
+        return [verify(p, text, lenient) for p, text in zip(problems, completions, strict=True)]
+    with ThreadPoolExecutor(CORES) as pool:
+        return list(pool.map(verify, problems, completions))
