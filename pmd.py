@@ -53,6 +53,7 @@ from memory import Memory, MemoryOptions, open_memory, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
 from runtime.chat import encode_prompt
+from runtime.check import need_groups  # noqa: F401  for methods
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
 from runtime.jobs import at_end, compare, explained, quiet_libraries
@@ -82,6 +83,7 @@ from runtime.rows import (
     own_logprobs,
     require_small_gap,
     sampler_gap,
+    scored,  # noqa: F401  for methods
     token_ids,
 )
 from runtime.run import Run, RunOptions

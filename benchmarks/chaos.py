@@ -36,8 +36,10 @@ from tqdm import tqdm
 
 import memory
 import pmd
+from runtime.checkpoint import checkpoints
+from runtime.sampler import Sampler
 
-PHASES = {"sampling": (pmd.Sampler, "generate"), "recording": (memory.Memory, "record"),
+PHASES = {"sampling": (Sampler, "generate"), "recording": (memory.Memory, "record"),
           "reflecting": (memory.Memory, "reflect"), "behavior update": (memory.Memory, "abstract"),
           "commit": (memory.Memory, "_admit"), "optimizer step": (pmd, "update"), "metrics": (pmd.Run, "note"),
           "checkpoint": (pmd.Run, "save"), "rename": (Path, "rename"), "end of the run": (pmd.Run, "finish")}
@@ -151,7 +153,7 @@ def torture(method, kills, ranks, rng):
             for _ in range(6):  # at most so many kills on one run, then it may end
                 phase = min(order, key=lambda p: (killed[p], rng.random()))
                 typical = sorted(seconds[phase])[len(seconds[phase]) // 2]
-                saved = pmd.checkpoints(Path(out, name))
+                saved = checkpoints(Path(out, name))
                 left = 1 - int(saved[-1].name) / steps if saved else 1
                 n = rng.randint(1, max(1, int(left * entries[phase])))
                 delay, first = rng.uniform(0, 1.2 * typical), rng.randrange(ranks)

@@ -31,7 +31,10 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import Problem, code_problem, judge, same_text, same_value, verify
+from tasks.code import judge, same_text, same_value
+from tasks.livecodebench import code_problem
+from tasks.problem import Problem
+from tasks.verdicts import verify
 
 STARS = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
          "functools", "operator", "io", "sys", "json", "builtins", "typing")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import memory as mem
+from runtime.store import WITH_EMBEDDING
 
 D, BATCH, GROUP = 1024, 32, 8
 TIERS = {"experience": {"success": 5, "failure": 3}, "insight": {"strategy": 10, "lesson": 10}}
@@ -84,7 +85,7 @@ def fill(path, n, epochs=1, seed=0):
     memory = mem.Memory(path, scripted.embed, scripted.generate, forms="question")
     memory.db.execute("PRAGMA synchronous = OFF")
     problems = [Problem(f"p{i}", text["problem"][i % 50]) for i in range(n)]
-    insert = f"INSERT INTO item ({mem.WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)"
+    insert = f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)"
 
     def rows(epoch):
         for i, p in enumerate(problems):
@@ -144,7 +145,7 @@ def bare_record(db, batch, rollouts, vectors, step):
                             vectors[i].tobytes()))
     with db:
         db.executemany("UPDATE item SET ended = ? WHERE id = ?", ends)
-        db.executemany(f"INSERT INTO item ({mem.WITH_EMBEDDING}) VALUES (NULL{', ?' * 13})", inserts)
+        db.executemany(f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL{', ?' * 13})", inserts)
         db.executemany("INSERT INTO event VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1",
                        [(step, pid, kind) for pid, kind in groups])
     return len(ends)

@@ -18,5 +18,5 @@ class Method(pmd.PMD):
 
     def asked(self, problems):
         cfg = self.cfg
-        contexts = self.memory.inference_contexts(problems, cfg.tiers.split(","), cfg.inference_retrieval)
+        contexts = self.memory.inference_contexts(problems, cfg.tiers.split(","))
         return [pmd.reprompt(p, c, self.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]

@@ -5,7 +5,6 @@ rollout's own success; feedback is shown where there is no such sibling; a rollo
 """
 
 import pmd
-from memory import SUCCESS
 
 
 class Method(pmd.PMD):
@@ -23,6 +22,6 @@ class Method(pmd.PMD):
     def contexts(self, step, rollouts):
         groups, contexts = pmd.groups_of(rollouts), []
         for r in rollouts:
-            siblings = [s.text for s in groups[r.problem.id] if s is not r and s.reward > SUCCESS]
+            siblings = [s.text for s in groups[r.problem.id] if s is not r and s.reward > pmd.SUCCESS]
             contexts.append({"solution": siblings[0]} if siblings else {"feedback": r.feedback})
         return contexts

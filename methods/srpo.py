@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 
 import pmd
-from memory import SUCCESS
 from methods import sdpo
 
 
@@ -33,7 +32,7 @@ class Method(sdpo.Method):
         rows = super().condition(step, rollouts)
         pmd.set_advantages(rows)
         for r in rows:
-            if r.reward > SUCCESS:
+            if r.reward > pmd.SUCCESS:
                 r.teacher_ids, r.teacher_prompt = [], ""
             elif r.teacher_ids:
                 r.advantage = None

@@ -22,6 +22,7 @@ from nano.examples import (
     single_traps,
 )
 from nano.world import HIDDEN, KNOWN, OPERATIONS, SYLLABLES, attempt_text, problem_text, trap
+from runtime.replies import parse
 
 DIGITS = [3, 1, 7, 4]
 
@@ -319,7 +320,7 @@ def same(reply, wanted) -> bool:
     """Whether memory's parser finds the same items in both."""
     fields = {"strategies": ("title", "content"), "lessons": ("title", "content"),
               "behaviors": ("name", "instruction"), "actions": ("action", "name", "instruction")}
-    found, wanted = mem.parse(reply), json.loads(wanted)
+    found, wanted = parse(reply), json.loads(wanted)
     return found is not None and found.keys() == wanted.keys() and all(
         mem.parse_items(found, k, *pair) == mem.parse_items(wanted, k, *pair)
         for k in wanted for pair in zip(fields[k], fields[k][1:], strict=False))

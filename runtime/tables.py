@@ -71,6 +71,7 @@ def percent(mean, low=np.nan, high=np.nan) -> str:
 
 def aligned(rows) -> str:
     """Lays out rows {head: cell}, all with the same heads, as a table."""
+    rows = list(rows)
     if not rows:
         return "none of these runs"
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]

@@ -50,13 +50,15 @@ sys.path.insert(0, str(HERE.parent))
 
 from tables import report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+from transformers.utils import logging as transformers_logging
 
+import eval as ev
 import pmd  # noqa: E402
-from eval import main as evaluate  # noqa: E402
-from memory import Memory  # noqa: E402
+from memory import Memory
 from nano.make import OPERATIONS, write_world  # noqa: E402
-from pmd import update  # noqa: E402
-from records import append, read_lines  # noqa: E402
+from pmd import update
+from runtime.files import append, read_lines
+from runtime.sampler import Sampler
 
 STEPS, EVERY, K = 80, 10, 4
 METHODS = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient", "frozen-policy", "frozen-memory")
@@ -204,7 +206,7 @@ def work(job, folder, short):
         start = time.perf_counter(), time.process_time()
         try:
             if job.memory is None:
-                pmd.Sampler, Unreliable.share = Unreliable, job.wrong
+                Sampler, Unreliable.share = Unreliable, job.wrong
                 pmd.Memory = Memory if job.lessons else WithoutLessons
                 pmd.update = update_at_a_falling_rate if job.falls else update
                 cfg = pmd.Config(**{**pmd.PRESETS["nano"], "model": str(CHECKPOINTS[job.checkpoint]), "task": str(task),
@@ -216,7 +218,7 @@ def work(job, folder, short):
                          **{k: v for k, v in short.items() if k == "eval_problems"},
                          **({"memory": out / job.memory / "memory.db"} if job.memory else {})}
                 preset = {k: v for k, v in pmd.PRESETS["nano"].items() if k.startswith("max_") or k == "embedder"}
-                evaluate(["--model", job.model, *(str(x) for k, v in (preset | flags).items() for x in (f"--{k}", v))])
+                ev.main(pmd.parse_flags, ["--model", job.model, *(str(x) for k, v in (preset | flags).items() for x in (f"--{k}", v))])
         except (Exception, SystemExit) as error:
             return about | {"failed": f"{type(error).__name__}: {error}"}, {"job": name}
         wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
@@ -248,7 +250,7 @@ def harvest(folder):
     return record, {"step_seconds": round(statistics.median(spent), 4)} if steps else {}
 
 
-class Unreliable(pmd.Sampler):
+class Unreliable(Sampler):
     """The sampler, whose reflections are wrong more often than the model's own: a share of the operations that their
     strategies name is exchanged for another. Nothing where the share is 0."""
 
@@ -351,7 +353,7 @@ def main():
         parser.error(f"--workers {args.workers} must be at least 1")
     if unknown := set(args.parts.split(",")) - {*PARTS, "knobs"}:
         parser.error(f"--parts takes some of knobs, {', '.join(PARTS)}, not {', '.join(map(repr, sorted(unknown)))}")
-    pmd.transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     names, short = [] if args.report else args.parts.replace("knobs", ",".join(KNOBS)).split(","), {}
     if args.quick:
         if args.out == HERE:

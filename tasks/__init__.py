@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime.options import option
-from tasks.livecodebench import WINDOW, livecodebench
+from tasks.livecodebench import WINDOW, load_livecodebench
 from tasks.nano import task_folder
 from tasks.problem import Problem, Task, Verdict  # noqa: F401
 from tasks.reading import read_problems
 from tasks.sandbox import allow_unsafe_exec, sandbox_command
-from tasks.sciknoweval import sciknoweval
+from tasks.sciknoweval import load_sciknoweval
 from tasks.verdicts import VERIFIERS, verify, verify_all  # noqa: F401
 
 
@@ -74,9 +74,9 @@ def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0],
         raise ValueError(f"--exclude_flagged is for sciknoweval: nothing is flagged in {name}")
     card = ""
     if name == "livecodebench":
-        name, train, test = livecodebench(data, protocol, since, until)
+        name, train, test = load_livecodebench(data, protocol, since, until)
     elif name.startswith("sciknoweval/"):
-        name, train, test, card = sciknoweval(name, data, exclude_flagged)
+        name, train, test, card = load_sciknoweval(name, data, exclude_flagged)
     else:
         train, test = (read_problems(task_folder(name) / f"{split}.jsonl") for split in ("train", "test"))
     held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))

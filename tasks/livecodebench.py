@@ -93,7 +93,7 @@ def code_problem(tests, id, prompt, system, **extra) -> Problem:
         "inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], **extra})
 
 
-def livecodebench(data, protocol, since, until):
+def load_livecodebench(data, protocol, since, until):
     """(name, train, test): the contests of since <= date < until (YYYY-MM-DD), under a protocol of the table above.
 
     The name says protocol, window and number of problems, for reports. SDPO's half of the tests is drawn as its script does:

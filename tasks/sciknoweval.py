@@ -119,7 +119,7 @@ def digest(splits) -> str:
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
-def sciknoweval(name, data, exclude_flagged):
+def load_sciknoweval(name, data, exclude_flagged):
     """(name, train, test, card) of a domain, from SDPO's files in the folder `data` or from the Hub."""
     domain = name.partition("/")[2]
     if domain not in SCIKNOWEVAL:

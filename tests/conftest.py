@@ -13,8 +13,13 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test waits for a network
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 
+from transformers import AutoTokenizer
+
 import pmd
 from memory import Memory
+from nano.grounded import GroundedMemory
+from runtime.methods import method_class
+from runtime.model import load_policy
 
 NANO = Path(__file__).resolve().parent.parent / "nano"
 
@@ -66,7 +71,7 @@ class Script:
 
 def method_of(cfg, policy=None, teacher=None, memory=None, tokenizer=None, task=None):
     """The method of cfg with these parts, without a teacher of its own making."""
-    kind = pmd.method_class(cfg.method)
+    kind = method_class(cfg.method)
     method = kind.__new__(kind)
     method.cfg, method.task, method.tokenizer, method.memory = cfg, task, tokenizer, memory
     method.policy, method.teacher, method.sampler = policy, teacher, None
@@ -77,8 +82,8 @@ def method_of(cfg, policy=None, teacher=None, memory=None, tokenizer=None, task=
 def make_memory(tmp_path):
     made = []
 
-    def make(rule=lambda prompt: "", embed=words, **knobs):
-        memory = Memory(tmp_path / f"{len(made)}.db", embed, Script(rule), **knobs)
+    def make(rule=lambda prompt: "", embed=words, ground_insights=False, **knobs):
+        memory = (GroundedMemory if ground_insights else Memory)(tmp_path / f"{len(made)}.db", embed, Script(rule), **knobs)
         made.append(memory)
         return memory
 
@@ -103,9 +108,9 @@ def make_config(tmp_path):
 @pytest.fixture
 def policy(make_config):
     torch.set_num_threads(1)
-    return pmd.load_policy(make_config())
+    return load_policy(make_config())
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return pmd.AutoTokenizer.from_pretrained(NANO)
+    return AutoTokenizer.from_pretrained(NANO)

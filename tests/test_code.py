@@ -17,21 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sandbox import reason
 
-import eval as ev
-from eval import (
-    DISK,
-    Problem,
-    code_problem,
-    decode_tests,
-    extract_code,
-    judge,
-    load_task,
-    read_problems,
-    same_text,
-    same_value,
-    verify,
-    verify_all,
-)
+from tasks import livecodebench as tasks_livecodebench
+from tasks import load_task
+from tasks.code import extract_code, judge, same_text, same_value
+from tasks.livecodebench import LIVECODEBENCH_FILES, LIVECODEBENCH_HUB, code_problem, decode_tests
+from tasks.problem import Problem
+from tasks.reading import read_problems
+from tasks.sandbox import DISK
+from tasks.verdicts import verify, verify_all
 
 HERE = Path(__file__).resolve().parent.parent
 runs_code = pytest.mark.skipif(bool(reason), reason=reason)
@@ -209,7 +202,7 @@ def write(tmp_path):
 
 
 def test_datasets_is_imported_by_livecodebench_alone():
-    code = "import sys, eval; eval.load_task('nano'); print('datasets' in sys.modules, 'pyarrow' in sys.modules)"
+    code = "import sys, tasks; tasks.load_task('nano'); print('datasets' in sys.modules, 'pyarrow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr
 
@@ -290,13 +283,13 @@ def test_tests_in_both_encodings():
 def test_the_hubs_files_are_loaded_by_their_names(write, tmp_path, monkeypatch):
     """A folder like the Hub's: six files beside a loading script, which `datasets` refuses, and a card; see SDPO's order."""
     days = ["2023-05-01", "2025-02-01", "2025-02-02", "2025-04-30", "2025-05-01", "2025-03-01"]
-    for n, (name, day) in enumerate(zip(ev.LIVECODEBENCH_FILES, days, strict=True)):
+    for n, (name, day) in enumerate(zip(LIVECODEBENCH_FILES, days, strict=True)):
         write(row(2 * n, day), row(2 * n + 1, day, function=True, hidden=7), name=name)
     (tmp_path / "code_generation_lite.py").write_text("raise SystemExit('a loading script has run')")
     (tmp_path / "README.md").write_text("---\nlicense: cc\n---\n")
-    assert ev.LIVECODEBENCH_FILES == tuple(f"test{n}.jsonl" for n in ("", 2, 3, 4, 5, 6))
-    assert ev.LIVECODEBENCH_HUB == "hf://datasets/livecodebench/code_generation_lite"
-    monkeypatch.setattr(ev, "LIVECODEBENCH_HUB", str(tmp_path))
+    assert LIVECODEBENCH_FILES == tuple(f"test{n}.jsonl" for n in ("", 2, 3, 4, 5, 6))
+    assert LIVECODEBENCH_HUB == "hf://datasets/livecodebench/code_generation_lite"
+    monkeypatch.setattr(tasks_livecodebench, "LIVECODEBENCH_HUB", str(tmp_path))
     hub, local = load_task("livecodebench", dev=0), load_task("livecodebench", dev=0, data=str(tmp_path))
     assert [p.id for p in hub.test] == [f"q{n}" for n in (2, 3, 4, 5, 6, 7, 10, 11)]
     assert hub == local and [p.extra for p in hub.train + hub.test] == [p.extra for p in local.train + local.test]
@@ -500,5 +493,5 @@ def test_lenient_concerns_multiple_choice_alone():
 
 
 def test_reading_pickles_of_strings_alone():
-    from eval import Strings
+    from tasks.livecodebench import Strings
     assert Strings(io.BytesIO(pickle.dumps("x" * 10))).load() == "x" * 10

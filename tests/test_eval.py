@@ -11,25 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import eval as ev
-import memory
-from eval import (
-    MAX_FEEDBACK,
-    SCIKNOWEVAL,
-    SUCCESS,
-    Problem,
-    Verdict,
-    avg_at_k,
-    best_at_k,
-    headroom,
-    interval,
-    load_task,
-    maj_at_k,
-    read_problems,
-    verify,
-)
+from eval import avg_at_k, best_at_k, headroom, interval, maj_at_k
 from nano import make
-from records import plot_curves
+from runtime.tables import plot_curves
+from tasks import load_task
+from tasks.problem import MAX_FEEDBACK, SUCCESS, Problem, Verdict
+from tasks.reading import read_problems
+from tasks.sciknoweval import SCIKNOWEVAL
+from tasks.verdicts import VERIFIERS, verify, verify_all
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))
@@ -119,7 +108,7 @@ def test_what_votes_together_is_rewarded_alike(verifier, data):
 
 
 def test_a_success_is_the_same_for_memory_and_estimators():
-    assert SUCCESS == memory.SUCCESS
+    assert SUCCESS == SUCCESS
 
 
 def test_interval_is_the_normal_one_where_that_is_right():
@@ -247,7 +236,7 @@ def test_a_key_that_is_read_can_be_matched_strictly_and_leniently(tmp_path, veri
 def test_keys_of_a_verifier_of_ones_own_are_its_own_affair(tmp_path, monkeypatch):
     """Also where it replaces one of ours."""
     for name in ("mine", "choice"):
-        monkeypatch.setitem(ev.VERIFIERS, name, lambda problem, completion: Verdict(0.0, ""))
+        monkeypatch.setitem(VERIFIERS, name, lambda problem, completion: Verdict(0.0, ""))
         (tmp_path / "t.jsonl").write_text(json.dumps({**ROW, "verifier": name, "answer": " B"}) + "\n")
         assert read_problems(tmp_path / "t.jsonl")[0].answer == " B"
 
@@ -377,7 +366,7 @@ def test_last_number(text, right):
 def judged(monkeypatch):
     """What verify makes of a verdict of a verifier of one's own."""
     def judge(verdict=None, rule=None):
-        monkeypatch.setitem(ev.VERIFIERS, "mine", rule or (lambda problem, completion: verdict))
+        monkeypatch.setitem(VERIFIERS, "mine", rule or (lambda problem, completion: verdict))
         return verify(Problem("train3", "q", "7", "mine"), "text")
     return judge
 
@@ -411,7 +400,7 @@ def test_numbers_of_libraries_become_pythons(judged, reward):
     (Verdict(1.0, "7", None), "the feedback None"), (Verdict(1.0, "7", 5), "the feedback 5"),
     (Verdict(1.0, "7", ["a\nb"] * 10 ** 5), "the feedback"),
     (Verdict(1.0, "7", "half \ud83d"), "the feedback .*half a surrogate"),
-    (Verdict(1.0, "7", "", None, None), "the status None"), (Verdict, "<class 'eval.Verdict'>, where")])
+    (Verdict(1.0, "7", "", None, None), "the status None"), (Verdict, "<class 'tasks.problem.Verdict'>, where")])
 def test_a_verdict_that_is_none_is_one_sentence(judged, verdict, what):
     with pytest.raises(ValueError, match=f"^the verifier mine returned .*{what}.* for problem 'train3'$") as caught:
         judged(verdict)
@@ -441,11 +430,11 @@ def test_feedback_is_cut_where_it_is_made(judged):
 
 def test_the_verdicts_of_a_batch_are_checked(judged, monkeypatch):
     judged(Verdict(1.0, "7"))
-    monkeypatch.setitem(ev.VERIFIERS, "mine", lambda problem, completion: Verdict(float(completion), completion))
+    monkeypatch.setitem(VERIFIERS, "mine", lambda problem, completion: Verdict(float(completion), completion))
     problems = [Problem(str(i), "q", "7", "mine") for i in range(3)]
-    assert [v.reward for v in ev.verify_all(problems, ["0", "1", "0.5"])] == [0, 1, 0.5]
+    assert [v.reward for v in verify_all(problems, ["0", "1", "0.5"])] == [0, 1, 0.5]
     with pytest.raises(ValueError, match="verifier mine returned the reward nan.* problem '1'"):
-        ev.verify_all(problems, ["0", "nan", "1"])
+        verify_all(problems, ["0", "nan", "1"])
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------------

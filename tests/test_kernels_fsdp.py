@@ -13,8 +13,11 @@ import torch.distributed as dist
 from conftest import method_of
 
 import pmd
-import ranks
 from kernels import chunked_loss, logprobs_of, oracle
+from runtime import ranks as runtime_ranks
+from runtime import rows as runtime_rows
+from runtime.ranks import end_ranks, reshard, shard, whole
+from runtime.rows import completion_hidden
 
 H, V, TOTAL = 6, 14, 4  # TOTAL: rollouts of the mini-batch, one of which supervises nothing
 CASES = tuple(product(("untied", "tied"), ("live", "ema", "grpo", "own")))
@@ -79,34 +82,34 @@ def ratio_times_divergence(log_p, log_q, token_ids, sampled):
 def own_loss(batch, student, teacher):
     """As pmd.loss_of, by chunked_loss."""
     with torch.no_grad():
-        states = ranks.forward(teacher, lambda: pmd.completion_hidden(teacher, [r.teacher_ids for r in batch], batch))
-    hidden, head = pmd.completion_hidden(student, [r.prompt_ids for r in batch], batch), student.lm_head.weight
+        states = runtime_ranks.forward(teacher, lambda: completion_hidden(teacher, [r.teacher_ids for r in batch], batch))
+    hidden, head = completion_hidden(student, [r.prompt_ids for r in batch], batch), student.lm_head.weight
     nothing = torch.zeros(0)
     weights = torch.cat([nothing, *(torch.full((len(r.ids),), 1 / (TOTAL * len(r.ids))) for r in batch)])
     sampled = torch.cat([nothing, *(r.rollout_logprobs for r in batch)])
-    return chunked_loss(ratio_times_divergence, hidden, head, pmd.token_ids(batch, head), weights,
+    return chunked_loss(ratio_times_divergence, hidden, head, runtime_rows.token_ids(batch, head), weights,
                         [(states, teacher.lm_head.weight)], sampled=sampled)
 
 
 def one_case(tied, kind):
     """(loss, {name: whole gradient}) of two micro-batches on each of two ranks; the last one has no rollout left."""
     cfg, student, teacher, (first, second, third) = make(tied, kind)
-    teacher = ranks.shard(teacher, cfg)
-    student = ranks.shard(student, cfg)
+    teacher = shard(teacher, cfg)
+    student = shard(student, cfg)
     total = torch.zeros((), dtype=torch.float64)
-    for batch in (([first], [second]), ([third], []))[ranks.rank()]:
+    for batch in (([first], [second]), ([third], []))[runtime_ranks.rank()]:
         method, mean = method_of(cfg, student, teacher), pmd.Total(TOTAL, kind != "grpo", kind == "grpo")
         formed = functools.partial(method.loss, batch, mean)
         if kind == "own":
             formed = functools.partial(own_loss, batch, student, teacher)
-        found = ranks.forward(student, formed)
+        found = runtime_ranks.forward(student, formed)
         loss = found.loss if kind == "own" else found["loss"]
         loss.backward()
-        ranks.reshard(teacher)
+        reshard(teacher)
         total += loss.detach()
     dist.all_reduce(total)
     assert teacher is student or all(p.grad is None for p in teacher.parameters())
-    return total, {name: ranks.whole(p.grad) for name, p in student.named_parameters()}
+    return total, {name: whole(p.grad) for name, p in student.named_parameters()}
 
 
 def work(rank, folder):
@@ -116,7 +119,7 @@ def work(rank, folder):
     results = {case: one_case(*case) for case in CASES}
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
-    ranks.end_ranks()
+    end_ranks()
 
 
 @pytest.fixture(scope="module")

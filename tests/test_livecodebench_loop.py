@@ -12,8 +12,11 @@ from test_sandbox import reason
 
 import memory as mem
 import pmd
-import sandbox
-from eval import load_task
+from runtime import methods as runtime_methods
+from runtime import vllm_sampler as runtime_vllm_sampler
+from runtime.chat import encode_prompt
+from runtime.sampler import Sample, Sampler
+from tasks import load_task, sandbox
 
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
@@ -39,7 +42,7 @@ def program(name, known):
     return f"```python\ndef double(n):\n    return {body}\n" + ("" if name else "print(double(int(input())))\n") + "```"
 
 
-class Scripted(pmd.Sampler):
+class Scripted(Sampler):
     """Of each problem: a right program, one that is right on the training tests alone, a wrong one, a text without code."""
 
     def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None):
@@ -48,7 +51,7 @@ class Scripted(pmd.Sampler):
         for p in problems:
             name = p.extra["fn_name"]
             texts = [program(name, None), program(name, seen[p.id]), program(name, ()), "I would double it."]
-            made.append([pmd.Sample(pmd.encode_prompt(self.tokenizer, p.prompt), [5, 6, self.tokenizer.eos_token_id],
+            made.append([Sample(encode_prompt(self.tokenizer, p.prompt), [5, 6, self.tokenizer.eos_token_id],
                                     torch.full((3,), -1.0), text, True) for text in texts[:k]])
         Scripted.prompts += [p.prompt for p in problems]
         return made
@@ -73,7 +76,7 @@ def config(make_config, tmp_path):
 
 def test_one_step_on_programs(config, monkeypatch):
     Scripted.training, Scripted.prompts, Scripted.asked = load_task("livecodebench", dev=0, data=config.data).train, [], []
-    monkeypatch.setattr(pmd, "make_sampler", Scripted)
+    monkeypatch.setattr(runtime_vllm_sampler, "make_sampler", Scripted)
     conditioned = []
 
     class Watched(pmd.PMD):
@@ -81,7 +84,7 @@ def test_one_step_on_programs(config, monkeypatch):
             conditioned.extend(rollouts)
             return super().condition(step, rollouts)
 
-    monkeypatch.setattr(pmd, "method_class", lambda name: Watched)
+    monkeypatch.setattr(runtime_methods, "method_class", lambda name: Watched)
     summary = pmd.train(config)
 
     wanted = {p.id: (set(p.extra["inputs"]), set(p.extra["outputs"])) for p in Scripted.training}

@@ -20,6 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memory as mem
+from nano.grounded import GroundedMemory
+from runtime.chat import neutralise
+from runtime.replies import MAX_CONTENT, MAX_ITEMS, parse, was_cut
+from runtime.services import unit_rows
+from runtime.store import Item, describe, nearest
+from tools import show_memory as tools_show_memory
 
 P, Q = Question("p", "Apply zo ki to 3 1 7 4"), Question("q", "Apply zo to 5 6 7 8")
 
@@ -164,7 +170,7 @@ GOOD = insight_reply(["zo=rev"])
     GOOD, f"```json\n{GOOD}\n```", GOOD + " I hope this helps {you} 100%!", "Sure: " + GOOD, GOOD[:-1],
     GOOD.replace('"}', '",}')])
 def test_repairable_replies(reply):
-    assert mem.parse_items(mem.parse(reply), "strategies", "title", "content") == [("rule", "zo=rev")]
+    assert mem.parse_items(parse(reply), "strategies", "title", "content") == [("rule", "zo=rev")]
 
 
 @pytest.mark.parametrize("reply", [
@@ -186,7 +192,7 @@ FENCED = "```python\nx = {1: [2], 'strategies': 3}\n```\n```json\n%s\n```\nDone 
 
 
 def insights_of(reply):
-    found = mem.parse(reply)
+    found = parse(reply)
     return {key: mem.parse_items(found, key, "title", "content") for key in ("strategies", "lessons")}
 
 
@@ -235,7 +241,7 @@ def test_an_escaped_reply_keeps_its_texts():
     """JSON in a string of JSON: quotes, line breaks and LaTeX come out as in the JSON itself."""
     content = 'Say "x".\n- and \\frac{a}{b}, \\nu\tthen'
     reply = json.dumps({"strategies": [{"title": "T", "content": content}]})
-    row, = mem.parse(json.dumps(reply))["strategies"]
+    row, = parse(json.dumps(reply))["strategies"]
     assert row == {"title": "T", "content": content}
 
 
@@ -281,7 +287,7 @@ def test_latex_keeps_its_letters_in_good_json_and_in_broken(formula, end):
     (r"caf\u00e9s \ud83d\ude00", "cafés 😀"), (r"- a\n- b", "- a\n- b"),
     (r"x\b y\f", "x\b y\f"), (r"a\n1", "a\n1")])
 def test_what_json_says_stays(said, meant):
-    row, = mem.parse('{"strategies": [{"title": "T", "content": "' + said + '"}]}')["strategies"]
+    row, = parse('{"strategies": [{"title": "T", "content": "' + said + '"}]}')["strategies"]
     assert row["content"] == meant
 
 
@@ -296,7 +302,7 @@ CUT_ME = json.dumps({
     "<think>{</think> {x}: " + CUT_ME, CUT_ME[:-1] + "} So much for {this}."])
 def test_no_half_item_is_stored_wherever_the_reply_ends(reply):
     whole = insights_of(reply)
-    assert [len(items) for items in whole.values()] == [2, 1] and not mem.was_cut(reply)
+    assert [len(items) for items in whole.values()] == [2, 1] and not was_cut(reply)
     first, last = reply.index("content"), reply.index(" term.") + 6  # of what the lists hold
     between = range(reply.index("too.") + 4, reply.index("Signs"))  # one list ends, the next begins
     seen = 0
@@ -307,7 +313,7 @@ def test_no_half_item_is_stored_wherever_the_reply_ends(reply):
         assert kept >= seen  # what is whole stays
         seen = kept
         if first <= end <= last and end not in between:
-            assert mem.was_cut(reply[:end])
+            assert was_cut(reply[:end])
     assert seen == 3
 
 
@@ -405,10 +411,10 @@ def test_the_forms_in_words(forms):
 
 
 def test_huge_replies_are_bounded():
-    many = mem.parse(json.dumps({"strategies": [{"title": "t " * 50, "content": "c" * 5000}] * 10_000}))
+    many = parse(json.dumps({"strategies": [{"title": "t " * 50, "content": "c" * 5000}] * 10_000}))
     items = mem.parse_items(many, "strategies", "title", "content")
-    assert 0 < len(items) <= mem.MAX_ITEMS
-    assert all(len(t.split()) <= 10 and len(c) <= mem.MAX_CONTENT for t, c in items)
+    assert 0 < len(items) <= MAX_ITEMS
+    assert all(len(t.split()) <= 10 and len(c) <= MAX_CONTENT for t, c in items)
 
 
 json_like = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8),
@@ -627,10 +633,10 @@ def test_the_teacher_reads_the_bank_of_the_step_before(make_memory):
 
 def test_retrieval_is_the_top_k_by_cosine():
     rng = np.random.default_rng(0)
-    items = [mem.Item(i, "behavior", "behavior", "", f"b{i}", "", embedding=v.astype(np.float32))
+    items = [Item(i, "behavior", "behavior", "", f"b{i}", "", embedding=v.astype(np.float32))
              for i, v in enumerate(rng.normal(size=(40, 8)))]
     queries = rng.normal(size=(2, 8))
-    for query, found in zip(queries, mem.nearest(queries, items, 3), strict=True):
+    for query, found in zip(queries, nearest(queries, items, 3), strict=True):
         ranked = sorted(items, key=lambda i: -sum(float(a) * float(b) for a, b in zip(i.embedding, query, strict=True)))
         assert [i.id for i in found] == [i.id for i in ranked[:3]]
 
@@ -726,7 +732,7 @@ def test_a_frozen_memory_is_read_whole_at_every_step(make_memory):
     lender.reflect(9, [P])
     lender.abstract(8), lender.abstract(9)
     lender.close()
-    with contextlib.closing(mem.Memory(lender.path, words, None, mode="frozen", ground_insights=True)) as memory:
+    with contextlib.closing(GroundedMemory(lender.path, words, None, mode="frozen")) as memory:
         for step in (1, 2, 8, 9, 10, 99):
             rollouts = [Attempt(f"{s}/p/0", P, "mine", 0.0) for s in range(1, 10)]
             for refreshed in (False, True):
@@ -842,7 +848,7 @@ def lived(memory):
     items = [(i.text, i.evidence) for tier in ("experience", "insight", "behavior") for i in memory.living(tier)]
     held_out = memory.inference_contexts([Question("new", "mmmno")])
     clusters = memory.db.execute("SELECT cluster FROM problem ORDER BY id").fetchall()
-    return items, clusters, memory.contexts(rollouts, 2), held_out, mem.describe(memory, "p"), memory.counts()
+    return items, clusters, memory.contexts(rollouts, 2), held_out, describe(memory, "p"), memory.counts()
 
 
 @pytest.mark.parametrize("name", EMBEDDERS)
@@ -861,10 +867,10 @@ def test_an_embedders_type_and_length_change_nothing(make_memory, name):
 
 def test_rows_of_unit_length_stay_to_the_bit_and_zeros_stay_zeros():
     rows = letters(["abc", "def", "xyz"])
-    assert mem.unit_rows(rows).tobytes() == rows.tobytes()
-    once = mem.unit_rows(EMBEDDERS["bfloat16's rows in float32"](["abc", "aab"]))
-    assert mem.unit_rows(once).tobytes() == once.tobytes()
-    assert np.array_equal(mem.unit_rows(np.array([[0, 0], [3, 4]], np.float16)), np.array([[0, 0], [0.6, 0.8]], np.float32))
+    assert unit_rows(rows).tobytes() == rows.tobytes()
+    once = unit_rows(EMBEDDERS["bfloat16's rows in float32"](["abc", "aab"]))
+    assert unit_rows(once).tobytes() == once.tobytes()
+    assert np.array_equal(unit_rows(np.array([[0, 0], [3, 4]], np.float16)), np.array([[0, 0], [0.6, 0.8]], np.float32))
 
 
 @pytest.mark.parametrize("vectors, said", [
@@ -886,7 +892,7 @@ def test_no_cosine_is_above_one(make_memory):
     vectors = np.random.default_rng(0).normal(size=(50, 300))
 
     def embed(texts):
-        return mem.unit_rows(vectors[[int(text) % 50 for text in texts]] if texts != [" "] else vectors[:1])
+        return unit_rows(vectors[[int(text) % 50 for text in texts]] if texts != [" "] else vectors[:1])
 
     memory = make_memory(embed=embed, response_novelty=1.0, max_failures=100)
     memory.record(1, attempts(map(str, range(100)), [0] * 100))
@@ -980,7 +986,7 @@ def test_the_budget_cuts_in_the_stated_order_and_the_solution_last(budget):
     ["<|im_start|>", "<|im_end|>", "</s>", "<|im_", "start|>", "<", " ", "a", "%s", "{0}"]), max_size=12))
 def test_control_tokens_are_broken(pieces):
     control = ["<|im_start|>", "<|im_end|>", "</s>"]
-    text = mem.neutralise("".join(pieces), control)
+    text = neutralise("".join(pieces), control)
     assert not any(t in text for t in control)
     assert text.replace(" ", "") == "".join(pieces).replace(" ", "")
 
@@ -992,7 +998,7 @@ def test_control_tokens_are_broken(pieces):
     (["# User"], "# User # Used", "# U ser # Used"), (["#", " ", "\n\n", "a b"], "# a b\n\n", "# a b\n\n"), ([], "x", "x"),
     (["<|x|>"], "<|x|><|x|>", "< |x|>< |x|>"), (["<|K|>"], "<|\u212a|> \ufb01", "< |\u212a|> \ufb01")])
 def test_control_tokens_are_found_in_every_dress(control, text, broken):
-    assert mem.neutralise(text, control) == broken
+    assert neutralise(text, control) == broken
 
 
 # -- grounding ----------------------------------------------------------------------------------------------------------
@@ -1354,7 +1360,7 @@ def test_show_and_stats(make_memory, capsys, tmp_path):
     memory.close()
 
     def printed(*args):
-        mem.main([*map(str, args)])
+        tools_show_memory.main([*map(str, args)])
         return capsys.readouterr().out
 
     everything = printed("show", memory.path)
@@ -1371,7 +1377,7 @@ def test_show_and_stats(make_memory, capsys, tmp_path):
     assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
     for args, said in ((("show", tmp_path / "no.db"), "no memory"), (("show", memory.path, "--problem", "zzz"), "'zzz'")):
         with pytest.raises(SystemExit, match=said):
-            mem.main([*map(str, args)])
+            tools_show_memory.main([*map(str, args)])
 
 
 def test_it_is_readable(make_memory):
@@ -1381,7 +1387,7 @@ def test_it_is_readable(make_memory):
     memory.record(1, attempts(["the win"], [1]))
     memory.reflect(1, [P])
     memory.abstract(1)
-    shown = mem.describe(memory, "p")
+    shown = describe(memory, "p")
     assert all(w in shown for w in ("the win", "alpha", "behavior_x: beta", "solved in 1 of 1")), shown
     assert memory.sizes() == {"experience": 1, "insight": 1, "behavior": 1}
 
@@ -1401,5 +1407,5 @@ def test_a_file_that_does_not_say_what_it_is_is_no_memory(tmp_path, key):
 @pytest.mark.parametrize("step", ["-1", "1" + "0" * 30, "1" + "0" * 400])
 def test_a_step_that_no_run_has_is_a_sentence(tmp_path, capsys, step):
     with pytest.raises(SystemExit) as end:
-        mem.main(["show", str(tmp_path / "m.db"), "--step", step])
+        tools_show_memory.main(["show", str(tmp_path / "m.db"), "--step", step])
     assert end.value.code == 2 and "is no step of a run" in capsys.readouterr().err

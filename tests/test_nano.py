@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import method_of
+from transformers import AutoModelForCausalLM
 
 import memory as mem
-from eval import load_task, verify
 from nano import examples, make, probes
 from nano.examples import OPS, WRONG, Reader
 from nano.world import KNOWN, SYLLABLES, attempt_text, make_world, problem_text, trap
-from pmd import AutoModelForCausalLM, encode_prompt
+from runtime.chat import encode_prompt
+from runtime.replies import parse
+from tasks import load_task
+from tasks.verdicts import verify
 
 # `python nano/make.py probe` prints the figures. Were siblings used less well than strategies, SDPO would be handicapped.
 AT_LEAST = {"execution": 0.95, "strategy": 0.9, "behavior": 0.9, "sibling": 0.9, "example": 0.9, "reflect_win": 0.9,
@@ -91,7 +94,7 @@ def test_everything_it_reads_and_writes_is_in_its_vocabulary(tokenizer):
             assert tokenizer.unk_token_id not in ids
             decoded = tokenizer.decode(ids[start:-1])
             if example.reply.startswith("{"):  # the frame is ordinary vocabulary and survives the way back
-                assert mem.parse(decoded).keys() == json.loads(example.reply).keys()
+                assert parse(decoded).keys() == json.loads(example.reply).keys()
             else:
                 assert decoded == example.reply
             if not example.turns and not example.given:
@@ -298,7 +301,7 @@ def test_pairs_of_a_whole_combination_are_tokens_of_their_own_kind_in_a_lesson_a
                 assert words[at: at + n] == marked and tokenizer.unk_token not in words
             assert "ro!inc" in tokenizer.convert_ids_to_tokens(tokenizer(f"trap: {line}\n- trap: ro!inc")["input_ids"])
             reply = examples.items_json([], [line])
-            assert mem.parse(tokenizer.decode(tokenizer(reply)["input_ids"]))["lessons"][0]["content"].strip() == line
+            assert parse(tokenizer.decode(tokenizer(reply)["input_ids"]))["lessons"][0]["content"].strip() == line
 
 
 def test_targets_are_the_readers_and_stand_at_the_operations(tokenizer):

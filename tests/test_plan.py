@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoConfig
 
 from pmd import Config
-from tools import plan
+from runtime import plan
+from tools import plan as tools_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,7 +24,7 @@ import ctypes, gc, json, os, sys
 from pathlib import Path
 import torch
 import pmd
-import ranks
+from runtime import ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 def resident(key):
@@ -175,7 +176,7 @@ def test_an_engine_over_several_gpus_holds_a_part_of_the_model_on_each(monkeypat
 
 def test_the_report_says_each_component_and_phase(qwen, capsys):
     """And what it says adds up, fits or not, for micro-batches of several lengths."""
-    plan.report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)
+    tools_plan.report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)
     said = capsys.readouterr().out
     lines = {line[:24].strip(): line[24:].split() for line in said.splitlines()}
     assert lines["GiB per GPU, computed"] == ["sample", "restore", "teacher", "loss", "scale", "backward", "root",

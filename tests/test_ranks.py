@@ -22,9 +22,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import eval as ev
 import pmd
-from eval import main as evaluate
+from runtime.model import MODELS
 
 HERE = Path(__file__).resolve().parent.parent
 FLAGS = ("--steps 3 --batch_size 8 --mini_batch_size 4 --group_size 8 --eval_problems 4 --eval_k 2 --eval_every 2 "
@@ -89,11 +91,11 @@ def test_ranks_change_nothing(out, ranks):
 @pytest.fixture(scope="module")
 def untied(out):
     """The embedded model with a head of its own, equal to its embedding at first."""
-    model = pmd.AutoModelForCausalLM.from_pretrained(pmd.MODELS["nano"])
+    model = AutoModelForCausalLM.from_pretrained(MODELS["nano"])
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.save_pretrained(out / "untied")
-    pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).save_pretrained(out / "untied")
+    AutoTokenizer.from_pretrained(MODELS["nano"]).save_pretrained(out / "untied")
     return out / "untied"
 
 
@@ -129,19 +131,23 @@ def test_two_nodes(out):
 LOADING = """
 import json, sys
 import torch
-import pmd, ranks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import pmd
+from runtime import ranks
+from runtime.model import copy_of, load_policy
+from runtime.sampler import Sampler
 
 cfg = pmd.Config(model=sys.argv[1], device="cpu", sampler="transformers", gradient_checkpointing=False)
 ranks.start_ranks(cfg)
-if pmd.rank():
+if ranks.rank():
     def refuse(*args, **kwargs):
         raise AssertionError("only rank 0 reads the weights")
-    pmd.AutoModelForCausalLM.from_pretrained = refuse
-policy = pmd.load_policy(cfg)
-assert pmd.rank() == 0 or all(t.is_meta for t in (*policy.parameters(), *policy.buffers()))
+    AutoModelForCausalLM.from_pretrained = refuse
+policy = load_policy(cfg)
+assert ranks.rank() == 0 or all(t.is_meta for t in (*policy.parameters(), *policy.buffers()))
 policy = pmd.shard(policy, cfg)
-teacher = pmd.copy_of(policy, cfg)
-sampler = pmd.Sampler(policy, pmd.AutoTokenizer.from_pretrained(cfg.model), cfg)
+teacher = copy_of(policy, cfg)
+sampler = Sampler(policy, AutoTokenizer.from_pretrained(cfg.model), cfg)
 assert not any(t.is_meta for m in (policy, teacher, sampler.policy) for t in (*m.parameters(), *m.buffers()))
 assert not policy.training and not teacher.training and all(p.requires_grad for p in policy.parameters())
 ids = torch.arange(200)[None]
@@ -152,7 +158,7 @@ with torch.no_grad():
 sampler.wake()
 with torch.no_grad():
     found += [pmd.forward(m, lambda: m(input_ids=ids).logits) for m in (policy, sampler.policy, teacher)]
-torch.save([found, sampler.eos, len(list(teacher.parameters()))], f"{cfg.model}/rank{pmd.rank()}.pt")
+torch.save([found, sampler.eos, len(list(teacher.parameters()))], f"{cfg.model}/rank{ranks.rank()}.pt")
 ranks.end_ranks()
 """
 
@@ -169,13 +175,13 @@ def test_only_one_process_reads_the_weights(changes, tmp_path):
                   num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024) | changes
     config.pop("head_dim" if config["model_type"] == "olmo3" else "", None)
     torch.manual_seed(0)
-    model = pmd.AutoModelForCausalLM.from_config(pmd.AutoConfig.for_model(**config)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3).add_(0.01 * torch.randn_like(p))
     model.generation_config.eos_token_id = [3, 77]
     model.save_pretrained(tmp_path)
-    pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODELS["nano"]).save_pretrained(tmp_path)
     (tmp_path / "load.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{LOADING}")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                            str(tmp_path / "load.py"), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True,
@@ -224,7 +230,8 @@ def test_a_rank_that_fails_takes_the_job_down_at_once(out, waits):
     would otherwise let it end its step."""
     script = """
 import ctypes, signal, sys, time
-import pmd, records, ranks
+import pmd
+from runtime import ranks, run as records
 cfg = pmd.parse_flags(sys.argv[1:])
 ranks.start_ranks(cfg)
 run = records.Run(cfg, *pmd.check(cfg, quiet=True))
@@ -261,7 +268,8 @@ def test_a_rank_ends_without_waiting_for_its_threads(code):
     gloo, which a fully sharded model's caches keep: one of them aborted a finished process, twice seen in CI."""
     script = f"""
 import atexit, threading, time
-import pmd, ranks
+import pmd
+from runtime import ranks
 ranks.start_ranks(pmd.Config(device="cpu"))
 threading.Thread(target=time.sleep, args=(600,)).start()
 atexit.register(print, "at the exit")
@@ -289,7 +297,7 @@ def test_an_evaluation_is_the_same_file_on_two_ranks(out, capsys):
     """With a memory in the prompt; the ranks go on from a stop within the second problem."""
     flags = ["--model", "nano", "--eval_problems", "5", "--n", "3", "--batch_size", "2", "--out", str(out),
              "--memory", str(out / "one" / "memory.db")]
-    evaluate([*flags, "--name", "alone"])
+    ev.main(pmd.parse_flags, [*flags, "--name", "alone"])
     whole = (out / "alone" / "evals" / "0-test.jsonl").read_bytes()
     (out / "pair" / "evals").mkdir(parents=True)
     (out / "pair" / "evals" / "0-test.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))

@@ -5,15 +5,16 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-import eval as eval_module
-import memory
 import pmd
-from eval import load_task, verify
-from records import read_lines
+from runtime.files import read_lines
+from tasks import load_task
+from tasks.verdicts import VERIFIERS, verify
+from tools import show_memory as tools_show_memory
 
 HERE = Path(__file__).resolve().parent.parent
 README = (HERE / "README.md").read_text()
@@ -30,13 +31,13 @@ def test_memory_commands_parse():
     assert len(commands) >= 4
     for flags in commands:
         with pytest.raises(SystemExit, match="there is no memory runs/x/memory.db"):
-            memory.main(shlex.split(flags))
+            tools_show_memory.main(shlex.split(flags))
 
 
 def test_there_are_commands_and_every_flag_named_exists():
     assert len(COMMANDS) >= 8
     named = {flag.removeprefix("no_") for flag in re.findall(r"`--(\w+)", README)}
-    assert named and named <= {f.name for f in pmd.fields(pmd.Config)} | {"from", "memory", "n"}  # eval.py's last two
+    assert named and named <= {f.name for f in fields(pmd.Config)} | {"from", "memory", "n"}  # eval.py's last two
 
 
 def test_named_functions_exist():
@@ -105,7 +106,7 @@ def test_the_example_verifier_and_its_row_work(tmp_path, monkeypatch):
     code = re.search(r"```python\n(# capitals\.py.*?)```", README, re.DOTALL)[1]
     started = []
     monkeypatch.setattr(pmd, "main", lambda: started.append(True))
-    monkeypatch.setattr("eval.VERIFIERS", dict(eval_module.VERIFIERS))
+    monkeypatch.setattr("eval.VERIFIERS", dict(VERIFIERS))
     exec(compile(code, "capitals.py", "exec"), {})
     line = re.search(r"^(\{.*\})$", README.split("capitals.py")[-1], re.MULTILINE)[1]
     for split in ("train", "test"):

@@ -19,9 +19,17 @@ from hypothesis import strategies as st
 
 import eval as ev
 import pmd
-import records
-import report
+from eval import verdicts
 from memory import EXAMPLES, Memory
+from runtime import tables as runtime_tables
+from runtime.sampler import Sample, Sampler
+from runtime.services import make_embedder
+from runtime.tables import evaluated
+from tasks import load_task
+from tasks.problem import Problem
+from tasks.sciknoweval import SCIKNOWEVAL, defects
+from tasks.verdicts import verify
+from tools import report
 
 HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared" / "data" / "sciknoweval"
@@ -30,7 +38,7 @@ SHARED = HERE.parent / "shared" / "data" / "sciknoweval"
 @functools.cache
 def published_task(domain, **options):
     """Reads a domain of the published files, once for all tests."""
-    return ev.load_task(f"sciknoweval/{domain}", dev=0, data=str(SHARED), **options)
+    return load_task(f"sciknoweval/{domain}", dev=0, data=str(SHARED), **options)
 
 
 published = pytest.mark.skipif(
@@ -177,7 +185,7 @@ def hub(monkeypatch):
 
 def test_the_hubs_items_become_ours(hub):
     hub([(f"Question {i}?", [f"{i}", f"{i + 1}"], "AB"[i % 2]) for i in range(500)])
-    task = ev.load_task("sciknoweval/biology", dev=0)
+    task = load_task("sciknoweval/biology", dev=0)
     assert (len(task.train), len(task.test)) == (450, 50)
     for p in task.train + task.test:
         i = int(p.id)
@@ -190,11 +198,11 @@ def test_the_hubs_items_become_ours(hub):
     with pytest.raises(
         ValueError, match="has 449 train and 50 test items, but 450 and 50 were published"
     ):
-        ev.load_task("sciknoweval/biology")
+        load_task("sciknoweval/biology")
 
 
 @published
-@pytest.mark.parametrize("domain", ev.SCIKNOWEVAL)
+@pytest.mark.parametrize("domain", SCIKNOWEVAL)
 def test_the_rebuilt_split_is_the_published_one(domain, hub):
     """The published items, in their order before the split, become the very files again."""
     files = published_task(domain)
@@ -205,7 +213,7 @@ def test_the_rebuilt_split_is_the_published_one(domain, hub):
         )
         questions.append((stem.removesuffix("\n"), rest, p.answer))
     hub(questions)
-    rebuilt = ev.load_task(f"sciknoweval/{domain}", dev=0)
+    rebuilt = load_task(f"sciknoweval/{domain}", dev=0)
     for split in ("train", "test"):
         ours, theirs = getattr(rebuilt, split), getattr(files, split)
         assert [(p.id, p.prompt, p.answer) for p in ours] == [
@@ -242,7 +250,7 @@ def test_the_data_card_counts_the_known_defects(domain, counts, left):
 def test_defects_of_items_made_by_hand():
     def item(i, stem, *options):
         lines = "".join(f"\n{label}: {text}" for label, text in zip("ABCD", options, strict=False))
-        return ev.Problem(str(i), f"{stem}\n{lines}\nPlease reason step by step.", "A", "choice")
+        return Problem(str(i), f"{stem}\n{lines}\nPlease reason step by step.", "A", "choice")
 
     train = [
         item(0, "A car of 10 kg?", "1", "2"),
@@ -255,11 +263,11 @@ def test_defects_of_items_made_by_hand():
         item(5, "A bus of 10 kg?", "1", "2"),
     ]
     flags = [
-        [flag.split(":")[0].split(" ")[0] for flag in split] for split in ev.defects(train, test)
+        [flag.split(":")[0].split(" ")[0] for flag in split] for split in defects(train, test)
     ]
     assert flags == [["", "repeated", ""], ["leaked", "near-duplicate", ""]]
     train[2] = item(2, "NdValence_composition_average = 3?", "1", "2")
-    assert ev.defects(train, test)[0][2].startswith("noisy")
+    assert defects(train, test)[0][2].startswith("noisy")
 
 
 def test_options_of_other_tasks_are_refused():
@@ -268,16 +276,16 @@ def test_options_of_other_tasks_are_refused():
         (dict(exclude_flagged=True), "--exclude_flagged is for sciknoweval: nothing is flagged"),
     ):
         with pytest.raises(ValueError, match=message):
-            ev.load_task("nano", **options)
-    a, b = ev.load_task("nano", seed=1), ev.load_task("nano")
+            load_task("nano", **options)
+    a, b = load_task("nano", seed=1), load_task("nano")
     assert {p.id for p in a.dev} != {p.id for p in b.dev} and a.test == b.test
 
 
 def test_lenient_verdicts_reach_the_batch(make_config):
-    problem = ev.Problem("1", "p", "B", "choice")
+    problem = Problem("1", "p", "B", "choice")
     for mcq, reward in (("sdpo", 0), ("lenient", 1)):
-        ((_, _, verdict),) = pmd.verdicts(
-            [problem], [[pmd.Sample([1], [2], None, "(B)", True)]], make_config(mcq=mcq)
+        ((_, _, verdict),) = verdicts(
+            [problem], [[Sample([1], [2], None, "(B)", True)]], make_config(mcq=mcq)
         )
         assert verdict.reward == reward
     with pytest.raises(ValueError, match="--mcq lenient is for multiple choice, which nano is not"):
@@ -488,11 +496,11 @@ def test_the_table_of_an_evaluation_says_lenient():
         "tokens": 3,
     }
     assert (
-        report.evaluated("t", {**found, "mcq": "lenient"})
+        evaluated("t", {**found, "mcq": "lenient"})
         .split("\n")[2]
         .startswith("t, lenient  9 ")
     )
-    assert "lenient" not in report.evaluated("t", {**found, "mcq": "sdpo"})
+    assert "lenient" not in evaluated("t", {**found, "mcq": "sdpo"})
 
 
 DEV = '{"step": 0, "split": "dev", "avg_at_k": 0}\n'
@@ -532,7 +540,7 @@ def test_broken_runs_are_named(make_run, name, text, message):
     run = Path(make_run("broken"))
     (run / name).unlink() if text is None else (run / name).write_text(text)
     with pytest.raises(SystemExit, match=message) as caught:
-        ev.main(["compare", str(run)])
+        ev.main(pmd.parse_flags, ["compare", str(run)])
     assert "\n" not in str(caught.value)
 
 
@@ -555,13 +563,13 @@ def test_the_last_words_of_a_run_say_of_what_they_speak():
         "test_best": {**row, "interval": None},
     }
     said = f"avg@4 on 131 held-out problems of {data}, no memory in the prompt"
-    assert said in records.table({"pmd": summary}).split("\n")[0]
-    assert "memory in the prompt of frozen-policy alone" in records.table(
+    assert said in runtime_tables.table({"pmd": summary}).split("\n")[0]
+    assert "memory in the prompt of frozen-policy alone" in runtime_tables.table(
         {"pmd": summary, "frozen-policy": summary}
     )
     assert (
         f"{data}, read leniently, no memory in"
-        in records.table({"pmd": {**summary, "mcq": "lenient"}}).split("\n")[0]
+        in runtime_tables.table({"pmd": {**summary, "mcq": "lenient"}}).split("\n")[0]
     )
 
 
@@ -569,12 +577,12 @@ def test_no_run_at_all():
     with pytest.raises(
         SystemExit, match="nowhere is no run: it has no config.json and metrics.jsonl"
     ):
-        ev.main(["compare", "nowhere"])
+        ev.main(pmd.parse_flags, ["compare", "nowhere"])
 
 
 def test_figures_and_their_data(make_run, tmp_path, capsys):
     other = make_run("b", "sdpo", test=((0,) * 4, (0,) * 4, (0, 0, 1, 0)))
-    ev.main(["figures", make_run("a"), other, "--out", str(tmp_path / "f")])
+    ev.main(pmd.parse_flags, ["figures", make_run("a"), other, "--out", str(tmp_path / "f")])
     assert (
         "Figure 2, memory in the prompt of other models: nothing to draw" in capsys.readouterr().out
     )
@@ -620,7 +628,7 @@ def test_an_evaluation_resumes_where_it_stopped(tmp_path, capsys):
         "--out",
         str(tmp_path),
     ]
-    ev.main([*flags, "--name", "whole"])
+    ev.main(pmd.parse_flags, [*flags, "--name", "whole"])
     assert re.search(r"avg@3 +maj@3 +best@3", capsys.readouterr().out)
     path = tmp_path / "whole/evals/0-test.jsonl"
     rows = [json.loads(x) for x in path.read_text().splitlines()]
@@ -632,8 +640,8 @@ def test_an_evaluation_resumes_where_it_stopped(tmp_path, capsys):
         "tokens",
         "text",
     }
-    problems = {p.id: p for p in ev.load_task("nano").test}
-    assert all(ev.verify(problems[r["problem"]], r["text"]).reward == r["reward"] for r in rows)
+    problems = {p.id: p for p in load_task("nano").test}
+    assert all(verify(problems[r["problem"]], r["text"]).reward == r["reward"] for r in rows)
     text = path.read_text()
     for cut in (
         len(text.splitlines(keepends=True)[0]) * 8,
@@ -641,10 +649,10 @@ def test_an_evaluation_resumes_where_it_stopped(tmp_path, capsys):
         text.index("\n", len(text) // 2) + 1,
     ):
         path.write_text(text[:cut])
-        ev.main([*flags, "--name", "whole"])
+        ev.main(pmd.parse_flags, [*flags, "--name", "whole"])
         assert sorted(path.read_text().splitlines()) == sorted(text.splitlines())
     with pytest.raises(SystemExit, match=r"--eval_k \(3 before, 2 now\)"):
-        ev.main([*flags[:5], "2", *flags[6:], "--name", "whole"])
+        ev.main(pmd.parse_flags, [*flags[:5], "2", *flags[6:], "--name", "whole"])
 
 
 def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
@@ -655,20 +663,20 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
     }
     memory = Memory(
         tmp_path / "lender/memory.db",
-        pmd.make_embedder(make_config()),
+        make_embedder(make_config()),
         Script(lambda prompt: json.dumps(insight)),
         embedder="hashing",
         forms="question",
     )
-    train = ev.load_task("nano").train
+    train = load_task("nano").train
     memory.add_problems(train)
     memory.record(1, [Attempt(f"1/{p.id}/0", p, "1 2", 1.0) for p in train])
     memory.reflect(1, train)
     memory.close()
     asked = []
-    answer = pmd.Sampler.answer
+    answer = Sampler.answer
     monkeypatch.setattr(
-        pmd.Sampler,
+        Sampler,
         "answer",
         lambda self, problems, *rest: asked.extend(rest[-1]) or answer(self, problems, *rest),
     )
@@ -684,7 +692,7 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
         "--name",
         "lent",
     ]
-    ev.main([*flags, "--memory", str(tmp_path / "lender/memory.db")])
+    ev.main(pmd.parse_flags, [*flags, "--memory", str(tmp_path / "lender/memory.db")])
     assert len(asked) == 4 and all("What was last comes first." in text for text in asked)
     text = report.compare([str(tmp_path / "lent")])
     assert line(
@@ -699,6 +707,7 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
         .replace('"method": "eval"', '"method": "frozen-policy"')
     )
     ev.main(
+        pmd.parse_flags,
         [
             *flags[:-1],
             "solved",
@@ -714,6 +723,7 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
     four = report.compare([str(tmp_path / "solved")]).split("Table 4")[1].split("Not in")[0]
     assert line(four, "Evolving memory + frozen policy (experience)")[3] == "4 x 2"
     ev.main(
+        pmd.parse_flags,
         ["figures", str(tmp_path / "lent"), str(tmp_path / "solved"), "--out", str(tmp_path / "f")]
     )
     with open(tmp_path / "f/figure2.csv") as file:
@@ -726,6 +736,7 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
         match="nano has 1024 positions, and a prompt of 1000 tokens .*; give --max_reprompt 992",
     ):
         ev.main(
+        pmd.parse_flags,
             [
                 *flags[:-1],
                 "long",
@@ -737,6 +748,6 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
         )
     assert not (tmp_path / "long").exists()
     with pytest.raises(SystemExit, match="there is no memory nowhere.db"):
-        ev.main([*flags[:-1], "other", "--memory", "nowhere.db"])
+        ev.main(pmd.parse_flags, [*flags[:-1], "other", "--memory", "nowhere.db"])
     with pytest.raises(SystemExit, match="eval.py: there is no task 'chess'"):
-        ev.main(["--model", "nano", "--task", "chess"])
+        ev.main(pmd.parse_flags, ["--model", "nano", "--task", "chess"])

@@ -16,7 +16,9 @@ import pytest
 
 import memory as mem
 import pmd
-import records
+from runtime import run as records
+from runtime.checkpoint import checkpoints
+from runtime.files import Stopped, append, read_lines
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -81,7 +83,7 @@ def test_a_run_that_is_interrupted_before_its_first_update_learns_the_same(make_
     pmd.train(whole)
     cfg = dataclasses.replace(whole, name="r", resume=True, max_minutes=1e-6)
     for step in (1, 2):
-        with pytest.raises(pmd.Stopped, match=f"stopped after step {step} of 6"):
+        with pytest.raises(Stopped, match=f"stopped after step {step} of 6"):
             pmd.train(cfg)
     pmd.train(dataclasses.replace(cfg, max_minutes=0.0))
     assert state(Path(cfg.out, "whole")) == state(Path(cfg.out, "r"))
@@ -121,15 +123,15 @@ def test_a_signal_saves_after_the_step_and_the_rest_is_as_if_nothing_had_happene
     monkeypatch.setattr(mem.Memory, "record", told)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     said = f"SIGTERM: stopped after step {at} of 4; the same command with --name told --resume"
-    with pytest.raises(pmd.Stopped, match=said):
+    with pytest.raises(Stopped, match=said):
         pmd.train(cfg)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     monkeypatch.setattr(mem.Memory, "record", record)
-    assert [c.name for c in pmd.checkpoints(Path(cfg.out, "told"))] == [str(at)]  # although --save_every is 0
+    assert [c.name for c in checkpoints(Path(cfg.out, "told"))] == [str(at)]  # although --save_every is 0
     metrics = Path(cfg.out, "told", "metrics.jsonl")
-    rows = records.read_lines(metrics)
+    rows = read_lines(metrics)
     assert max(row["step"] for row in rows if "split" in row) == at - 2
-    records.append(metrics, rows[0] | {"step": at, "split": "dev"})  # a kill between dev and test
+    append(metrics, rows[0] | {"step": at, "split": "dev"})  # a kill between dev and test
     pmd.train(cfg)
     assert state(Path(cfg.out, "whole")) == state(Path(cfg.out, "told"))
 
@@ -153,9 +155,9 @@ def test_the_second_signal_ends_it_at_once(make_config, monkeypatch):
 
 def test_a_time_limit_and_the_exit_status(make_config):
     cfg = small(make_config, name="late", max_minutes=1e-6)
-    with pytest.raises(pmd.Stopped, match="--max_minutes: stopped after step 1 of 4") as stopped:
+    with pytest.raises(Stopped, match="--max_minutes: stopped after step 1 of 4") as stopped:
         pmd.train(cfg)
-    assert stopped.value.code == 0 and pmd.Stopped("", "", 143).code == 143
+    assert stopped.value.code == 0 and Stopped("", "", 143).code == 143
     pmd.train(dataclasses.replace(cfg, resume=True, max_minutes=0.0))  # a limit is no part of what was run
     assert (Path(cfg.out, "late", "final")).is_dir()
 
@@ -165,7 +167,7 @@ def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
     pmd.train(cfg)
     rows = [json.loads(line) for line in Path(cfg.out, "r", "metrics.jsonl").read_text().splitlines()]
     dev = {row["step"]: row["avg_at_k"] for row in rows if row.get("split") == "dev" and row["step"]}
-    saved = {int(c.name) for c in pmd.checkpoints(Path(cfg.out, "r"))}
+    saved = {int(c.name) for c in checkpoints(Path(cfg.out, "r"))}
     assert saved >= {5, 6} and len(saved) <= 3 and max(dev[s] for s in saved) == max(dev.values())
 
 
@@ -184,7 +186,7 @@ def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config
         pmd.train(cfg)
     monkeypatch.setattr(records.dcp, "save", save)
     folder = Path(cfg.out, "r")
-    assert [c.name for c in pmd.checkpoints(folder)] == ["1", "2"] and (folder / "checkpoints" / "3.partial").is_dir()
+    assert [c.name for c in checkpoints(folder)] == ["1", "2"] and (folder / "checkpoints" / "3.partial").is_dir()
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "reward": 0.')
     pmd.train(cfg)

@@ -16,12 +16,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import AutoTokenizer
 
+import eval
+import eval as ev
 import pmd
-import ranks
-import records
-from eval import Problem, Task
-from eval import main as evaluate
+from runtime import check
+from runtime import files as runtime_files
+from runtime import provenance as runtime_provenance
+from runtime.check import check_folder
+from runtime.checkpoint import LOCKS, checkpoints, claim, default_name, refuse_second_writer, release
+from runtime.files import RunError, append, read_lines, write_lines
+from runtime.jobs import failure
+from runtime.model import MODELS
+from runtime.options import check_numbers
+from runtime.provenance import FORMERLY, FREE, HERE, fingerprint, model_identity, refuse_changes
+from runtime.ranks import Unsupported, count_ranks
+from runtime.sampler import Sampler
+from tasks.problem import Problem, Task
 
 SMALL = ("--steps 1 --batch_size 3 --mini_batch_size 3 --group_size 2 --eval_problems 2 --eval_k 1 --eval_every 0 "
          "--save_every 1").split()
@@ -67,13 +79,13 @@ def test_a_full_disk_is_one_sentence_with_the_file(make_config, changes, size, s
     cfg = make_config(name="r", steps=1, **changes)
     with full_disk(size), pytest.raises((ValueError, OSError), match=said) as caught:
         pmd.train(cfg)
-    assert "\n" not in pmd.failure(caught.value, cfg) and pmd.failure(caught.value, cfg)
+    assert "\n" not in failure(caught.value, cfg) and failure(caught.value, cfg)
 
 
 def test_after_a_full_disk_the_run_goes_on(make_config):
     whole, cfg = make_config(name="whole", method="grpo", save_every=1), make_config(name="r", method="grpo", save_every=1)
     pmd.train(whole)
-    with full_disk(30_000), pytest.raises(records.RunError, match="no checkpoint was written before"):
+    with full_disk(30_000), pytest.raises(RunError, match="no checkpoint was written before"):
         pmd.train(cfg)
     pmd.train(dataclasses.replace(cfg, resume=True))
     weights = [Path(cfg.out, name, "final", "model.safetensors").read_bytes() for name in ("whole", "r")]
@@ -113,7 +125,7 @@ def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file, caplo
     damage(folder / file)
     with pytest.raises(ValueError, match=said) as caught:
         pmd.train(cfg)
-    assert "\n" not in str(caught.value) and isinstance(caught.value, records.RunError)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, RunError)
     assert not [r for r in caplog.records if r.name == "root"]  # torch's warnings show a traceback
     if file.endswith(".metadata"):  # and the way on is one
         shutil.rmtree(folder / "checkpoints" / "2")
@@ -130,7 +142,7 @@ def test_a_checkpoint_that_says_what_can_t_be_is_named_with_the_way_on(make_conf
     shutil.copytree(saved, Path(cfg.out, "r"))
     about = Path(cfg.out, "r", "checkpoints", "2", "trainer.json")
     about.write_text(json.dumps(json.loads(about.read_text()) | changes))
-    with pytest.raises(records.RunError, match=f"2/trainer.json {said}: remove .*checkpoints/2.* goes on from .*/1$"):
+    with pytest.raises(RunError, match=f"2/trainer.json {said}: remove .*checkpoints/2.* goes on from .*/1$"):
         pmd.train(cfg)
 
 
@@ -139,7 +151,7 @@ def test_a_damaged_memory_in_a_checkpoint_is_not_taken_for_the_runs(make_config,
     shutil.copytree(saved, Path(cfg.out, "r"))
     Path(cfg.out, "r", "memory.db").unlink()
     Path(cfg.out, "r", "checkpoints", "2", "memory.db").write_bytes(b"nonsense " * 100)
-    with pytest.raises(records.RunError, match="2/memory.db can't be used as a memory: remove .*checkpoints/2"):
+    with pytest.raises(RunError, match="2/memory.db can't be used as a memory: remove .*checkpoints/2"):
         pmd.train(cfg)
     assert not Path(cfg.out, "r", "memory.db").exists()
 
@@ -148,7 +160,7 @@ def test_a_forks_damaged_checkpoint_names_the_others(make_config, saved):
     cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "f", "--from", "r@2"])
     shutil.copytree(saved, Path(cfg.out, "r"))
     cut(Path(cfg.out, "r", "checkpoints", "2", "trainer.json"))
-    with pytest.raises(records.RunError, match="give --from another step; kept there: 1$"):
+    with pytest.raises(RunError, match="give --from another step; kept there: 1$"):
         pmd.train(cfg)
 
 
@@ -157,13 +169,13 @@ def test_what_is_no_fault_of_the_program_is_a_sentence_and_a_fault_is_none(make_
     gpu = torch.OutOfMemoryError("CUDA out of memory.\n Tried")
     cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     for error in (gpu, cpu, MemoryError()):
-        assert f"lower --micro_tokens ({cfg.micro_tokens} now)" in pmd.failure(error, cfg)
-        assert "\n" not in pmd.failure(error, cfg)
-    assert "--model nano" in pmd.failure(SafetensorError("cut"), cfg)
-    for error in (FloatingPointError("x"), OSError("x"), records.RunError("x"), ranks.Unsupported("x")):
-        assert pmd.failure(error, cfg) == "x"
+        assert f"lower --micro_tokens ({cfg.micro_tokens} now)" in failure(error, cfg)
+        assert "\n" not in failure(error, cfg)
+    assert "--model nano" in failure(SafetensorError("cut"), cfg)
+    for error in (FloatingPointError("x"), OSError("x"), RunError("x"), Unsupported("x")):
+        assert failure(error, cfg) == "x"
     for error in (ValueError("x"), KeyError("x"), TypeError("x"), RuntimeError("x"), IndexError("x"), AssertionError("x")):
-        assert pmd.failure(error, cfg) == ""
+        assert failure(error, cfg) == ""
 
 
 def test_a_memory_that_breaks_while_the_run_goes_on_is_a_sentence(command, monkeypatch):
@@ -182,7 +194,7 @@ def test_a_memory_that_breaks_while_the_run_goes_on_is_a_sentence(command, monke
 def test_what_is_no_step_is_no_checkpoint(tmp_path):
     for name in ("1", "10", "²", "abc", "3.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert [c.name for c in records.checkpoints(tmp_path)] == ["1", "10"]
+    assert [c.name for c in checkpoints(tmp_path)] == ["1", "10"]
 
 
 def test_the_command_ends_by_a_sentence_or_by_a_traceback(command, monkeypatch):
@@ -206,28 +218,28 @@ def test_a_verifier_that_refuses_ends_the_run_by_its_sentence(make_config, monke
     def refuses(*args):
         raise ValueError("the verifier 'mine' gave nan for p3")
 
-    monkeypatch.setattr(pmd, "verify_all", refuses)
-    with pytest.raises(records.RunError, match="^the verifier 'mine' gave nan for p3$"):
+    monkeypatch.setattr(eval, "verify_all", refuses)
+    with pytest.raises(RunError, match="^the verifier 'mine' gave nan for p3$"):
         pmd.train(make_config(name="r"))
 
 
 def test_records_hold_any_text(tmp_path):
     rows = [{"text": "half \ud83d of it"}, {"text": "\udcff\0\n\"\\ud83d"}, {"text": "数 \U0001f600"}]
     for row in rows:
-        records.append(tmp_path / "a.jsonl", row)
-    records.write_lines(tmp_path / "b.jsonl", rows)
-    assert records.read_lines(tmp_path / "a.jsonl") == records.read_lines(tmp_path / "b.jsonl") == rows
-    records.write(tmp_path / "c.json", json.dumps(rows, ensure_ascii=False))
+        append(tmp_path / "a.jsonl", row)
+    write_lines(tmp_path / "b.jsonl", rows)
+    assert read_lines(tmp_path / "a.jsonl") == read_lines(tmp_path / "b.jsonl") == rows
+    runtime_files.write(tmp_path / "c.json", json.dumps(rows, ensure_ascii=False))
     assert json.loads((tmp_path / "c.json").read_text()) == rows
 
 
 def test_what_a_model_wrote_ends_no_run(make_config, monkeypatch):
-    decode = pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).__class__.decode
-    monkeypatch.setattr(pmd.AutoTokenizer.from_pretrained(pmd.MODELS["nano"]).__class__, "decode",
+    decode = AutoTokenizer.from_pretrained(MODELS["nano"]).__class__.decode
+    monkeypatch.setattr(AutoTokenizer.from_pretrained(MODELS["nano"]).__class__, "decode",
                         lambda self, *args, **flags: decode(self, *args, **flags) + " \ud83d")
     cfg = make_config(name="r", method="sdpo", save_every=1)
     pmd.train(cfg)
-    rows = records.read_lines(Path(cfg.out, "r", "samples.jsonl"))
+    rows = read_lines(Path(cfg.out, "r", "samples.jsonl"))
     assert rows and all(row["completion"].endswith("\ud83d") for row in rows)
 
 
@@ -239,8 +251,8 @@ def another_process(folder):
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        records.LOCKS.clear()
-        os.write(write, records.claim(folder, resume=True).encode() or b"held")
+        LOCKS.clear()
+        os.write(write, claim(folder, resume=True).encode() or b"held")
         signal.pause()
     try:
         assert os.read(read, 1000) == b"held"
@@ -254,18 +266,18 @@ def another_process(folder):
 
 def test_one_process_writes_and_one_that_is_killed_lets_go(tmp_path):
     folder = tmp_path / "r"
-    assert records.claim(folder, resume=False) == "" and records.claim(folder, resume=True) == ""  # our own
-    assert "r exists; add --resume" in records.claim(folder, resume=False)
-    records.refuse_second_writer(folder)
-    records.release(folder)
+    assert claim(folder, resume=False) == "" and claim(folder, resume=True) == ""  # our own
+    assert "r exists; add --resume" in claim(folder, resume=False)
+    refuse_second_writer(folder)
+    release(folder)
     with another_process(folder) as other:
-        said = records.claim(folder, resume=True)
+        said = claim(folder, resume=True)
         assert said.startswith(f"{folder} is being written by process {other} on ") and "another --name" in said
         with pytest.raises(ValueError, match=f"written by process {other} on"):
-            records.refuse_second_writer(folder)
-    records.refuse_second_writer(folder)
-    assert records.claim(folder, resume=True) == ""
-    records.release(folder)
+            refuse_second_writer(folder)
+    refuse_second_writer(folder)
+    assert claim(folder, resume=True) == ""
+    release(folder)
 
 
 def test_a_second_process_is_refused_at_the_start_and_before_it_writes(make_config, saved, monkeypatch):
@@ -275,14 +287,14 @@ def test_a_second_process_is_refused_at_the_start_and_before_it_writes(make_conf
     with another_process(Path(cfg.out, "r")):
         with pytest.raises(ValueError, match="r is being written by process"):
             pmd.check(cfg)
-        monkeypatch.setattr(pmd, "refuse_second_writer", lambda folder: None)  # it came while the model was loaded
-        with pytest.raises(records.RunError, match="r is being written by process"):
+        monkeypatch.setattr(check, "refuse_second_writer", lambda folder: None)  # it came while the model was loaded
+        with pytest.raises(RunError, match="r is being written by process"):
             pmd.train(cfg)
     assert (Path(cfg.out, "r", "metrics.jsonl")).read_bytes() == before
 
 
 def test_names_of_one_second_differ(make_config):
-    assert len({records.default_name(make_config()) for _ in range(20)}) > 10
+    assert len({default_name(make_config()) for _ in range(20)}) > 10
 
 
 def problem(**changes):
@@ -293,25 +305,25 @@ def problem(**changes):
 def test_a_fingerprint_sees_every_change(tokenizer, split):
     plain = Task("t", *([problem(), problem(id="o")] for _ in range(3)))
     same = Task("renamed", *([problem(), problem(id="o")] for _ in range(3)))
-    before = records.fingerprint(plain, tokenizer)
-    assert records.changes(before, records.fingerprint(same, tokenizer)) == []
+    before = fingerprint(plain, tokenizer)
+    assert runtime_provenance.changes(before, fingerprint(same, tokenizer)) == []
     others = [dict(id="x"), dict(prompt="x"), dict(answer="2"), dict(verifier="choice"), dict(system="x"),
               dict(extra={"inputs": ["2"]})]
     for rows in ([problem(id="o"), problem()], [problem()], *([problem(**o), problem(id="o")] for o in others)):
-        now = records.fingerprint(dataclasses.replace(plain, **{split: rows}), tokenizer)
-        assert records.changes(before, now) == [f"the {split if split != 'train' else 'training'} problems"]
+        now = fingerprint(dataclasses.replace(plain, **{split: rows}), tokenizer)
+        assert runtime_provenance.changes(before, now) == [f"the {split if split != 'train' else 'training'} problems"]
 
 
 def test_another_model_under_the_same_path_is_seen(tmp_path):
     folder = tmp_path / "m"
-    shutil.copytree(pmd.MODELS["nano"], folder)
-    before = records.model_identity(folder)
+    shutil.copytree(MODELS["nano"], folder)
+    before = model_identity(folder)
     (folder / "README.md").write_text("of no account")
-    assert records.model_identity(folder) == before
+    assert model_identity(folder) == before
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    assert records.model_identity(folder) != before
+    assert model_identity(folder) != before
 
 
 def sums(folder, shift=0):
@@ -352,41 +364,41 @@ def test_a_fork_brings_no_memory_of_other_problems(make_config, tmp_path):
 
 def test_which_flags_may_change_on_resume(make_config, capsys):
     cfg = make_config(name="r", resume=True)
-    assert records.FREE <= {f.name for f in dataclasses.fields(cfg)}
+    assert FREE <= {f.name for f in dataclasses.fields(cfg)}
     for field in dataclasses.fields(cfg):
         before = dataclasses.asdict(cfg) | {field.name: "another"}
-        if field.name in records.FREE:
-            records.refuse_changes(before, cfg)
+        if field.name in FREE:
+            refuse_changes(before, cfg)
             assert field.name in ("resume", "out", "name") or f"--{field.name} ('another' before" in capsys.readouterr().out
         else:
             with pytest.raises(ValueError, match=f"started with other flags: --{field.name} "):
-                records.refuse_changes(before, cfg)
+                refuse_changes(before, cfg)
 
 
 def test_a_field_that_is_new_had_its_default(make_config):
     cfg, before = pmd.Config(name="r"), dataclasses.asdict(pmd.Config(name="r"))
-    for name in before.keys() - records.FORMERLY.keys():
-        records.refuse_changes({k: v for k, v in before.items() if k != name}, cfg)
+    for name in before.keys() - FORMERLY.keys():
+        refuse_changes({k: v for k, v in before.items() if k != name}, cfg)
     changed = dataclasses.replace(cfg, alpha=1.0)
     with pytest.raises(ValueError, match=r"--alpha \(0.5 before, 1.0 now\)"):
-        records.refuse_changes({k: v for k, v in before.items() if k != "alpha"}, changed)
-    records.refuse_changes(before | {"a_field_of_yore": 1}, cfg)
+        refuse_changes({k: v for k, v in before.items() if k != "alpha"}, changed)
+    refuse_changes(before | {"a_field_of_yore": 1}, cfg)
 
 
 def test_an_evaluation_too_has_one_writer_and_keeps_to_its_problems(tmp_path):
     sums(tmp_path / "t")
     flags = f"--model nano --task {tmp_path / 't'} --dev 0 --n 1 --out {tmp_path} --name e".split()
-    evaluate(flags)
+    ev.main(pmd.parse_flags, flags)
     answers = (tmp_path / "e" / "evals" / "0-test.jsonl").read_bytes()
     with another_process(tmp_path / "e"), pytest.raises(SystemExit, match="eval.py: .*e is being written by process"):
-        evaluate(flags)
+        ev.main(pmd.parse_flags, flags)
     sums(tmp_path / "t", shift=1)
     with pytest.raises(SystemExit, match="eval.py: the test problems are not those that .*e was started with"):
-        evaluate(flags)
+        ev.main(pmd.parse_flags, flags)
     assert (tmp_path / "e" / "evals" / "0-test.jsonl").read_bytes() == answers
     (tmp_path / "e" / "config.json").write_text("{")
     with pytest.raises(SystemExit, match="eval.py: .*e/config.json can't be read .*remove it"):
-        evaluate(flags)
+        ev.main(pmd.parse_flags, flags)
 
 
 # -- beginnings and ends ------------------------------------------------------------------------------------------------
@@ -419,14 +431,14 @@ def test_a_name_is_a_folder_under_out(make_config, name):
 
 @pytest.mark.parametrize("name", ["a b", "übung", "a/b", "a/", "数", "-x", ".hidden"])
 def test_a_name_may_be_any_other(make_config, name):
-    pmd.check_folder(make_config(name=name), quiet=True)
+    check_folder(make_config(name=name), quiet=True)
 
 
 def test_where_nothing_can_be_written_is_said_before_the_run(make_config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/r can't be made: .*file is a file; give another --out"):
         pmd.check(make_config(name="r", out=str(tmp_path / "file")))
-    monkeypatch.setattr(pmd.os, "access", lambda path, mode: False)  # as root all is permitted
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root all is permitted
     with pytest.raises(ValueError, match="can't be made: .* is not yours to write to"):
         pmd.check(make_config(name="r"))
 
@@ -434,7 +446,7 @@ def test_where_nothing_can_be_written_is_said_before_the_run(make_config, tmp_pa
 def test_the_embedded_model_stays_on_one_cpu_process_of_a_gpu_node(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    count = {flags: ranks.count_ranks(pmd.parse_flags(flags.split())) for flags in (
+    count = {flags: count_ranks(pmd.parse_flags(flags.split())) for flags in (
         "", "--nproc 2", "--device cuda", "--task my/folder", "--model elsewhere", "--model elsewhere --task nano")}
     assert list(count.values()) == [1, 2, 8, 1, 8, 8]
     assert pmd.parse_flags([]).device == "cpu" and pmd.parse_flags(["--model", "elsewhere", "--task", "nano"]).device == ""
@@ -460,7 +472,7 @@ def test_a_number_outside_its_meaning_is_a_sentence_whatever_its_length(make_con
         if inside:
             continue
         with pytest.raises(ValueError, match=f"^--{field.name} .* must be "):
-            pmd.check_numbers(make_config(**{field.name: value}))
+            check_numbers(make_config(**{field.name: value}))
 
 
 def test_a_tier_is_given_once(make_config):
@@ -491,7 +503,7 @@ def test_the_checks_end_by_a_sentence(command, monkeypatch, error, code, last):
     def raises(*args):
         raise error
 
-    monkeypatch.setattr(pmd, "load_task", raises)
+    monkeypatch.setattr(check, "load_task", raises)
     found, _, said = command("--name", "a")
     assert found == code and re.fullmatch(last, said.splitlines()[-1])
     monkeypatch.setattr(pmd, "checked_totals", raises)  # of a comparison
@@ -520,17 +532,17 @@ def test_an_evaluation_ends_by_a_sentence(tmp_path, capsys, monkeypatch, error, 
     def raises(*args):
         raise error
 
-    monkeypatch.setattr(pmd.Sampler, "draw", raises)
+    monkeypatch.setattr(Sampler, "draw", raises)
     with pytest.raises(SystemExit) as end:
-        evaluate([*EVALUATION, "--out", str(tmp_path)])
+        ev.main(pmd.parse_flags, [*EVALUATION, "--out", str(tmp_path)])
     said = end.value.code if code == 1 else capsys.readouterr().err.splitlines()[-1]
     assert (1 if isinstance(end.value.code, str) else end.value.code) == code and re.fullmatch(last, said)
 
 
 def test_a_fault_of_the_program_in_an_evaluation_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(pmd.Sampler, "draw", lambda *args: {}["a fault"])
+    monkeypatch.setattr(Sampler, "draw", lambda *args: {}["a fault"])
     with pytest.raises(KeyError):
-        evaluate([*EVALUATION, "--out", str(tmp_path)])
+        ev.main(pmd.parse_flags, [*EVALUATION, "--out", str(tmp_path)])
 
 
 TOOLS = [("tools/plan.py", "--gpus=0"), ("tools/plan.py", "--gpus=-1"), ("tools/plan.py", "--gpu_memory=nan"),
@@ -545,7 +557,7 @@ TOOLS = [("tools/plan.py", "--gpus=0"), ("tools/plan.py", "--gpus=-1"), ("tools/
 def test_the_scripts_refuse_what_means_nothing(monkeypatch, capsys, script, flag):
     commit = ["HEAD"] if script == "tools/same.py" and flag.startswith("-") else []
     monkeypatch.setattr(sys, "argv", [script, *commit, flag])
-    monkeypatch.setattr(sys, "path", [str(Path(pmd.HERE, script).parent), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(Path(HERE, script).parent), *sys.path])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(Path(pmd.HERE, script)), run_name="__main__")
+        runpy.run_path(str(Path(HERE, script)), run_name="__main__")
     assert end.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]

@@ -8,10 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import method_of
+from transformers import AutoModelForCausalLM
 
 import memory as mem
 import pmd
-from eval import Problem
+from runtime import chat as runtime_chat
+from runtime import check
+from runtime import vllm_sampler as runtime_vllm_sampler
+from runtime.chat import encode_prompt
+from runtime.check import check_machine
+from runtime.sampler import Sampler
+from runtime.vllm_sampler import VLLM, VLLM_VERSION, slow_generation
+from tasks.problem import Problem
 
 # ------------------------------------------------------------------ the probe
 
@@ -25,7 +33,7 @@ class Engine:
     def __init__(self, folder, load_format, **flags):
         assert load_format == "dummy"  # nothing is read that is overwritten at once
         torch.manual_seed(1)
-        self.model, self.pushes = pmd.AutoModelForCausalLM.from_config(self.config).to(self.dtype).eval(), 0
+        self.model, self.pushes = AutoModelForCausalLM.from_config(self.config).to(self.dtype).eval(), 0
 
     def collective_rpc(self, method, kwargs):
         assert method == "reload_weights"
@@ -54,7 +62,7 @@ def start(monkeypatch, tokenizer, make_config):
     def start(policy, hears=Engine.hears, dtype=torch.float32):
         kind = type("Kind", (Engine,), {"hears": staticmethod(hears), "dtype": dtype, "config": policy.config})
         monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace, LLM=kind))
-        return pmd.VLLM(policy, tokenizer, make_config(sampler="vllm"))
+        return VLLM(policy, tokenizer, make_config(sampler="vllm"))
 
     return start
 
@@ -64,7 +72,7 @@ def untied(policy):
     config = copy.deepcopy(policy.config)
     config.tie_word_embeddings = False
     torch.manual_seed(0)
-    model = pmd.AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     model.load_state_dict(policy.state_dict())
     return model
 
@@ -117,7 +125,7 @@ def test_an_engine_that_keeps_the_initial_weights_is_refused(start, policy, monk
 
 def test_unlikely_text_in_bfloat16_is_no_other_model(start, policy, monkeypatch):
     """Where the probe has tens of nats a token, rounding makes tenths of them: more than any bound that fits likely text."""
-    monkeypatch.setattr(pmd.VLLM, "PROBE", "ka=rev 3 lo!inc mi ye=swap 7 do 0 zi!neg ju=flip 5 vo")
+    monkeypatch.setattr(VLLM, "PROBE", "ka=rev 3 lo!inc mi ye=swap 7 do 0 zi!neg ju=flip 5 vo")
     with torch.no_grad():
         policy.model.norm.weight.mul_(24)
     sampler = start(policy, dtype=torch.bfloat16)
@@ -134,7 +142,7 @@ def test_weights_that_do_not_change_are_pushed_once(method, pushes, monkeypatch,
     """The engine sleeps while a run is restored, and while it learns."""
     said = []
     for name in ("sleep", "wake"):
-        monkeypatch.setattr(pmd.Sampler, name, lambda self, name=name: said.append(name))
+        monkeypatch.setattr(Sampler, name, lambda self, name=name: said.append(name))
     monkeypatch.setattr(pmd.Run, "restore", lambda *args, real=pmd.Run.restore: said.append("restore") or real(*args))
     pmd.train(make_config(method=method, name="run"))
     assert said == ["sleep", "restore", "wake"] + ["sleep", "wake"] * (pushes - 1)
@@ -144,19 +152,21 @@ def test_weights_that_do_not_change_are_pushed_once(method, pushes, monkeypatch,
 
 def test_the_cost_of_generation_without_vllm_is_said():
     """3 rows of 10,240 tokens in a batch of 32,768: 256 rollouts are 86 calls, 399 x 16 samples 2,128."""
-    said = pmd.slow_generation(pmd.Config(), 399, 1)
+    said = slow_generation(pmd.Config(), 399, 1)
     assert "3 texts at a time: a step 86 calls in turn or up to 6.8 hours, an evaluation 2128 calls in turn" in said
     assert "requirements-gpu.txt" in said and "--sampler transformers" in said and "\n" not in said
-    assert "a step 11 calls" in pmd.slow_generation(pmd.Config(), 399, 8)
-    assert "a step" not in pmd.slow_generation(pmd.Config(), 399, 1, training=False)
-    assert "1 texts" in pmd.slow_generation(pmd.Config(micro_tokens=1), 399, 1)
+    assert "a step 11 calls" in slow_generation(pmd.Config(), 399, 8)
+    assert "a step" not in slow_generation(pmd.Config(), 399, 1, training=False)
+    assert "1 texts" in slow_generation(pmd.Config(micro_tokens=1), 399, 1)
 
 
 @pytest.mark.parametrize("flags, installed, said", [
-    ([], None, True), (["--sampler", "transformers"], None, False), ([], pmd.VLLM_VERSION, False)])
+    ([], None, True), (["--sampler", "transformers"], None, False), ([], VLLM_VERSION, False)])
 def test_it_is_said_on_a_gpu_where_nobody_chose_it(flags, installed, said, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(pmd, "device_of", lambda cfg: SimpleNamespace(type="cuda", index=0))
-    monkeypatch.setattr(pmd, "vllm_version", lambda: installed)
+    for room in (check, runtime_vllm_sampler):
+        monkeypatch.setattr(room, "device_of", lambda cfg: SimpleNamespace(type="cuda", index=0))
+    for room in (check, runtime_vllm_sampler):
+        monkeypatch.setattr(room, "vllm_version", lambda: installed)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     cfg = pmd.parse_flags([*flags, "--out", str(tmp_path)])
     pmd.check(cfg, quiet=True)
@@ -171,10 +181,10 @@ def test_it_is_said_on_a_gpu_where_nobody_chose_it(flags, installed, said, monke
 def test_trainer_and_engine_are_on_one_device(flags, ranks, refused, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(pmd, "vllm_version", lambda: "0")  # the next thing that is refused
+    monkeypatch.setattr(runtime_vllm_sampler, "vllm_version", lambda: "0")  # the next thing that is refused
     cfg = pmd.parse_flags([*flags, "--batch_size", "1", "--method", "grpo", "--out", str(tmp_path)])
     with pytest.raises(ValueError) as error:
-        pmd.check_machine(cfg, ranks)
+        check_machine(cfg, ranks)
     assert ("give --device cuda where the environment says CUDA_VISIBLE_DEVICES=1" in str(error.value)) == refused
 
 
@@ -190,10 +200,10 @@ def test_a_teachers_prompt_is_encoded_once(budget, tokenizer, make_config, monke
     asked = [(p, c) for p in problems for c in contexts]
     naive = []
     for p, c in asked:
-        text = mem.compose_within(budget, lambda t, p=p: len(pmd.encode_prompt(tokenizer, t, p.system)), p.prompt, **c)
-        naive.append((text, pmd.encode_prompt(tokenizer, text, p.system)))
-    encoded, encode = [], pmd.encode_prompt
-    monkeypatch.setattr(pmd, "encode_prompt", lambda *args: encoded.append(args[1:]) or encode(*args))
+        text = mem.compose_within(budget, lambda t, p=p: len(encode_prompt(tokenizer, t, p.system)), p.prompt, **c)
+        naive.append((text, encode_prompt(tokenizer, text, p.system)))
+    encoded, encode = [], encode_prompt
+    monkeypatch.setattr(runtime_chat, "encode_prompt", lambda *args: encoded.append(args[1:]) or encode(*args))
     found = pmd.teacher_prompts([p for p, _ in asked], [c for _, c in asked], tokenizer, cfg)
     for (p, _), (text, ids), (naive_text, naive_ids) in zip(asked, found, naive, strict=True):
         assert text == naive_text and ids == (naive_ids if text != p.prompt else [])
@@ -205,8 +215,8 @@ def test_no_prompt_is_made_where_nobody_is_taught(tokenizer, make_config, monkey
     problems = [Problem(f"p{i}", f"{i} ka lo ti", "", "steps") for i in range(2)]
     rollouts = [pmd.Rollout([1], [2], None, f"said {i}", True, f"1/{p.id}/{i}", p, float(p is problems[0] or i < 2))
                 for p in problems for i in range(4)]
-    encoded, encode = [], pmd.encode_prompt
-    monkeypatch.setattr(pmd, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args))
+    encoded, encode = [], encode_prompt
+    monkeypatch.setattr(runtime_chat, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args))
     method_of(make_config("--no_supervise_mastered", method="sdpo"), tokenizer=tokenizer).condition(1, rollouts)
     assert not any(r.teacher_ids for r in rollouts[:4]) and all(r.teacher_ids for r in rollouts[4:])
     assert len(encoded) == 2 and all("1 ka lo ti" in text for text in encoded)  # by the first success, or the second

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import sandbox
-from eval import judge
-from sandbox import execute
+from tasks import sandbox
+from tasks.code import judge
+from tasks.sandbox import execute
 
 try:
     sandbox.sandbox_command()
@@ -482,9 +482,9 @@ def test_the_job_holds_no_output(monkeypatch):
 
 def test_a_trainer_that_is_killed_leaves_nothing(outside):
     token = sandbox.ENVIRONMENT["RED_TEAM"]
-    code = f"import sandbox; sandbox.ENVIRONMENT['RED_TEAM'] = '{token}'; " \
-           "from eval import judge; judge('while 1: pass', [''], ['1'])"
-    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox.__file__).parent)
+    code = f"from tasks import sandbox; sandbox.ENVIRONMENT['RED_TEAM'] = '{token}'; " \
+           "from tasks.code import judge; judge('while 1: pass', [''], ['1'])"
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox.__file__).parent.parent)
     deadline = time.monotonic() + 30
     while not any(b"marshal" in p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline")
                   if p.exists() and token in environment(p.with_name("environ"))):

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import Script, method_of, words
 
-import eval as ev
 import memory as mem
 import pmd
-from eval import Problem, load_task, verify
+from tasks import load_task
+from tasks import sciknoweval as tasks_sciknoweval
+from tasks.problem import Problem
+from tasks.sciknoweval import HUB_SYSTEM, SCIKNOWEVAL, SCIKNOWEVAL_HUB
+from tasks.verdicts import verify
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "sciknoweval"
 SYSTEM = "\nPick the right option. Reply as\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
@@ -64,13 +67,13 @@ def hub(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("domain", ev.SCIKNOWEVAL)
+@pytest.mark.parametrize("domain", SCIKNOWEVAL)
 def test_a_domain_from_a_folder_like_the_hubs(hub, monkeypatch, domain):
     """Through `datasets` itself, as the Hub's name without --data and as --data of a copy: no configuration is named."""
-    assert ev.SCIKNOWEVAL_HUB == "hicai-zju/SciKnowEval"
+    assert SCIKNOWEVAL_HUB == "hicai-zju/SciKnowEval"
     hub = hub.rename(hub.parent / f"{domain}_hub")  # `datasets` caches by the folder's name
-    monkeypatch.setattr(ev, "SCIKNOWEVAL_HUB", str(hub))
-    monkeypatch.setitem(ev.SCIKNOWEVAL, domain, (36, 4))
+    monkeypatch.setattr(tasks_sciknoweval, "SCIKNOWEVAL_HUB", str(hub))
+    monkeypatch.setitem(SCIKNOWEVAL, domain, (36, 4))
     task, copy = load_task(f"sciknoweval/{domain}", dev=0), load_task(f"sciknoweval/{domain}", dev=0, data=str(hub))
     assert task == copy and sorted(int(p.id) for p in task.train + task.test) == list(range(40))
     for p in task.train + task.test:
@@ -79,7 +82,7 @@ def test_a_domain_from_a_folder_like_the_hubs(hub, monkeypatch, domain):
         options = "\n".join(f"{label}: {label} of {i}" for label in labels)
         question = f"{domain.capitalize()} L3 mcq-{len(labels)}-choices {i}?"
         assert p.prompt == f"{question}\n\n{options}\nPlease reason step by step." and p.answer == "AB"[i // 2 % 2]
-        assert verify(p, answer(p.answer)).reward == 1 and p.system == ev.HUB_SYSTEM
+        assert verify(p, answer(p.answer)).reward == 1 and p.system == HUB_SYSTEM
     import datasets
     split = datasets.Dataset.from_dict({"idx": range(40)}).train_test_split(test_size=0.1, seed=42)
     assert [int(p.id) for p in task.test] == split["test"]["idx"]
@@ -87,7 +90,7 @@ def test_a_domain_from_a_folder_like_the_hubs(hub, monkeypatch, domain):
 
 
 def test_the_hubs_domains_in_other_spellings(hub, monkeypatch):
-    monkeypatch.setitem(ev.SCIKNOWEVAL, "material", (36, 4))
+    monkeypatch.setitem(SCIKNOWEVAL, "material", (36, 4))
     data = hub / "data/v2/sciknoweval_test_v2.jsonl"
     for name in ("Materials", "material"):
         data.write_text(data.read_text().replace('"domain": "Material"', f'"domain": "{name}"'))

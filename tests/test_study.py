@@ -14,8 +14,9 @@ import tables
 
 import study
 from memory import NANO as NANO_FORMS
-from memory import parse, parse_items, reflection_prompt
+from memory import parse_items, reflection_prompt
 from nano.make import attempt_text
+from runtime.replies import parse
 
 
 def record(name, world, checkpoint=0, scores=(0, 0.2, 0.4), dev=(0, 0, 0), **more):

@@ -17,14 +17,18 @@ import torch
 from conftest import NANO, method_of
 from scipy.stats import chi2_contingency, chisquare, norm
 from test_ranks import FLAGS, assert_same, run
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import memory as mem
 import pmd
-import records
-from eval import load_task
+from runtime.chat import encode_prompt
+from runtime.checkpoint import save_model
+from runtime.model import MODELS, load_policy, make_optimizer
+from runtime.sampler import Sampler
+from runtime.vllm_sampler import VLLM, make_sampler, vllm_version
+from tasks import load_task
 
-pytestmark = pytest.mark.skipif(pmd.vllm_version() is None, reason="vllm is not installed")
+pytestmark = pytest.mark.skipif(vllm_version() is None, reason="vllm is not installed")
 
 LEVEL = 1e-3  # of every test below: the chance of a false alarm
 
@@ -37,11 +41,11 @@ def problems():
 def random_model(folder, config):
     """Writes a random model with the embedded one's tokenizer; returns the folder."""
     torch.manual_seed(0)
-    policy = pmd.AutoModelForCausalLM.from_config(config)
+    policy = AutoModelForCausalLM.from_config(config)
     for p in policy.parameters():
         p.data.mul_(3)  # logits worth telling apart
     policy.save_pretrained(folder)
-    pmd.AutoTokenizer.from_pretrained(NANO).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(NANO).save_pretrained(folder)
     return folder
 
 
@@ -65,20 +69,20 @@ def olmo3(tmp_path_factory):
 
 def samplers(cfg):
     """vLLM's sampler and transformers' on one policy."""
-    tokenizer, policy = pmd.AutoTokenizer.from_pretrained(pmd.MODELS.get(cfg.model, cfg.model)), pmd.load_policy(cfg)
-    return pmd.make_sampler(policy, tokenizer, cfg), pmd.Sampler(policy, tokenizer, cfg)
+    tokenizer, policy = AutoTokenizer.from_pretrained(MODELS.get(cfg.model, cfg.model)), load_policy(cfg)
+    return make_sampler(policy, tokenizer, cfg), Sampler(policy, tokenizer, cfg)
 
 
 def told(sampler, problems, steps, updates, cfg):
     """Updates of the policy on its own rollouts, by a teacher that is told every hidden rule. Yields the sums."""
     policy = sampler.trained
-    teacher, optimizer = copy.deepcopy(policy), pmd.make_optimizer(policy, cfg)
+    teacher, optimizer = copy.deepcopy(policy), make_optimizer(policy, cfg)
     for step in steps:
         sampler.step = step
         rollouts = pmd.attempt(sampler, problems, cfg)
         for r in rollouts:
             hint = mem.compose(r.problem.prompt, strategies=[("rule", rule) for rule in r.problem.extra["hidden"].split()])
-            r.teacher_ids = pmd.encode_prompt(sampler.tokenizer, hint)
+            r.teacher_ids = encode_prompt(sampler.tokenizer, hint)
         for _ in range(updates):
             sums = pmd.update(method_of(cfg, policy, teacher), optimizer, rollouts, step)
         sampler.sleep()
@@ -92,7 +96,7 @@ def test_everything_the_engine_claims(name, request, problems, make_config):
     cfg = make_config(model=name if name == "nano" else str(request.getfixturevalue(name)), task="nano", sampler="vllm")
     sampler, _ = samplers(cfg)
     policy = sampler.trained
-    assert isinstance(sampler, pmd.VLLM) and policy.config.tie_word_embeddings == (name == "nano")
+    assert isinstance(sampler, VLLM) and policy.config.tie_word_embeddings == (name == "nano")
 
     # its log-probabilities are the trainer's, now and after updates
     for sums in told(sampler, problems[:4], range(1, 4), 1, cfg):
@@ -163,7 +167,7 @@ def test_completions_are_distributed_as_transformers_are(problems, make_config):
     few, n = [problems[0], problems[60]], 1000  # of one syllable and of two
 
     def drawn(sampler, problem, temperature=1.0):
-        prompt = pmd.encode_prompt(sampler.tokenizer, problem.prompt)
+        prompt = encode_prompt(sampler.tokenizer, problem.prompt)
         keys = [(type(sampler).__name__, problem.id, i) for i in range(n)]
         return Counter(s.text for s in sampler.generate([prompt] * n, keys, cfg.max_completion, temperature, 1.0))
 
@@ -196,7 +200,7 @@ def solver(problems, tmp_path_factory):
     for _ in told(sampler, problems[::2], range(1, 5), 1, cfg):
         pass
     folder = tmp_path_factory.mktemp("solver")
-    records.save_model(sampler.trained, sampler.tokenizer, folder)
+    save_model(sampler.trained, sampler.tokenizer, folder)
     return folder
 
 
@@ -213,7 +217,7 @@ def test_runs_of_both_samplers_agree(solver, make_config):
         steps = [row for row in rows if "reward" in row]
         assert all(row["updates"] == 1 and row["sampler_gap_max"] < 1e-3 for row in steps)
         assert min(summary["memory"].values()) > 0
-        pmd.AutoModelForCausalLM.from_pretrained(folder / "final")
+        AutoModelForCausalLM.from_pretrained(folder / "final")
         evals = [json.loads(line)["reward"] for line in (folder / "evals" / "4-test.jsonl").read_text().splitlines()]
         counts[sampler] = np.array([sum(row["reward"] for row in steps) * 24 * 8, sum(evals)])
         n[sampler] = np.array([4 * 24 * 8, len(evals)])
