@@ -49,17 +49,19 @@ import torch
 
 from eval import Answers, EvalOptions, evaluate, some_of, verdicts
 from kernels import distill_loss, policy_loss
-from memory import Memory, MemoryOptions, open_memory, reprompt
+from memory import Memory, MemoryOptions, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
 from runtime.chat import encode_prompt
 from runtime.check import need_groups  # noqa: F401  for methods
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
+from runtime.flags import Flags
 from runtime.jobs import at_end, compare, explained, quiet_libraries
 from runtime.methods import method_class, method_name, method_of
 from runtime.model import ModelOptions, copy_of, follow, load_policy, make_optimizer
-from runtime.options import Flags, option
+from runtime.open_memory import open_memory
+from runtime.options import option
 from runtime.ranks import (
     broadcast,
     compute,
@@ -93,7 +95,6 @@ from tasks import TaskOptions
 from tasks.problem import SUCCESS, Problem
 
 # What nobody varies. GRPO's are those of SDPO's repository.
-WEIGHT_DECAY = 0.01  # AdamW [SDPO]
 MAX_GRAD_NORM = 1.0  # [SDPO]
 ROLLOUT_CLIP = 2.0  # bound on the per-token ratio of trainer to sampler [SDPO; Tab. 11: per token]
 IS_CLIP = 2.0  # bound on the per-token ratio of this update's policy to the batch's [SDPO]
@@ -162,7 +163,7 @@ def train(cfg: Config, checked=None) -> dict:
     task, tokenizer = checked or check(cfg, quiet=rank() > 0)
     policy = shard(load_policy(cfg), cfg)  # float32 master weights
     method = method_of(cfg)(cfg, task, tokenizer, policy)  # makes the teacher
-    optimizer = make_optimizer(policy, cfg.beta2, WEIGHT_DECAY)
+    optimizer = make_optimizer(policy, cfg)
     sampler = method.sampler = make_sampler(policy, tokenizer, cfg)  # the only object that generates text
     sampler.sleep()  # what a checkpoint holds is filled in where there is room for it
     run = Run(cfg, task, tokenizer)

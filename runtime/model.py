@@ -30,14 +30,16 @@ class ModelOptions:
 
 MODELS = {"nano": HERE / "nano", "Qwen3-8B": "Qwen/Qwen3-8B", "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct"}
 
+BETA1, WEIGHT_DECAY = 0.9, 0.01  # of AdamW [SDPO]
 
-def make_optimizer(policy, beta2, weight_decay):
+
+def make_optimizer(policy, cfg):
     """AdamW with its state made at once, as torch makes it at the first step: all zero, step 0, sharded as the weights are.
 
     So a checkpoint before the first update holds what one after it does, and torch has nothing to make while a state is
     saved or restored, which it does by a real step (torch.distributed.checkpoint.state_dict, `_init_optim_state`).
     """
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, beta2), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(BETA1, cfg.beta2), weight_decay=WEIGHT_DECAY)
     for p in policy.parameters():
         optimizer.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}

@@ -18,7 +18,7 @@ VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent.parent
 # What a resumed run may have otherwise: what only adds steps or output, and knobs of memory, speed and place. `data` is
 # where the problems lie; what they are is compared by their digest.
-FREE = {"resume", "steps", "epochs", "out", "name", "log_every", "save_every", "keep", "max_minutes", "grace", "log",
+FREE = {"resume", "steps", "epochs", "out", "name", "log_every", "save_every", "keep", "max_minutes", "log",
         "device", "nproc", "micro_tokens", "gradient_checkpointing", "sampler", "gpu_memory_utilization", "tensor_parallel",
         "max_sampler_gap", "data", "unsafe_exec"}
 FORMERLY = {"loss_mean": "token"}  # what was done before there was a field for it, where that is not its default

@@ -55,7 +55,7 @@ class Tiny(torch.nn.Module):
 
 def make(tied, kind):
     """(config, student, teacher, rollouts of 8, 4 and 2 tokens, whose weights are exact in float32)."""
-    cfg = pmd.Config(method="grpo" if kind == "grpo" else "pmd", alpha=0.5, top_k=0, rollout_clip=1.5, device="cpu")
+    cfg = pmd.Config(method="grpo" if kind == "grpo" else "pmd", alpha=0.5, top_k=0, device="cpu")
     torch.manual_seed(0)
     student, average = Tiny(tied == "tied").double(), Tiny(tied == "tied").double()
     problem, rollouts = SimpleNamespace(id="p"), []
@@ -74,7 +74,7 @@ def make(tied, kind):
 
 def ratio_times_divergence(log_p, log_q, token_ids, sampled):
     """The loss of the kinds `live` and `ema`, as a formula of one's own."""
-    ratio = (logprobs_of(log_p, token_ids).detach() - sampled).exp().clamp(max=1.5)
+    ratio = (logprobs_of(log_p, token_ids).detach() - sampled).exp().clamp(max=pmd.ROLLOUT_CLIP)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return ratio * sum((x.exp() * (x - log_m)).sum(-1) / 2 for x in (log_p, log_q))
 
@@ -143,10 +143,10 @@ def test_two_ranks_equal_autograd_in_one_process(sharded, tied, kind):
         now, sampled = logits.log_softmax(-1)[torch.arange(len(r.ids)), r.ids], r.rollout_logprobs.double()
         if kind == "grpo":
             old, a = r.old_logprobs.double(), r.advantage
-            ratio, weight = (now - old).exp(), (old - sampled).exp().clamp(max=1.5)
-            terms = -torch.minimum(ratio * a, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
+            ratio, weight = (now - old).exp(), (old - sampled).exp().clamp(max=pmd.ROLLOUT_CLIP)
+            terms = -torch.minimum(ratio * a, ratio.clamp(1 - pmd.CLIP_LOW, 1 + pmd.CLIP_HIGH) * a)
         else:
-            weight = (now.detach() - sampled).exp().clamp(max=1.5)
+            weight = (now.detach() - sampled).exp().clamp(max=pmd.ROLLOUT_CLIP)
             terms = oracle(logits, logits_of(teacher, r.teacher_ids, r.ids), 0.5)
         expected = expected + (weight * terms).mean() / TOTAL
     loss, gradients = sharded[tied, kind]

@@ -69,8 +69,10 @@ def gradients(policy, teacher, rollouts, cfg):
     """The gradient `update` hands to the optimizer, through a learning rate of 0."""
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     optimizer.updates = 0
-    still = dataclasses.replace(cfg, max_grad_norm=math.inf, lr=0.0)
-    sums = pmd.update(method_of(still, policy, teacher), optimizer, rollouts, 1)
+    still = dataclasses.replace(cfg, lr=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pmd, "MAX_GRAD_NORM", math.inf)
+        sums = pmd.update(method_of(still, policy, teacher), optimizer, rollouts, 1)
     return torch.cat([p.grad.flatten().clone() for p in policy.parameters()]), sums
 
 
@@ -559,7 +561,7 @@ def test_adams_state_is_what_torch_makes_at_its_first_step(policy, make_config):
     """And torch's getter, which takes a step where there is none, finds it."""
     copied = copy.deepcopy(policy)
     cfg = make_config()
-    lazy = torch.optim.AdamW(copied.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    lazy = torch.optim.AdamW(copied.parameters(), betas=(0.9, cfg.beta2), weight_decay=0.01)
     ours = make_optimizer(policy, cfg)
     torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(policy, ours)
     for _ in range(2):
@@ -1152,9 +1154,9 @@ def test_every_number_has_bounds_and_is_refused_outside_them(field, tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--lr nan", "--lr nan must be a finite number"), ("--max_grad_norm inf", "--max_grad_norm inf must be a finite number"),
-    ("--max_grad_norm -1", "--max_grad_norm -1.0 must be above 0"), ("--beta2 1", "--beta2 1.0 must be below 1"),
-    ("--max_failures 0", "--max_failures 0 must be at least 1"), ("--seed -1", "--seed -1 must be at least 0"),
+    ("--lr nan", "--lr nan must be a finite number"), ("--lr inf", "--lr inf must be a finite number"),
+    ("--lr -1", "--lr -1.0 must be above 0"), ("--beta2 1", "--beta2 1.0 must be below 1"),
+    ("--max_insights 0", "--max_insights 0 must be at least 1"), ("--seed -1", "--seed -1 must be at least 0"),
     ("--seed 4294967296", "--seed 4294967296 must be at most 4294967295"),
     ("--weight_decay 1e4", "--weight_decay 10000.0 times --lr 0.001 is 1 or more")])
 def test_a_number_out_of_its_meaning_is_said_with_the_flag(flags, said):
@@ -1285,8 +1287,6 @@ def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     assert started[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8",
                               "--shutdown-timeout=1800", "--", *sys.argv]
     assert f"restarting as: {' '.join(started[0])}" in capsys.readouterr().out
-    start_ranks(dataclasses.replace(cfg, grace=7))
-    assert "--shutdown-timeout=7" in started.pop()
     for alone in (dict(nproc=1), dict(device="cpu")):
         start_ranks(dataclasses.replace(cfg, **alone))
     assert len(started) == 1
@@ -1324,8 +1324,9 @@ def test_a_package_named_kernels_is_refused(tmp_path):
 
 @pytest.mark.parametrize("room, foreign", [
     ("kernels", {"transformers", "memory", "eval", "pmd"}), ("memory", {"torch", "transformers", "kernels", "eval", "pmd"}),
-    ("eval", {"torch", "transformers", "matplotlib", "kernels", "memory", "pmd", "report"}),
-    ("report", {"torch", "transformers", "kernels", "memory", "pmd"})])
+    ("tasks", {"torch", "transformers", "matplotlib", "pandas", "kernels", "memory", "runtime.run", "eval", "pmd"}),
+    ("tools.show_memory", {"torch", "transformers", "kernels", "memory", "eval", "pmd"}),
+    ("eval", {"pmd", "pandas.plotting", "tools.report"})])
 def test_each_room_imports_alone(room, foreign):
     code = f"import sys, {room}; print(sorted(set(sys.modules) & {foreign!r}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"

@@ -431,7 +431,7 @@ def test_a_name_is_a_folder_under_out(make_config, name):
 
 @pytest.mark.parametrize("name", ["a b", "übung", "a/b", "a/", "数", "-x", ".hidden"])
 def test_a_name_may_be_any_other(make_config, name):
-    check_folder(make_config(name=name), quiet=True)
+    check_folder(make_config(name=name), pmd.PMD, quiet=True)
 
 
 def test_where_nothing_can_be_written_is_said_before_the_run(make_config, tmp_path, monkeypatch):
@@ -453,7 +453,7 @@ def test_the_embedded_model_stays_on_one_cpu_process_of_a_gpu_node(monkeypatch):
 
 
 def test_nothing_retrieved_is_a_value_that_works(make_config):
-    pmd.train(make_config(method="frozen-policy", name="r", retrieve_k=0, inference_retrieval=0, behavior_every=1))
+    pmd.train(make_config(method="frozen-policy", name="r", retrieve_k=0, behavior_every=1))
 
 
 # -- what a second pair of eyes tried -----------------------------------------------------------------------------------
@@ -500,7 +500,7 @@ def test_a_fork_goes_on_without_the_checkpoint_that_it_began_with(make_config, t
     (KeyboardInterrupt(), 130, "pmd.py: interrupted before it began"), (MemoryError(), 1, "pmd.py: out of memory: .*"),
     (OSError("no such place"), 1, "pmd.py: no such place"), (ValueError("no such flag"), 1, "pmd.py: no such flag")])
 def test_the_checks_end_by_a_sentence(command, monkeypatch, error, code, last):
-    def raises(*args):
+    def raises(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(check, "load_task", raises)
