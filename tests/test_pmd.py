@@ -1157,8 +1157,7 @@ def test_every_number_has_bounds_and_is_refused_outside_them(field, tmp_path):
     ("--lr nan", "--lr nan must be a finite number"), ("--lr inf", "--lr inf must be a finite number"),
     ("--lr -1", "--lr -1.0 must be above 0"), ("--beta2 1", "--beta2 1.0 must be below 1"),
     ("--max_insights 0", "--max_insights 0 must be at least 1"), ("--seed -1", "--seed -1 must be at least 0"),
-    ("--seed 4294967296", "--seed 4294967296 must be at most 4294967295"),
-    ("--weight_decay 1e4", "--weight_decay 10000.0 times --lr 0.001 is 1 or more")])
+    ("--seed 4294967296", "--seed 4294967296 must be at most 4294967295")])
 def test_a_number_out_of_its_meaning_is_said_with_the_flag(flags, said):
     with pytest.raises(ValueError, match=f"^{said}"):
         pmd.check(pmd.parse_flags(flags.split()))
@@ -1265,7 +1264,7 @@ def command(*flags, **kwargs):
 @pytest.mark.parametrize("flags, message", [
     (["--stepz", "3"], "unrecognized arguments: --stepz"), (["--method", "ppo"], "pmd.py: --method 'ppo' is none of"),
     (["--task", "nano/987654"], "pmd.py: there is no task 'nano/987654'"),
-    (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of pmd, frozen-memory,"),
+    (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of frozen-memory,"),
     (["--compare", "pmd,pmd"], "--compare takes different methods"),
     (["--method", "README.md"], "'README.md' is none of"),
     (["--method", "nowhere.py"], "no path of a file that ends in .py"),
@@ -1326,7 +1325,7 @@ def test_a_package_named_kernels_is_refused(tmp_path):
     ("kernels", {"transformers", "memory", "eval", "pmd"}), ("memory", {"torch", "transformers", "kernels", "eval", "pmd"}),
     ("tasks", {"torch", "transformers", "matplotlib", "pandas", "kernels", "memory", "runtime.run", "eval", "pmd"}),
     ("tools.show_memory", {"torch", "transformers", "kernels", "memory", "eval", "pmd"}),
-    ("eval", {"pmd", "pandas.plotting", "tools.report"})])
+    ("eval", {"pmd", "tools.report"})])
 def test_each_room_imports_alone(room, foreign):
     code = f"import sys, {room}; print(sorted(set(sys.modules) & {foreign!r}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"

@@ -245,7 +245,7 @@ def test_safe_changes_are_noted(make_config, capsys):
     pmd.train(cfg)
     pmd.train(dataclasses.replace(cfg, resume=True, steps=3, keep=5))
     said = capsys.readouterr().out
-    assert "changed since the run was started: --steps (2 before, 3 now), --keep (2 before, 5 now)" in said
+    assert "changed since the run was started: --keep (2 before, 5 now), --steps (2 before, 3 now)" in said
     assert "going on from" in said
 
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import memory as mem
 import pmd
-from runtime import chat as runtime_chat
 from runtime import check
 from runtime import vllm_sampler as runtime_vllm_sampler
 from runtime.chat import encode_prompt
@@ -203,7 +202,7 @@ def test_a_teachers_prompt_is_encoded_once(budget, tokenizer, make_config, monke
         text = mem.compose_within(budget, lambda t, p=p: len(encode_prompt(tokenizer, t, p.system)), p.prompt, **c)
         naive.append((text, encode_prompt(tokenizer, text, p.system)))
     encoded, encode = [], encode_prompt
-    monkeypatch.setattr(runtime_chat, "encode_prompt", lambda *args: encoded.append(args[1:]) or encode(*args))
+    monkeypatch.setattr(pmd, "encode_prompt", lambda *args: encoded.append(args[1:]) or encode(*args))
     found = pmd.teacher_prompts([p for p, _ in asked], [c for _, c in asked], tokenizer, cfg)
     for (p, _), (text, ids), (naive_text, naive_ids) in zip(asked, found, naive, strict=True):
         assert text == naive_text and ids == (naive_ids if text != p.prompt else [])
@@ -216,7 +215,7 @@ def test_no_prompt_is_made_where_nobody_is_taught(tokenizer, make_config, monkey
     rollouts = [pmd.Rollout([1], [2], None, f"said {i}", True, f"1/{p.id}/{i}", p, float(p is problems[0] or i < 2))
                 for p in problems for i in range(4)]
     encoded, encode = [], encode_prompt
-    monkeypatch.setattr(runtime_chat, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args))
+    monkeypatch.setattr(pmd, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args))
     method_of(make_config("--no_supervise_mastered", method="sdpo"), tokenizer=tokenizer).condition(1, rollouts)
     assert not any(r.teacher_ids for r in rollouts[:4]) and all(r.teacher_ids for r in rollouts[4:])
     assert len(encoded) == 2 and all("1 ka lo ti" in text for text in encoded)  # by the first success, or the second
