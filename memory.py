@@ -1,33 +1,41 @@
 """The three-tier memory of PMD: experience -> insight -> behavior (Eq. 2 to 5, B.1 to B.3).
 
-    experience   raw attempts, per problem            at most 5 successes and 3 failures, behind a novelty gate
-    insight      strategies and lessons, per problem  written by the model itself out of its experience, 10 + 10
-    behavior     name and instruction, one bank       patterns that recur across the problems of a cluster, 500
+    experience   raw attempts, per problem            at most 5 successes and 3 failures, behind a
+                 novelty gate
+    insight      strategies and lessons, per problem  written by the model itself out of its
+                 experience, 10 + 10
+    behavior     name and instruction, one bank       patterns that recur across the problems of a
+                 cluster, 500
 
-Everything lives in one SQLite file, append-only. A row has the step it was `born` and, once it is replaced, evicted or
-contradicted, the step it `ended`; nothing is ever overwritten, and dropped is only the embedding of an attempt or insight
-that ended. The memory as it stood at the end of step t is therefore a query (`as_of`), and so is going back to it
-(`truncate_after`). Counters come from the `event` table.
+Everything lives in one SQLite file, append-only. A row has the step it was `born` and, once it is
+replaced, evicted or contradicted, the step it `ended`; nothing is ever overwritten, and dropped is
+only the embedding of an attempt or insight that ended. The memory as it stood at the end of step t
+is therefore a query (`as_of`), and so is going back to it (`truncate_after`). Counters come from
+the `event` table.
 
 This file imports neither torch nor any model. It is handed plain callables:
 
-    embed(texts)      -> (len(texts), D) numbers of any type; `unit_rows` makes float32 rows of unit length of them
+    embed(texts)      -> (len(texts), D) numbers of any type; `unit_rows` makes float32 rows of unit
+                         length of them
     generate(prompts) -> one text per prompt; the policy itself, through the run's sampler
-    abstractor        -> the same for behaviors only, where another model writes them (the paper's was GPT-5.4)
+    abstractor        -> the same for behaviors only, where another model writes them (the paper's
+                         was GPT-5.4)
 
 To look at the memory of a run, also of one that is still going:
 
-    python tools/show_memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N] [--grep TEXT]
-    python tools/show_memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a table and a PNG
+    python tools/show_memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N]
+    [--grep TEXT]
+    python tools/show_memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a
+                                                              table and a PNG
 
-Whatever a model wrote is data: it is stored as text, parsed as JSON by a tolerant parser that runs nothing, joined by
-concatenation (never as a format string), and `neutralise` breaks the tokenizer's control tokens and the template's turn
-markers in it before it enters a prompt.
+Whatever a model wrote is data: it is stored as text, parsed as JSON by a tolerant parser that runs
+nothing, joined by concatenation (never as a format string), and `neutralise` breaks the tokenizer's
+control tokens and the template's turn markers in it before it enters a prompt.
 
-Ours, because the paper does not say: thresholds of the gates, the clustering (k-means on question embeddings), which
-problems of a cluster its prompt shows, what is cut first under a token budget, how many existing behaviors an update
-sees, the prompts for code, the patterns of `shortcuts`. `ground_insights` is an addition to the paper, off by default;
-see `Memory`.
+Ours, because the paper does not say: thresholds of the gates, the clustering (k-means on question
+embeddings), which problems of a cluster its prompt shows, what is cut first under a token budget,
+how many existing behaviors an update sees, the prompts for code, the patterns of `shortcuts`.
+`ground_insights` is an addition to the paper, off by default; see `Memory`.
 """
 
 import functools
@@ -52,30 +60,59 @@ from tasks.problem import SUCCESS
 class MemoryOptions:
     """Memory."""
 
-    tiers: str = option("experience,insight,behavior", "what the teacher reads; hides blocks and changes no extraction "
-                                                       "[Tab. 4]")
+    tiers: str = option(
+        "experience,insight,behavior",
+        "what the teacher reads; hides blocks and changes no extraction [Tab. 4]",
+    )
     memory_from: str = option("", "frozen-memory: the run RUN, or RUN@STEP, whose memory is read")
-    max_insights: int = option(10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]", within="[1, inf)")
-    retrieve_k: int = option(3, "behaviors shown to the teacher [paper, main experiments]", within="[0, inf)")
-    behavior_every: int = option(0, "steps between refreshes of the bank; 0 for once an epoch [Eq. 3; Alg. 1: every batch]",
-                                 within="[0, inf)")
-    behaviors_refreshed: bool = option(False, "the teacher reads the bank after this step's refresh [Alg. 1] instead of "
-                                              "before it [Eq. 4]")
-    query_feedback: bool = option(False, "the query for behaviors is the question and the feedback [optional in B.5]")
-    clusters: int = option(16, "clusters of questions that behaviors are abstracted from [ours]", within="[1, inf)")
-    drop_shortcuts: bool = option(False, "drop insights and behaviors with shortcut-like phrasing; it is counted either way "
-                                         "[B.3 measures it]")
-    ground_insights: bool = option(False, "write only insights that their evidence contains, and more [deviation 7]")
-    abstractor: str = option("policy", "who writes behaviors: the policy, or openai:MODEL on the server of OPENAI_BASE_URL "
-                                       "with OPENAI_API_KEY [deviation 4; C.1: GPT-5.4]")
-    memory_completion: int = option(768, "tokens of a reflection or abstraction [ours]", within="[1, inf)")
-    embedder: str = option("Qwen/Qwen3-Embedding-0.6B", "embeds questions, attempts and insights: a sentence-transformers "
-                                                        "folder or Hub name [paper]; hashing, of words, needs no download")
+    max_insights: int = option(
+        10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]", within="[1, inf)"
+    )
+    retrieve_k: int = option(
+        3, "behaviors shown to the teacher [paper, main experiments]", within="[0, inf)"
+    )
+    behavior_every: int = option(
+        0,
+        "steps between refreshes of the bank; 0 for once an epoch [Eq. 3; Alg. 1: every batch]",
+        within="[0, inf)",
+    )
+    behaviors_refreshed: bool = option(
+        False,
+        "the teacher reads the bank after this step's refresh [Alg. 1] instead of "
+        "before it [Eq. 4]",
+    )
+    query_feedback: bool = option(
+        False, "the query for behaviors is the question and the feedback [optional in B.5]"
+    )
+    clusters: int = option(
+        16, "clusters of questions that behaviors are abstracted from [ours]", within="[1, inf)"
+    )
+    drop_shortcuts: bool = option(
+        False,
+        "drop insights and behaviors with shortcut-like phrasing; it is counted either way "
+        "[B.3 measures it]",
+    )
+    ground_insights: bool = option(
+        False, "write only insights that their evidence contains, and more [deviation 7]"
+    )
+    abstractor: str = option(
+        "policy",
+        "who writes behaviors: the policy, or openai:MODEL on the server of OPENAI_BASE_URL "
+        "with OPENAI_API_KEY [deviation 4; C.1: GPT-5.4]",
+    )
+    memory_completion: int = option(
+        768, "tokens of a reflection or abstraction [ours]", within="[1, inf)"
+    )
+    embedder: str = option(
+        "Qwen/Qwen3-Embedding-0.6B",
+        "embeds questions, attempts and insights: a sentence-transformers "
+        "folder or Hub name [paper]; hashing, of words, needs no download",
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts. The headings of the teacher's prompt are the paper's (B.2); all other sentences are ours.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 STRATEGIES = "Relevant strategies from correct solutions to this problem:"
 LESSONS = "Lessons from past failed attempts on this problem:"
@@ -84,12 +121,17 @@ SOLUTION = "Correct solution:"
 EXAMPLES = "Correct solutions to similar problems:"
 FEEDBACK = "The following is feedback from your unsuccessful earlier attempt:"
 CLOSING = "Correctly solve the original question."
-# Sentences of prompts that other methods show, ours; nano's checkpoint reads them (nano/README.md says how each is used).
+# Sentences of prompts that other methods show, ours; nano's checkpoint reads them (nano/README.md
+# says how each is used).
 CRITIQUE = "Your attempt, corrected at its first wrong step:"
 BEGINNING = "The beginning of a correct solution:"
-REVISE_WRONG = "That was wrong; once more:"  # these two in the assistant's own turn, after an attempt
+REVISE_WRONG = (  # these two in the assistant's own turn, after an attempt
+    "That was wrong; once more:"
+)
 REVISE_RIGHT = "That was right; once more:"
-AGAIN = "That attempt was wrong. Answer again, minding this critique:"  # opens a second message of the user
+AGAIN = (  # opens a second message of the user
+    "That attempt was wrong. Answer again, minding this critique:"
+)
 CRITIC = "Name the first wrong step of this attempt."
 ASK_CONFIDENCE = "End with your confidence that the answer is right."  # stands after the problem
 CONFIDENCE = "Confidence:"
@@ -97,14 +139,16 @@ CONFIDENCE = "Confidence:"
 
 @dataclass(frozen=True)
 class Forms:
-    """The sentences of one domain's reflection and abstraction prompts; their order is fixed by the two builders below.
+    """The sentences of one domain's reflection and abstraction prompts; their order is fixed by the
+    two builders below.
 
-    Only `ground_insights` uses the last two: `key_term` finds what carries an insight's claim, and `literal` says that
-    such a term is the claim itself rather than a word about it.
+    Only `ground_insights` uses the last two: `key_term` finds what carries an insight's claim, and
+    `literal` says that such a term is the claim itself rather than a word about it.
     """
 
     role: str
-    confidence: str  # our own template with {label}, {solved} and {total}; no model text ever goes through it
+    # our own template with {label}, {solved} and {total}; no model text ever goes through it
+    confidence: str
     problem: str
     correct: str
     wrong: str
@@ -120,7 +164,8 @@ class Forms:
     literal: bool = False
 
 
-# One line a sentence: nano's tokenizer holds each of these lines as a single token, so that a tiny model can afford them.
+# One line a sentence: nano's tokenizer holds each of these lines as a single token, so that a tiny
+# model can afford them.
 NANO = Forms(
     role="Reflect on your attempts at this problem.",
     confidence="Confidence: {label}.",
@@ -140,7 +185,11 @@ NANO = Forms(
 )
 ITEM = '{"title": "at most ten words", "content": "two to four sentences"}'
 BEHAVIOR = '"name": "behavior_...", "instruction": "one or two sentences"'
-ECHOES = ("at most ten words", "two to four sentences", "one or two sentences")  # what a model that does not follow copies
+ECHOES = (
+    "at most ten words",
+    "two to four sentences",
+    "one or two sentences",
+)  # what a model that does not follow copies
 
 
 def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Forms:
@@ -154,48 +203,87 @@ Reply with this JSON and nothing else:
 """
     return Forms(
         role=role,
-        confidence=f"Confidence in this {exercise}: {{label}} ({{solved}} of {{total}} {solution}s were correct).",
+        confidence=(
+            f"Confidence in this {exercise}: {{label}} ({{solved}} of {{total}} {solution}s were"
+            " correct)."
+        ),
         problem=f"The {exercise}:",
         correct=f"A correct {solution}:",
         wrong=f"An incorrect {solution}:",
         feedback=feedback,
-        contrastive=f"Compare what separates the correct from the incorrect {solution}s. Write two or three strategies that "
-                    f"lead to correct {solution}s and two or three lessons that prevent the mistakes.\n{rules}"
-                    f'{{"strategies": [{ITEM}], "lessons": [{ITEM}]}}',
-        strategies_only=f"Write two or three strategies that make {solution}s like these correct.\n{rules}"
-                        f'{{"strategies": [{ITEM}], "lessons": []}}',
-        lessons_only=f"Work out what went wrong and write two or three lessons that prevent it.\n{rules}"
-                     f'{{"strategies": [], "lessons": [{ITEM}]}}',
-        abstract_role=f"Below are {exercise}s of one kind with what was learned from each. Find the patterns of reasoning "
-                      "that recur across them, helpful ones and mistakes to avoid.",
+        contrastive=(
+            f"Compare what separates the correct from the incorrect {solution}s. Write two or three"
+            " strategies that "
+            f"lead to correct {solution}s and two or three lessons that prevent the"
+            f" mistakes.\n{rules}"
+            f'{{"strategies": [{ITEM}], "lessons": [{ITEM}]}}'
+        ),
+        strategies_only=(
+            f"Write two or three strategies that make {solution}s like these correct.\n{rules}"
+            f'{{"strategies": [{ITEM}], "lessons": []}}'
+        ),
+        lessons_only=(
+            f"Work out what went wrong and write two or three lessons that prevent it.\n{rules}"
+            f'{{"strategies": [], "lessons": [{ITEM}]}}'
+        ),
+        abstract_role=(
+            f"Below are {exercise}s of one kind with what was learned from each. Find the patterns"
+            " of reasoning that recur across them, helpful ones and mistakes to avoid."
+        ),
         known="Behaviors that are already known:",
-        cold_start="Write three to eight behaviors, each named behavior_ and a few words joined by underscores.\n"
-                   f'{rules}{{"behaviors": [{{{BEHAVIOR}}}]}}',
-        decide="Decide which behaviors to add, which known ones to rewrite and which known ones to remove because they are "
-               f"wrong or covered by others.\n{rules}"
-               f'{{"actions": [{{"action": "new, update or remove", {BEHAVIOR}}}]}}')
+        cold_start=(
+            "Write three to eight behaviors, each named behavior_ and a few words joined by"
+            " underscores.\n"
+            f'{rules}{{"behaviors": [{{{BEHAVIOR}}}]}}'
+        ),
+        decide=(
+            "Decide which behaviors to add, which known ones to rewrite and which known ones to"
+            " remove because they are "
+            f"wrong or covered by others.\n{rules}"
+            f'{{"actions": [{{"action": "new, update or remove", {BEHAVIOR}}}]}}'
+        ),
+    )
 
 
 QUESTION = forms_in_words(  # multiple choice, and other questions with one short answer
-    "You are a science teacher who turns solved and failed questions into general knowledge.", "question", "answer",
-    "What was said about it:", "taking tests, such as guessing or eliminating options by their form",
-    "its numbers or names, or to the letters or order of its options")
+    "You are a science teacher who turns solved and failed questions into general knowledge.",
+    "question",
+    "answer",
+    "What was said about it:",
+    "taking tests, such as guessing or eliminating options by their form",
+    "its numbers or names, or to the letters or order of its options",
+)
 CODE = forms_in_words(
-    "You are an experienced programmer who turns solved and failed programming problems into general knowledge.",
-    "programming problem", "program", "What the tests said about it:",
+    "You are an experienced programmer who turns solved and failed programming problems into"
+    " general knowledge.",
+    "programming problem",
+    "program",
+    "What the tests said about it:",
     "passing tests by other means, such as answering known inputs from a table",
-    "its story, or to the numbers of its examples and tests")
+    "its story, or to the numbers of its examples and tests",
+)
 FORMS = {"nano": NANO, "question": QUESTION, "code": CODE}
 
 
-def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedback="", examples=(), critique="",
-            beginning="") -> str:
-    """The teacher's user message, block by block as in B.2; blocks without content are left out (Eq. 4 and 5).
+def compose(
+    problem,
+    strategies=(),
+    lessons=(),
+    behaviors=(),
+    solution="",
+    feedback="",
+    examples=(),
+    critique="",
+    beginning="",
+) -> str:
+    """The teacher's user message, block by block as in B.2; blocks without content are left out
+    (Eq. 4 and 5).
 
-    problem: str. strategies, lessons: (title, content) pairs. behaviors: (name, instruction) pairs. examples: (problem,
-    solution) pairs, which B.2 has not: no teacher reads them, see Memory.inference_contexts. critique: an attempt rewritten
-    up to and with its first wrong step. beginning: the first steps of a solution; both are for other methods. With no block
-    at all the problem is returned as it is, so `compose(x) == x` tells that the teacher has nothing to add.
+    problem: str. strategies, lessons: (title, content) pairs. behaviors: (name, instruction) pairs.
+    examples: (problem, solution) pairs, which B.2 has not: no teacher reads them, see
+    Memory.inference_contexts. critique: an attempt rewritten up to and with its first wrong step.
+    beginning: the first steps of a solution; both are for other methods. With no block at all the
+    problem is returned as it is, so `compose(x) == x` tells that the teacher has nothing to add.
     """
     parts, solution = [], strip_thoughts(solution)
     if strategies:
@@ -203,9 +291,15 @@ def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedb
     if lessons:
         parts += [LESSONS, *(f"- {title}: {content}" for title, content in lessons)]
     if behaviors:
-        parts += [BEHAVIORS, *(f"{i}. {name}: {text}" for i, (name, text) in enumerate(behaviors, 1))]
+        parts += [
+            BEHAVIORS,
+            *(f"{i}. {name}: {text}" for i, (name, text) in enumerate(behaviors, 1)),
+        ]
     if examples:
-        parts += [EXAMPLES, *(line for question, text in examples for line in (question, strip_thoughts(text)))]
+        parts += [
+            EXAMPLES,
+            *(line for question, text in examples for line in (question, strip_thoughts(text))),
+        ]
     if beginning:
         parts += [BEGINNING, beginning]
     if critique:
@@ -217,12 +311,23 @@ def compose(problem, strategies=(), lessons=(), behaviors=(), solution="", feedb
     return "\n".join([problem, *parts, CLOSING]) if parts else problem
 
 
-CUT_FIRST = ("examples", "behaviors", "lessons", "strategies", "feedback", "critique", "beginning", "solution")
+CUT_FIRST = (
+    "examples",
+    "behaviors",
+    "lessons",
+    "strategies",
+    "feedback",
+    "critique",
+    "beginning",
+    "solution",
+)
 
 
 def compose_within(budget, count, problem, **context) -> str:
-    """`compose` within `budget` tokens, counted by count(text). Blocks give way in the order of CUT_FIRST, lists from their
-    end (the least similar behavior, the newest insight), the solution last; the problem itself is never cut."""
+    """`compose` within `budget` tokens, counted by count(text). Blocks give way in the order of
+    CUT_FIRST, lists from their end (the least similar behavior, the newest insight), the solution
+    last; the problem itself is never cut.
+    """
     text = compose(problem, **context)
     for block in CUT_FIRST:
         while context.get(block) and count(text) > budget:
@@ -232,39 +337,59 @@ def compose_within(budget, count, problem, **context) -> str:
 
 
 def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
-    """The problem with what a context adds to it, within `max_reprompt` tokens, system message and template included.
-    encode(user, system): encode_prompt of the tokenizer, or one that remembers."""
+    """The problem with what a context adds to it, within `max_reprompt` tokens, system message and
+    template included. encode(user, system): encode_prompt of the tokenizer, or one that
+    remembers.
+    """
     encode = encode or functools.partial(encode_prompt, tokenizer)
-    return compose_within(cfg.max_reprompt, lambda text: len(encode(text, problem.system)), problem.prompt, **context)
+    return compose_within(
+        cfg.max_reprompt, lambda text: len(encode(text, problem.system)), problem.prompt, **context
+    )
 
 
 def reflection_prompt(forms, problem, successes, failures, solved, total) -> str:
-    """Asks for the insight of one problem (B.3): contrastive, strategies only or lessons only, by what there is.
+    """Asks for the insight of one problem (B.3): contrastive, strategies only or lessons only, by
+    what there is.
 
-    successes: texts. failures: (text, feedback) pairs. solved of total: the problem's success fraction, given to the
-    model as a confidence signal (the label's thresholds, one and two thirds, are ours).
+    successes: texts. failures: (text, feedback) pairs. solved of total: the problem's success
+    fraction, given to the model as a confidence signal (the label's thresholds, one and two thirds,
+    are ours).
     """
     label = "low" if 3 * solved < total else "medium" if 3 * solved < 2 * total else "high"
-    parts = [forms.role, forms.confidence.format(label=label, solved=solved, total=total), forms.problem, problem]
+    parts = [
+        forms.role,
+        forms.confidence.format(label=label, solved=solved, total=total),
+        forms.problem,
+        problem,
+    ]
     for text in successes:
         parts += [forms.correct, text]
     for text, feedback in failures:
         parts += [forms.wrong, text] + ([forms.feedback, feedback] if feedback else [])
-    both = forms.contrastive if successes and failures else forms.strategies_only if successes else forms.lessons_only
+    both = (
+        forms.contrastive
+        if successes and failures
+        else forms.strategies_only
+        if successes
+        else forms.lessons_only
+    )
     return "\n".join([*parts, both])
 
 
 def critic_prompt(problem, attempt, solution="") -> str:
-    """Asks for the first wrong step of an attempt, beside a correct solution where there is one; for other methods."""
+    """Asks for the first wrong step of an attempt, beside a correct solution where there is one;
+    for other methods.
+    """
     parts = [CRITIC, problem, NANO.wrong, attempt]
     return "\n".join(parts + ([SOLUTION, solution] if solution else []))
 
 
 def abstraction_prompt(forms, cluster, known) -> str:
-    """Asks for the behaviors of one cluster: from nothing (cold start), or as decisions on the `known` ones.
+    """Asks for the behaviors of one cluster: from nothing (cold start), or as decisions on the
+    `known` ones.
 
-    cluster: (problem, lines) pairs, the lines being its insights, or its experience where it has none yet.
-    known: (name, instruction) pairs.
+    cluster: (problem, lines) pairs, the lines being its insights, or its experience where it has
+    none yet. known: (name, instruction) pairs.
     """
     parts = [forms.abstract_role]
     for problem, lines in cluster:
@@ -278,7 +403,8 @@ TITLE_WORDS, SENTENCES = 10, 4  # of an item, at most (B.3)
 
 
 def parse_items(found, key, first, second) -> list[tuple[str, str]]:
-    """The well-formed items under `key` of a parsed reply, each as the texts of its two fields; at most MAX_ITEMS.
+    """The well-formed items under `key` of a parsed reply, each as the texts of its two fields; at
+    most MAX_ITEMS.
 
     Each text becomes one line, so that it can't pass for a heading of the prompt it will stand in.
     """
@@ -286,55 +412,131 @@ def parse_items(found, key, first, second) -> list[tuple[str, str]]:
     items = []
     for row in rows[:MAX_ITEMS] if isinstance(rows, list) else []:
         pair = [row.get(first), row.get(second)] if isinstance(row, dict) else [None, None]
-        pair = [clean(x) if isinstance(x, str) else "" for x in pair]  # again: JSON escapes can hide what `parse` cleaned
+        pair = [
+            clean(x) if isinstance(x, str) else "" for x in pair
+        ]  # again: JSON escapes can hide what `parse` cleaned
         if all(x.strip() for x in pair):
-            sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", " ".join(pair[1].split()))[:SENTENCES]  # not at e.g. X
+            sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", " ".join(pair[1].split()))[
+                :SENTENCES
+            ]  # not at e.g. X
             while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
                 sentences.pop()
-            items.append((" ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]))
+            items.append(
+                (
+                    " ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT],
+                    " ".join(sentences)[:MAX_CONTENT],
+                )
+            )
     return items
 
 
-# What B.3 counts as contamination, in patterns of our own: the paper prints none. A measurement, and a coarse one.
+# What B.3 counts as contamination, in patterns of our own: the paper prints none. A measurement,
+# and a coarse one.
 SHORTCUTS = {
-    "attempts": r"(?i)\b(?:(?:in)?correct|wrong|failed|successful|previous|earlier|past|prior|these|both|all|other|most) "
-                r"(?:attempt|response|rollout|submission)s?\b|\battempt \d|\bthe (?:model|student|assistant|grader|verifier|"
-                r"(?:first|second|third|last)? ?attempt|response)\b",
-    "options": r"\b(?i:options?|choices?|answers?)(?: is| was|:)? \(?[A-J]\b\)?(?! [a-z]+ing\b)|(?<!\w)\([A-J]\)|"
-               r"\b[B-J] (?:is|was) (?:the )?(?:in)?correct\b|(?i:\b(?:first|second|third|fourth|last) (?:option|choice)\b)",
-    "tactics": r"(?i)\bprocess of elimination\b|\b(?:eliminat|rul)\w* (?:out )?(?:\w+ ){0,2}(?:options|choices|answers)\b|"
-               r"\bguess(?:es|ing)?\b|\b(?:longest|shortest|most \w+) (?:option|choice|answer)\b|\bdistractors?\b|"
-               r"\b(?:all|none) of the above\b|\b(?:pick|select|choose) the (?:option|choice|answer)\b|\bhard-?cod",
-    "problem": r"(?i)\b(?:this|the given|the above|the current|the provided|the present|the following) (?:\w+ )?(?:question|"
-               r"problem|exercise|task|case|example|sample|molecule|compound|reaction|sequence|protein|passage|input)\b",
+    "attempts": (
+        r"(?i)\b(?:(?:in)?correct|wrong|failed|successful|previous|earlier|past|prior|these|both|all|other|most) "
+        r"(?:attempt|response|rollout|submission)s?\b|\battempt \d|\bthe"
+        r" (?:model|student|assistant|grader|verifier|"
+        r"(?:first|second|third|last)? ?attempt|response)\b"
+    ),
+    "options": (
+        r"\b(?i:options?|choices?|answers?)(?: is| was|:)? \(?[A-J]\b\)?(?!"
+        r" [a-z]+ing\b)|(?<!\w)\([A-J]\)|"
+        r"\b[B-J] (?:is|was) (?:the )?(?:in)?correct\b|(?i:\b(?:first|second|third|fourth|last)"
+        r" (?:option|choice)\b)"
+    ),
+    "tactics": (
+        r"(?i)\bprocess of elimination\b|\b(?:eliminat|rul)\w* (?:out )?(?:\w+"
+        r" ){0,2}(?:options|choices|answers)\b|"
+        r"\bguess(?:es|ing)?\b|\b(?:longest|shortest|most \w+)"
+        r" (?:option|choice|answer)\b|\bdistractors?\b|"
+        r"\b(?:all|none) of the above\b|\b(?:pick|select|choose) the"
+        r" (?:option|choice|answer)\b|\bhard-?cod"
+    ),
+    "problem": (
+        r"(?i)\b(?:this|the given|the above|the current|the provided|the present|the following)"
+        r" (?:\w+ )?(?:question|"
+        r"problem|exercise|task|case|example|sample|molecule|compound|reaction|sequence|protein|passage|input)\b"
+    ),
 }
 
 
 def shortcuts(text) -> list[str]:
-    """The families of shortcut-like phrasing found in an insight or behavior (B.3): talk of attempts, option letters,
-    test-taking tactics, phrases tied to one problem."""
+    """The families of shortcut-like phrasing found in an insight or behavior (B.3): talk of
+    attempts, option letters, test-taking tactics, phrases tied to one problem.
+    """
     return [family for family, pattern in SHORTCUTS.items() if re.search(pattern, text)]
 
 
-# What an abstraction may call its decisions. A new behavior of a known name updates it, so that both are one to us.
-DECISION = ("decision", "operation", "op", "type", "event")  # the fields that may say it where there is no `action`
-WRITES = {"new", "add", "append", "create", "insert", "introduce", "save", "store", "update", "upsert", "adjust", "amend",
-          "change", "combine", "edit", "extend", "generalize", "generalise", "improve", "merge", "modify", "modified",
-          "refine", "replace", "revise", "rewrite", "rewritten", "strengthen"}
-REMOVES = {"remove", "delete", "deprecate", "discard", "drop", "dropped", "eliminate", "erase", "forget", "prune", "purge",
-           "retire"}
+# What an abstraction may call its decisions. A new behavior of a known name updates it, so that
+# both are one to us.
+DECISION = (
+    "decision",
+    "operation",
+    "op",
+    "type",
+    "event",
+)  # the fields that may say it where there is no `action`
+WRITES = {
+    "new",
+    "add",
+    "append",
+    "create",
+    "insert",
+    "introduce",
+    "save",
+    "store",
+    "update",
+    "upsert",
+    "adjust",
+    "amend",
+    "change",
+    "combine",
+    "edit",
+    "extend",
+    "generalize",
+    "generalise",
+    "improve",
+    "merge",
+    "modify",
+    "modified",
+    "refine",
+    "replace",
+    "revise",
+    "rewrite",
+    "rewritten",
+    "strengthen",
+}
+REMOVES = {
+    "remove",
+    "delete",
+    "deprecate",
+    "discard",
+    "drop",
+    "dropped",
+    "eliminate",
+    "erase",
+    "forget",
+    "prune",
+    "purge",
+    "retire",
+}
 UNDECIDED = {"no", "not", "or", "don", "keep", "none", "unchanged"}
 
 
 def decision_of(row) -> str:
-    """What a row decides: "write", "remove", or "" where that is not clear. A row that says no decision is written."""
+    """What a row decides: "write", "remove", or "" where that is not clear. A row that says no
+    decision is written.
+    """
     others = [row[name] for name in DECISION if verbs_in(row.get(name))]
     verbs = verbs_in(row["action"] if "action" in row else others[0] if others else "new")
     return verbs.pop() if len(verbs) == 1 else ""
 
 
 def verbs_in(said) -> set[str]:
-    """Which of "write" and "remove" some words say, in any form of the verb (`Removed`, `add_behavior`)."""
+    """Which of "write" and "remove" some words say, in any form of the verb (`Removed`,
+    `add_behavior`).
+    """
     words = set(re.findall("[a-z]+", said.casefold())) if isinstance(said, str) else set()
     if words & UNDECIDED:
         return set()
@@ -343,17 +545,20 @@ def verbs_in(said) -> set[str]:
 
 
 def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
-    """`parse_items` of all that stands under `key`, and how many of its rows are none: they are counted, not lost."""
+    """`parse_items` of all that stands under `key`, and how many of its rows are none: they are
+    counted, not lost.
+    """
     rows = (found or {}).get(key, [])
     items = parse_items(found, key, first, second)
     return items, len(rows) - len(items)
 
 
 def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
-    """A parsed abstraction: ((name, instruction) pairs to write, names to remove, how many rows are neither).
+    """A parsed abstraction: ((name, instruction) pairs to write, names to remove, how many rows are
+    neither).
 
-    Cold start and decisions may come under each other's key; a row without a decision is written. None where the reply
-    has neither key.
+    Cold start and decisions may come under each other's key; a row without a decision is written.
+    None where the reply has neither key.
     """
     if not found or not found.keys() & {"actions", "behaviors"}:
         return None
@@ -370,13 +575,15 @@ def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
 
 
 def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int, int]:
-    """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates, how many were updates).
+    """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates,
+    how many were updates).
 
-    cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who come in one by one. A
-    newcomer nearer than `novelty` to any that stay is refused, and so is one with the `same` (n, n) text. While all `cap`
-    places are taken (by more, where a fork lowered it), the most redundant goes: the one with the highest cosine to any
-    other, the newcomer included; the older of two. names: n keys. A newcomer takes the place of the one of its name; where
-    it is refused, that one stays.
+    cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who
+    come in one by one. A newcomer nearer than `novelty` to any that stay is refused, and so is one
+    with the `same` (n, n) text. While all `cap` places are taken (by more, where a fork lowered
+    it), the most redundant goes: the one with the highest cosine to any other, the newcomer
+    included; the older of two. names: n keys. A newcomer takes the place of the one of its name;
+    where it is refused, that one stays.
     """
     stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.clip(-1, 1)
     np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
@@ -396,17 +603,15 @@ def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int,
 class Memory(Store):
     """Experience, insight and behavior in one file, and the model calls that write the upper two.
 
-    path, embed, embedder: of the file, see Store. generate, abstractor: see the top of this file. The
-    caps are the paper's. fits(prompt): whether the model can read it. What is left out of a prompt to
-    make it fit is counted. drop_shortcuts: items with shortcut-like phrasing are dropped, not only
-    counted (B.3).
+    path, embed, embedder: of the file, see Store. generate, abstractor: see the top of this file.
+    The caps are the paper's. fits(prompt): whether the model can read it. What is left out of a
+    prompt to make it fit is counted. drop_shortcuts: items with shortcut-like phrasing are dropped,
+    not only counted (B.3).
 
-    mode is one of three.
-    "evolving": the memory of the paper.
-    "transient": behaviors come from clusters of this step's problems only, and the caller ends every
-    step with `forget`.
-    "frozen": another run's memory, which is only read. Its steps and rollouts are that run's: all that
-    lives in it is read from the first step on.
+    mode is one of three. "evolving": the memory of the paper. "transient": behaviors come from
+    clusters of this step's problems only, and the caller ends every step with `forget`. "frozen":
+    another run's memory, which is only read. Its steps and rollouts are that run's: all that lives
+    in it is read from the first step on.
 
     Raises ValueError and OSError as Store does. A method that raises has changed nothing.
     """
@@ -489,9 +694,20 @@ class Memory(Store):
         items = []
         for r in rollouts:
             kind = "success" if r.reward > SUCCESS else "failure"
-            items.append(Item(
-                0, "experience", kind, r.problem.id, None, clean(r.text), r.reward, clean(r.feedback),
-                json.dumps([r.id]), policy_step=step - 1))
+            items.append(
+                Item(
+                    0,
+                    "experience",
+                    kind,
+                    r.problem.id,
+                    None,
+                    clean(r.text),
+                    r.reward,
+                    clean(r.feedback),
+                    json.dumps([r.id]),
+                    policy_step=step - 1,
+                )
+            )
             self.events[r.problem.id, kind] += 1
         vectors = self.embedded(items)
         with self.writing(step):
@@ -501,8 +717,8 @@ class Memory(Store):
     def reflect(self, step, problems):
         """Tier 2, Eq. 2: the model reads the experience of each problem and writes its insight.
 
-        All prompts of the step go out as one batch. Insights accumulate behind the gate and are never
-        overwritten.
+        All prompts of the step go out as one batch. Insights accumulate behind the gate and are
+        never overwritten.
         """
         jobs = self._reflection_jobs(step, problems)
         replies = self.generate([prompt for *_, prompt in jobs]) if jobs else []
@@ -525,8 +741,15 @@ class Memory(Store):
                 ids = json.dumps([a.id for a in evidence])
                 for title, content in items:
                     item = Item(
-                        0, "insight", kind, problem.id, title, content, evidence=ids,
-                        policy_step=step - 1)
+                        0,
+                        "insight",
+                        kind,
+                        problem.id,
+                        title,
+                        content,
+                        evidence=ids,
+                        policy_step=step - 1,
+                    )
                     wanted = self._measured(item) and evidence and not is_echo(content)
                     if wanted and self.accepts_insight(item, evidence):
                         written.append(item)
@@ -562,16 +785,17 @@ class Memory(Store):
         successes = [a.text for a in attempts if a.kind == "success"]
         failures = [(a.text, a.feedback) for a in attempts if a.kind == "failure"]
         return reflection_prompt(
-            self.forms, problem.prompt, successes, failures, *solved[problem.id])
+            self.forms, problem.prompt, successes, failures, *solved[problem.id]
+        )
 
     def abstract(self, step):
         """Tier 3, Eq. 3: the insights of each cluster of similar questions become behaviors.
 
         An empty bank is filled from nothing (cold start). Later the nearest existing behaviors are
-        shown, and the reply decides which are new, updated or removed. A behavior's name is its key: a
-        new one of a known name updates it, and an update that the gate refuses leaves the old one as
-        it was. Removals come first, whatever the order of a reply: a behavior that is to take the
-        place of others must not be refused for being like them.
+        shown, and the reply decides which are new, updated or removed. A behavior's name is its
+        key: a new one of a known name updates it, and an update that the gate refuses leaves the
+        old one as it was. Removals come first, whatever the order of a reply: a behavior that is to
+        take the place of others must not be refused for being like them.
         """
         bank = self.living("behavior")
         jobs = self._abstraction_jobs(step, bank)
@@ -593,8 +817,15 @@ class Memory(Store):
             for name, instruction in writes:
                 sources = self.supporters(instruction, strategies)
                 item = Item(
-                    0, "behavior", "behavior", "", name, instruction, evidence=json.dumps(sources),
-                    policy_step=None if self.written_elsewhere else step - 1)
+                    0,
+                    "behavior",
+                    "behavior",
+                    "",
+                    name,
+                    instruction,
+                    evidence=json.dumps(sources),
+                    policy_step=None if self.written_elsewhere else step - 1,
+                )
                 wanted = self._measured(item) and name.startswith("behavior_")
                 if wanted and len(sources) >= self.SUPPORTERS and not is_echo(instruction):
                     written.append(item)
@@ -606,11 +837,14 @@ class Memory(Store):
             self._admit(step, written, vectors)
 
     def _abstraction_jobs(self, step, bank):
-        """[({problem id: its strategies}, prompt)] for each cluster that something is remembered of."""
+        """[({problem id: its strategies}, prompt)] for each cluster that something is remembered
+        of.
+        """
         clusters = self._remembered_clusters(step)
         shown = [id for ids in clusters for id in ids]
         rows = self.query(
-            f"SELECT id, text, embedding FROM problem WHERE id {AMONG}", json.dumps(shown))
+            f"SELECT id, text, embedding FROM problem WHERE id {AMONG}", json.dumps(shown)
+        )
         prompts = {id: text for id, text, _ in rows}
         vectors = {id: np.frombuffer(vector, np.float32) for id, _, vector in rows}
         insights = self.living_of("insight", shown)
@@ -648,8 +882,8 @@ class Memory(Store):
     def _remembered_clusters(self, step) -> list[list[str]]:
         """Problem ids by cluster, of those that something is remembered of.
 
-        Problems with strategies come first, those with lessons next, in an order drawn for the step,
-        so that a large cluster shows others each time.
+        Problems with strategies come first, those with lessons next, in an order drawn for the
+        step, so that a large cluster shows others each time.
         """
         insights, attempts = self.tally("insight"), self.tally("experience")
         remembered = sorted({problem for problem, _ in [*insights, *attempts]})
@@ -666,9 +900,12 @@ class Memory(Store):
         return [ids for _, ids in sorted(clusters.items())]
 
     def _labels_of(self, problems) -> dict[str, int]:
-        """{id: cluster} of some problems clustered by themselves: a transient memory knows no others."""
+        """{id: cluster} of some problems clustered by themselves: a transient memory knows no
+        others.
+        """
         rows = self.query(
-            f"SELECT id, embedding FROM problem WHERE id {AMONG} ORDER BY id", json.dumps(problems))
+            f"SELECT id, embedding FROM problem WHERE id {AMONG} ORDER BY id", json.dumps(problems)
+        )
         if not rows:
             return {}
         vectors = np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
@@ -676,7 +913,9 @@ class Memory(Store):
         return {id: int(label) for (id, _), label in zip(rows, labels, strict=True)}
 
     def _measured(self, item) -> bool:
-        """Notes a proposed item and shortcut-like phrasing in it; False if it is dropped for that."""
+        """Notes a proposed item and shortcut-like phrasing in it; False if it is dropped for
+        that.
+        """
         families = shortcuts(f"{item.title}. {item.text}")
         item.shortcuts = " ".join(families)
         self.events[item.problem, f"{item.tier}_proposed"] += 1
@@ -687,7 +926,9 @@ class Memory(Store):
         return not (families and self.drop_shortcuts)
 
     def _admit(self, step, items, vectors):
-        """Puts items of one tier, with their embeddings, through the gate of their problem and kind."""
+        """Puts items of one tier, with their embeddings, through the gate of their problem and
+        kind.
+        """
         if not items:
             return
         tier = items[0].tier
@@ -703,8 +944,13 @@ class Memory(Store):
             texts = np.array([plain(i.text) for i in old + new], object)
             names = [i.title for i in old + new] if tier == "behavior" else None
             stay, refused, updates = gate(
-                table @ table.T, len(old), self.caps[kind], self.novelty[tier],
-                texts[:, None] == texts, names)
+                table @ table.T,
+                len(old),
+                self.caps[kind],
+                self.novelty[tier],
+                texts[:, None] == texts,
+                names,
+            )
             lost += [old[i].id for i in set(range(len(old))) - set(stay)]
             admitted += [new[i - len(old)] for i in stay if i >= len(old)]
             evicted = len(old) + len(new) - len(stay) - refused - updates
@@ -740,14 +986,14 @@ class Memory(Store):
     def contexts(self, rollouts, step, tiers=TIERS, refreshed=False) -> list[dict]:
         """What the teacher may read for each rollout, as keyword arguments of `compose` (Eq. 4).
 
-        A problem's own experience and insight after this step's update. Behaviors from the bank as it
-        was at the end of the step before (`refreshed`: after this step's refresh, as in Algorithm 1,
-        lines 11 to 14). The most recent stored success that is not the rollout's own. `tiers` hides
-        blocks for the ablations and changes no extraction; solution and feedback are those of
-        experience (Table 4's modes).
+        A problem's own experience and insight after this step's update. Behaviors from the bank as
+        it was at the end of the step before (`refreshed`: after this step's refresh, as in
+        Algorithm 1, lines 11 to 14). The most recent stored success that is not the rollout's own.
+        `tiers` hides blocks for the ablations and changes no extraction; solution and feedback are
+        those of experience (Table 4's modes).
 
-        Of a frozen memory all behaviors and all successes: its steps and rollouts are another run's,
-        even where the numbers and ids are alike.
+        Of a frozen memory all behaviors and all successes: its steps and rollouts are another
+        run's, even where the numbers and ids are alike.
         """
         problems = {r.problem.id: r.problem for r in rollouts}
         insights = self.living_of("insight", problems if "insight" in tiers else ())
@@ -763,11 +1009,13 @@ class Memory(Store):
                 for a in attempts[r.problem.id]
                 if a.kind == "success" and (self.frozen or r.id not in a.sources)
             ]
-            contexts.append({
-                **as_context(insights[r.problem.id], behaviors),
-                "solution": successes[-1] if successes else "",
-                "feedback": r.feedback if "experience" in tiers else "",
-            })
+            contexts.append(
+                {
+                    **as_context(insights[r.problem.id], behaviors),
+                    "solution": successes[-1] if successes else "",
+                    "feedback": r.feedback if "experience" in tiers else "",
+                }
+            )
             self.note_support(step, r, insights[r.problem.id] + behaviors)
         if self.events:
             with self.writing(step):
@@ -775,7 +1023,9 @@ class Memory(Store):
         return contexts
 
     def _skills(self, rollouts, bank) -> list[list[Item]]:
-        """The behaviors nearest to each rollout's question, or to question and feedback (B.5: optional)."""
+        """The behaviors nearest to each rollout's question, or to question and feedback (B.5:
+        optional).
+        """
         if self.query_feedback and bank:
             queries = [f"{r.problem.prompt}\n{clean(r.feedback)}" for r in rollouts]
             return nearest(self.vectors(queries), bank, self.retrieve_k)
@@ -817,7 +1067,8 @@ class Memory(Store):
         return contexts
 
     def own_problems(self, problems) -> np.ndarray:
-        """(len(problems), training problems in the order of their ids): whether the one is the other.
+        """(len(problems), training problems in the order of their ids): whether the one is the
+        other.
 
         By its id, or by its prompt up to white space.
         """
@@ -834,9 +1085,9 @@ class Memory(Store):
         if not trained_on:
             return ""
         said = (
-            f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was "
-            "written on (the same id or text): they read not their own insight and success but those "
-            "of the nearest other problem"
+            f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was"
+            " written on (the same id or text): they read not their own insight and success but"
+            " those of the nearest other problem"
         )
         if alone:
             said += f"; {alone} have no other and read behaviors alone"
@@ -851,18 +1102,24 @@ class Memory(Store):
         rows = self.query(
             "SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') "
             f"AND step >= ? AND subject {AMONG} GROUP BY subject, kind",
-            first, json.dumps(list(problems)))
+            first,
+            json.dumps(list(problems)),
+        )
         n = Counter({(subject, kind): total for subject, kind, total in rows})
         return {p: (n[p, "success"], n[p, "success"] + n[p, "failure"]) for p in problems}
 
     # -- time
 
     def forget(self, step):
-        """Ends everything that lives at `step`: the transient control keeps nothing between steps."""
+        """Ends everything that lives at `step`: the transient control keeps nothing between
+        steps.
+        """
         self.end_all(step)
 
     def truncate_after(self, step):
-        """Goes back to the end of `step`. There a transient memory is empty, also of another run's."""
+        """Goes back to the end of `step`. There a transient memory is empty, also of another
+        run's.
+        """
         super().truncate_after(step)
         if self.mode == "transient":
             self.forget(step)
@@ -875,6 +1132,8 @@ def is_echo(text) -> bool:
 
 def as_context(insights, behaviors) -> dict:
     """Items as keyword arguments of `compose`."""
-    return {"strategies": [(i.title, i.text) for i in insights if i.kind == "strategy"],
-            "lessons": [(i.title, i.text) for i in insights if i.kind == "lesson"],
-            "behaviors": [(b.title, b.text) for b in behaviors]}
+    return {
+        "strategies": [(i.title, i.text) for i in insights if i.kind == "strategy"],
+        "lessons": [(i.title, i.text) for i in insights if i.kind == "lesson"],
+        "behaviors": [(b.title, b.text) for b in behaviors],
+    }

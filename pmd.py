@@ -1,12 +1,15 @@
 """Procedural Memory Distillation (PMD, arXiv 2607.01480): a policy and a memory that co-evolve.
 
-    python pmd.py                                  all of it on the embedded tiny model, in minutes on a laptop
-    python pmd.py --method sdpo                    another method: a file of methods/, or one of your own
+    python pmd.py                                  all of it on the embedded tiny model, in minutes
+                                                   on a laptop
+    python pmd.py --method sdpo                    another method: a file of methods/, or one of
+                                                   your own
     python pmd.py --compare grpo,sdpo,pmd          several in turn, on equal budgets, in one figure
 
-The memory-free student answers each problem several times and a verifier scores the answers. From those attempts a
-three-tier memory grows (memory.py). A teacher, the same model reading that memory, re-scores the student's own tokens,
-and the student is pulled towards it token by token (kernels.py). At inference there is no memory.
+The memory-free student answers each problem several times and a verifier scores the answers. From
+those attempts a three-tier memory grows (memory.py). A teacher, the same model reading that memory,
+re-scores the student's own tokens, and the student is pulled towards it token by token
+(kernels.py). At inference there is no memory.
 
 Read `Config`, `train()` and `PMD`, with Algorithm 1 of the paper beside them.
 
@@ -15,19 +18,28 @@ length, N completion tokens, H hidden, V vocabulary, G group.
 
 Deviations from the paper
  1. The divergence is over the full vocabulary and exact (Eq. 7); Table 11's top-k is `--top_k`.
- 2. The top-k's tail is a logsumexp over the logits outside it; SDPO's expm1 form is wrong where the student is confident.
- 3. A dev split is held out of train to select checkpoints on (`--dev 0` trains on all, as Table 10 does).
+ 2. The top-k's tail is a logsumexp over the logits outside it; SDPO's expm1 form is wrong where the
+    student is confident.
+ 3. A dev split is held out of train to select checkpoints on (`--dev 0` trains on all, as Table 10
+    does).
  4. Behaviors are written by the policy itself, not by GPT-5.4.
- 5. A rollout is supervised whenever its teacher prompt differs from its own (`--supervise all`; the paper does not say).
- 6. Insights are written before the step goes on, not by a server that may lag behind (B.1), by the policy of this step.
- 7. `--ground_insights` (on for nano, off elsewhere): reflection on one attempt at a time, an insight must be contained in
-    its evidence, a contradicting failure ends a strategy, a behavior needs two supports. See memory.Memory.
- 8. A batch without a single supervised token takes no optimizer step (verl would step on Adam's momentum alone).
+ 5. A rollout is supervised whenever its teacher prompt differs from its own (`--supervise all`; the
+    paper does not say).
+ 6. Insights are written before the step goes on, not by a server that may lag behind (B.1), by the
+    policy of this step.
+ 7. `--ground_insights` (on for nano, off elsewhere): reflection on one attempt at a time, an
+    insight must be contained in its evidence, a contradicting failure ends a strategy, a behavior
+    needs two supports. See memory.Memory.
+ 8. A batch without a single supervised token takes no optimizer step (verl would step on Adam's
+    momentum alone).
  9. nano embeds text by hashing its words; the paper uses Qwen3-Embedding-0.6B.
-10. LiveCodeBench's prompts, and SciKnowEval's system message where it comes from the Hub, are published forms in our words.
-11. Recomputation of activations is on outside nano (`--no_gradient_checkpointing`): without it 8B does not fit on one node.
-12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the mini-batch; Eq. 7 sums over
-    a response's tokens (`--loss_mean sum`). For GRPO it is the mean of SDPO's code too.
+10. LiveCodeBench's prompts, and SciKnowEval's system message where it comes from the Hub, are
+    published forms in our words.
+11. Recomputation of activations is on outside nano (`--no_gradient_checkpointing`): without it 8B
+    does not fit on one node.
+12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the
+    mini-batch; Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
+    SDPO's code too.
 """
 
 import functools
@@ -42,8 +54,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metadata.distributions()):
-    sys.exit("pmd.py: an installed package is named `kernels` like our kernels.py, and transformers would load the wrong "
-             "one; run `pip uninstall kernels` or use a fresh virtual environment")
+    sys.exit(
+        "pmd.py: an installed package is named `kernels` like our kernels.py, and transformers"
+        " would load the wrong one; run `pip uninstall kernels` or use a fresh virtual environment"
+    )
 
 import torch
 
@@ -99,59 +113,117 @@ MAX_GRAD_NORM = 1.0  # [SDPO]
 ROLLOUT_CLIP = 2.0  # bound on the per-token ratio of trainer to sampler [SDPO; Tab. 11: per token]
 IS_CLIP = 2.0  # bound on the per-token ratio of this update's policy to the batch's [SDPO]
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # of GRPO's ratio
-CLIP_DUAL = 3.0  # of the ratio where the advantage is negative; acts with several updates a batch [verl's clip_ratio_c]
+# of the ratio where the advantage is negative; acts with several updates a batch [verl's
+# clip_ratio_c]
+CLIP_DUAL = 3.0
 
 
 @dataclass
 class Config(TaskOptions, ModelOptions, SamplerOptions, MemoryOptions, EvalOptions, RunOptions):
     """The method and its training.
 
-    The defaults are the paper's SciKnowEval run. A task's preset overrides them, and a flag overrides both. In brackets
-    stands where a default comes from: Tab. 11, B.1 and "paper" are the PMD paper, "SDPO" its authors' code, "ours" ours.
-    Every room of the code declares the options that it reads; here are those of this file.
+    The defaults are the paper's SciKnowEval run. A task's preset overrides them, and a flag
+    overrides both. In brackets stands where a default comes from: Tab. 11, B.1 and "paper" are the
+    PMD paper, "SDPO" its authors' code, "ours" ours. Every room of the code declares the options
+    that it reads; here are those of this file.
     """
 
     method: str = option(
-        "pmd", "pmd; a file of methods/: sdpo, grpo, pmd-transient, frozen-memory, frozen-policy, srpo (it begins with what "
-               "it does); or the path of a file of your own. --method NAME --help shows its flags")
+        "pmd",
+        "pmd; a file of methods/: sdpo, grpo, pmd-transient, frozen-memory, frozen-policy, srpo (it"
+        " begins with what it does); or the path of a file of your own. --method NAME --help shows"
+        " its flags",
+    )
     compare: str = option("", "methods to run in turn on equal budgets, such as grpo,sdpo,pmd")
     epochs: int = option(20, "passes over the training problems [Tab. 11]", within="[1, inf)")
-    steps: int = option(0, "stop after this many batches; 0 for all epochs [ours]", within="[0, inf)")
+    steps: int = option(
+        0, "stop after this many batches; 0 for all epochs [ours]", within="[0, inf)"
+    )
     batch_size: int = option(32, "problems per batch [Tab. 11]", within="[1, inf)")
     group_size: int = option(8, "rollouts per problem [Tab. 11]", within="[1, inf)")
-    mini_batch_size: int = option(32, "problems per update; at least batch_size: one update per batch [Tab. 11]",
-                                  within="[1, inf)")
-    lr: float = option(1e-5, "AdamW's learning rate, constant after the warm-up [Tab. 11]", within="(0, inf)")
+    mini_batch_size: int = option(
+        32,
+        "problems per update; at least batch_size: one update per batch [Tab. 11]",
+        within="[1, inf)",
+    )
+    lr: float = option(
+        1e-5, "AdamW's learning rate, constant after the warm-up [Tab. 11]", within="(0, inf)"
+    )
     warmup_steps: int = option(10, "updates of linear warm-up [Tab. 11]", within="[0, inf)")
     beta2: float = option(0.999, "AdamW [SDPO]", within="[0, 1)")
     loss_mean: Literal["sequence", "token", "sum"] = option(
-        "sequence", "how the tokens of a mini-batch are averaged, for every method. sequence: each trained rollout's token "
-                    "mean, summed and divided by ALL rollouts [SDPO's code]. token: one mean over all trained tokens [the "
-                    "name in SDPO's config]. sum: each rollout's sum over its tokens, divided by all rollouts [Eq. 7]")
+        "sequence",
+        "how the tokens of a mini-batch are averaged, for every method. sequence: each trained"
+        " rollout's token mean, summed and divided by ALL rollouts [SDPO's code]. token: one mean"
+        " over all trained tokens [the name in SDPO's config]. sum: each rollout's sum over its"
+        " tokens, divided by all rollouts [Eq. 7]",
+    )
 
     # distillation
-    alpha: float = option(0.5, "0 forward KL, 1 reverse KL (Eq. 7), between a generalized JSD [Tab. 11]", within="[0, 1]")
-    top_k: int = option(0, "the student's k likeliest tokens and a tail; 0 for the full vocabulary, exact "
-                           "[deviation 1; Tab. 11 has 100 and 20]", within="[0, inf)")
-    teacher: Literal["ema", "live"] = option("ema", "ema: a moving average of the student [SDPO; Tab. 11]. live: the "
-                                                    "student's own weights of this update (Eq. 6)")
-    ema_rate: float = option(0.05, "of the teacher, once per batch: 0 keeps the initial policy, 1 follows it [SDPO]",
-                             within="[0, 1]")
-    max_reprompt: int = option(10240, "tokens of the teacher's prompt; see memory.compose_within [SDPO]", within="[1, inf)")
+    alpha: float = option(
+        0.5,
+        "0 forward KL, 1 reverse KL (Eq. 7), between a generalized JSD [Tab. 11]",
+        within="[0, 1]",
+    )
+    top_k: int = option(
+        0,
+        "the student's k likeliest tokens and a tail; 0 for the full vocabulary, exact "
+        "[deviation 1; Tab. 11 has 100 and 20]",
+        within="[0, inf)",
+    )
+    teacher: Literal["ema", "live"] = option(
+        "ema",
+        "ema: a moving average of the student [SDPO; Tab. 11]. live: the "
+        "student's own weights of this update (Eq. 6)",
+    )
+    ema_rate: float = option(
+        0.05,
+        "of the teacher, once per batch: 0 keeps the initial policy, 1 follows it [SDPO]",
+        within="[0, 1]",
+    )
+    max_reprompt: int = option(
+        10240, "tokens of the teacher's prompt; see memory.compose_within [SDPO]", within="[1, inf)"
+    )
     supervise: Literal["all", "solved"] = option(
-        "all", "the rollouts a memory's teacher supervises. all: whose teacher reads more than the student [deviation 5]. "
-               "solved: of problems with a success so far, or feedback, which is SDPO's rule over all that is remembered")
-    supervise_mastered: bool = option(True, "also problems whose attempts of this step all succeed; with "
-                                            "--no_supervise_mastered they teach nothing, as under GRPO [ours]")
+        "all",
+        "the rollouts a memory's teacher supervises. all: whose teacher reads more than the student"
+        " [deviation 5]. solved: of problems with a success so far, or feedback, which is SDPO's"
+        " rule over all that is remembered",
+    )
+    supervise_mastered: bool = option(
+        True,
+        "also problems whose attempts of this step all succeed; with "
+        "--no_supervise_mastered they teach nothing, as under GRPO [ours]",
+    )
 
 
-# By task; the defaults above are SciKnowEval's. See nano/README.md for how nano's values were found.
+# By task; the defaults above are SciKnowEval's. See nano/README.md for how nano's values were
+# found.
 PRESETS = {
     "sciknoweval": {},
-    "livecodebench": dict(lr=1e-6, warmup_steps=0, mini_batch_size=1, alpha=1.0, ema_rate=0.01, eval_k=4),  # Tab. 11
-    "nano": dict(steps=80, batch_size=8, group_size=8, max_prompt=64, max_completion=32, max_reprompt=512, lr=1e-3,
-                 warmup_steps=0, beta2=0.95, mini_batch_size=8, ground_insights=True, embedder="hashing",
-                 gradient_checkpointing=False, memory_completion=96, clusters=20, eval_every=10, eval_k=8, save_every=40),
+    "livecodebench": dict(
+        lr=1e-6, warmup_steps=0, mini_batch_size=1, alpha=1.0, ema_rate=0.01, eval_k=4
+    ),  # Tab. 11
+    "nano": dict(
+        steps=80,
+        batch_size=8,
+        group_size=8,
+        max_prompt=64,
+        max_completion=32,
+        max_reprompt=512,
+        lr=1e-3,
+        warmup_steps=0,
+        beta2=0.95,
+        mini_batch_size=8,
+        ground_insights=True,
+        embedder="hashing",
+        gradient_checkpointing=False,
+        memory_completion=96,
+        clusters=20,
+        eval_every=10,
+        eval_k=8,
+        save_every=40,
+    ),
 }
 
 
@@ -164,7 +236,9 @@ def train(cfg: Config, checked=None) -> dict:
     policy = shard(load_policy(cfg), cfg)  # float32 master weights
     method = method_of(cfg)(cfg, task, tokenizer, policy)  # makes the teacher
     optimizer = make_optimizer(policy, cfg)
-    sampler = method.sampler = make_sampler(policy, tokenizer, cfg)  # the only object that generates text
+    sampler = method.sampler = make_sampler(
+        policy, tokenizer, cfg
+    )  # the only object that generates text
     sampler.sleep()  # what a checkpoint holds is filled in where there is room for it
     run = Run(cfg, task, tokenizer)
     method.memory = open_memory(run, method)
@@ -176,19 +250,23 @@ def train(cfg: Config, checked=None) -> dict:
     for step, problems in batches(task.train, first, cfg):
         sampler.step = step
 
-        # 1. Attempt: the memory-free student answers, the verifier responds                                   (Eq. 1)
+        # 1. Attempt: the memory-free student answers, the verifier responds
+        # (Eq. 1)
         with run.phase("attempt"):
             rollouts = method.attempt(step, problems)
 
-        # 2. Remember: experience -> insight (per problem) -> behavior (shared)                             (Eq. 2, 3)
+        # 2. Remember: experience -> insight (per problem) -> behavior (shared)
+        # (Eq. 2, 3)
         with run.phase("remember"):
             method.remember(step, problems, rollouts)
 
-        # 3. Condition the teacher: same completion, richer prompt                                          (Eq. 4, 5)
+        # 3. Condition the teacher: same completion, richer prompt
+        # (Eq. 4, 5)
         with run.phase("condition"):
             rows = method.condition(step, rollouts)
 
-        # 4. Distill: match the teacher token by token on the student's own text                            (Eq. 6-8)
+        # 4. Distill: match the teacher token by token on the student's own text
+        # (Eq. 6-8)
         with run.phase("distill"):
             learns = any(map(is_trained, rows))
             if learns:
@@ -213,10 +291,12 @@ def train(cfg: Config, checked=None) -> dict:
 
 
 class PMD:
-    """The paper, phase by phase. Another method replaces what it changes: class Method of a file of methods/.
+    """The paper, phase by phase. Another method replaces what it changes: class Method of a file of
+    methods/.
 
-    Rows decide how they are trained, see Rollout: phase 4 asks no method. cfg, task, tokenizer, policy, teacher, sampler and
-    memory are there in every hook but make_teacher, which makes the teacher.
+    Rows decide how they are trained, see Rollout: phase 4 asks no method. cfg, task, tokenizer,
+    policy, teacher, sampler and memory are there in every hook but make_teacher, which makes the
+    teacher.
     """
 
     Config = Config  # a method's own flags and defaults: a subclass, in its file
@@ -234,13 +314,17 @@ class PMD:
     def check(cls, cfg):
         """Raises ValueError, in one sentence, for flags that do not fit the method."""
         if cfg.memory_from:
-            raise ValueError("--memory_from and --method frozen-memory go together; leave one out or give both")
+            raise ValueError(
+                "--memory_from and --method frozen-memory go together; leave one out or give both"
+            )
 
     def memory_class(self) -> type:
         return GroundedMemory if self.cfg.ground_insights else Memory
 
     def make_teacher(self, policy):
-        """The teacher's weights (Eq. 6): an average that starts at the policy, or the live policy itself."""
+        """The teacher's weights (Eq. 6): an average that starts at the policy, or the live policy
+        itself.
+        """
         return policy if self.cfg.teacher == "live" else copy_of(policy, self.cfg)
 
     def attempt(self, step, problems) -> list["Rollout"]:
@@ -255,11 +339,15 @@ class PMD:
             self.memory.abstract(step)
 
     def refresh_period(self) -> int:
-        """Steps between refreshes of the bank: an epoch, where nothing else is asked for (Eq. 3)."""
+        """Steps between refreshes of the bank: an epoch, where nothing else is asked for (Eq.
+        3).
+        """
         return self.cfg.behavior_every or batches_per_epoch(self.task.train, self.cfg)
 
     def contexts(self, step, rollouts) -> list[dict]:
-        """What each rollout's teacher reads besides the problem, as keyword arguments of memory.compose (Eq. 4)."""
+        """What each rollout's teacher reads besides the problem, as keyword arguments of
+        memory.compose (Eq. 4).
+        """
         return self.recall(step, rollouts, self.cfg.behaviors_refreshed)
 
     def recall(self, step, rollouts, refreshed) -> list[dict]:
@@ -272,11 +360,15 @@ class PMD:
         return contexts
 
     def condition(self, step, rollouts) -> list["Rollout"]:
-        """Gives rollouts their teacher's prompt (Eq. 5); returns the rows that phase 4 trains on. A rollout whose teacher
-        would read no more than its student is not supervised."""
+        """Gives rollouts their teacher's prompt (Eq. 5); returns the rows that phase 4 trains on. A
+        rollout whose teacher would read no more than its student is not supervised.
+        """
         failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
-        taught = [(r, context) for r, context in zip(rollouts, self.contexts(step, rollouts), strict=True)
-                  if self.cfg.supervise_mastered or r.problem.id in failed]
+        taught = [
+            (r, context)
+            for r, context in zip(rollouts, self.contexts(step, rollouts), strict=True)
+            if self.cfg.supervise_mastered or r.problem.id in failed
+        ]
         problems, contexts = [r.problem for r, _ in taught], [context for _, context in taught]
         prompts = teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
         for (r, _), (prompt, ids) in zip(taught, prompts, strict=True):
@@ -285,11 +377,18 @@ class PMD:
         return rollouts
 
     def weigh(self, step, rows):
-        """Changes rows by what models say of them (see `scored`), before the first update: nothing here."""
+        """Changes rows by what models say of them (see `scored`), before the first update: nothing
+        here.
+        """
 
     def teacher_hidden(self, batch) -> torch.Tensor:
-        """(N, H): the states that teach the tokens of rows with teacher_ids, under one head (Eq. 6)."""
-        return forward(self.teacher, lambda: completion_hidden(self.teacher, [r.teacher_ids for r in batch], batch))
+        """(N, H): the states that teach the tokens of rows with teacher_ids, under one head (Eq.
+        6).
+        """
+        return forward(
+            self.teacher,
+            lambda: completion_hidden(self.teacher, [r.teacher_ids for r in batch], batch),
+        )
 
     def loss(self, batch, total) -> dict:
         """The loss of a micro-batch (Eq. 7): see `loss_of`."""
@@ -303,7 +402,9 @@ class PMD:
         """After the step's evaluation, before its checkpoint: nothing here."""
 
     def asked(self, problems) -> list[str] | None:
-        """What held-out problems read in an evaluation; None for their plain prompt, without memory."""
+        """What held-out problems read in an evaluation; None for their plain prompt, without
+        memory.
+        """
 
     def state(self) -> dict:
         """What a checkpoint has to hold of the method: values of JSON."""
@@ -313,14 +414,17 @@ class PMD:
         """Takes up what `state` gave."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Phase 1: attempt
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Rollout(Sample):
-    """A sample that answers a problem, and all that is learned from it. rollout_logprobs is None where the text was not
-    sampled under prompt_ids: it then has no ratio to the sampler, and no part in the sampler gap."""
+    """A sample that answers a problem, and all that is learned from it. rollout_logprobs is None
+    where the text was not sampled under prompt_ids: it then has no ratio to the sampler, and no
+    part in the sampler gap.
+    """
 
     id: str  # step/problem/sample
     problem: Problem
@@ -329,27 +433,43 @@ class Rollout(Sample):
     test_pass_rate: float | None = None  # of programs; logged, never a reward
     # How it is trained, as a row of phase 4. One number, or (C,) of them, one for each token
     teacher_prompt: str = ""  # the teacher's user message; empty where it has nothing to add
-    teacher_ids: list[int] = field(default_factory=list)  # of that prompt; empty: it is not distilled
-    teachers: list[list[int]] = field(default_factory=list)  # further teacher prompts, for methods that read several
+    teacher_ids: list[int] = field(
+        default_factory=list
+    )  # of that prompt; empty: it is not distilled
+    teachers: list[list[int]] = field(
+        default_factory=list
+    )  # further teacher prompts, for methods that read several
     weight: float | torch.Tensor = 1.0  # of its divergence
-    advantage: float | torch.Tensor | None = None  # None: it is not reinforced; 0.0 is, and counts in the mean
+    advantage: float | torch.Tensor | None = (
+        None  # None: it is not reinforced; 0.0 is, and counts in the mean
+    )
     old_logprobs: torch.Tensor | None = None  # (C,) the trainer's, before the batch's first update
 
 
 def attempt(sampler, problems, cfg) -> list[Rollout]:
-    """G completions of each problem from its plain prompt, with their verdicts, group by group (Eq. 1)."""
+    """G completions of each problem from its plain prompt, with their verdicts, group by group (Eq.
+    1).
+    """
     samples = sampler.answer(problems, cfg.group_size)
     rollouts = []
     for i, (problem, sample, verdict) in enumerate(verdicts(problems, samples, cfg)):
-        rollouts.append(Rollout(
-            **vars(sample), id=f"{sampler.step}/{problem.id}/{i % cfg.group_size}", problem=problem,
-            reward=verdict.reward, feedback=verdict.feedback, test_pass_rate=verdict.test_pass_rate))
+        rollouts.append(
+            Rollout(
+                **vars(sample),
+                id=f"{sampler.step}/{problem.id}/{i % cfg.group_size}",
+                problem=problem,
+                reward=verdict.reward,
+                feedback=verdict.feedback,
+                test_pass_rate=verdict.test_pass_rate,
+            )
+        )
     return rollouts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Phase 3: condition the teacher
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def set_advantages(rollouts):
     """Group-relative advantages, not divided by their deviation: SDPO's GRPO."""
@@ -368,10 +488,14 @@ def groups_of(rollouts) -> dict[str, list[Rollout]]:
 
 
 def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
-    """(text, ids) of each problem's prompt with its context, which rollouts of a group often share. Each rank composes and
-    encodes those of its share of the problems, since seconds of a step are spent here; all get all of them."""
+    """(text, ids) of each problem's prompt with its context, which rollouts of a group often share.
+    Each rank composes and encodes those of its share of the problems, since seconds of a step are
+    spent here; all get all of them.
+    """
     group = {id: i % world() for i, id in enumerate(dict.fromkeys(p.id for p in problems))}
-    encode = functools.cache(functools.partial(encode_prompt, tokenizer))  # what was counted is not encoded again
+    encode = functools.cache(
+        functools.partial(encode_prompt, tokenizer)
+    )  # what was counted is not encoded again
     own = [i for i, p in enumerate(problems) if group[p.id] == rank()]
     composed = {}
     for i in own:
@@ -381,20 +505,23 @@ def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
     return [composed[i] for i in range(len(problems))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Phase 4: distill
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def mini_batches(rollouts, policy, cfg):
     """Cuts a batch at problem borders into `mini_batch_size` problems an update.
 
-    The trainer's own log-probabilities of the batch are scored first where a ratio needs them: with several updates a
-    batch, and for rows that are reinforced or were sampled under another prompt. A single distillation update goes without:
-    its policy IS the one that would be scored.
+    The trainer's own log-probabilities of the batch are scored first where a ratio needs them: with
+    several updates a batch, and for rows that are reinforced or were sampled under another prompt.
+    A single distillation update goes without: its policy IS the one that would be scored.
     """
     size = cfg.mini_batch_size * cfg.group_size
-    parts = [rollouts[i: i + size] for i in range(0, len(rollouts), size)]
-    if len(parts) > 1 or any(r.advantage is not None or r.rollout_logprobs is None for r in rollouts):
+    parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+    if len(parts) > 1 or any(
+        r.advantage is not None or r.rollout_logprobs is None for r in rollouts
+    ):
         scores = {}
         for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
             rows = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
@@ -412,11 +539,17 @@ def is_trained(row) -> bool:
 
 def has_signal(row) -> bool:
     """Whether it can have a gradient: not so an advantage of 0."""
-    return bool(row.teacher_ids) or row.advantage is not None and bool(torch.as_tensor(row.advantage).any())
+    return (
+        bool(row.teacher_ids)
+        or row.advantage is not None
+        and bool(torch.as_tensor(row.advantage).any())
+    )
 
 
 class Total(NamedTuple):
-    """Of a mini-batch, the same on every rank: what its mean divides by, and which of the two terms its loss has."""
+    """Of a mini-batch, the same on every rank: what its mean divides by, and which of the two terms
+    its loss has.
+    """
 
     divisor: int
     distills: bool
@@ -426,9 +559,9 @@ class Total(NamedTuple):
 def update(method, optimizer, rows, step) -> Counter:
     """One optimizer step on a mini-batch (Eq. 7, 8); returns sums over its trained tokens.
 
-    Rows and tokens are counted over the whole mini-batch before it is cut into micro-batches, so that the cut changes
-    neither loss nor gradient. Raises FloatingPointError on a loss or gradient that is not finite, before it touches the
-    weights.
+    Rows and tokens are counted over the whole mini-batch before it is cut into micro-batches, so
+    that the cut changes neither loss nor gradient. Raises FloatingPointError on a loss or gradient
+    that is not finite, before it touches the weights.
     """
     policy, cfg = method.policy, method.cfg
     trained = [r for r in rows if is_trained(r)]
@@ -438,17 +571,26 @@ def update(method, optimizer, rows, step) -> Counter:
         gaps = [sampler_gap(batch, own_logprobs(policy, batch, cfg)) for batch in some]
         reshard(policy)
         return add(require_small_gap(gaps, step, cfg), {"updates_skipped": 1})
-    distilled, reinforced = [r for r in trained if r.teacher_ids], [r for r in trained if r.advantage is not None]
-    total = Total(tokens if cfg.loss_mean == "token" else len(rows), bool(distilled), bool(reinforced))
+    distilled, reinforced = (
+        [r for r in trained if r.teacher_ids],
+        [r for r in trained if r.advantage is not None],
+    )
+    total = Total(
+        tokens if cfg.loss_mean == "token" else len(rows), bool(distilled), bool(reinforced)
+    )
     sums, gaps = {}, []
     optimizer.zero_grad()
-    policy.train(cfg.gradient_checkpointing)  # transformers recomputes in train mode only; nothing else differs
+    policy.train(
+        cfg.gradient_checkpointing
+    )  # transformers recomputes in train mode only; nothing else differs
     for batch in micro_batches(trained, cfg):
         with compute(policy, cfg):
             out = forward(policy, functools.partial(method.loss, batch, total))
         loss, logprobs = out["loss"], out.pop("logprobs")
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}, on {problem_ids(batch)}")
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step}, on {problem_ids(batch)}"
+            )
         loss.backward()
         reshard(method.teacher)
         gaps.append(sampler_gap(batch, logprobs))
@@ -458,36 +600,57 @@ def update(method, optimizer, rows, step) -> Counter:
     with clock("optimizer"):
         norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM))
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(trained)}")
+            raise FloatingPointError(
+                f"the gradient's norm is {norm.item()} at step {step}, on {problem_ids(trained)}"
+            )
         for group in optimizer.param_groups:  # linear warm-up, then constant
             group["lr"] = cfg.lr * min(1.0, (optimizer.updates + 1) / max(1, cfg.warmup_steps))
         optimizer.step()
         optimizer.updates += 1
     sums = functools.reduce(add, gather(sums), gap)
-    counts = {"tokens": tokens, "distilled_tokens": sum(len(r.ids) for r in distilled),
-              "reinforced_tokens": sum(len(r.ids) for r in reinforced)}
+    counts = {
+        "tokens": tokens,
+        "distilled_tokens": sum(len(r.ids) for r in distilled),
+        "reinforced_tokens": sum(len(r.ids) for r in reinforced),
+    }
     return add(sums, {**counts, "updates": 1, "grad_norm": float(norm)})
 
 
 def loss_of(method, batch, total) -> dict:
-    """The loss of one micro-batch, its share of the mean over the mini-batch: the divergence of the rows that have a teacher
-    and the policy-gradient surrogate of those that have an advantage, over one forward pass.
+    """The loss of one micro-batch, its share of the mean over the mini-batch: the divergence of the
+    rows that have a teacher and the policy-gradient surrogate of those that have an advantage, over
+    one forward pass.
 
-    total: see Total. Returns the loss (), logprobs (N,) of the batch's tokens, and per-token values that are summed up:
-    divergence, entropy and teacher_entropy (nats), clipped.
+    total: see Total. Returns the loss (), logprobs (N,) of the batch's tokens, and per-token values
+    that are summed up: divergence, entropy and teacher_entropy (nats), clipped.
     """
     policy, cfg = method.policy, method.cfg
-    distilled, reinforced = [bool(r.teacher_ids) for r in batch], [r.advantage is not None for r in batch]
+    distilled, reinforced = (
+        [bool(r.teacher_ids) for r in batch],
+        [r.advantage is not None for r in batch],
+    )
     if total.distills:
-        with clock("teacher"), torch.no_grad():  # before the student's pass: a live teacher has the student's weights
+        with (
+            clock("teacher"),
+            torch.no_grad(),
+        ):  # before the student's pass: a live teacher has the student's weights
             teacher_hidden = method.teacher_hidden([r for r in batch if r.teacher_ids])
     hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
     head = policy.get_output_embeddings().weight  # (V, H)
     ids = token_ids(batch, head)
-    old = None if not batch or batch[0].old_logprobs is None else flat([r.old_logprobs for r in batch], head)
-    sampled = flat([r.old_logprobs if r.rollout_logprobs is None else r.rollout_logprobs for r in batch], head)
-    # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout, rollout_clip)
-    weights = flat([torch.full((len(r.ids),), token_weight(r, total.divisor, cfg)) for r in batch], head)
+    old = (
+        None
+        if not batch or batch[0].old_logprobs is None
+        else flat([r.old_logprobs for r in batch], head)
+    )
+    sampled = flat(
+        [r.old_logprobs if r.rollout_logprobs is None else r.rollout_logprobs for r in batch], head
+    )
+    # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout,
+    # rollout_clip)
+    weights = flat(
+        [torch.full((len(r.ids),), token_weight(r, total.divisor, cfg)) for r in batch], head
+    )
     weights = weights if old is None else weights * (old - sampled).exp().clamp(max=ROLLOUT_CLIP)
     out = {"loss": 0.0, "logprobs": torch.zeros_like(weights), "entropy": torch.zeros_like(weights)}
 
@@ -496,18 +659,39 @@ def loss_of(method, batch, total) -> dict:
         return values if values is None or all(of) else values[mask(of, batch, values.device)]
 
     if total.distills:
-        # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside the kernel
+        # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside
+        # the kernel
         reference, clip = (sampled, ROLLOUT_CLIP) if old is None else (old, IS_CLIP)
         own = weights * flat([torch.as_tensor(r.weight).expand(len(r.ids)) for r in batch], head)
         found = distill_loss(
-            rows(hidden, distilled), head, teacher_hidden, method.teacher.get_output_embeddings().weight.detach(),
-            rows(own, distilled), rows(ids, distilled), cfg.alpha, cfg.top_k or None,
-            old_logprobs=rows(reference, distilled), is_clip=clip)
+            rows(hidden, distilled),
+            head,
+            teacher_hidden,
+            method.teacher.get_output_embeddings().weight.detach(),
+            rows(own, distilled),
+            rows(ids, distilled),
+            cfg.alpha,
+            cfg.top_k or None,
+            old_logprobs=rows(reference, distilled),
+            is_clip=clip,
+        )
         note(out, found, mask(distilled, batch, head.device))
     if total.reinforces:
-        advantages = [torch.as_tensor(0.0 if r.advantage is None else r.advantage).expand(len(r.ids)) for r in batch]
-        found = policy_loss(rows(hidden, reinforced), head, rows(ids, reinforced), rows(flat(advantages, head), reinforced),
-                            rows(weights, reinforced), rows(old, reinforced), CLIP_LOW, CLIP_HIGH, CLIP_DUAL)
+        advantages = [
+            torch.as_tensor(0.0 if r.advantage is None else r.advantage).expand(len(r.ids))
+            for r in batch
+        ]
+        found = policy_loss(
+            rows(hidden, reinforced),
+            head,
+            rows(ids, reinforced),
+            rows(flat(advantages, head), reinforced),
+            rows(weights, reinforced),
+            rows(old, reinforced),
+            CLIP_LOW,
+            CLIP_HIGH,
+            CLIP_DUAL,
+        )
         note(out, found, mask(reinforced, batch, head.device))
     return out
 
@@ -522,7 +706,9 @@ def note(out, found, tokens):
 
 
 def token_weight(rollout, total, cfg) -> float:
-    """The weight of each token of a rollout in the loss of its mini-batch, before the ratios. total: Total.divisor."""
+    """The weight of each token of a rollout in the loss of its mini-batch, before the ratios.
+    total: Total.divisor.
+    """
     if cfg.loss_mean == "sequence":
         return 1 / (total * max(1, len(rollout.ids)))
     return 1 / total
@@ -533,12 +719,15 @@ def problem_ids(rollouts):
     return f"problems {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def evaluate_held_out(step, run, method):
-    """Answers dev and test from the plain prompt, or from what the method asks; the run keeps all of it (Tab. 2)."""
+    """Answers dev and test from the plain prompt, or from what the method asks; the run keeps all
+    of it (Tab. 2).
+    """
     sampler, cfg = method.sampler, method.cfg
     sampler.step = step
     with run.phase("evaluate"):
@@ -554,23 +743,27 @@ def evaluate_held_out(step, run, method):
 
 
 def batches(problems, first, cfg):
-    """(step, batch) from step `first` on: each epoch a new order, drawn from seed and epoch; its remainder is left out."""
+    """(step, batch) from step `first` on: each epoch a new order, drawn from seed and epoch; its
+    remainder is left out.
+    """
     per_epoch = batches_per_epoch(problems, cfg)
     for step in range(first, total_steps(problems, cfg) + 1):
         epoch, i = divmod(step - 1, per_epoch)
         order = random.Random(f"{cfg.seed} epoch {epoch}").sample(problems, len(problems))
-        yield step, order[i * cfg.batch_size: (i + 1) * cfg.batch_size]
+        yield step, order[i * cfg.batch_size : (i + 1) * cfg.batch_size]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def check(cfg, quiet=False, ranks=0, checked=None):
     """Returns (task, tokenizer), before any work is lost.
 
-    quiet: says nothing of what is left out. ranks: of the job that is to be started, where it is not this one's world().
-    checked: what this gave for another method, with the same flags otherwise. Raises ValueError, in one sentence.
+    quiet: says nothing of what is left out. ranks: of the job that is to be started, where it is
+    not this one's world(). checked: what this gave for another method, with the same flags
+    otherwise. Raises ValueError, in one sentence.
     """
     method = method_of(cfg)
     method.check(cfg)
@@ -578,15 +771,22 @@ def check(cfg, quiet=False, ranks=0, checked=None):
 
 
 def parse_flags(argv=None) -> Config:
-    """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then what was given.
+    """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then
+    what was given.
 
     Raises ValueError for a --method that there is none of.
     """
     argv = sys.argv[1:] if argv is None else argv
     method = method_class(method_name(argv))
     parser = Flags(
-        method.Config, description=__doc__.split("\n\nRead `Config`")[0], usage="python pmd.py [--flag value ...]",
-        epilog="Defaults are shown for the task at hand: `python pmd.py --model Qwen3-8B --help` shows the paper's.")
+        method.Config,
+        description=__doc__.split("\n\nRead `Config`")[0],
+        usage="python pmd.py [--flag value ...]",
+        epilog=(
+            "Defaults are shown for the task at hand: `python pmd.py --model Qwen3-8B --help` shows"
+            " the paper's."
+        ),
+    )
     given, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
     kind = "nano" if given.model == "nano" else task.split("/")[0]
@@ -622,7 +822,9 @@ def checked_totals(runs, ranks) -> list[int]:
 
 
 def main():
-    """The command line. What stops a run is said in one sentence, with the exit status that goes with it."""
+    """The command line. What stops a run is said in one sentence, with the exit status that goes
+    with it.
+    """
     with explained(when="before it began"):
         cfg = parse_flags()
         quiet_libraries()

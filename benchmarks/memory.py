@@ -1,13 +1,17 @@
-"""What the memory costs beside its bare SQL and matrix products, and whether size or history make a step slower.
+"""What the memory costs beside its bare SQL and matrix products, and whether size or history make a
+step slower.
 
-    python benchmarks/memory.py            stores of 100, 1,000 and 10,000 problems with full tiers: 5 + 3 attempts and
-                                           10 + 10 insights a problem, 500 behaviors, embeddings of 1,024 dimensions
+    python benchmarks/memory.py            stores of 100, 1,000 and 10,000 problems with full tiers:
+                                           5 + 3 attempts and
+                                           10 + 10 insights a problem, 500 behaviors, embeddings of
+                                           1,024 dimensions
     python benchmarks/memory.py --quick    100 and 1,000 problems
 
-A step is 32 problems with 8 rollouts each. Embedding and generation are excluded: vectors and replies are made beforehand.
-SQLite's automatic checkpoint of its log is taken out of the operations and timed after each step, with the writes of both
-sides in it. Everything that is compared is timed in turn, in one run; times mean little on a busy machine, so the ratios,
-with their quartiles, are what to read. They come last. Needs 5 GB for temporary files; --scratch says where.
+A step is 32 problems with 8 rollouts each. Embedding and generation are excluded: vectors and
+replies are made beforehand. SQLite's automatic checkpoint of its log is taken out of the operations
+and timed after each step, with the writes of both sides in it. Everything that is compared is timed
+in turn, in one run; times mean little on a busy machine, so the ratios, with their quartiles, are
+what to read. They come last. Needs 5 GB for temporary files; --scratch says where.
 """
 
 import argparse
@@ -31,7 +35,13 @@ from runtime.store import WITH_EMBEDDING
 
 D, BATCH, GROUP = 1024, 32, 8
 TIERS = {"experience": {"success": 5, "failure": 3}, "insight": {"strategy": 10, "lesson": 10}}
-CHARACTERS = {"problem": 800, "completion": 1900, "feedback": 200, "insight": 350, "behavior": 200}  # Tab. 5, 6 and 8
+CHARACTERS = {
+    "problem": 800,
+    "completion": 1900,
+    "feedback": 200,
+    "insight": 350,
+    "behavior": 200,
+}  # Tab. 5, 6 and 8
 
 
 @dataclass
@@ -59,7 +69,9 @@ def words(rng, characters):
 
 
 class Scripted:
-    """Stands in for embedder and model: fresh random unit vectors, drawn in a pool, and one well-formed reply."""
+    """Stands in for embedder and model: fresh random unit vectors, drawn in a pool, and one
+    well-formed reply.
+    """
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -71,21 +83,38 @@ class Scripted:
 
     def generate(self, prompts):
         def item():
-            content = f"{self.rng.integers(10**9)} {self.items[self.rng.integers(64)]}"  # equal texts would be refused
+            content = (  # equal texts would be refused
+                f"{self.rng.integers(10**9)} {self.items[self.rng.integers(64)]}"
+            )
             return {"title": "some few words", "content": content}
-        actions = [{"action": "new", "name": f"behavior_{self.rng.integers(10**9)}", "instruction": item()["content"]}]
-        return [json.dumps({"strategies": [item(), item()], "lessons": [item(), item()], "actions": actions})
-                for _ in prompts]
+
+        actions = [
+            {
+                "action": "new",
+                "name": f"behavior_{self.rng.integers(10**9)}",
+                "instruction": item()["content"],
+            }
+        ]
+        return [
+            json.dumps(
+                {"strategies": [item(), item()], "lessons": [item(), item()], "actions": actions}
+            )
+            for _ in prompts
+        ]
 
 
 def fill(path, n, epochs=1, seed=0):
-    """A store with full tiers, written row by row past the gate; `epochs` - 1 more of ended rows and of events."""
+    """A store with full tiers, written row by row past the gate; `epochs` - 1 more of ended rows
+    and of events.
+    """
     scripted, rng = Scripted(seed), np.random.default_rng(seed)
     text = {kind: [words(rng, c) for _ in range(50)] for kind, c in CHARACTERS.items()}
     memory = mem.Memory(path, scripted.embed, scripted.generate, forms="question")
     memory.db.execute("PRAGMA synchronous = OFF")
     problems = [Problem(f"p{i}", text["problem"][i % 50]) for i in range(n)]
-    insert = f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)"
+    insert = (
+        f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)"
+    )
 
     def rows(epoch):
         for i, p in enumerate(problems):
@@ -94,60 +123,140 @@ def fill(path, n, epochs=1, seed=0):
                 kinds_of = [kind for kind, cap in kinds.items() for _ in range(cap)]
                 for j, (kind, vector) in enumerate(zip(kinds_of, vectors, strict=True)):
                     body = text["completion" if tier == "experience" else "insight"][(i + j) % 50]
-                    yield (tier, kind, p.id, "some few words", body, 1.0, text["feedback"][0], f'["{epoch}/{p.id}/{j}"]',
-                           epoch, *((epoch + 1, epoch, None) if epoch < epochs else (None, epoch, vector.tobytes())))
+                    yield (
+                        tier,
+                        kind,
+                        p.id,
+                        "some few words",
+                        body,
+                        1.0,
+                        text["feedback"][0],
+                        f'["{epoch}/{p.id}/{j}"]',
+                        epoch,
+                        *(
+                            (epoch + 1, epoch, None)
+                            if epoch < epochs
+                            else (None, epoch, vector.tobytes())
+                        ),
+                    )
 
     with memory.db:
-        memory.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", [
-            (p.id, p.prompt, i % 16, v.tobytes()) for i, (p, v) in enumerate(zip(problems, unit(rng, n), strict=True))])
+        memory.db.executemany(
+            "INSERT INTO problem VALUES (?, ?, ?, ?)",
+            [
+                (p.id, p.prompt, i % 16, v.tobytes())
+                for i, (p, v) in enumerate(zip(problems, unit(rng, n), strict=True))
+            ],
+        )
         for epoch in range(1, epochs + 1):
             memory.db.executemany(insert, rows(epoch))
-            memory.db.executemany("INSERT INTO event VALUES (?, ?, ?, ?)", [
-                (epoch, p.id, kind, 4) for p in problems for kind in ("success", "failure", "reflection", "proposed")])
-        memory.db.executemany(insert, [("behavior", "behavior", "", f"behavior_{i}", text["behavior"][i % 50], None, None,
-                                        "[]", epochs, None, 1, v.tobytes()) for i, v in enumerate(unit(rng, 500))])
+            memory.db.executemany(
+                "INSERT INTO event VALUES (?, ?, ?, ?)",
+                [
+                    (epoch, p.id, kind, 4)
+                    for p in problems
+                    for kind in ("success", "failure", "reflection", "proposed")
+                ],
+            )
+        memory.db.executemany(
+            insert,
+            [
+                (
+                    "behavior",
+                    "behavior",
+                    "",
+                    f"behavior_{i}",
+                    text["behavior"][i % 50],
+                    None,
+                    None,
+                    "[]",
+                    epochs,
+                    None,
+                    1,
+                    v.tobytes(),
+                )
+                for i, v in enumerate(unit(rng, 500))
+            ],
+        )
     memory.db.execute("PRAGMA synchronous = NORMAL")
     memory.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    memory.db.execute("PRAGMA wal_autocheckpoint = 0")  # `step_of` does it, or it would hit now the one, now the other
-    memory._sizes.update({tier: n * sum(kinds.values()) for tier, kinds in TIERS.items()} | {"behavior": 500})
+    memory.db.execute(
+        "PRAGMA wal_autocheckpoint = 0"
+    )  # `step_of` does it, or it would hit now the one, now the other
+    memory._sizes.update(
+        {tier: n * sum(kinds.values()) for tier, kinds in TIERS.items()} | {"behavior": 500}
+    )
     return memory, problems
 
 
 def bare_contexts(db, batch, _):
-    """The rows and the product that a step's teacher prompts are made of, one SELECT a problem and tier."""
+    """The rows and the product that a step's teacher prompts are made of, one SELECT a problem and
+    tier.
+    """
     vectors = []
     for p in batch:
         for tier in TIERS:
-            db.execute("SELECT id, kind, title, text, evidence FROM item WHERE tier = ? AND problem = ? AND ended IS NULL",
-                       (tier, p.id)).fetchall()
-        vectors.append(np.frombuffer(db.execute("SELECT embedding FROM problem WHERE id = ?", (p.id,)).fetchone()[0],
-                                     np.float32))
-    bank = db.execute("SELECT id, title, text, embedding FROM item WHERE tier = 'behavior' AND ended IS NULL").fetchall()
+            db.execute(
+                "SELECT id, kind, title, text, evidence FROM item WHERE tier = ? AND problem = ?"
+                " AND ended IS NULL",
+                (tier, p.id),
+            ).fetchall()
+        vectors.append(
+            np.frombuffer(
+                db.execute("SELECT embedding FROM problem WHERE id = ?", (p.id,)).fetchone()[0],
+                np.float32,
+            )
+        )
+    bank = db.execute(
+        "SELECT id, title, text, embedding FROM item WHERE tier = 'behavior' AND ended IS NULL"
+    ).fetchall()
     return np.stack(vectors) @ np.stack([np.frombuffer(row[-1], np.float32) for row in bank]).T
 
 
 def bare_record(db, batch, rollouts, vectors, step):
-    """The rows a step's gate compares, their products, and about as many rows inserted and ended as by the gate (see the
-    table): random vectors are never duplicates, but newcomers replace each other too. Returns how many."""
+    """The rows a step's gate compares, their products, and about as many rows inserted and ended as
+    by the gate (see the table): random vectors are never duplicates, but newcomers replace each
+    other too. Returns how many.
+    """
     groups = defaultdict(list)
     for i, r in enumerate(rollouts):
         groups[r.problem.id, "success" if r.reward else "failure"].append(i)
     inserts, ends = [], []
     for (pid, kind), new in groups.items():
-        old = db.execute("SELECT id, embedding FROM item WHERE tier = 'experience' AND problem = ? AND kind = ? AND ended "
-                         "IS NULL", (pid, kind)).fetchall()
+        old = db.execute(
+            "SELECT id, embedding FROM item WHERE tier = 'experience' AND problem = ? AND kind = ?"
+            " AND ended IS NULL",
+            (pid, kind),
+        ).fetchall()
         table = np.stack([*(np.frombuffer(v, np.float32) for _, v in old), *vectors[new]])
         table @ table.T
         for (id, _), i in zip(old, new[:2] if kind == "success" else new[:3], strict=False):
             ends.append((step, id))
             r = rollouts[i]
-            inserts.append(("experience", kind, pid, None, r.text, r.reward, r.feedback, "[]", "", step, None, step,
-                            vectors[i].tobytes()))
+            inserts.append(
+                (
+                    "experience",
+                    kind,
+                    pid,
+                    None,
+                    r.text,
+                    r.reward,
+                    r.feedback,
+                    "[]",
+                    "",
+                    step,
+                    None,
+                    step,
+                    vectors[i].tobytes(),
+                )
+            )
     with db:
         db.executemany("UPDATE item SET ended = ? WHERE id = ?", ends)
         db.executemany(f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL{', ?' * 13})", inserts)
-        db.executemany("INSERT INTO event VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1",
-                       [(step, pid, kind) for pid, kind in groups])
+        db.executemany(
+            "INSERT INTO event VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1",
+            [(step, pid, kind) for pid, kind in groups],
+        )
     return len(ends)
 
 
@@ -162,36 +271,50 @@ def step_of(name, memory, problems, step, rng, times, refresh):
     """One step on a store, each of its operations timed beside its bare counterpart."""
     batch = [problems[i] for i in rng.choice(len(problems), BATCH, replace=False)]
     completion, feedback = words(rng, CHARACTERS["completion"]), words(rng, CHARACTERS["feedback"])
-    rollouts = [Rollout(f"{step}/{p.id}/{g}", p, f"{g} {completion}", float(g % 2), feedback)
-                for p in batch for g in range(GROUP)]
+    rollouts = [
+        Rollout(f"{step}/{p.id}/{g}", p, f"{g} {completion}", float(g % 2), feedback)
+        for p in batch
+        for g in range(GROUP)
+    ]
     vectors = memory.embed(rollouts)
     drawn, memory.embed = memory.embed, lambda texts: vectors
     ended = "SELECT COUNT(*) FROM item WHERE ended = ?"
     n = 0
     if step % 2:  # whoever comes first also warms the caches
-        n = timed(times, (name, "bare record"), bare_record, memory.db, batch, rollouts, vectors, step)
+        n = timed(
+            times, (name, "bare record"), bare_record, memory.db, batch, rollouts, vectors, step
+        )
     timed(times, (name, "record, gate, evict"), memory.record, step, rollouts)
     times[name, "rows ended by record"].append(memory.db.execute(ended, (step,)).fetchone()[0] - n)
     if not step % 2:
-        n = timed(times, (name, "bare record"), bare_record, memory.db, batch, rollouts, vectors, step)
+        n = timed(
+            times, (name, "bare record"), bare_record, memory.db, batch, rollouts, vectors, step
+        )
     times[name, "rows ended by bare record"].append(n)
     memory.embed = drawn
     timed(times, (name, "reflect"), memory.reflect, step, batch)
 
     def composed():
-        return [mem.compose(r.problem.prompt, **c) for r, c in zip(rollouts, memory.contexts(rollouts, step), strict=True)]
+        return [
+            mem.compose(r.problem.prompt, **c)
+            for r, c in zip(rollouts, memory.contexts(rollouts, step), strict=True)
+        ]
 
     if step % 2:
         timed(times, (name, "bare contexts"), bare_contexts, memory.db, batch, rollouts)
     timed(times, (name, "contexts and compose"), composed)
     if not step % 2:
         timed(times, (name, "bare contexts"), bare_contexts, memory.db, batch, rollouts)
-    timed(times, (name, "sizes and counts of a step"), lambda: (memory.sizes(), memory.counts(step)))
+    timed(
+        times, (name, "sizes and counts of a step"), lambda: (memory.sizes(), memory.counts(step))
+    )
     timed(times, (name, "bank as of a step"), memory.as_of, step - 1, "behavior")
     if refresh:
         timed(times, (name, "abstract, once an epoch"), memory.abstract, step)
         timed(times, (name, "back one step"), memory.truncate_after, step - 1)
-    timed(times, (name, "checkpoint of the log"), memory.db.execute, "PRAGMA wal_checkpoint(TRUNCATE)")
+    timed(
+        times, (name, "checkpoint of the log"), memory.db.execute, "PRAGMA wal_checkpoint(TRUNCATE)"
+    )
 
 
 def resident(path, queue):
@@ -221,17 +344,27 @@ def ratio(over, under):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100 and 1,000 problems, five epochs of history")
-    parser.add_argument("--steps", type=int, default=40, help="timed steps on each store (default: 40)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="100 and 1,000 problems, five epochs of history"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=40, help="timed steps on each store (default: 40)"
+    )
     parser.add_argument("--scratch", help="folder for the stores (default: the system's)")
     args = parser.parse_args()
     sizes, epochs = ([100, 1000], 5) if args.quick else ([100, 1000, 10_000], 20)
     times, rng = defaultdict(list), np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-        wanted = {f"{n:,}": (n, 1) for n in sizes} | {f"1,000 after {epochs} epochs": (1000, epochs)}
-        stores = {name: fill(Path(folder) / f"{i}.db", *size)
-                  for i, (name, size) in enumerate(tqdm(wanted.items(), desc="filling stores"))}
+        wanted = {f"{n:,}": (n, 1) for n in sizes} | {
+            f"1,000 after {epochs} epochs": (1000, epochs)
+        }
+        stores = {
+            name: fill(Path(folder) / f"{i}.db", *size)
+            for i, (name, size) in enumerate(tqdm(wanted.items(), desc="filling stores"))
+        }
         for name, (memory, _) in stores.items():
             file = Path(memory.path)
             print(f"{name}: {memory.sizes()}, {file.stat().st_size / 2**20:.0f} MB")
@@ -242,29 +375,51 @@ def main():
         for memory, _ in stores.values():
             memory.close()
         full, empty = peak(Path(folder) / f"{len(sizes) - 1}.db"), peak(Path(folder) / "0.db")
-    times = {key: seconds[2:] if len(seconds) > 10 else seconds for key, seconds in times.items()}  # two to warm up
+    times = {
+        key: seconds[2:] if len(seconds) > 10 else seconds for key, seconds in times.items()
+    }  # two to warm up
     operations = list(dict.fromkeys(operation for _, operation in times))
-    print(f"\nmedian milliseconds, {BATCH} problems x {GROUP} rollouts, sqlite {sqlite3.sqlite_version}")
+    print(
+        f"\nmedian milliseconds, {BATCH} problems x {GROUP} rollouts, sqlite"
+        f" {sqlite3.sqlite_version}"
+    )
     print(f"{'':28}" + "".join(f"{name:>22}" for name in stores))
     for operation in operations:
         scale = 1 if operation.startswith("rows") else 1000
-        print(f"{operation:28}" + "".join(f"{scale * np.median(times[name, operation]):22.2f}" for name in stores))
+        print(
+            f"{operation:28}"
+            + "".join(f"{scale * np.median(times[name, operation]):22.2f}" for name in stores)
+        )
     largest, smallest, long = f"{sizes[-1]:,}", "100", f"1,000 after {epochs} epochs"
     print("\nratios: median of the pairs [quartiles]")
-    for operation, bare in (("contexts and compose", "bare contexts"), ("record, gate, evict", "bare record")):
+    for operation, bare in (
+        ("contexts and compose", "bare contexts"),
+        ("record, gate, evict", "bare record"),
+    ):
         for name in stores:
-            print(f"{operation} over {bare}, {name}: {ratio(times[name, operation], times[name, bare])}   at most 3")
+            print(
+                f"{operation} over {bare}, {name}:"
+                f" {ratio(times[name, operation], times[name, bare])}   at most 3"
+            )
     for operation in operations:
         if not operation.startswith(("bare", "rows", "checkpoint")):
-            limit = "once an epoch; a step of it: see below" if operation.startswith("abstract") else "at most 1.3"
+            limit = (
+                "once an epoch; a step of it: see below"
+                if operation.startswith("abstract")
+                else "at most 1.3"
+            )
             for name, other in ((largest, smallest), (long, "1,000")):
                 found = ratio(times[name, operation], times[other, operation])
                 print(f"{operation}, {name} over {other}: {found}   {limit}")
     abstract = "abstract, once an epoch"
     few, many = (np.median(times[f"{n:,}", abstract]) / (n // BATCH) for n in (100, sizes[-1]))
-    print(f"{abstract}, divided by the steps of an epoch, {largest} over {smallest}: {many / few:.2f}")
-    print(f"resident memory at its peak, {largest} over 100 problems: {full - empty:+.0f} MB ({full:.0f}, {empty:.0f})   "
-          "at most 200")
+    print(
+        f"{abstract}, divided by the steps of an epoch, {largest} over {smallest}: {many / few:.2f}"
+    )
+    print(
+        f"resident memory at its peak, {largest} over 100 problems: {full - empty:+.0f} MB"
+        f" ({full:.0f}, {empty:.0f})   at most 200"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Your own method: a file with a class Method that replaces what it changes. Every flag of pmd.py works with it.
+"""Your own method: a file with a class Method that replaces what it changes. Every flag of pmd.py
+works with it.
 
-    python pmd.py --method examples/own_method.py --seed 0        # compare with `python pmd.py --seed 0`
+    python pmd.py --method examples/own_method.py --seed 0        # compare with `python pmd.py
+                                                                  --seed 0`
     python pmd.py --compare pmd,examples/own_method.py            # in one figure, on equal budgets
 
-This one asks whether successes need a teacher at all: only failed rollouts are supervised. Everything else is PMD, the
-memory's growth included. In methods/ a file needs no path: methods/mine.py is `--method mine`.
+This one asks whether successes need a teacher at all: only failed rollouts are supervised.
+Everything else is PMD, the memory's growth included. In methods/ a file needs no path:
+methods/mine.py is `--method mine`.
 """
 
 import sys

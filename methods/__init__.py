@@ -1,1 +1,3 @@
-"""One file a method: what it changes in the phases of pmd.py. `--method NAME` takes methods/NAME.py."""
+"""One file a method: what it changes in the phases of pmd.py. `--method NAME` takes
+methods/NAME.py.
+"""

@@ -1,7 +1,8 @@
-"""Frozen memory, a control of the paper (Table 3): the teacher reads the memory of another run, which never changes.
+"""Frozen memory, a control of the paper (Table 3): the teacher reads the memory of another run,
+which never changes.
 
-    python pmd.py --method frozen-policy --name lender
-    python pmd.py --method frozen-memory --memory_from lender
+python pmd.py --method frozen-policy --name lender
+python pmd.py --method frozen-memory --memory_from lender
 """
 
 import pmd
@@ -14,8 +15,10 @@ class Method(pmd.PMD):
     @classmethod
     def check(cls, cfg):
         if not cfg.memory_from:
-            raise ValueError("--method frozen-memory and --memory_from RUN go together; `python pmd.py --method "
-                             f"frozen-policy --name frozen` makes such a run, {cfg.out}/frozen")
+            raise ValueError(
+                "--method frozen-memory and --memory_from RUN go together; `python pmd.py --method "
+                f"frozen-policy --name frozen` makes such a run, {cfg.out}/frozen"
+            )
 
     def remember(self, step, problems, rollouts):
         """Nothing is remembered."""

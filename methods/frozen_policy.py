@@ -1,8 +1,9 @@
-"""Evolving memory under a frozen policy, a control of the paper (Tables 3 and 4): only the memory learns.
+"""Evolving memory under a frozen policy, a control of the paper (Tables 3 and 4): only the memory
+learns.
 
-Nothing is trained. The policy would score as the base model does, so that held-out problems read the memory in their
-prompt: the insight and the latest success of the nearest training problem, and the nearest behaviors (ours: the paper
-does not say how these rows feed memory at test time).
+Nothing is trained. The policy would score as the base model does, so that held-out problems read
+the memory in their prompt: the insight and the latest success of the nearest training problem, and
+the nearest behaviors (ours: the paper does not say how these rows feed memory at test time).
 """
 
 import pmd
@@ -19,4 +20,6 @@ class Method(pmd.PMD):
     def asked(self, problems):
         cfg = self.cfg
         contexts = self.memory.inference_contexts(problems, cfg.tiers.split(","))
-        return [pmd.reprompt(p, c, self.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)]
+        return [
+            pmd.reprompt(p, c, self.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)
+        ]

@@ -1,7 +1,7 @@
 """GRPO, as the baseline of SDPO's repository has it: rows with an advantage and without a teacher.
 
-Advantages are group-relative and not divided by their deviation; there is no reference KL. The clips are 0.2 and 0.28,
-with a dual clip of 3 (`--clip_low`, `--clip_high`, `--clip_dual`).
+Advantages are group-relative and not divided by their deviation; there is no reference KL. The
+clips are 0.2 and 0.28, with a dual clip of 3 (`--clip_low`, `--clip_high`, `--clip_dual`).
 """
 
 import pmd
@@ -9,7 +9,9 @@ from methods import sdpo
 
 
 class Method(sdpo.Method):
-    presets = {"livecodebench": dict(mini_batch_size=8)}  # experiments/rich_feedback/run_baseline_grpo.sh; SDPO has 1
+    presets = {
+        "livecodebench": dict(mini_batch_size=8)
+    }  # experiments/rich_feedback/run_baseline_grpo.sh; SDPO has 1
     reprompts = False
 
     def make_teacher(self, policy):

@@ -1,6 +1,7 @@
 """PMD-Transient, a control of the paper (Table 3): all of PMD, but the memory ends with each step.
 
-The bank is therefore refreshed in every step, from this step's problems, and the teacher reads it after that refresh.
+The bank is therefore refreshed in every step, from this step's problems, and the teacher reads it
+after that refresh.
 """
 
 import pmd

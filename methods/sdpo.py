@@ -1,7 +1,9 @@
-"""SDPO (arXiv 2601.20802): the teacher reads what this step's siblings found, and nothing is remembered.
+"""SDPO (arXiv 2601.20802): the teacher reads what this step's siblings found, and nothing is
+remembered.
 
-The rules are those of the authors' code (lasgroup/SDPO): the first successful sibling of the group is shown, never the
-rollout's own success; feedback is shown where there is no such sibling; a rollout without either is not supervised.
+The rules are those of the authors' code (lasgroup/SDPO): the first successful sibling of the group
+is shown, never the rollout's own success; feedback is shown where there is no such sibling; a
+rollout without either is not supervised.
 """
 
 import pmd
@@ -22,6 +24,8 @@ class Method(pmd.PMD):
     def contexts(self, step, rollouts):
         groups, contexts = pmd.groups_of(rollouts), []
         for r in rollouts:
-            siblings = [s.text for s in groups[r.problem.id] if s is not r and s.reward > pmd.SUCCESS]
+            siblings = [
+                s.text for s in groups[r.problem.id] if s is not r and s.reward > pmd.SUCCESS
+            ]
             contexts.append({"solution": siblings[0]} if siblings else {"feedback": r.feedback})
         return contexts

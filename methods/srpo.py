@@ -1,11 +1,14 @@
-"""SRPO (arXiv 2604.02288): each rollout is either distilled or reinforced, by whether it failed and has a teacher.
+"""SRPO (arXiv 2604.02288): each rollout is either distilled or reinforced, by whether it failed and
+has a teacher.
 
-A router on top of SDPO and GRPO. A success is reinforced. A failure with a teacher (a successful sibling or feedback) is
-distilled. A failure without one is reinforced, too. Distilled tokens are weighted by the teacher's certainty,
-exp(-beta H) over its mean, H the teacher's entropy at the token. One mean over all tokens of both kinds.
+A router on top of SDPO and GRPO. A success is reinforced. A failure with a teacher (a successful
+sibling or feedback) is distilled. A failure without one is reinforced, too. Distilled tokens are
+weighted by the teacher's certainty, exp(-beta H) over its mean, H the teacher's entropy at the
+token. One mean over all tokens of both kinds.
 
-The paper was read in full; no authors' code was found. Ours, where it is silent: advantages are relative to all rollouts
-of a group, routed or not; the weights have no gradient; H is taken over the full vocabulary.
+The paper was read in full; no authors' code was found. Ours, where it is silent: advantages are
+relative to all rollouts of a group, routed or not; the weights have no gradient; H is taken over
+the full vocabulary.
 """
 
 from dataclasses import dataclass
@@ -19,10 +22,17 @@ from methods import sdpo
 
 @dataclass
 class Config(pmd.Config):
-    lr: float = pmd.option(5e-6, "AdamW's learning rate, constant after the warm-up [SRPO]", within="(0, inf)")
-    loss_mean: Literal["sequence", "token", "sum"] = pmd.option("token", "over all trained tokens; see pmd.py [SRPO]")
-    srpo_beta: float = pmd.option(1.0, "how much a teacher's uncertainty lowers a token's weight; 0 for not at all [SRPO]",
-                                  within="[0, inf)")
+    lr: float = pmd.option(
+        5e-6, "AdamW's learning rate, constant after the warm-up [SRPO]", within="(0, inf)"
+    )
+    loss_mean: Literal["sequence", "token", "sum"] = pmd.option(
+        "token", "over all trained tokens; see pmd.py [SRPO]"
+    )
+    srpo_beta: float = pmd.option(
+        1.0,
+        "how much a teacher's uncertainty lowers a token's weight; 0 for not at all [SRPO]",
+        within="[0, inf)",
+    )
 
 
 class Method(sdpo.Method):
@@ -43,7 +53,9 @@ class Method(sdpo.Method):
         if not taught:
             return
         scores = pmd.scored(self.teacher, taught, lambda r: r.teacher_ids, self.cfg)
-        certainty = {id: (-self.cfg.srpo_beta * entropy).exp() for id, (_, entropy) in scores.items()}
+        certainty = {
+            id: (-self.cfg.srpo_beta * entropy).exp() for id, (_, entropy) in scores.items()
+        }
         mean = torch.cat(list(certainty.values())).mean()
         for r in taught:
             r.weight = certainty[r.id] / mean

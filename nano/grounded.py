@@ -1,4 +1,5 @@
-"""A memory that writes only what its evidence contains: `--ground_insights`, an addition to the paper (deviation 7).
+"""A memory that writes only what its evidence contains: `--ground_insights`, an addition to the
+paper (deviation 7).
 
 It cures a small model that miscopies its own attempts and then locks in on the mistake.
 """
@@ -12,22 +13,25 @@ from tasks.problem import SUCCESS
 
 
 class GroundedMemory(Memory):
-    """Rejects insights that their attempts do not contain, and ends those that later attempts contradict.
+    """Rejects insights that their attempts do not contain, and ends those that later attempts
+    contradict.
 
-    Reflection reads one attempt at a time, until an insight came from it. An insight is rejected unless that attempt, with
-    its feedback, contains it. A behavior is rejected unless the living strategies of two problems contain it. Contained: its
-    key terms are.
+    Reflection reads one attempt at a time, until an insight came from it. An insight is rejected
+    unless that attempt, with its feedback, contains it. A behavior is rejected unless the living
+    strategies of two problems contain it. Contained: its key terms are.
 
-    In nano a key term is a claim, such as zo=rev, and all of them must be there. A lesson holds either all claims of the
-    attempt, or only such as its feedback names. A failure ends the strategies that its feedback names. Where it has no
-    feedback, and is made of nothing but living strategies, it ends those. A success that holds all terms of a lesson ends
-    the lesson.
+    In nano a key term is a claim, such as zo=rev, and all of them must be there. A lesson holds
+    either all claims of the attempt, or only such as its feedback names. A failure ends the
+    strategies that its feedback names. Where it has no feedback, and is made of nothing but living
+    strategies, it ends those. A success that holds all terms of a lesson ends the lesson.
 
-    In plain text the key terms are the words of five letters or more that are no stop words, in lower case and without a
-    plural s. Half of them must be there, and a failure that holds all of a strategy's terms ends it.
+    In plain text the key terms are the words of five letters or more that are no stop words, in
+    lower case and without a plural s. Half of them must be there, and a failure that holds all of a
+    strategy's terms ends it.
 
-    Rejections are counted. How often an item was offered to the teacher of a later success or failure is counted too
-    (events support_success and support_failure, before the token budget). It changes nothing.
+    Rejections are counted. How often an item was offered to the teacher of a later success or
+    failure is counted too (events support_success and support_failure, before the token budget). It
+    changes nothing.
     """
 
     SUPPORTERS = 2
@@ -54,8 +58,8 @@ class GroundedMemory(Memory):
     def grounded(self, insight, attempt) -> bool:
         """Whether an attempt, with its feedback, contains an insight.
 
-        In nano a lesson is about all terms of the attempt, at least one of which is wrong, or about terms that its feedback
-        names: nobody knows that the others failed.
+        In nano a lesson is about all terms of the attempt, at least one of which is wrong, or about
+        terms that its feedback names: nobody knows that the others failed.
         """
         if self.forms.literal and insight.kind == "lesson":
             terms = self.terms(insight.text)
@@ -84,7 +88,11 @@ class GroundedMemory(Memory):
         """The living insights of its problem that an attempt contradicts."""
         terms = self.terms(attempt.text)
         kind = "strategy" if attempt.kind == "failure" else "lesson"
-        items = [i for i in living if i.kind == kind and self.terms(i.text) and self.terms(i.text) <= terms]
+        items = [
+            i
+            for i in living
+            if i.kind == kind and self.terms(i.text) and self.terms(i.text) <= terms
+        ]
         if not self.forms.literal:
             # a success that names a mistake need not have made it
             return items if kind == "strategy" else []

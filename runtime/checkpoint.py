@@ -13,23 +13,28 @@ from pathlib import Path
 from runtime.files import reason, writing
 from runtime.ranks import rank, whole, world
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, where one process is meant
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled"
+)  # DCP's, where one process is meant
 
 
 def default_name(cfg):
-    return f"{cfg.task.strip('/').replace('/', '-')}-{cfg.compare and 'compare' or cfg.method}-{cfg.seed}-" \
-           f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # to the microsecond, as jobs of an array start in one second
+    return (  # to the microsecond, as jobs of an array start in one second
+        f"{cfg.task.strip('/').replace('/', '-')}-{cfg.compare and 'compare' or cfg.method}-{cfg.seed}-"
+        f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+    )
 
 
 LOCKS = {}  # by folder: the open file whose lock makes this process its only writer
 
 
 def claim(folder, resume) -> str:
-    """Makes this process the only writer of a run's folder, and the folder if need be; or says in a sentence why not.
+    """Makes this process the only writer of a run's folder, and the folder if need be; or says in a
+    sentence why not.
 
-    By flock on its file `lock`, which the kernel lets go when the process ends, however it ends. Between nodes that holds
-    where the file system passes it on: NFS does (Linux 2.6.12 on), Lustre if it is mounted with -o flock. One without locks
-    is said, and used.
+    By flock on its file `lock`, which the kernel lets go when the process ends, however it ends.
+    Between nodes that holds where the file system passes it on: NFS does (Linux 2.6.12 on), Lustre
+    if it is mounted with -o flock. One without locks is said, and used.
     """
     with writing(folder, "choose another --out"):
         try:
@@ -41,7 +46,10 @@ def claim(folder, resume) -> str:
     try:
         locked = try_lock(file, fcntl.LOCK_EX)
     except OSError as error:
-        print(f"{folder} is on a file system without locks ({reason(error)}): nothing keeps a second process from it")
+        print(
+            f"{folder} is on a file system without locks ({reason(error)}): nothing keeps a second"
+            " process from it"
+        )
         locked = True
     if not locked:
         return taken(folder, file)
@@ -58,11 +66,16 @@ def release(folder):
 
 
 def refuse_second_writer(folder):
-    """ValueError where another process writes into `folder` now. Takes no lock: `claim` does, after the model is loaded."""
+    """ValueError where another process writes into `folder` now. Takes no lock: `claim` does, after
+    the model is loaded.
+    """
     path = folder / "lock"
     if folder.resolve() in LOCKS or not path.is_file():
         return
-    with open(path, "rb") as file, contextlib.suppress(OSError):  # without locks nothing can be said
+    with (
+        open(path, "rb") as file,
+        contextlib.suppress(OSError),
+    ):  # without locks nothing can be said
         if not try_lock(file, fcntl.LOCK_SH):
             raise ValueError(taken(folder, file))
 
@@ -81,15 +94,21 @@ def try_lock(file, kind) -> bool:
 def taken(folder, file):
     file.seek(0)
     holder = file.read().decode(errors="replace") or "another process"
-    return f"{folder} is being written by {holder}: wait until that has ended, or use another --name"
+    return (
+        f"{folder} is being written by {holder}: wait until that has ended, or use another --name"
+    )
 
 
 def finished(cfg, total) -> dict | None:
-    """The summary of a run that has come to its last step, `total`; None where there is something left to do."""
+    """The summary of a run that has come to its last step, `total`; None where there is something
+    left to do.
+    """
     folder = Path(cfg.out) / cfg.name
     if not (folder / "final").is_dir():
         return None
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it was cut by something else than us
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # there is none, or it was cut by something else than us
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if isinstance(summary, dict) and summary.get("steps") == total:
             return summary
@@ -97,11 +116,16 @@ def finished(cfg, total) -> dict | None:
 
 
 def checkpoints(folder):
-    return sorted((p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
+    return sorted(
+        (p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal()),
+        key=lambda p: int(p.name),
+    )
 
 
 def save_model(policy, tokenizer, folder):
-    """A Hugging Face folder, written by rank 0; weights are made whole one by one, a tied one once."""
+    """A Hugging Face folder, written by rank 0; weights are made whole one by one, a tied one
+    once.
+    """
     if world() == 1:
         policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -117,12 +141,15 @@ def save_model(policy, tokenizer, folder):
 
 
 def trainer_state(policy, teacher, optimizer):
-    """What DCP saves, and fills in place: Adam's moments by the weight's name, and the teacher's weights where they are its
-    own. No learning rate or the like: those are the flags of the run that goes on.
+    """What DCP saves, and fills in place: Adam's moments by the weight's name, and the teacher's
+    weights where they are its own. No learning rate or the like: those are the flags of the run
+    that goes on.
 
     Not torch's get_optimizer_state_dict: where there is no state yet, it takes a step to make one.
     """
-    state = {"optimizer": {"state": {name: optimizer.state[p] for name, p in policy.named_parameters()}}}
+    state = {
+        "optimizer": {"state": {name: optimizer.state[p] for name, p in policy.named_parameters()}}
+    }
     if teacher is not policy:
         state["teacher"] = dict(teacher.named_parameters())
     return state

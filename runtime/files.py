@@ -12,7 +12,9 @@ from tasks.files import json_lines
 
 
 class Stopped(Exception):
-    """The run was told to stop, and has saved. name: the --name to go on with. code: the exit status of the program."""
+    """The run was told to stop, and has saved. name: the --name to go on with. code: the exit
+    status of the program.
+    """
 
     def __init__(self, what, name, code):
         super().__init__(what)
@@ -23,11 +25,15 @@ class Stopped(Exception):
 
 
 class RunError(ValueError):
-    """What ends a run that is no fault of the program. The message is one sentence, with the file and the cure."""
+    """What ends a run that is no fault of the program. The message is one sentence, with the file
+    and the cure.
+    """
 
 
 def reason(error) -> str:
-    """Why, in a few words: without a traceback of another process, an error's number or the file that is named anyway."""
+    """Why, in a few words: without a traceback of another process, an error's number or the file
+    that is named anyway.
+    """
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
@@ -36,7 +42,9 @@ def reason(error) -> str:
 
 
 @contextlib.contextmanager
-def writing(path, cure="free some space on the disk; --resume then goes on from the newest checkpoint"):
+def writing(
+    path, cure="free some space on the disk; --resume then goes on from the newest checkpoint"
+):
     """What can't be written inside as a RunError that names `path`."""
     try:
         yield
@@ -50,7 +58,9 @@ def writing(path, cure="free some space on the disk; --resume then goes on from 
 
 @contextlib.contextmanager
 def without_log():
-    """Without the tracebacks that torch logs as warnings of what it then raises (its state_dict_loader)."""
+    """Without the tracebacks that torch logs as warnings of what it then raises (its
+    state_dict_loader).
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -92,24 +102,35 @@ def write_lines(path, rows):
 
 
 def read_lines(path):
-    """The rows of a file of JSON lines; a last line without its end was cut by a kill, and is none."""
+    """The rows of a file of JSON lines; a last line without its end was cut by a kill, and is
+    none.
+    """
     return [row for _, row in json_lines(path, cut=True)]
 
 
 def read_rows(path):
-    """The rows of a run's own metrics.jsonl or samples.jsonl, each of a step; a RunError where one is not."""
+    """The rows of a run's own metrics.jsonl or samples.jsonl, each of a step; a RunError where one
+    is not.
+    """
     try:
         rows = list(json_lines(path, cut=True))
     except ValueError as error:
-        raise RunError(f"{error}: mend that line, or take it out; the same command then goes on") from error
+        raise RunError(
+            f"{error}: mend that line, or take it out; the same command then goes on"
+        ) from error
     for n, row in rows:
         if not isinstance(row.get("step"), int):
-            raise RunError(f"{path}, line {n} has no step: mend that line, or take it out; the same command then goes on")
+            raise RunError(
+                f"{path}, line {n} has no step: mend that line, or take it out; the same command"
+                " then goes on"
+            )
     return [row for _, row in rows]
 
 
 def settle(folder):
-    """Has the disk hold a folder and its files, so that a rename after it can't come to stand before them."""
+    """Has the disk hold a folder and its files, so that a rename after it can't come to stand
+    before them.
+    """
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

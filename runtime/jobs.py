@@ -1,4 +1,6 @@
-"""The program around a run: what ends it is said in one sentence, and a comparison is a job for each method."""
+"""The program around a run: what ends it is said in one sentence, and a comparison is a job for
+each method.
+"""
 
 import contextlib
 import os
@@ -24,15 +26,19 @@ from runtime.tables import plot_curves, table, title
 def quiet_libraries():
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show a character ends no run
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # a terminal that can't show a character ends no run
 
 
 @contextlib.contextmanager
 def explained(cfg=None, when="", checks=False):
-    """Ends the program with one sentence, and the exit status that goes with it, for what stops its body.
+    """Ends the program with one sentence, and the exit status that goes with it, for what stops its
+    body.
 
-    when: of an interruption. checks: the body checks flags and data, whose ValueErrors are such sentences; on several ranks
-    one of them says it. A fault of the program goes on as it is, since it needs its traceback.
+    when: of an interruption. checks: the body checks flags and data, whose ValueErrors are such
+    sentences; on several ranks one of them says it. A fault of the program goes on as it is, since
+    it needs its traceback.
     """
     who = "pmd.py" if os.environ.get("RANK", "0") == "0" else f"pmd.py, rank {os.environ['RANK']}"
     try:
@@ -56,11 +62,17 @@ def explained(cfg=None, when="", checks=False):
 
 
 def failure(error, cfg) -> str:
-    """What a run died of, as one sentence; "" for a fault of the program, which needs its traceback."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+    """What a run died of, as one sentence; "" for a fault of the program, which needs its
+    traceback.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(
+        error
+    ):
         said = " ".join(str(error).split())[:200] or "the machine has no more"
-        return (f"out of memory: {said}; lower --micro_tokens ({cfg.micro_tokens} now) or, with vLLM, "
-                "--gpu_memory_utilization; --resume goes on with other values")
+        return (
+            f"out of memory: {said}; lower --micro_tokens ({cfg.micro_tokens} now) or, with vLLM, "
+            "--gpu_memory_utilization; --resume goes on with other values"
+        )
     if isinstance(error, SafetensorError):  # those of a checkpoint are told apart where it is read
         return f"the weights of --model {cfg.model} can't be read: {error}"
     if isinstance(error, (FloatingPointError, OSError, Unsupported, RunError)):
@@ -74,15 +86,18 @@ def at_end(cfg, task) -> bool:
     """Whether --resume finds the run at its end, which is then said."""
     summary = broadcast(finished(cfg, total_steps(task.train, cfg))) if cfg.resume else None
     if summary and rank() == 0:
-        print(f"{Path(cfg.out) / cfg.name} is at its end: nothing is left to do\n\n{table({cfg.method: summary})}")
+        print(
+            f"{Path(cfg.out) / cfg.name} is at its end: nothing is left to"
+            f" do\n\n{table({cfg.method: summary})}"
+        )
     return bool(summary)
 
 
 def compare(folder, runs, totals, cfg):
     """Trains the methods of a comparison in turn, then makes their figure and table.
 
-    Each is a job of its own, since a process group and an engine of vLLM are those of a process. totals: the steps of each
-    run. --resume goes on with the first method that has not finished.
+    Each is a job of its own, since a process group and an engine of vLLM are those of a process.
+    totals: the steps of each run. --resume goes on with the first method that has not finished.
     """
     comparison = str(folder.relative_to(cfg.out))
     program = sys.argv[0] if Path(sys.argv[0]).is_file() else str(HERE / "pmd.py")
@@ -96,8 +111,11 @@ def compare(folder, runs, totals, cfg):
             code = job([sys.executable, program, *sys.argv[1:], *flags], environment)
         summary = finished(run, total)
         if not summary:
-            print(f"pmd.py: the comparison stopped in {run.method}; the same command with --name {comparison} --resume "
-                  "goes on", file=sys.stderr)
+            print(
+                f"pmd.py: the comparison stopped in {run.method}; the same command with --name"
+                f" {comparison} --resume goes on",
+                file=sys.stderr,
+            )
             sys.exit(code)
         summaries[run.method] = summary
     curves = {run.method: read_lines(Path(run.out) / run.name / "metrics.jsonl") for run in runs}
@@ -106,13 +124,17 @@ def compare(folder, runs, totals, cfg):
 
 
 def job(command, environment) -> int:
-    """Runs a command; its exit status. What stops this process is passed on to it, once: hence its own session, where a
-    terminal's Ctrl-C does not come by itself."""
+    """Runs a command; its exit status. What stops this process is passed on to it, once: hence its
+    own session, where a terminal's Ctrl-C does not come by itself.
+    """
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+
         def pass_on(number, frame):
             process.send_signal(number)
 
-        handlers = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        handlers = {
+            n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        }
         try:
             code = process.wait()
         finally:

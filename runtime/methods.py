@@ -1,4 +1,6 @@
-"""Finds a method: a file of methods/, or one of your own. A file that exists is a method; there is no registry."""
+"""Finds a method: a file of methods/, or one of your own. A file that exists is a method; there is
+no registry.
+"""
 
 import argparse
 import functools
@@ -25,7 +27,9 @@ def method_class(name) -> type:
         module = importlib.import_module(f"methods.{stem}")
     else:
         known = ", ".join(sorted(spelled(p.stem) for p in FOLDER.glob("[a-z]*.py")))
-        raise ValueError(f"--method {name!r} is none of {known}, and no path of a file that ends in .py")
+        raise ValueError(
+            f"--method {name!r} is none of {known}, and no path of a file that ends in .py"
+        )
     found = getattr(module, "Method", None)
     if not isinstance(found, type) or not any(base.__name__ == "PMD" for base in found.__mro__):
         raise ValueError(f"--method {name}: the file has no class Method(PMD)")

@@ -1,4 +1,6 @@
-"""Options as fields of dataclasses: each room declares those that it reads, and pmd.Config inherits them all."""
+"""Options as fields of dataclasses: each room declares those that it reads, and pmd.Config inherits
+them all.
+"""
 
 import math
 from dataclasses import field, fields
@@ -7,10 +9,12 @@ from dataclasses import field, fields
 def option(default, help, *aliases, within=""):
     """Makes a field of Config.
 
-    help: what it does, and in brackets where its default comes from. within: the interval of its values as mathematics
-    writes it, which every number has.
+    help: what it does, and in brackets where its default comes from. within: the interval of its
+    values as mathematics writes it, which every number has.
     """
-    return field(default=default, metadata={"help": help, "aliases": list(aliases), "within": within})
+    return field(
+        default=default, metadata={"help": help, "aliases": list(aliases), "within": within}
+    )
 
 
 def check_numbers(cfg):
@@ -25,7 +29,9 @@ def check_numbers(cfg):
 
 
 def misfit(value, kind, within) -> str:
-    """What is wrong with a number outside an interval such as [0, 1) or (0, inf); "" for one inside."""
+    """What is wrong with a number outside an interval such as [0, 1) or (0, inf); "" for one
+    inside.
+    """
     low, high = map(float, within[1:-1].split(","))
     if kind is int and high == float("inf"):
         high, within = 2**31 - 1, within[:-1] + "]"  # numpy, SQLite and vLLM hold no larger one

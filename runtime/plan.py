@@ -1,19 +1,23 @@
-"""What fits: bytes per GPU of a run of pmd.py, phase by phase, computed before anything is loaded. tools/plan.py prints it.
+"""What fits: bytes per GPU of a run of pmd.py, phase by phase, computed before anything is loaded.
+tools/plan.py prints it.
 
-It follows pmd.py: float32 weights, gradients, AdamW states and EMA teacher, sharded by FSDP2 over the GPUs of a job (one
-GPU: whole, computing under autocast); the teacher's pass, then the student's, the loss of kernels.py, the backward pass,
-the optimizer; and an engine of vLLM in each process that sleeps while the trainer works, and while a checkpoint is restored.
+It follows pmd.py: float32 weights, gradients, AdamW states and EMA teacher, sharded by FSDP2 over
+the GPUs of a job (one GPU: whole, computing under autocast); the teacher's pass, then the
+student's, the loss of kernels.py, the backward pass, the optimizer; and an engine of vLLM in each
+process that sleeps while the trainer works, and while a checkpoint is restored.
 
-Symbols: g GPUs; P parameters, of them Pl in one decoder layer and Pr in the root group (embedding, last norm, head);
-V vocabulary, H hidden; e bytes of a computed number (2 bfloat16, 4 float32), h bytes of a hidden state (e; but 4 under
-autocast, whose norms answer in float32); S and T tokens of the student's and teacher's micro-batch, padding included;
-N <= S completion tokens. Each component's formula stands beside it in `plan`. "Kept", "forward" and "backward" bytes per
-token of a layer are not formulas: they are counted on fake tensors, which have shapes and no data (`trace`).
+Symbols: g GPUs; P parameters, of them Pl in one decoder layer and Pr in the root group (embedding,
+last norm, head); V vocabulary, H hidden; e bytes of a computed number (2 bfloat16, 4 float32), h
+bytes of a hidden state (e; but 4 under autocast, whose norms answer in float32); S and T tokens of
+the student's and teacher's micro-batch, padding included; N <= S completion tokens. Each
+component's formula stands beside it in `plan`. "Kept", "forward" and "backward" bytes per token of
+a layer are not formulas: they are counted on fake tensors, which have shapes and no data (`trace`).
 
-Measured on a CPU (tests/test_plan.py): the resident memory of real updates, in one process within 5 % of the plan, and in
-two, sharded, within 1 % where the peak is in the loss and 17 % below the plan where it is in the backward pass (gloo keeps
-less in flight). Not measured: whatever needs a GPU. Approximate there: the constants below, FSDP2's buffers in flight, and
-the attention kernels' workspace (left out, as the peak is in the MLP). Every micro-batch is taken to be full of completion
+Measured on a CPU (tests/test_plan.py): the resident memory of real updates, in one process within 5
+% of the plan, and in two, sharded, within 1 % where the peak is in the loss and 17 % below the plan
+where it is in the backward pass (gloo keeps less in flight). Not measured: whatever needs a GPU.
+Approximate there: the constants below, FSDP2's buffers in flight, and the attention kernels'
+workspace (left out, as the peak is in the MLP). Every micro-batch is taken to be full of completion
 tokens, frozen-policy to be trained like grpo: upper bounds.
 """
 
@@ -36,31 +40,54 @@ from kernels import LARGEST_CHUNK, MEMORY_BUDGET
 
 GIB = 2**30
 # Assumed, not measured:
-CONTEXT = 1.5 * GIB    # CUDA context, NCCL and cuBLAS buffers
-FRAGMENTED = 0.05      # share of PyTorch's own memory that its caching allocator can't use
-ASLEEP = 1.5 * GIB     # what a sleeping vLLM still holds (CUDA graphs, buffers), beside its share when awake
-PREFILL = 2 * GIB      # vLLM's activations, inside its share
-MOST_TOKENS = 2**18    # the largest --micro_tokens looked for
-# For where the Hub can't be reached: the public config.json files, as far as memory depends on them.
+CONTEXT = 1.5 * GIB  # CUDA context, NCCL and cuBLAS buffers
+FRAGMENTED = 0.05  # share of PyTorch's own memory that its caching allocator can't use
+ASLEEP = (
+    1.5 * GIB
+)  # what a sleeping vLLM still holds (CUDA graphs, buffers), beside its share when awake
+PREFILL = 2 * GIB  # vLLM's activations, inside its share
+MOST_TOKENS = 2**18  # the largest --micro_tokens looked for
+# For where the Hub can't be reached: the public config.json files, as far as memory depends on
+# them.
 QWEN3 = dict(model_type="qwen3", vocab_size=151936, num_key_value_heads=8, head_dim=128)
 
 
 def qwen3(hidden, intermediate, layers, heads, tied):
-    return QWEN3 | dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                        num_attention_heads=heads, tie_word_embeddings=tied)
+    return QWEN3 | dict(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        tie_word_embeddings=tied,
+    )
 
 
 BUILT_IN = {
-    "Qwen/Qwen3-0.6B": qwen3(1024, 3072, 28, 16, True), "Qwen/Qwen3-1.7B": qwen3(2048, 6144, 28, 16, True),
-    "Qwen/Qwen3-4B": qwen3(2560, 9728, 36, 32, True), "Qwen/Qwen3-8B": qwen3(4096, 12288, 36, 32, False),
-    "Qwen/Qwen3-14B": qwen3(5120, 17408, 40, 40, False), "Qwen/Qwen3-32B": qwen3(5120, 25600, 64, 64, False),
+    "Qwen/Qwen3-0.6B": qwen3(1024, 3072, 28, 16, True),
+    "Qwen/Qwen3-1.7B": qwen3(2048, 6144, 28, 16, True),
+    "Qwen/Qwen3-4B": qwen3(2560, 9728, 36, 32, True),
+    "Qwen/Qwen3-8B": qwen3(4096, 12288, 36, 32, False),
+    "Qwen/Qwen3-14B": qwen3(5120, 17408, 40, 40, False),
+    "Qwen/Qwen3-32B": qwen3(5120, 25600, 64, 64, False),
     "allenai/Olmo-3-7B-Instruct": dict(
-        model_type="olmo3", vocab_size=100278, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, sliding_window=4096, eos_token_id=100257, pad_token_id=100277)}
+        model_type="olmo3",
+        vocab_size=100278,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        sliding_window=4096,
+        eos_token_id=100257,
+        pad_token_id=100277,
+    ),
+}
 
 
 class Track(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside it that are alive, `now`, and the most there ever were, `peak`."""
+    """Counts the bytes of the tensors made inside it that are alive, `now`, and the most there ever
+    were, `peak`.
+    """
 
     def __init__(self):
         super().__init__()
@@ -68,7 +95,9 @@ class Track(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]:
+        for storage in [
+            t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+        ]:
             if storage._cdata not in self.alive:
                 self.alive.add(storage._cdata)
                 self.now += storage.nbytes()
@@ -84,9 +113,9 @@ class Track(TorchDispatchMode):
 class PerToken(NamedTuple):
     """Bytes per token of a module."""
 
-    kept: float      # between forward and backward, the output included
+    kept: float  # between forward and backward, the output included
     backward: float  # the most during backward, what was kept included
-    forward: float   # the most in a forward pass without gradient
+    forward: float  # the most in a forward pass without gradient
 
 
 def traced(module, hidden) -> PerToken:
@@ -104,24 +133,32 @@ class Model:
     """An architecture, without weights."""
 
     name: str
-    source: str      # a remark on where its numbers come from
+    source: str  # a remark on where its numbers come from
     config: object
     parameters: int  # P
-    layer: int       # Pl
-    head: int        # V H
+    layer: int  # Pl
+    head: int  # V H
     tied: bool
 
     @functools.cache  # noqa: B019 (the few models of a program live as long as it does)
     def trace(self, sharded, e) -> tuple[PerToken, PerToken]:
-        """Of a decoder layer and of the last norm, on one row so long that the weights' own bytes vanish in it."""
+        """Of a decoder layer and of the last norm, on one row so long that the weights' own bytes
+        vanish in it.
+        """
         config, length = copy.deepcopy(self.config), 2**20
         config.num_hidden_layers, config.layer_types = 1, kinds(config)[:1]
-        # FSDP2 casts a layer's weights and inputs to bfloat16; autocast alone leaves both in float32
+        # FSDP2 casts a layer's weights and inputs to bfloat16; autocast alone leaves both in
+        # float32
         dtype = torch.bfloat16 if sharded and e == 2 else torch.float32
         with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=e == 2):
             decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).get_decoder()
-            row, angle = (torch.empty(1, length, width, dtype=dtype) for width in (config.hidden_size, head_dim(config)))
-            layer = functools.partial(decoder.layers[0], position_embeddings=(angle, angle), attention_mask=None)
+            row, angle = (
+                torch.empty(1, length, width, dtype=dtype)
+                for width in (config.hidden_size, head_dim(config))
+            )
+            layer = functools.partial(
+                decoder.layers[0], position_embeddings=(angle, angle), attention_mask=None
+            )
             return traced(layer, row), traced(decoder.norm, row.detach())
 
 
@@ -134,33 +171,55 @@ def kinds(config) -> list[str]:
 
 
 def load(name) -> Model:
-    """A Hub name or a folder, counted on the meta device. ValueError if it is none and has no built-in numbers either."""
+    """A Hub name or a folder, counted on the meta device. ValueError if it is none and has no
+    built-in numbers either.
+    """
     source = ""
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
         if str(name) not in BUILT_IN:
-            raise ValueError(f"{name} is neither a Hugging Face folder nor a reachable name on the Hub, nor one of those "
-                             f"with built-in numbers: {', '.join(BUILT_IN)}") from error
-        config, source = AutoConfig.for_model(**BUILT_IN[str(name)]), "the Hub can't be reached: built-in numbers"
+            raise ValueError(
+                f"{name} is neither a Hugging Face folder nor a reachable name on the Hub, nor one"
+                f" of those with built-in numbers: {', '.join(BUILT_IN)}"
+            ) from error
+        config, source = (
+            AutoConfig.for_model(**BUILT_IN[str(name)]),
+            "the Hub can't be reached: built-in numbers",
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     head = model.get_output_embeddings().weight
-    return Model(Path(name).name, source, config, sum(p.numel() for p in model.parameters()),
-                 max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers),
-                 head.numel(), head is model.get_input_embeddings().weight)
+    return Model(
+        Path(name).name,
+        source,
+        config,
+        sum(p.numel() for p in model.parameters()),
+        max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers),
+        head.numel(),
+        head is model.get_input_embeddings().weight,
+    )
 
 
-def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=CONTEXT) -> dict[str, dict[str, float]]:
-    """{phase: {component: bytes}} on the fullest GPU; a phase is the moment in it when most is held.
+def plan(
+    cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=CONTEXT
+) -> dict[str, dict[str, float]]:
+    """{phase: {component: bytes}} on the fullest GPU; a phase is the moment in it when most is
+    held.
 
-    cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt, micro_tokens, method, teacher,
-    dtype, embedder, gradient_checkpointing, tensor_parallel. gpus: of the whole job. gpu_memory: GiB of one. micro_tokens:
-    instead of cfg's. utilization: vLLM's share of a GPU; 0 for the transformers sampler. context: bytes beside PyTorch's
-    own, 0 on a CPU.
+    cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt,
+    micro_tokens, method, teacher, dtype, embedder, gradient_checkpointing, tensor_parallel. gpus:
+    of the whole job. gpu_memory: GiB of one. micro_tokens: instead of cfg's. utilization: vLLM's
+    share of a GPU; 0 for the transformers sampler. context: bytes beside PyTorch's own, 0 on a CPU.
     """
     config, g, sharded, ckpt = model.config, gpus, gpus > 1, cfg.gradient_checkpointing
-    P, Pl, VH, H, L = model.parameters, model.layer, model.head, config.hidden_size, config.num_hidden_layers
+    P, Pl, VH, H, L = (
+        model.parameters,
+        model.layer,
+        model.head,
+        config.hidden_size,
+        config.num_hidden_layers,
+    )
     Pr, m = P - L * Pl, micro_tokens or cfg.micro_tokens
     e = 4 if cfg.dtype == "float32" else 2
     h, cast = (e, 0) if sharded else (4, e % 4)  # cast: bytes of autocast's copy of a number
@@ -168,11 +227,16 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
     distills = cfg.method not in ("grpo", "frozen-policy", "eval")
     averaged = distills and cfg.teacher == "ema"  # a second model; a live teacher is the policy
     row, teacher_row = cfg.max_prompt + cfg.max_completion, cfg.max_reprompt + cfg.max_completion
-    S, T = max(m, row), max(m, teacher_row)  # a row longer than --micro_tokens is a micro-batch of its own
+    S, T = (
+        max(m, row),
+        max(m, teacher_row),
+    )  # a row longer than --micro_tokens is a micro-batch of its own
     N = S  # completion tokens: at most all of them
 
     def masks(tokens, length, layers):
-        """A window shorter than the row takes a mask, length^2 bytes; SDPA makes e x rows x length^2 of it in a layer."""
+        """A window shorter than the row takes a mask, length^2 bytes; SDPA makes e x rows x
+        length^2 of it in a layer.
+        """
         sliding = kinds(config).count("sliding_attention")
         narrow = sliding and config.sliding_window < length
         return length**2 + e * tokens * length * min(layers, sliding) if narrow else 0
@@ -183,46 +247,108 @@ def plan(cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=
     if averaged:
         state["EMA teacher, float32"] = 4 * P / g
     if cfg.embedder != "hashing" and cfg.method not in ("grpo", "sdpo"):
-        state["embedder, first GPU"] = 4 * 0.6e9  # Qwen3-Embedding-0.6B as float32; its activations are left out
+        state["embedder, first GPU"] = (
+            4 * 0.6e9
+        )  # Qwen3-Embedding-0.6B as float32; its activations are left out
     if utilization:
         state["vLLM, asleep"], sample = ASLEEP, {"vLLM, awake": utilization * gpu_memory * GIB}
-    else:  # keys and values of m tokens; logits, several times as float32 and float64; a whole copy of sharded weights
+    else:
+        # keys and values of m tokens; logits, several times as float32 and float64; a whole copy of
+        # sharded weights
         state["sampler's copy, float32"] = 4 * P * sharded
-        sample = {"keys and values, logits": kv_bytes(config, 1) * 2 * m + 40 * config.vocab_size * (m // row or 1),
-                  "autocast's weights": e % 4 * P}
-    # FSDP2: one layer is whole, and the next one twice (as gathered, and copied out); in the backward pass also a layer's
-    # gradient, and in float32 the two being reduced. The root group is whole to the end of the backward pass, the
-    # student's and the teacher's. Autocast instead: a copy of every weight it met, the teacher's until the loss is there.
+        sample = {
+            "keys and values, logits": (
+                kv_bytes(config, 1) * 2 * m + 40 * config.vocab_size * (m // row or 1)
+            ),
+            "autocast's weights": e % 4 * P,
+        }
+    # FSDP2: one layer is whole, and the next one twice (as gathered, and copied out); in the
+    # backward pass also a layer's gradient, and in float32 the two being reduced. The root group is
+    # whole to the end of the backward pass, the student's and the teacher's. Autocast instead: a
+    # copy of every weight it met, the teacher's until the loss is there.
     layers, root = (3 * e * Pl, e * Pr) if sharded else (0, 0)
     roots = {"whole root": (1 + averaged) * root}
-    back = roots | {"whole layers": (4 * e + 8) * Pl if sharded else 0, "autocast's weights": cast * P}
-    # Between the passes: of each layer its input, or all it keeps; the embedding's output; the last norm.
-    kept = S * (h * H + norm.kept + L * (h * H if ckpt else layer.kept)) + (0 if ckpt else masks(S, row, L))
-    phases = {
-        "sample": {name: size for name, size in state.items() if not name.startswith("gradients")} | sample,
-        # a checkpoint is filled in, a weight at a time, while the engine sleeps; no gradient is there yet
-        "restore": {name: size for name, size in state.items() if not name.startswith("gradients")} | {
-            "whole weight": 4 * VH * sharded},
-        "teacher": state | {"whole root": root, "whole layers": layers, "autocast's weights": cast * P,
-                            "activations": T * layer.forward + masks(T, teacher_row, 1)},
-        # hidden states twice (picked from the rows, then where the weight is not 0), their gradient in float32; the head's
-        # gradient in float32, a chunk's part of it in e bytes, under autocast beside a copy of the head
-        "loss": state | roots | {
-            "autocast's weights": (1 + averaged) * cast * P, "activations": kept,
-            "loss chunk": min(MEMORY_BUDGET, 2 * min(N, LARGEST_CHUNK) * config.vocab_size * 4),
-            "hidden states": (2 * (1 + distills) * h + 4) * N * H, "head's gradient": (4 + e + cast) * VH},
-        # backward begins: the saved gradients, beside them scaled, then cast to e bytes
-        "scale": state | back | {"activations": kept, "hidden states": (8 + h % 4) * N * H,
-                                 "head's gradient": (8 + e % 4) * VH},
-        # the top layer; the head's gradient waits for the embedding's where they share a group or are one weight
-        "backward": state | back | {
-            "activations": kept + S * (layer.backward - (0 if ckpt else layer.kept)) + masks(S, row, 1) * ckpt,
-            "head's gradient": (sharded or model.tied) * e * VH},
-        # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or embedding's and tied head's
-        "root": state | roots | {"head's gradient": (e + 4) * Pr if sharded else (1 + model.tied) * 4 * VH},
-        "optimizer": state | {"AdamW's temporaries": 4 * P / g},  # the root of all second moments at once
+    back = roots | {
+        "whole layers": (4 * e + 8) * Pl if sharded else 0,
+        "autocast's weights": cast * P,
     }
-    phases = {"sample": phases["sample"]} if cfg.method == "eval" else phases  # of eval.py, which trains nothing
+    # Between the passes: of each layer its input, or all it keeps; the embedding's output; the last
+    # norm.
+    kept = S * (h * H + norm.kept + L * (h * H if ckpt else layer.kept)) + (
+        0 if ckpt else masks(S, row, L)
+    )
+    phases = {
+        "sample": (
+            {name: size for name, size in state.items() if not name.startswith("gradients")}
+            | sample
+        ),
+        # a checkpoint is filled in, a weight at a time, while the engine sleeps; no gradient is
+        # there yet
+        "restore": (
+            {name: size for name, size in state.items() if not name.startswith("gradients")}
+            | {"whole weight": 4 * VH * sharded}
+        ),
+        "teacher": (
+            state
+            | {
+                "whole root": root,
+                "whole layers": layers,
+                "autocast's weights": cast * P,
+                "activations": T * layer.forward + masks(T, teacher_row, 1),
+            }
+        ),
+        # hidden states twice (picked from the rows, then where the weight is not 0), their gradient
+        # in float32; the head's gradient in float32, a chunk's part of it in e bytes, under
+        # autocast beside a copy of the head
+        "loss": (
+            state
+            | roots
+            | {
+                "autocast's weights": (1 + averaged) * cast * P,
+                "activations": kept,
+                "loss chunk": min(MEMORY_BUDGET, 2 * min(N, LARGEST_CHUNK) * config.vocab_size * 4),
+                "hidden states": (2 * (1 + distills) * h + 4) * N * H,
+                "head's gradient": (4 + e + cast) * VH,
+            }
+        ),
+        # backward begins: the saved gradients, beside them scaled, then cast to e bytes
+        "scale": (
+            state
+            | back
+            | {
+                "activations": kept,
+                "hidden states": (8 + h % 4) * N * H,
+                "head's gradient": (8 + e % 4) * VH,
+            }
+        ),
+        # the top layer; the head's gradient waits for the embedding's where they share a group or
+        # are one weight
+        "backward": (
+            state
+            | back
+            | {
+                "activations": (
+                    kept
+                    + S * (layer.backward - (0 if ckpt else layer.kept))
+                    + masks(S, row, 1) * ckpt
+                ),
+                "head's gradient": (sharded or model.tied) * e * VH,
+            }
+        ),
+        # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or
+        # embedding's and tied head's
+        "root": (
+            state
+            | roots
+            | {"head's gradient": (e + 4) * Pr if sharded else (1 + model.tied) * 4 * VH}
+        ),
+        "optimizer": (
+            state | {"AdamW's temporaries": 4 * P / g}
+        ),  # the root of all second moments at once
+    }
+    phases = (
+        {"sample": phases["sample"]} if cfg.method == "eval" else phases
+    )  # of eval.py, which trains nothing
     for components in phases.values():
         ours = sum(size for name, size in components.items() if not name.startswith("vLLM"))
         components["context, fragments"] = context and context + FRAGMENTED * ours
@@ -236,20 +362,25 @@ def peak(phases) -> tuple[float, str]:
 
 def kv_bytes(config, length) -> float:
     """Keys and values of one sequence in bfloat16, whose sliding layers hold their window only."""
-    tokens = sum(min(length, config.sliding_window) if kind == "sliding_attention" else length for kind in kinds(config))
+    tokens = sum(
+        min(length, config.sliding_window) if kind == "sliding_attention" else length
+        for kind in kinds(config)
+    )
     return 2 * 2 * config.num_key_value_heads * head_dim(config) * tokens
 
 
 def kv_room(cfg, model, gpu_memory, utilization) -> float:
-    """What vLLM has for keys and values: its share, less PREFILL and the model in bfloat16 (2 P, whole on each GPU or split
-    over those of an engine)."""
+    """What vLLM has for keys and values: its share, less PREFILL and the model in bfloat16 (2 P,
+    whole on each GPU or split over those of an engine).
+    """
     return utilization * gpu_memory * GIB - 2 * model.parameters / cfg.tensor_parallel - PREFILL
 
 
 def kv_needed(cfg, model) -> float:
     """Keys and values of one sequence on one of an engine's GPUs, which share its heads."""
-    return kv_bytes(model.config, cfg.max_prompt + cfg.max_completion) / \
-        min(cfg.tensor_parallel, model.config.num_key_value_heads)
+    return kv_bytes(model.config, cfg.max_prompt + cfg.max_completion) / min(
+        cfg.tensor_parallel, model.config.num_key_value_heads
+    )
 
 
 def starved(cfg, model, gpu_memory, utilization) -> bool:
@@ -258,34 +389,61 @@ def starved(cfg, model, gpu_memory, utilization) -> bool:
 
 
 def largest(cfg, model, gpus, gpu_memory, utilization=0.5) -> int:
-    """The largest --micro_tokens that fits, in steps of 512; 1 if single rows do but no step; 0 if nothing does."""
+    """The largest --micro_tokens that fits, in steps of 512; 1 if single rows do but no step; 0 if
+    nothing does.
+    """
+
     def too_much(tokens):
-        return peak(plan(cfg, model, gpus, gpu_memory, tokens or 1, utilization))[0] > gpu_memory * GIB
+        return (
+            peak(plan(cfg, model, gpus, gpu_memory, tokens or 1, utilization))[0] > gpu_memory * GIB
+        )
 
     steps = bisect.bisect_left(range(0, MOST_TOKENS + 1, 512), True, key=too_much) - 1
     return 0 if steps < 0 or starved(cfg, model, gpu_memory, utilization) else max(1, 512 * steps)
 
 
 def fits(cfg, model, gpus, gpu_memory, utilization=0.5) -> tuple[bool, str]:
-    """Whether a run fits, and one sentence: how much it takes, or what is too much and the mildest cure.
+    """Whether a run fits, and one sentence: how much it takes, or what is too much and the mildest
+    cure.
 
-    cfg, gpus, gpu_memory, utilization: as in `plan`. model: a Hub name, a folder or a Model. ValueError as `load`.
+    cfg, gpus, gpu_memory, utilization: as in `plan`. model: a Hub name, a folder or a Model.
+    ValueError as `load`.
     """
     model = model if isinstance(model, Model) else load(model)
     size, phase = peak(plan(cfg, model, gpus, gpu_memory, 0, utilization))
-    where, takes = f"{gpus} x {gpu_memory:g} GiB", f"{size / GIB:.1f} GiB of each ({phase}, computed)"
+    where, takes = (
+        f"{gpus} x {gpu_memory:g} GiB",
+        f"{size / GIB:.1f} GiB of each ({phase}, computed)",
+    )
     if size <= gpu_memory * GIB and not starved(cfg, model, gpu_memory, utilization):
         return True, f"{model.name} fits on {where}: it takes at most {takes}"
     if starved(cfg, model, gpu_memory, utilization):
-        takes = f"{takes}, and vLLM's share of {utilization:g} can't hold the model and one sequence"
+        takes = (
+            f"{takes}, and vLLM's share of {utilization:g} can't hold the model and one sequence"
+        )
     frugal = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": True})
     saving = "" if cfg.gradient_checkpointing else "--gradient_checkpointing "
-    shares = sorted((u / 100 for u in range(5, 95, 5)), key=lambda u: abs(u - utilization)) if utilization else []
-    splits = [t for t in (2, 4, 8) if utilization and cfg.tensor_parallel < t <= gpus and gpus % t == 0]
-    settings = [("", gpus, utilization, {}), *((f"--gpu_memory_utilization {u} ", gpus, u, {}) for u in shares),
-                *((f"--tensor_parallel {t} ", gpus, utilization, {"tensor_parallel": t}) for t in splits),
-                *((f"{n} such GPUs and ", n, utilization, {}) for n in (2, 4, 8, 16, 32, 64) if n > gpus)]
-    found = ((words + more, largest(SimpleNamespace(**vars(run) | changed), model, n, gpu_memory, u))
-             for words, n, u, changed in settings for more, run in (("", cfg), (saving, frugal)))
-    cure = next((f"{words}--micro_tokens {min(m, cfg.micro_tokens)}" for words, m in found if m), "a smaller model")
+    shares = (
+        sorted((u / 100 for u in range(5, 95, 5)), key=lambda u: abs(u - utilization))
+        if utilization
+        else []
+    )
+    splits = [
+        t for t in (2, 4, 8) if utilization and cfg.tensor_parallel < t <= gpus and gpus % t == 0
+    ]
+    settings = [
+        ("", gpus, utilization, {}),
+        *((f"--gpu_memory_utilization {u} ", gpus, u, {}) for u in shares),
+        *((f"--tensor_parallel {t} ", gpus, utilization, {"tensor_parallel": t}) for t in splits),
+        *((f"{n} such GPUs and ", n, utilization, {}) for n in (2, 4, 8, 16, 32, 64) if n > gpus),
+    ]
+    found = (
+        (words + more, largest(SimpleNamespace(**vars(run) | changed), model, n, gpu_memory, u))
+        for words, n, u, changed in settings
+        for more, run in (("", cfg), (saving, frugal))
+    )
+    cure = next(
+        (f"{words}--micro_tokens {min(m, cfg.micro_tokens)}" for words, m in found if m),
+        "a smaller model",
+    )
     return False, f"{model.name} does not fit on {where}: it would take {takes}; use {cure}"

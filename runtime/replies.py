@@ -1,4 +1,6 @@
-"""Finds the JSON in a model's reply, tolerantly: behind thoughts, LaTeX and braces. It runs nothing."""
+"""Finds the JSON in a model's reply, tolerantly: behind thoughts, LaTeX and braces. It runs
+nothing.
+"""
 
 import itertools
 import json
@@ -16,18 +18,24 @@ def strip_thoughts(text) -> str:
 
 
 MAX_REPLY, MAX_ITEMS, MAX_CONTENT = 20_000, 16, 2_000  # characters, items, characters; ours
-# Where a reply holds what it was asked for: a key and the list (or the one object, or a text, which is none) behind it
-ASKED = re.compile(r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+[:=]\s*+(?=[\[{"])""")
-# What opens or ends a value, with the string that follows. A quote inside a string need not be escaped: one that no
-# delimiter follows does not end it
+# Where a reply holds what it was asked for: a key and the list (or the one object, or a text, which
+# is none) behind it
+ASKED = re.compile(
+    r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+[:=]\s*+(?=[\[{"])"""
+)
+# What opens or ends a value, with the string that follows. A quote inside a string need not be
+# escaped: one that no delimiter follows does not end it
 STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*+(?P=quote)?"""
 # Where a model's thoughts begin and end: <think>, <thinking>, [THINK], <|begin_of_thought|> ...
 THOUGHTS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
-TAG = (rf"(?P<begins><{THOUGHTS}\s?>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>)|"
-       rf"(?P<ends></{THOUGHTS}\s?>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>)")
+TAG = (
+    rf"(?P<begins><{THOUGHTS}\s?>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>)|"
+    rf"(?P<ends></{THOUGHTS}\s?>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>)"
+)
 PIECE = re.compile(rf"{TAG}|[\[{{,:](?:\s*+{STRING})?|[\]}}]", re.S | re.I)
 TAG = re.compile(TAG, re.I)
-# The end of a text that is whole. A closing quote alone does not tell: it may open a quotation that the limit cut
+# The end of a text that is whole. A closing quote alone does not tell: it may open a quotation that
+# the limit cut
 SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][^\w\s]*\Z")
 MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
 
@@ -46,12 +54,14 @@ class Place:
 
 
 def parse(reply) -> dict | None:
-    """{key: its rows} for each key that the prompts ask for (strategies, lessons, behaviors, actions) and a reply holds.
+    """{key: its rows} for each key that the prompts ask for (strategies, lessons, behaviors,
+    actions) and a reply holds.
 
-    None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code fences, in one object or
-    several (their lists are joined), within another object. What stands in thoughts (see TAG) does not count. A row is an
-    object, its fields in lower case, or None for what is none: callers count those. Broken JSON is repaired, object by
-    object; an object that was open when the reply ended is left out, unless it lacks its closing bracket only and its last
+    None if it holds none. A key counts wherever it stands: behind thoughts, prose, LaTeX or code
+    fences, in one object or several (their lists are joined), within another object. What stands in
+    thoughts (see TAG) does not count. A row is an object, its fields in lower case, or None for
+    what is none: callers count those. Broken JSON is repaired, object by object; an object that was
+    open when the reply ended is left out, unless it lacks its closing bracket only and its last
     text ends as a sentence does: see `was_cut`.
     """
     found = {}
@@ -61,7 +71,9 @@ def parse(reply) -> dict | None:
 
 
 def rows_at(place) -> list[dict | None]:
-    """The rows behind one key: of valid JSON all of them, of broken JSON the objects that were found in it."""
+    """The rows behind one key: of valid JSON all of them, of broken JSON the objects that were
+    found in it.
+    """
     try:
         value = json.loads(place.whole, strict=False)
     except (RecursionError, ValueError):
@@ -77,26 +89,34 @@ def rows_at(place) -> list[dict | None]:
 
 
 def was_cut(reply) -> bool:
-    """Whether a reply ended within a list that was asked for, as at its token limit: the item that was open is dropped."""
+    """Whether a reply ended within a list that was asked for, as at its token limit: the item that
+    was open is dropped.
+    """
     return any(place.cut for place in places(reply)[-1:])
 
 
 def places(reply) -> list[Place]:
-    """Where the reply, its LaTeX made valid JSON, holds the asked-for keys; without those in thoughts."""
+    """Where the reply, its LaTeX made valid JSON, holds the asked-for keys; without those in
+    thoughts.
+    """
     text = clean(reply)[:MAX_REPLY]
     if '\\"' in text and not ASKED.search(text):  # JSON that stands, escaped, in a string of JSON
-        text = re.sub(r'\\([\\"/nt])', lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), text)
+        text = re.sub(
+            r'\\([\\"/nt])', lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), text
+        )
     text = keep_latex(text)
     found = [place_at(text, m) for m in itertools.islice(ASKED.finditer(text), MAX_PLACES)]
     outside = text
     for place in found:  # a tag within an item is no tag
-        outside = outside[:place.start] + " " * (place.end - place.start) + outside[place.end:]
+        outside = outside[: place.start] + " " * (place.end - place.start) + outside[place.end :]
     tags = [(place, TAG.search(outside, place.end)) for place in found]
     return [place for place, tag in tags if not (tag and tag["ends"])]
 
 
 def place_at(text, match) -> Place:
-    """Reads the list (or object) behind a key, bracket by bracket; a closing bracket closes those that it skips, too."""
+    """Reads the list (or object) behind a key, bracket by bracket; a closing bracket closes those
+    that it skips, too.
+    """
     start, stack, begin = match.end(), [], None
     place = Place(match[1].lower(), start, start, [])
     if text[start] == '"':
@@ -117,11 +137,11 @@ def place_at(text, match) -> Place:
                 pass
             if begin is not None and len(stack) <= outer:
                 place.end = at + (mark == "}")
-                place.rows.append(text[begin: place.end])
+                place.rows.append(text[begin : place.end])
                 begin = None
             if not stack:
                 place.end = at + 1
-                place.whole = text[start: place.end]
+                place.whole = text[start : place.end]
                 return place
     place.cut, place.rest = True, "" if begin is None else text[begin:]
     return place
@@ -149,34 +169,46 @@ def fields_of(row) -> dict | None:
     return {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else None
 
 
-# Commands of LaTeX that begin like JSON's escapes for a line break and a tab. \ni and \tt are left out: i and t are words
-N_AND_T = frozenset("""
-    nabla natural ncong ne nearrow neg negmedspace negthickspace negthinspace neq newcommand newenvironment newline
-    newpage newtheorem nexists ngeq ngeqq ngeqslant ngtr nicefrac nLeftarrow nleftarrow nLeftrightarrow
-    nleftrightarrow nleq nleqq nleqslant nless nmid nobreak nobreakspace nocite noindent nolimits nonumber nopagebreak
-    norm normalfont normalsize not notag notin nparallel nprec npreceq nRightarrow nrightarrow nshortmid
-    nshortparallel nsim nsubset nsubseteq nsubseteqq nsucc nsucceq nsupset nsupseteq nsupseteqq ntriangleleft
-    ntrianglelefteq ntriangleright ntrianglerighteq nu num numberwithin nVDash nVdash nvDash nvdash nwarrow tag tan
-    tanh tau tbinom tensor text textasciitilde textbackslash textbar textbf textbullet textcelsius textcolor
-    textdegree textellipsis textemdash textendash textgreater textit textless textmd textmicro textmu textnormal
-    textohm textperthousand textpm textrm textsc textsf textsl textstyle textsubscript textsuperscript texttimes
-    texttrademark texttt textunderscore textup tfrac therefore theta thetasym thickapprox thicksim thickspace
-    thinspace tilde times tiny to top transpose triangle triangledown triangleleft trianglelefteq triangleq
+# Commands of LaTeX that begin like JSON's escapes for a line break and a tab. \ni and \tt are left
+# out: i and t are words
+N_AND_T = frozenset(
+    """
+    nabla natural ncong ne nearrow neg negmedspace negthickspace negthinspace neq newcommand
+    newenvironment newline newpage newtheorem nexists ngeq ngeqq ngeqslant ngtr nicefrac
+    nLeftarrow nleftarrow nLeftrightarrow nleftrightarrow nleq nleqq nleqslant nless nmid nobreak
+    nobreakspace nocite noindent nolimits nonumber nopagebreak norm normalfont normalsize not
+    notag notin nparallel nprec npreceq nRightarrow nrightarrow nshortmid nshortparallel nsim
+    nsubset nsubseteq nsubseteqq nsucc nsucceq nsupset nsupseteq nsupseteqq ntriangleleft
+    ntrianglelefteq ntriangleright ntrianglerighteq nu num numberwithin nVDash nVdash nvDash
+    nvdash nwarrow tag tan tanh tau tbinom tensor text textasciitilde textbackslash textbar textbf
+    textbullet textcelsius textcolor textdegree textellipsis textemdash textendash textgreater
+    textit textless textmd textmicro textmu textnormal textohm textperthousand textpm textrm
+    textsc textsf textsl textstyle textsubscript textsuperscript texttimes texttrademark texttt
+    textunderscore textup tfrac therefore theta thetasym thickapprox thicksim thickspace thinspace
+    tilde times tiny to top transpose triangle triangledown triangleleft trianglelefteq triangleq
     triangleright trianglerighteq twoheadleftarrow twoheadrightarrow
-    """.split())
-ESCAPE = re.compile(r"""\\(?:(["\\/']|u[0-9a-fA-F]{4})|([A-Za-z]*))""")  # JSON's (and ', for the repairer), or letters
+""".split()
+)
+ESCAPE = re.compile(
+    r"""\\(?:(["\\/']|u[0-9a-fA-F]{4})|([A-Za-z]*))"""
+)  # JSON's (and ', for the repairer), or letters
 
 
 def keep_latex(text) -> str:
-    """Doubles the single backslashes of LaTeX in a JSON text, so that a reader of JSON keeps its commands.
+    """Doubles the single backslashes of LaTeX in a JSON text, so that a reader of JSON keeps its
+    commands.
 
-    The rule: `\\b`, `\\f` and `\\r` before a letter, `\\n` and `\\t` where all the letters that follow make a command of
-    LaTeX, and whatever JSON has no escape for, are LaTeX; the rest is JSON's. It errs where what follows a line break or a
-    tab happens to make one: `\\nu` before a line that begins with a lone u, `\\tan` before a column that begins with an.
+    The rule: `\\b`, `\\f` and `\\r` before a letter, `\\n` and `\\t` where all the letters that
+    follow make a command of LaTeX, and whatever JSON has no escape for, are LaTeX; the rest is
+    JSON's. It errs where what follows a line break or a tab happens to make one: `\\nu` before a
+    line that begins with a lone u, `\\tan` before a column that begins with an.
     """
+
     def one(match):
         json_has_it, letters = match[1], match[2]
-        control = letters in ("b", "f", "r") or letters and letters[0] in "nt" and letters not in N_AND_T
+        control = (
+            letters in ("b", "f", "r") or letters and letters[0] in "nt" and letters not in N_AND_T
+        )
         return match[0] if json_has_it or control else "\\" + match[0]
 
     return ESCAPE.sub(one, text)

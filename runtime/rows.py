@@ -1,7 +1,8 @@
-"""Rows through a model: micro-batches, the alignment of student and teacher, log-probabilities, the sampler's gap.
+"""Rows through a model: micro-batches, the alignment of student and teacher, log-probabilities, the
+sampler's gap.
 
-A row is a pmd.Rollout. Shape letters: B rows of a micro-batch, T padded length, N completion tokens, C those of one
-completion, H hidden, V vocabulary.
+A row is a pmd.Rollout. Shape letters: B rows of a micro-batch, T padded length, N completion
+tokens, C those of one completion, H hidden, V vocabulary.
 """
 
 import functools
@@ -14,7 +15,9 @@ from runtime.ranks import compute, forward, gather, rank, reshard, world
 
 
 def by_tokens(lengths, budget) -> list[list[int]]:
-    """Indices grouped into batches of like length, each of at most `budget` padded tokens (at least one row)."""
+    """Indices grouped into batches of like length, each of at most `budget` padded tokens (at least
+    one row).
+    """
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
@@ -27,40 +30,53 @@ def by_tokens(lengths, budget) -> list[list[int]]:
 def micro_batches(rollouts, cfg, prompt_of=None) -> list[list]:
     """This rank's share of a mini-batch, in micro-batches of `micro_tokens` padded tokens.
 
-    Every rank gets as many, the last ones perhaps empty: sharded weights are gathered by all ranks or by none.
+    Every rank gets as many, the last ones perhaps empty: sharded weights are gathered by all ranks
+    or by none.
     """
+
     def longest(row):
-        return len(prompt_of(row)) if prompt_of else max(map(len, (row.prompt_ids, row.teacher_ids, *row.teachers)))
+        return (
+            len(prompt_of(row))
+            if prompt_of
+            else max(map(len, (row.prompt_ids, row.teacher_ids, *row.teachers)))
+        )
 
     def cut(share):
         lengths = [longest(r) + len(r.ids) for r in share]
         return [[share[i] for i in rows] for rows in by_tokens(lengths, cfg.micro_tokens)]
 
-    shares = [cut(rollouts[i::world()]) for i in range(world())]
+    shares = [cut(rollouts[i :: world()]) for i in range(world())]
     own = shares[rank()]
     return own + [[]] * (max(map(len, shares)) - len(own))
 
 
 def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
-    """(N, H): the hidden states that predict each token of each rollout's completion, rollout after rollout.
+    """(N, H): the hidden states that predict each token of each rollout's completion, rollout after
+    rollout.
 
-    This is the alignment of student and teacher: both predict the same completion ids, each after its own prompt. Rows
-    are padded on the right, where causal attention never looks, and lengths, not pad ids, say what is real.
+    This is the alignment of student and teacher: both predict the same completion ids, each after
+    its own prompt. Rows are padded on the right, where causal attention never looks, and lengths,
+    not pad ids, say what is real.
     """
     lengths = [len(p) + len(r.ids) for p, r in zip(prompts, rollouts, strict=True)]
-    tokens = torch.zeros(len(prompts) or 1, max(lengths, default=1), dtype=torch.long)  # (B, T); N may be 0
+    tokens = torch.zeros(
+        len(prompts) or 1, max(lengths, default=1), dtype=torch.long
+    )  # (B, T); N may be 0
     rows, columns = [], []
     for b, (prompt, r) in enumerate(zip(prompts, rollouts, strict=True)):
         tokens[b, : lengths[b]] = torch.tensor(prompt + r.ids)
         rows += [b] * len(r.ids)
         columns += range(len(prompt) - 1, lengths[b] - 1)
-    hidden = model.get_decoder()(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
+    hidden = model.get_decoder()(
+        input_ids=tokens.to(model.device), use_cache=False
+    ).last_hidden_state  # (B, T, H)
     return hidden[rows, columns]
 
 
 @torch.no_grad()
 def own_logprobs(policy, rollouts, cfg):
     """(N,) on the host: the trainer's log-probabilities of the rollouts' tokens."""
+
     def scores():
         hidden = completion_hidden(policy, [r.prompt_ids for r in rollouts], rollouts)
         head = policy.get_output_embeddings().weight
@@ -71,10 +87,12 @@ def own_logprobs(policy, rollouts, cfg):
 
 
 def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
-    """{row id: (log-probabilities (C,), entropies (C,) in nats) of its completion under prompt_of(row)}, on the host.
+    """{row id: (log-probabilities (C,), entropies (C,) in nats) of its completion under
+    prompt_of(row)}, on the host.
 
     Each rank scores its share; all get all. Without gradient. For `weigh`.
     """
+
     def scores(batch):
         hidden = completion_hidden(model, [prompt_of(r) for r in batch], batch)
         head = model.get_output_embeddings().weight
@@ -93,32 +111,51 @@ def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
 
 
 def token_ids(rollouts, like):
-    return torch.tensor([t for r in rollouts for t in r.ids], dtype=torch.long, device=like.device)  # (N,)
+    return torch.tensor(
+        [t for r in rollouts for t in r.ids], dtype=torch.long, device=like.device
+    )  # (N,)
 
 
 def sampler_gap(batch, logprobs) -> dict:
-    """Sum and maximum of |log p_trainer - log p_sampler| over a micro-batch's tokens, and their number. logprobs (N,): the
-    trainer's now, where the rollouts don't hold older ones of the weights that sampled."""
+    """Sum and maximum of |log p_trainer - log p_sampler| over a micro-batch's tokens, and their
+    number. logprobs (N,): the trainer's now, where the rollouts don't hold older ones of the
+    weights that sampled.
+    """
     now = logprobs.cpu().split([len(r.ids) for r in batch])
-    pairs = [(row if r.old_logprobs is None else r.old_logprobs, r.rollout_logprobs)
-             for r, row in zip(batch, now, strict=True) if r.rollout_logprobs is not None]
+    pairs = [
+        (row if r.old_logprobs is None else r.old_logprobs, r.rollout_logprobs)
+        for r, row in zip(batch, now, strict=True)
+        if r.rollout_logprobs is not None
+    ]
     gap = torch.cat([torch.zeros(0), *(ours - theirs for ours, theirs in pairs)]).abs()
-    return {"sampler_gap": float(gap.sum()), "sampler_gap_max": float(gap.max()) if len(gap) else 0.0, "compared": len(gap)}
+    return {
+        "sampler_gap": float(gap.sum()),
+        "sampler_gap_max": float(gap.max()) if len(gap) else 0.0,
+        "compared": len(gap),
+    }
 
 
 def require_small_gap(gaps, step, cfg) -> Counter:
-    """Sum of the gaps of all micro-batches and ranks. FloatingPointError where the mean says that the sampler does not run
-    the weights that are trained: what it wrote would be learned from at wrong ratios."""
+    """Sum of the gaps of all micro-batches and ranks. FloatingPointError where the mean says that
+    the sampler does not run the weights that are trained: what it wrote would be learned from at
+    wrong ratios.
+    """
     gap = functools.reduce(add, gather(functools.reduce(add, gaps, Counter())), Counter())
     if (mean := gap["sampler_gap"] / max(1, gap["compared"])) > cfg.max_sampler_gap:
-        raise FloatingPointError(f"sampler and trainer differ by {mean:.3f} nats a token at step {step}, more than "
-                                 f"--max_sampler_gap {cfg.max_sampler_gap}: the sampler does not run the trained weights")
+        raise FloatingPointError(
+            f"sampler and trainer differ by {mean:.3f} nats a token at step {step}, more than "
+            f"--max_sampler_gap {cfg.max_sampler_gap}: the sampler does not run the trained weights"
+        )
     return gap
 
 
 def mask(which, batch, device):
     """(N,) whether a token is of one of the chosen rows."""
-    return torch.tensor([w for w, r in zip(which, batch, strict=True) for _ in r.ids], dtype=torch.bool, device=device)
+    return torch.tensor(
+        [w for w, r in zip(which, batch, strict=True) for _ in r.ids],
+        dtype=torch.bool,
+        device=device,
+    )
 
 
 def flat(rows, like):
@@ -128,5 +165,13 @@ def flat(rows, like):
 
 def add(sums, more) -> Counter:
     """Sums of what is counted, the larger of what is a maximum."""
-    return Counter({k: max(sums.get(k, 0), more.get(k, 0)) if k.endswith("_max") else sums.get(k, 0) + more.get(k, 0)
-                    for k in {*sums, *more}})  # not Counter's own +, which drops what is negative
+    return Counter(
+        {
+            k: (
+                max(sums.get(k, 0), more.get(k, 0))
+                if k.endswith("_max")
+                else sums.get(k, 0) + more.get(k, 0)
+            )
+            for k in {*sums, *more}
+        }
+    )  # not Counter's own +, which drops what is negative

@@ -22,16 +22,27 @@ from runtime.rows import by_tokens
 class SamplerOptions:
     """Generation."""
 
-    sampler: Literal["", "vllm", "transformers"] = option("", "generates all text (default: vllm on cuda where it is "
-                                                              "installed, else transformers) [paper: SGLang]")
-    max_completion: int = option(8192, "tokens; longer completions are cut and counted [Tab. 11]", within="[1, inf)")
-    gpu_memory_utilization: float = option(0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]",
-                                           within="(0, 1]")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine, for models that need it (run on CPU only) [ours]",
-                                  within="[1, inf)")
-    max_sampler_gap: float = option(0.1, "stop when sampler and trainer differ by more nats a token in the mean [ours]",
-                                    within="(0, inf)")
-
+    sampler: Literal["", "vllm", "transformers"] = option(
+        "",
+        "generates all text (default: vllm on cuda where it is "
+        "installed, else transformers) [paper: SGLang]",
+    )
+    max_completion: int = option(
+        8192, "tokens; longer completions are cut and counted [Tab. 11]", within="[1, inf)"
+    )
+    gpu_memory_utilization: float = option(
+        0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]", within="(0, 1]"
+    )
+    tensor_parallel: int = option(
+        1,
+        "ranks that share one vLLM engine, for models that need it (run on CPU only) [ours]",
+        within="[1, inf)",
+    )
+    max_sampler_gap: float = option(
+        0.1,
+        "stop when sampler and trainer differ by more nats a token in the mean [ours]",
+        within="(0, inf)",
+    )
 
 
 MEMORY_TEMPERATURE, MEMORY_TOP_P = 0.6, 0.95  # of reflection and abstraction [ours]
@@ -39,7 +50,9 @@ MEMORY_TEMPERATURE, MEMORY_TOP_P = 0.6, 0.95  # of reflection and abstraction [o
 
 @dataclass
 class Sample:
-    """One generated text: its ids (EOS included), the log-probabilities (C,) it was sampled with, and the text."""
+    """One generated text: its ids (EOS included), the log-probabilities (C,) it was sampled with,
+    and the text.
+    """
 
     prompt_ids: list[int]
     ids: list[int]
@@ -49,10 +62,12 @@ class Sample:
 
 
 class KeyedSampling(LogitsProcessor):
-    """Draws each row's next token with that row's own uniform numbers (B, C), so that batching changes no text.
+    """Draws each row's next token with that row's own uniform numbers (B, C), so that batching
+    changes no text.
 
-    Token = the inverse of the cumulative distribution at the uniform. The choice is handed to transformers' greedy
-    decoding as the only finite logit; the log-probabilities it was drawn with are kept in `chosen`.
+    Token = the inverse of the cumulative distribution at the uniform. The choice is handed to
+    transformers' greedy decoding as the only finite logit; the log-probabilities it was drawn with
+    are kept in `chosen`.
     """
 
     def __init__(self, uniforms, temperature, top_p):
@@ -66,25 +81,29 @@ class KeyedSampling(LogitsProcessor):
             probs = probs * (probs.cumsum(-1) - probs < self.top_p)
         total = probs.cumsum(-1)
         target = self.uniforms[:, len(self.chosen), None].to(total) * total[:, -1:]
-        token = torch.searchsorted(total, target, right=True).clamp(max=total.shape[1] - 1)  # (B, 1)
+        token = torch.searchsorted(total, target, right=True).clamp(
+            max=total.shape[1] - 1
+        )  # (B, 1)
         self.chosen.append((probs.gather(1, token) / total[:, -1:]).log().float().squeeze(1))
         token = token if order is None else order.gather(1, token)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 class Sampler:
-    """The one seam where text is generated: rollouts, reflection, abstraction and evaluation. This one uses transformers'
-    generate and works everywhere; VLLM is the fast one.
+    """The one seam where text is generated: rollouts, reflection, abstraction and evaluation. This
+    one uses transformers' generate and works everywhere; VLLM is the fast one.
 
-    Randomness is keyed by the run's seed, the step, what is generated (problem or prompt) and the sample's index, not by
-    batch: batching changes no text beyond floating-point ties.
+    Randomness is keyed by the run's seed, the step, what is generated (problem or prompt) and the
+    sample's index, not by batch: batching changes no text beyond floating-point ties.
     """
 
     def __init__(self, policy, tokenizer, cfg):
         self.trained, self.tokenizer, self.cfg, self.step = policy, tokenizer, cfg, 0
         eos = policy.generation_config.eos_token_id
         shipped = eos if isinstance(eos, list) else [eos]
-        self.eos = {tokenizer.eos_token_id, *shipped, *turn_ends(tokenizer)} - {None}  # all that ends a turn
+        self.eos = {tokenizer.eos_token_id, *shipped, *turn_ends(tokenizer)} - {
+            None
+        }  # all that ends a turn
         self.load()
 
     def load(self):
@@ -94,34 +113,59 @@ class Sampler:
             materialise(self.policy, device_of(self.cfg), deal=False)
             self.wake()
 
-    def answer(self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None) -> list[list[Sample]]:
-        """k samples from the plain prompt of each problem, the only one a student ever sees; from `texts` in its place where
-        the frozen-policy control has its memory in the prompt."""
+    def answer(
+        self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None
+    ) -> list[list[Sample]]:
+        """k samples from the plain prompt of each problem, the only one a student ever sees; from
+        `texts` in its place where the frozen-policy control has its memory in the prompt.
+        """
         texts = [p.prompt for p in problems] if texts is None else texts
-        prompts = [encode_prompt(self.tokenizer, text, p.system) for text, p in zip(texts, problems, strict=True)]
+        prompts = [
+            encode_prompt(self.tokenizer, text, p.system)
+            for text, p in zip(texts, problems, strict=True)
+        ]
         with clock("sample" if split == "train" else "evaluate"):
-            samples = self.generate([ids for ids in prompts for _ in range(k)],
-                                    [(split, p.id, j) for p in problems for j in range(k)],
-                                    self.cfg.max_completion, temperature, top_p)
-        return [samples[i * k: (i + 1) * k] for i in range(len(problems))]
+            samples = self.generate(
+                [ids for ids in prompts for _ in range(k)],
+                [(split, p.id, j) for p in problems for j in range(k)],
+                self.cfg.max_completion,
+                temperature,
+                top_p,
+            )
+        return [samples[i * k : (i + 1) * k] for i in range(len(problems))]
 
     def ask(self, prompts) -> list[str]:
-        """The policy's replies to a memory's prompts (user messages): reflection and abstraction."""
+        """The policy's replies to a memory's prompts (user messages): reflection and
+        abstraction.
+        """
         digests = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
         with clock("reflect"):
-            samples = self.generate([encode_prompt(self.tokenizer, p) for p in prompts], [("ask", d) for d in digests],
-                                    self.cfg.memory_completion, MEMORY_TEMPERATURE, MEMORY_TOP_P)
+            samples = self.generate(
+                [encode_prompt(self.tokenizer, p) for p in prompts],
+                [("ask", d) for d in digests],
+                self.cfg.memory_completion,
+                MEMORY_TEMPERATURE,
+                MEMORY_TOP_P,
+            )
         return [s.text for s in samples]
 
     def generate(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
-        """One sample for each prompt (token ids) with its key (a tuple that JSON can write); every rank has them all."""
-        own = dealt(prompts, rank() // self.cfg.tensor_parallel, world() // self.cfg.tensor_parallel)
-        drawn = self.draw([prompts[i] for i in own], [keys[i] for i in own], max_new_tokens, temperature, top_p)
+        """One sample for each prompt (token ids) with its key (a tuple that JSON can write); every
+        rank has them all.
+        """
+        own = dealt(
+            prompts, rank() // self.cfg.tensor_parallel, world() // self.cfg.tensor_parallel
+        )
+        drawn = self.draw(
+            [prompts[i] for i in own], [keys[i] for i in own], max_new_tokens, temperature, top_p
+        )
         samples = dict(pair for part in gather(list(zip(own, drawn, strict=True))) for pair in part)
         return [samples[i] for i in range(len(prompts))]
 
     def sleep(self):
-        """Leaves the device to the trainer; nothing to do where the trainer's own weights generate."""
+        """Leaves the device to the trainer; nothing to do where the trainer's own weights
+        generate.
+        """
 
     def wake(self):
         """Takes over the trained weights."""
@@ -137,28 +181,46 @@ class Sampler:
             ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
             mask = torch.zeros_like(ids)
             for b, i in enumerate(rows):
-                ids[b, longest - len(prompts[i]):] = torch.tensor(prompts[i])
-                mask[b, longest - len(prompts[i]):] = 1
+                ids[b, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[b, longest - len(prompts[i]) :] = 1
             uniforms = np.stack([self._uniforms(keys[i], max_new_tokens) for i in rows])
-            draw = KeyedSampling(torch.from_numpy(uniforms).to(self.policy.device), temperature, top_p)
-            config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(self.eos),
-                                      pad_token_id=self.tokenizer.pad_token_id)
-            shipped, self.policy.generation_config = self.policy.generation_config, GenerationConfig()
-            try:  # a model's own generation_config (Qwen3's has top_k 20) would fill whatever ours leaves open
+            draw = KeyedSampling(
+                torch.from_numpy(uniforms).to(self.policy.device), temperature, top_p
+            )
+            config = GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(self.eos),
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            shipped, self.policy.generation_config = (
+                self.policy.generation_config,
+                GenerationConfig(),
+            )
+            # a model's own generation_config (Qwen3's has top_k 20) would fill whatever ours leaves
+            # open
+            try:
                 with compute(self.policy, self.cfg):
-                    out = self.policy.generate(input_ids=ids.to(self.policy.device), generation_config=config,
-                                               attention_mask=mask.to(self.policy.device),
-                                               logits_processor=LogitsProcessorList([draw]))
+                    out = self.policy.generate(
+                        input_ids=ids.to(self.policy.device),
+                        generation_config=config,
+                        attention_mask=mask.to(self.policy.device),
+                        logits_processor=LogitsProcessorList([draw]),
+                    )
             finally:
                 self.policy.generation_config = shipped
             logprobs = torch.stack(draw.chosen, 1).cpu()  # (B, C)
             if not torch.isfinite(logprobs).all():
-                raise FloatingPointError(f"the policy's logits are no numbers any more at step {self.step}")
+                raise FloatingPointError(
+                    f"the policy's logits are no numbers any more at step {self.step}"
+                )
             for b, i in enumerate(rows):
                 new = out[b, longest:].tolist()
                 stop = next((t for t, token in enumerate(new) if token in self.eos), None)
                 new = new if stop is None else new[: stop + 1]
-                samples[i] = Sample(prompts[i], new, logprobs[b, : len(new)], self.text_of(new), stop is not None)
+                samples[i] = Sample(
+                    prompts[i], new, logprobs[b, : len(new)], self.text_of(new), stop is not None
+                )
         return samples
 
     def text_of(self, ids) -> str:
@@ -176,7 +238,10 @@ class Sampler:
 
 
 def dealt(prompts, team, teams) -> list[int]:
-    """The indices of the prompts that one of several engines answers. Equal neighbours stay together, so that an engine's
-    prefix cache holds the prompt that a group shares."""
-    group = itertools.accumulate(int(i > 0 and prompts[i] != prompts[i - 1]) for i in range(len(prompts)))
+    """The indices of the prompts that one of several engines answers. Equal neighbours stay
+    together, so that an engine's prefix cache holds the prompt that a group shares.
+    """
+    group = itertools.accumulate(
+        int(i > 0 and prompts[i] != prompts[i - 1]) for i in range(len(prompts))
+    )
     return [i for i, g in enumerate(group) if g % teams == team]

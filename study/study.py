@@ -1,31 +1,47 @@
-"""The study: does PMD beat SDPO, when, and why? Every table of the paper in the embedded world, with seeds.
+"""The study: does PMD beat SDPO, when, and why? Every table of the paper in the embedded world,
+with seeds.
 
-    python study/study.py                      # the declared grid: tuning, main, tiers (about two hours on two cores)
-    python study/study.py --parts knobs        # or some of lessons,rarity,groups,wrong,sharing,teacher,epochs,late,rates
-    python study/study.py --report             # study/results.md and the figures again, from the records
-    python study/study.py --quick --out FOLDER # two worlds, twenty steps, some minutes: shows that all of it works
+    python study/study.py                      # the declared grid: tuning, main, tiers (about two
+                                               hours on two cores)
+    python study/study.py --parts knobs        # or some of
+                                               lessons,rarity,groups,wrong,sharing,teacher,epochs,late,rates
+    python study/study.py --report             # study/results.md and the figures again, from the
+                                               records
+    python study/study.py --quick --out FOLDER # two worlds, twenty steps, some minutes: shows that
+    all of it works
 
 Declared before the first run (this text, the grid below and tables.py were committed first):
 
-- The primary comparison is PMD minus SDPO in AUC with groups of 4: 24 worlds, paired by world. AUC is the mean of avg@4 on
-  the held-out problems, without memory, over steps 10, 20, ..., 80. PMD is the default of pmd.py. All other comparisons are
-  exploratory, that of PMD under the other reading of who is supervised (pmd-solved) included: it was added when a run on a
-  tuning world had shown that it matters, before any run of `main`.
-- 24 worlds, 8 for each of 3 checkpoints that differ in the seed of their pre-training. A world's number is the seed of its
-  run. Its secret, its problems and its dev split differ from those of every other world, the worlds of `tuning` included.
-- Equal problems, rollouts and updates for every method: 80 steps of 8 problems, 4 rollouts each, one update a step.
-- One learning rate for each method: the best by AUC of the same four, on the same three worlds, made for this (part
-  tuning). Controls of PMD that differ in what the teacher reads (tiers) take PMD's. A frozen policy has none.
+- The primary comparison is PMD minus SDPO in AUC with groups of 4: 24 worlds, paired by world. AUC
+  is the mean of avg@4 on
+  the held-out problems, without memory, over steps 10, 20, ..., 80. PMD is the default of pmd.py.
+  All other comparisons are exploratory, that of PMD under the other reading of who is supervised
+  (pmd-solved) included: it was added when a run on a tuning world had shown that it matters, before
+  any run of `main`.
+- 24 worlds, 8 for each of 3 checkpoints that differ in the seed of their pre-training. A world's
+  number is the seed of its
+  run. Its secret, its problems and its dev split differ from those of every other world, the worlds
+  of `tuning` included.
+- Equal problems, rollouts and updates for every method: 80 steps of 8 problems, 4 rollouts each,
+  one update a step.
+- One learning rate for each method: the best by AUC of the same four, on the same three worlds,
+  made for this (part
+  tuning). Controls of PMD that differ in what the teacher reads (tiers) take PMD's. A frozen policy
+  has none.
 - Three checkpoints are reported: final, best on dev, and best on test (never with an interval).
-- No run is dropped. One that fails is counted and named in results.md. (58 runs of the part `wrong` were, and its grid has
+- No run is dropped. One that fails is counted and named in results.md. (58 runs of the part `wrong`
+  were, and its grid has
   changed: README.md says why.)
-- Added when the results were known, to explain them: part `lessons`, PMD whose teacher reads no lessons, and part `late`,
-  which asks why distillation turns down after 100 steps (part `epochs`): is it the rate, which falls to 0 over the second
-  half there, or the supervision of problems whose attempts all succeed, on which GRPO takes no step and which is left out?
+- Added when the results were known, to explain them: part `lessons`, PMD whose teacher reads no
+  lessons, and part `late`,
+  which asks why distillation turns down after 100 steps (part `epochs`): is it the rate, which
+  falls to 0 over the second half there, or the supervision of problems whose attempts all succeed,
+  on which GRPO takes no step and which is left out?
 
-One thread a run and one run a core. A record of every run is appended to study/records.jsonl when it ends, so that the
-command goes on where it stopped; its times go to study/timings.jsonl. Records are the same bit for bit whenever they are
-made again on one machine; another machine's float sums can turn a sampled token.
+One thread a run and one run a core. A record of every run is appended to study/records.jsonl when
+it ends, so that the command goes on where it stopped; its times go to study/timings.jsonl. Records
+are the same bit for bit whenever they are made again on one machine; another machine's float sums
+can turn a sampled token.
 """
 
 import argparse
@@ -43,7 +59,10 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch: a tiny model's threads wait more than they work
+for variable in (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+):  # before torch: a tiny model's threads wait more than they work
     os.environ[variable] = "1"
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -64,11 +83,19 @@ STEPS, EVERY, K = 80, 10, 4
 METHODS = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient", "frozen-policy", "frozen-memory")
 TUNED = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient", "frozen-memory")
 COMPARED = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient")  # in the knobs
-ARMS = {"pmd-solved": {"method": "pmd", "supervise": "solved"}}  # the other reading of who is supervised
+ARMS = {
+    "pmd-solved": {"method": "pmd", "supervise": "solved"}
+}  # the other reading of who is supervised
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
-CHECKPOINTS = {0: "nano", 1: HERE / "models" / "1", 2: HERE / "models" / "2"}  # by the seed of pre-training
+CHECKPOINTS = {
+    0: "nano",
+    1: HERE / "models" / "1",
+    2: HERE / "models" / "2",
+}  # by the seed of pre-training
 SIZES = {"0.2M": HERE / "models" / "small", "0.6M": "nano", "0.9M": HERE / "models" / "large"}
-WORLDS = {200 + 8 * c + i: c for i in range(8) for c in CHECKPOINTS}  # {world: checkpoint}, in the order of the runs
+WORLDS = {
+    200 + 8 * c + i: c for i in range(8) for c in CHECKPOINTS
+}  # {world: checkpoint}, in the order of the runs
 TUNING_WORLDS = {100: 0, 101: 1, 102: 2}
 KNOB_WORLDS = {world: c for world, c in WORLDS.items() if c == 0}  # those of the shipped checkpoint
 TIERS = ("experience", "experience,insight", "experience,insight,behavior")
@@ -76,7 +103,8 @@ WORLD_KINDS = {  # arguments of nano.make.make_world
     "plain": {},
     "rare": {"names": ((1, 0), (2, 14), (3, 26))},  # no name of one syllable
     "common": {"names": ((1, 8), (2, 8)), "inputs": 10},  # none of three
-    "apart": {"names": ((1, 8), (2, 8)), "inputs": 10, "shared": False}}  # no two names share a syllable
+    "apart": {"names": ((1, 8), (2, 8)), "inputs": 10, "shared": False},
+}  # no two names share a syllable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +116,9 @@ class Job:
     checkpoint: int = 0
     kind: str = "plain"  # of the world
     flags: dict = dataclasses.field(default_factory=dict)  # of pmd.Config
-    wrong: float = 0.0  # share of the operations in the model's reflected strategies that are made wrong
+    wrong: float = (
+        0.0  # share of the operations in the model's reflected strategies that are made wrong
+    )
     lessons: bool = True  # whether the teacher reads them
     falls: bool = False  # the learning rate, to 0 over the second half of the run
     model: str = ""  # for a reading
@@ -96,63 +126,136 @@ class Job:
     needs: tuple = ()  # names of jobs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The grid
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def cells(part, methods, worlds, rates, label="", **more):
-    """Jobs of the methods on the worlds. A frozen memory is that of the frozen policy in the same world."""
+    """Jobs of the methods on the worlds. A frozen memory is that of the frozen policy in the same
+    world.
+    """
     found, flags = [], more.pop("flags", {})
     for world, checkpoint in worlds.items():
         for method in methods:
             lender = f"{part}/frozen-policy{label}/{world}"
-            own = {"method": method, **ARMS.get(method, {}), **({"lr": rates[method]} if method in rates else {}), **flags}
+            own = {
+                "method": method,
+                **ARMS.get(method, {}),
+                **({"lr": rates[method]} if method in rates else {}),
+                **flags,
+            }
             needs = ()
             if method == "frozen-memory":
                 own["memory_from"], needs = lender, (lender,)
-            found.append(Job(f"{part}/{method}{label}/{world}", world, checkpoint, flags=own, needs=needs, **more))
+            found.append(
+                Job(
+                    f"{part}/{method}{label}/{world}",
+                    world,
+                    checkpoint,
+                    flags=own,
+                    needs=needs,
+                    **more,
+                )
+            )
     return found
 
 
 def readings(part, worlds, models, memories, tiers=TIERS[-1:]):
     """Jobs that put a memory into the prompt of a model that was not trained."""
-    return [Job(f"{part}/{name}-reads-{memory.split('/')[1] if memory else 'nothing'}"
-                f"{'' if t == TIERS[-1] else '-' + t}/{world}", world, checkpoint, flags={"tiers": t},
-                model=str(model(checkpoint) if callable(model) else model), memory=memory and f"{memory}/{world}",
-                needs=(f"{memory}/{world}",) if memory else ())
-            for world, checkpoint in worlds.items() for name, model in models.items() for memory in memories for t in tiers]
+    return [
+        Job(
+            f"{part}/{name}-reads-{memory.split('/')[1] if memory else 'nothing'}"
+            f"{'' if t == TIERS[-1] else '-' + t}/{world}",
+            world,
+            checkpoint,
+            flags={"tiers": t},
+            model=str(model(checkpoint) if callable(model) else model),
+            memory=memory and f"{memory}/{world}",
+            needs=(f"{memory}/{world}",) if memory else (),
+        )
+        for world, checkpoint in worlds.items()
+        for name, model in models.items()
+        for memory in memories
+        for t in tiers
+    ]
 
 
 def grid(part, rates) -> list[Job]:
     """The jobs of a part, given the tuned learning rates {method: rate}."""
     if part == "tuning":
         lenders = cells(part, ["frozen-policy"], TUNING_WORLDS, {})
-        return lenders + [dataclasses.replace(job, flags={**job.flags, "lr": rate}, name=f"{job.name}@{rate:g}")
-                          for rate in RATES for job in cells(part, TUNED, TUNING_WORLDS, {})]
+        return lenders + [
+            dataclasses.replace(job, flags={**job.flags, "lr": rate}, name=f"{job.name}@{rate:g}")
+            for rate in RATES
+            for job in cells(part, TUNED, TUNING_WORLDS, {})
+        ]
     if part == "main":
         return cells(part, METHODS, WORLDS, rates)
     if part == "tiers":
-        return [job for t in TIERS[:-1] for job in cells(part, ["pmd"], WORLDS, rates, f"-{t}", flags={"tiers": t})] + \
-            readings(part, WORLDS, {"base": CHECKPOINTS.get}, ["main/frozen-policy"], TIERS)
+        return [
+            job
+            for t in TIERS[:-1]
+            for job in cells(part, ["pmd"], WORLDS, rates, f"-{t}", flags={"tiers": t})
+        ] + readings(part, WORLDS, {"base": CHECKPOINTS.get}, ["main/frozen-policy"], TIERS)
     if part == "transfer":
         return readings(part, KNOB_WORLDS, SIZES, ["", "main/frozen-policy", "main/pmd"])
     if part == "groups":
-        return [job for size in (2, 8) for job in
-                cells(part, COMPARED, KNOB_WORLDS, rates, f"-{size}", flags={"group_size": size})]
+        return [
+            job
+            for size in (2, 8)
+            for job in cells(
+                part, COMPARED, KNOB_WORLDS, rates, f"-{size}", flags={"group_size": size}
+            )
+        ]
     if part == "rarity":
-        return [job for kind in ("rare", "common") for job in
-                cells(part, COMPARED, KNOB_WORLDS, rates, f"-{kind}", kind=kind)]
+        return [
+            job
+            for kind in ("rare", "common")
+            for job in cells(part, COMPARED, KNOB_WORLDS, rates, f"-{kind}", kind=kind)
+        ]
     if part == "sharing":
         return cells(part, COMPARED, KNOB_WORLDS, rates, "-apart", kind="apart") + [
-            job for kind in ("apart", "common") for job in
-            cells(part, ["pmd"], KNOB_WORLDS, rates, f"-{kind}-nobehavior", kind=kind, flags={"tiers": TIERS[1]})]
+            job
+            for kind in ("apart", "common")
+            for job in cells(
+                part,
+                ["pmd"],
+                KNOB_WORLDS,
+                rates,
+                f"-{kind}-nobehavior",
+                kind=kind,
+                flags={"tiers": TIERS[1]},
+            )
+        ]
     if part == "rates":  # a method's own rate is in main
-        return [job for rate in RATES for job in cells(part, [m for m in COMPARED if rates.get(m) != rate], KNOB_WORLDS,
-                                                       dict.fromkeys(COMPARED, rate), f"-{rate:g}")]
+        return [
+            job
+            for rate in RATES
+            for job in cells(
+                part,
+                [m for m in COMPARED if rates.get(m) != rate],
+                KNOB_WORLDS,
+                dict.fromkeys(COMPARED, rate),
+                f"-{rate:g}",
+            )
+        ]
     if part == "wrong":
-        return [job for grounded in (True, False) for share in (0.0, 0.2, 0.5) if share or not grounded for job in
-                cells(part, ["pmd", "pmd-solved"], KNOB_WORLDS, rates, f"-{share:g}-{'' if grounded else 'un'}grounded",
-                      wrong=share, flags={"ground_insights": grounded})]
+        return [
+            job
+            for grounded in (True, False)
+            for share in (0.0, 0.2, 0.5)
+            if share or not grounded
+            for job in cells(
+                part,
+                ["pmd", "pmd-solved"],
+                KNOB_WORLDS,
+                rates,
+                f"-{share:g}-{'' if grounded else 'un'}grounded",
+                wrong=share,
+                flags={"ground_insights": grounded},
+            )
+        ]
     if part == "lessons":
         return cells(part, ["pmd"], WORLDS, rates, "-nolessons", lessons=False)
     if part == "teacher":
@@ -161,10 +264,19 @@ def grid(part, rates) -> list[Job]:
         return cells(part, COMPARED, KNOB_WORLDS, rates, "-160", flags={"steps": 2 * STEPS})
     if part == "late":
         long = {"steps": 2 * STEPS}
-        return cells(part, ("sdpo", "pmd-solved"), KNOB_WORLDS, rates, "-falls", flags=long, falls=True) + \
-            cells(part, ("sdpo", "pmd", "pmd-solved"), KNOB_WORLDS, rates, "-unsolved",
-                  flags=long | {"supervise_mastered": False})
-    raise ValueError(f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last nine")
+        return cells(
+            part, ("sdpo", "pmd-solved"), KNOB_WORLDS, rates, "-falls", flags=long, falls=True
+        ) + cells(
+            part,
+            ("sdpo", "pmd", "pmd-solved"),
+            KNOB_WORLDS,
+            rates,
+            "-unsolved",
+            flags=long | {"supervise_mastered": False},
+        )
+    raise ValueError(
+        f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last nine"
+    )
 
 
 KNOBS = ("lessons", "rarity", "groups", "wrong", "sharing", "teacher", "epochs", "late", "rates")
@@ -177,19 +289,28 @@ def auc(record):
 
 
 def tuned(records) -> dict:
-    """{method: the rate with the best mean AUC over the tuning worlds}; PMD's for all where there was no tuning."""
+    """{method: the rate with the best mean AUC over the tuning worlds}; PMD's for all where there
+    was no tuning.
+    """
     found = {}
     for method in TUNED:
-        scores = {rate: [auc(records[name]) for name in (f"tuning/{method}/{w}@{rate:g}" for w in TUNING_WORLDS)
-                         if name in records and "test" in records[name]] for rate in RATES}
+        scores = {
+            rate: [
+                auc(records[name])
+                for name in (f"tuning/{method}/{w}@{rate:g}" for w in TUNING_WORLDS)
+                if name in records and "test" in records[name]
+            ]
+            for rate in RATES
+        }
         if all(len(s) == len(TUNING_WORLDS) for s in scores.values()):
             found[method] = max(RATES, key=lambda rate: sum(scores[rate]))
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One run
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def work(job, folder, short):
     """Runs a job; (record, times). In a process of its own, which does one job after another."""
@@ -202,23 +323,59 @@ def work(job, folder, short):
             aside.rename(task)
     shutil.rmtree(out / name, ignore_errors=True)
     about = {"job": name, "world": job.world, "checkpoint": job.checkpoint}
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         start = time.perf_counter(), time.process_time()
         try:
             if job.memory is None:
                 Sampler, Unreliable.share = Unreliable, job.wrong
                 pmd.Memory = Memory if job.lessons else WithoutLessons
                 pmd.update = update_at_a_falling_rate if job.falls else update
-                cfg = pmd.Config(**{**pmd.PRESETS["nano"], "model": str(CHECKPOINTS[job.checkpoint]), "task": str(task),
-                                    "seed": job.world, "steps": STEPS, "group_size": 4, "eval_k": K, "save_every": 0,
-                                    "eval_every": EVERY, "out": str(out), "name": name, **job.flags, **short})
+                cfg = pmd.Config(
+                    **{
+                        **pmd.PRESETS["nano"],
+                        "model": str(CHECKPOINTS[job.checkpoint]),
+                        "task": str(task),
+                        "seed": job.world,
+                        "steps": STEPS,
+                        "group_size": 4,
+                        "eval_k": K,
+                        "save_every": 0,
+                        "eval_every": EVERY,
+                        "out": str(out),
+                        "name": name,
+                        **job.flags,
+                        **short,
+                    }
+                )
                 pmd.train(cfg)
             else:
-                flags = {"task": task, "seed": job.world, "n": K, "out": out, "name": name, **job.flags,
-                         **{k: v for k, v in short.items() if k == "eval_problems"},
-                         **({"memory": out / job.memory / "memory.db"} if job.memory else {})}
-                preset = {k: v for k, v in pmd.PRESETS["nano"].items() if k.startswith("max_") or k == "embedder"}
-                ev.main(pmd.parse_flags, ["--model", job.model, *(str(x) for k, v in (preset | flags).items() for x in (f"--{k}", v))])
+                flags = {
+                    "task": task,
+                    "seed": job.world,
+                    "n": K,
+                    "out": out,
+                    "name": name,
+                    **job.flags,
+                    **{k: v for k, v in short.items() if k == "eval_problems"},
+                    **({"memory": out / job.memory / "memory.db"} if job.memory else {}),
+                }
+                preset = {
+                    k: v
+                    for k, v in pmd.PRESETS["nano"].items()
+                    if k.startswith("max_") or k == "embedder"
+                }
+                ev.main(
+                    pmd.parse_flags,
+                    [
+                        "--model",
+                        job.model,
+                        *(str(x) for k, v in (preset | flags).items() for x in (f"--{k}", v)),
+                    ],
+                )
         except (Exception, SystemExit) as error:
             return about | {"failed": f"{type(error).__name__}: {error}"}, {"job": name}
         wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
@@ -233,26 +390,51 @@ def work(job, folder, short):
 def harvest(folder):
     """What a run's folder says: the record, and the times."""
     rows = read_lines(folder / "metrics.jsonl")
-    record = {split: [{"step": r["step"], "avg": r["avg_at_k"], "maj": r["maj_at_k"], "best": r["best_at_k"],
-                       "tokens": r["tokens"]} for r in rows if r.get("split") == split] for split in ("test", "dev")}
+    record = {
+        split: [
+            {
+                "step": r["step"],
+                "avg": r["avg_at_k"],
+                "maj": r["maj_at_k"],
+                "best": r["best_at_k"],
+                "tokens": r["tokens"],
+            }
+            for r in rows
+            if r.get("split") == split
+        ]
+        for split in ("test", "dev")
+    }
     last = record["test"][-1]["step"]
     of = Counter()
     for row in read_lines(folder / "evals" / f"{last}-test.jsonl"):
         of[row["problem"]] += row["reward"] > 0
-    # which problems were solved by at least one of the samples at the end, in the order of the world's file
+    # which problems were solved by at least one of the samples at the end, in the order of the
+    # world's file
     record["solved"] = "".join(str(int(n > 0)) for n in of.values())
     steps = [r for r in rows if "split" not in r]
     kept = [r for r in steps if r["step"] % EVERY == 0]
-    record["steps"] = [{"step": r["step"], "reward": r["reward"], "groups_solved": r["groups_solved"],
-                        "memory": list(r["memory"].values()), "right": r.get("memory_precision"),
-                        "rejected": r["memory_events"].get("insight_rejected", 0)} for r in kept]
-    spent = [sum(t for phase, t in r["seconds"].items() if phase not in ("evaluate", "save")) for r in steps]
+    record["steps"] = [
+        {
+            "step": r["step"],
+            "reward": r["reward"],
+            "groups_solved": r["groups_solved"],
+            "memory": list(r["memory"].values()),
+            "right": r.get("memory_precision"),
+            "rejected": r["memory_events"].get("insight_rejected", 0),
+        }
+        for r in kept
+    ]
+    spent = [
+        sum(t for phase, t in r["seconds"].items() if phase not in ("evaluate", "save"))
+        for r in steps
+    ]
     return record, {"step_seconds": round(statistics.median(spent), 4)} if steps else {}
 
 
 class Unreliable(Sampler):
-    """The sampler, whose reflections are wrong more often than the model's own: a share of the operations that their
-    strategies name is exchanged for another. Nothing where the share is 0."""
+    """The sampler, whose reflections are wrong more often than the model's own: a share of the
+    operations that their strategies name is exchanged for another. Nothing where the share is 0.
+    """
 
     share = 0.0
 
@@ -263,18 +445,25 @@ class Unreliable(Sampler):
 
         def exchange(found, rng):
             said = found[3]
-            return found[0] if rng.random() >= self.share else \
-                f"{found[1]}{found[2]}={rng.choice([o for o in OPERATIONS if o != said])}"
+            return (
+                found[0]
+                if rng.random() >= self.share
+                else f"{found[1]}{found[2]}={rng.choice([o for o in OPERATIONS if o != said])}"
+            )
 
         exchanged = []
         for prompt, reply in zip(prompts, replies, strict=True):
             rng = random.Random(f"{self.cfg.seed} {self.step} {prompt}")
-            exchanged.append(re.sub(r'("content": " *)(\w+)=(\w+)', lambda m, rng=rng: exchange(m, rng), reply))
+            exchanged.append(
+                re.sub(r'("content": " *)(\w+)=(\w+)', lambda m, rng=rng: exchange(m, rng), reply)
+            )
         return exchanged
 
 
 class WithoutLessons(Memory):
-    """The memory, whose lessons no teacher reads; they are written, and behaviors abstracted from them, as ever."""
+    """The memory, whose lessons no teacher reads; they are written, and behaviors abstracted from
+    them, as ever.
+    """
 
     def contexts(self, *args):
         return [{**context, "lessons": []} for context in super().contexts(*args)]
@@ -283,30 +472,49 @@ class WithoutLessons(Memory):
 def update_at_a_falling_rate(method, optimizer, rows, step):
     """pmd.update, at a rate that falls to 0 over the second half of the run."""
     cfg = method.cfg
-    method.cfg = dataclasses.replace(cfg, lr=cfg.lr * min(1.0, 2 * (cfg.steps - step + 1) / cfg.steps))
+    method.cfg = dataclasses.replace(
+        cfg, lr=cfg.lr * min(1.0, 2 * (cfg.steps - step + 1) / cfg.steps)
+    )
     try:
         return update(method, optimizer, rows, step)
     finally:
         method.cfg = cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All of them
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-SECONDS = {"grpo": 24, "sdpo": 24, "frozen-policy": 36, "reading": 4}  # of one core, for the estimate; others 36
+SECONDS = {
+    "grpo": 24,
+    "sdpo": 24,
+    "frozen-policy": 36,
+    "reading": 4,
+}  # of one core, for the estimate; others 36
 
 
 def estimate(jobs):
     """Seconds of one core."""
-    return sum(SECONDS["reading"] if job.memory is not None else SECONDS.get(job.flags["method"], 36)
-               * job.flags.get("group_size", 4) / 4 * job.flags.get("steps", STEPS) / STEPS for job in jobs)
+    return sum(
+        (
+            SECONDS["reading"]
+            if job.memory is not None
+            else SECONDS.get(job.flags["method"], 36)
+            * job.flags.get("group_size", 4)
+            / 4
+            * job.flags.get("steps", STEPS)
+            / STEPS
+        )
+        for job in jobs
+    )
 
 
 def run(jobs, records, folder, out, pool, workers, short):
     """Runs what has no record yet, and appends records as they come."""
     todo = [job for job in jobs if job.name not in records]
-    needed = {name for job in todo for name in job.needs}  # their memory has to be there, not only their record
+    needed = {
+        name for job in todo for name in job.needs
+    }  # their memory has to be there, not only their record
     by_name = {job.name: job for part in PARTS for job in grid(part, tuned(records))}
     done = {name for name in needed if (folder / name / "memory.db").exists() and name in records}
     todo = [by_name[name] for name in sorted(needed - done) if name in records] + todo
@@ -330,8 +538,12 @@ def run(jobs, records, folder, out, pool, workers, short):
                 records[job.name] = record
                 append(out / "records.jsonl", record)
                 append(out / "timings.jsonl", seconds)
-            elif record != records[job.name]:  # made again, for its memory; records of two machines may not mix
-                raise RuntimeError(f"{job.name} came out otherwise than its record: start a new --out")
+            elif (
+                record != records[job.name]
+            ):  # made again, for its memory; records of two machines may not mix
+                raise RuntimeError(
+                    f"{job.name} came out otherwise than its record: start a new --out"
+                )
     bar.close()
 
 
@@ -340,21 +552,45 @@ def read(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="tuning,main,tiers,transfer", help=f"of {', '.join(PARTS)}; knobs: the last 9")
-    parser.add_argument("--out", type=Path, default=HERE, help="records, tables and figures are written here")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "study", help="the runs themselves; may be "
-                        "deleted, and what is needed of them is made again")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--quick", action="store_true", help="two worlds, 20 steps: a check of the machinery, no result")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts",
+        default="tuning,main,tiers,transfer",
+        help=f"of {', '.join(PARTS)}; knobs: the last 9",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="records, tables and figures are written here"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=HERE.parent / "runs" / "study",
+        help="the runs themselves; may be deleted, and what is needed of them is made again",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two worlds, 20 steps: a check of the machinery, no result",
+    )
     parser.add_argument("--report", action="store_true", help="tables and figures only")
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"--workers {args.workers} must be at least 1")
     if unknown := set(args.parts.split(",")) - {*PARTS, "knobs"}:
-        parser.error(f"--parts takes some of knobs, {', '.join(PARTS)}, not {', '.join(map(repr, sorted(unknown)))}")
+        parser.error(
+            f"--parts takes some of knobs, {', '.join(PARTS)}, not"
+            f" {', '.join(map(repr, sorted(unknown)))}"
+        )
     transformers_logging.set_verbosity_error()
-    names, short = [] if args.report else args.parts.replace("knobs", ",".join(KNOBS)).split(","), {}
+    names, short = (
+        ([] if args.report else args.parts.replace("knobs", ",".join(KNOBS)).split(",")),
+        {},
+    )
     if args.quick:
         if args.out == HERE:
             parser.error("--quick needs an --out of its own: its records are no results")
@@ -364,18 +600,34 @@ def main():
         args.work = args.out / "runs"
     args.out.mkdir(parents=True, exist_ok=True)
     records = read(args.out / "records.jsonl")
-    used = {job.model or str(CHECKPOINTS[job.checkpoint]) for name in names for job in grid(name, {})} - {"nano"}
+    used = {
+        job.model or str(CHECKPOINTS[job.checkpoint]) for name in names for job in grid(name, {})
+    } - {"nano"}
     if missing := sorted(path for path in used if not Path(path).is_dir()):
         parser.error(f"no checkpoint at {', '.join(missing)}; see {HERE / 'README.md'}")
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
         for name in names:
             # world after world, so that a part which is stopped has whole worlds
-            jobs = sorted(grid(name, tuned(records)), key=lambda job: [*TUNING_WORLDS, *WORLDS].index(job.world))
+            jobs = sorted(
+                grid(name, tuned(records)),
+                key=lambda job: [*TUNING_WORLDS, *WORLDS].index(job.world),
+            )
             left = [job for job in jobs if job.name not in records]
-            print(f"{name}: {len(jobs)} runs, {len(left)} of them left, about "
-                  f"{estimate(left) / args.workers / 3600:.1f} hours with {args.workers} at a time", flush=True)
+            print(
+                f"{name}: {len(jobs)} runs, {len(left)} of them left, about "
+                f"{estimate(left) / args.workers / 3600:.1f} hours with {args.workers} at a time",
+                flush=True,
+            )
             run(jobs, records, args.work.resolve(), args.out, pool, args.workers, short)
-    print(report(records, read(args.out / "timings.jsonl"), tuned(records), args.out, sys.modules[__name__]))
+    print(
+        report(
+            records,
+            read(args.out / "timings.jsonl"),
+            tuned(records),
+            args.out,
+            sys.modules[__name__],
+        )
+    )
 
 
 if __name__ == "__main__":

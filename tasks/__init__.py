@@ -1,21 +1,26 @@
-"""Tasks: what a problem is, where problems come from, when an answer is right. One file a benchmark.
+"""Tasks: what a problem is, where problems come from, when an answer is right. One file a
+benchmark.
 
     load_task(name)             -> Task(train, dev, test)
-    verify(problem, completion) -> Verdict(reward, feedback): one function for training and evaluation alike
+    verify(problem, completion) -> Verdict(reward, feedback): one function for training and
+    evaluation alike
 
-A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line, or the same rows as `.parquet`:
+A task is a folder with `train.jsonl` and `test.jsonl`, one JSON object a line, or the same rows as
+`.parquet`:
 
     id        text, unique in its file
     prompt    the user message
-    answer    what the verifier compares with (for `code`: instead of it, inputs, outputs and perhaps fn_name, see judge)
+    answer    what the verifier compares with (for `code`: instead of it, inputs, outputs and
+              perhaps fn_name, see judge)
     verifier  a name in VERIFIERS
     system    the system message (optional)
 
-What can't work is refused by line: a key that no reply can match, half a surrogate pair in any text. All other keys are
-kept in `Problem.extra`, out of every prompt. `nano` is the embedded task, whose verifier says which step went wrong,
-`nano/plain` the same with a silent one, `nano/7` and `nano/plain/7` other worlds (`python nano/make.py world --seed 7`),
-`sciknoweval/chemistry` a domain of SciKnowEval in SDPO's files or from the Hub, `livecodebench` a window of LiveCodeBench in
-its official files, a path any folder of yours.
+What can't work is refused by line: a key that no reply can match, half a surrogate pair in any
+text. All other keys are kept in `Problem.extra`, out of every prompt. `nano` is the embedded task,
+whose verifier says which step went wrong, `nano/plain` the same with a silent one, `nano/7` and
+`nano/plain/7` other worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain
+of SciKnowEval in SDPO's files or from the Hub, `livecodebench` a window of LiveCodeBench in its
+official files, a path any folder of yours.
 """
 
 import random
@@ -36,38 +41,71 @@ from tasks.verdicts import VERIFIERS, verify, verify_all  # noqa: F401
 class TaskOptions:
     """The problems, and how an answer to one is verified."""
 
-    task: str = option("", "nano, nano/plain (the same without feedback), nano/SEED, nano/plain/SEED, sciknoweval/DOMAIN, "
-                           "livecodebench or a folder with train.jsonl and test.jsonl (default: nano with nano, "
-                           "sciknoweval/chemistry with any other model)")
-    data: str = option("", "for sciknoweval: the folder with DOMAIN/train.json and test.json, as in SDPO's repository; for "
-                           "livecodebench: the official file or a folder of such; empty for the Hub (not run)")
-    dev: float = option(0.1, "share of the training problems held out to select checkpoints on; 0 for none [ours]",
-                        within="[0, 1)")
-    max_prompt: int = option(2048, "tokens; longer problems are dropped and listed [Tab. 11]", within="[1, inf)")
-    exclude_flagged: bool = option(False, "sciknoweval: leave out the items that the data card flags [ours]")
-    mcq: Literal["sdpo", "lenient"] = option("sdpo", "sdpo: the answer is the bare letter [SDPO]. lenient: also `b`, `(B)`, "
-                                                     "`\\boxed{B}`; reported apart [ours]")
+    task: str = option(
+        "",
+        "nano, nano/plain (the same without feedback), nano/SEED, nano/plain/SEED,"
+        " sciknoweval/DOMAIN, livecodebench or a folder with train.jsonl and test.jsonl (default:"
+        " nano with nano, sciknoweval/chemistry with any other model)",
+    )
+    data: str = option(
+        "",
+        "for sciknoweval: the folder with DOMAIN/train.json and test.json, as in SDPO's repository;"
+        " for livecodebench: the official file or a folder of such; empty for the Hub (not run)",
+    )
+    dev: float = option(
+        0.1,
+        "share of the training problems held out to select checkpoints on; 0 for none [ours]",
+        within="[0, 1)",
+    )
+    max_prompt: int = option(
+        2048, "tokens; longer problems are dropped and listed [Tab. 11]", within="[1, inf)"
+    )
+    exclude_flagged: bool = option(
+        False, "sciknoweval: leave out the items that the data card flags [ours]"
+    )
+    mcq: Literal["sdpo", "lenient"] = option(
+        "sdpo",
+        "sdpo: the answer is the bare letter [SDPO]. lenient: also `b`, `(B)`, "
+        "`\\boxed{B}`; reported apart [ours]",
+    )
     protocol: Literal["sdpo", "older", "official"] = option(
-        "sdpo", "livecodebench. sdpo: train on half of the hidden tests of the window's problems [SDPO, C.2]. older: on the "
-                "problems before the window [Tab. 10's 924, it seems]. official: on the public tests, in official form")
-    since: str = option(WINDOW[0], "livecodebench: the first day of the window that is evaluated [SDPO]")
+        "sdpo",
+        "livecodebench. sdpo: train on half of the hidden tests of the window's problems [SDPO,"
+        " C.2]. older: on the problems before the window [Tab. 10's 924, it seems]. official: on"
+        " the public tests, in official form",
+    )
+    since: str = option(
+        WINDOW[0], "livecodebench: the first day of the window that is evaluated [SDPO]"
+    )
     until: str = option(WINDOW[1], "livecodebench: the day after its last [SDPO]")
-    unsafe_exec: bool = option(False, "run generated programs without a sandbox where there is none [ours]")
+    unsafe_exec: bool = option(
+        False, "run generated programs without a sandbox where there is none [ours]"
+    )
 
 
-
-def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0], until=WINDOW[1],
-              exclude_flagged=False) -> Task:
+def load_task(
+    name,
+    dev=0.1,
+    seed=42,
+    data="",
+    protocol="sdpo",
+    since=WINDOW[0],
+    until=WINDOW[1],
+    exclude_flagged=False,
+) -> Task:
     """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
 
-    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes them, or a copy of the
-    Hub's repository; for livecodebench, the official file or a folder of such; empty for the Hub. protocol, since, until:
-    of livecodebench. exclude_flagged: of sciknoweval, leaves out what `defects` finds. dev: the share of the training split
-    that is held out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits). Raises ValueError
-    in one sentence for a task or file that can't be used.
+    data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes
+    them, or a copy of the Hub's repository; for livecodebench, the official file or a folder of
+    such; empty for the Hub. protocol, since, until: of livecodebench. exclude_flagged: of
+    sciknoweval, leaves out what `defects` finds. dev: the share of the training split that is held
+    out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits). Raises
+    ValueError in one sentence for a task or file that can't be used.
     """
     if not 0 <= dev < 1:
-        raise ValueError(f"dev={dev} is not a share of the training split: it must be at least 0 and below 1")
+        raise ValueError(
+            f"dev={dev} is not a share of the training split: it must be at least 0 and below 1"
+        )
     if name != "livecodebench" and (protocol, since, until) != ("sdpo", *WINDOW):
         raise ValueError(f"--protocol, --since and --until are for livecodebench, not for {name}")
     if exclude_flagged and not name.startswith("sciknoweval/"):
@@ -78,12 +116,22 @@ def load_task(name, dev=0.1, seed=42, data="", protocol="sdpo", since=WINDOW[0],
     elif name.startswith("sciknoweval/"):
         name, train, test, card = load_sciknoweval(name, data, exclude_flagged)
     else:
-        train, test = (read_problems(task_folder(name) / f"{split}.jsonl") for split in ("train", "test"))
+        train, test = (
+            read_problems(task_folder(name) / f"{split}.jsonl") for split in ("train", "test")
+        )
     held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
-    return Task(name, [p for i, p in enumerate(train) if i not in held], [train[i] for i in sorted(held)], test, card)
+    return Task(
+        name,
+        [p for i, p in enumerate(train) if i not in held],
+        [train[i] for i in sorted(held)],
+        test,
+        card,
+    )
 
 
 def need_sandbox(task, unsafe_exec=False):
-    """ValueError, in one sentence, where a task's answers are programs and there is no sandbox to run them in."""
+    """ValueError, in one sentence, where a task's answers are programs and there is no sandbox to
+    run them in.
+    """
     if any(p.verifier == "code" for p in task.test):
         allow_unsafe_exec() if unsafe_exec else sandbox_command()

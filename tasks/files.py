@@ -7,7 +7,8 @@ from tasks.problem import holdable, shown
 
 
 def json_lines(path, cut=False):
-    """Yields (number, object) of a JSON-lines file. ValueError, with file and line, for a line that is none.
+    """Yields (number, object) of a JSON-lines file. ValueError, with file and line, for a line that
+    is none.
 
     cut: a last line without its end was cut by a kill, and is left out.
     """
@@ -17,34 +18,48 @@ def json_lines(path, cut=False):
     if data.startswith((b"\x1f\x8b", b"PK\3\4")):
         raise ValueError(f"{path} is compressed; unpack it")
     if b"\0" in data[:4] and data[:4].strip(b"\0"):  # JSON begins with two characters of ASCII
-        raise ValueError(f"{path} is not in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8")
-    for n, line in enumerate(data.split(b"\n")[:-1 if cut else None], 1):
+        raise ValueError(
+            f"{path} is not in UTF-8 but, it seems, in UTF-16 or UTF-32; save it as UTF-8"
+        )
+    for n, line in enumerate(data.split(b"\n")[: -1 if cut else None], 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep
-            raise ValueError(f"{path}, line {n} is not JSON: {str(error).replace('line 1 ', '')}") from error
+            raise ValueError(
+                f"{path}, line {n} is not JSON: {str(error).replace('line 1 ', '')}"
+            ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {n} is not a JSON object")
         yield n, row
 
 
 def load_table(path):
-    """The rows of a file (JSON lines, or Parquet by its ending) by `datasets`, which caches it and shows progress."""
+    """The rows of a file (JSON lines, or Parquet by its ending) by `datasets`, which caches it and
+    shows progress.
+    """
     import datasets  # here: it takes a second, and nano does without
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it can't read is said by the callers, in one sentence
-    return datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train")
+
+    datasets.logging.set_verbosity(
+        datasets.logging.CRITICAL
+    )  # what it can't read is said by the callers, in one sentence
+    return datasets.load_dataset(
+        "parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train"
+    )
 
 
 def cause(error) -> str:
-    """What an error of a library says, or the one that caused it; where neither says a word, its name."""
+    """What an error of a library says, or the one that caused it; where neither says a word, its
+    name.
+    """
     said = " ".join(str(error.__cause__ or error).split())
     return said or type(error.__cause__ or error).__name__
 
 
 def table_rows(path):
-    """Yields (number of its line or row, object) of a published file, JSON lines or Parquet, through `datasets`.
+    """Yields (number of its line or row, object) of a published file, JSON lines or Parquet,
+    through `datasets`.
 
     ValueError with the file, and the line where it is JSON, for what is no table.
     """
@@ -53,18 +68,30 @@ def table_rows(path):
     try:
         table = load_table(path)
         with open(path, "rb") as file:
-            numbers = range(1, len(table) + 1) if parquet else [n for n, line in enumerate(file, 1) if line.strip()]
-        if len(numbers) != len(table):  # an array, or an object on several lines: `datasets` takes them
-            raise ValueError(f"{len(table)} objects on {len(numbers)} lines, where each has to have one")
+            numbers = (
+                range(1, len(table) + 1)
+                if parquet
+                else [n for n, line in enumerate(file, 1) if line.strip()]
+            )
+        if len(numbers) != len(
+            table
+        ):  # an array, or an object on several lines: `datasets` takes them
+            raise ValueError(
+                f"{len(table)} objects on {len(numbers)} lines, where each has to have one"
+            )
         yield from zip(numbers, table, strict=True)
     except Exception as error:  # of pyarrow, of datasets, of the file system
         if not parquet and not whole_lines(path):  # names the line, which they do not
             raise ValueError(f"{path} holds no problem") from error
-        raise ValueError(f"{path} can't be read as {'Parquet' if parquet else 'JSON lines'}: {cause(error)}") from error
+        raise ValueError(
+            f"{path} can't be read as {'Parquet' if parquet else 'JSON lines'}: {cause(error)}"
+        ) from error
 
 
 def whole_lines(path) -> int:
-    """How many rows a JSON-lines file has. ValueError, with file and line, for one that is no JSON or can't be held."""
+    """How many rows a JSON-lines file has. ValueError, with file and line, for one that is no JSON
+    or can't be held.
+    """
     rows = 0
     for n, row in json_lines(path):
         try:
@@ -76,22 +103,27 @@ def whole_lines(path) -> int:
 
 
 def numbered_rows(path):
-    """Yields (number, object) of a JSON-lines file, or of the Parquet file of that name where only that is there.
+    """Yields (number, object) of a JSON-lines file, or of the Parquet file of that name where only
+    that is there.
 
-    JSON not through `datasets`, which makes dates of texts that look like one, gives each row the keys of all, and names no
-    line; and nano would pay a second for its import.
+    JSON not through `datasets`, which makes dates of texts that look like one, gives each row the
+    keys of all, and names no line; and nano would pay a second for its import.
     """
     parquet = Path(path).with_suffix(".parquet")
     if Path(path).is_file() or not parquet.is_file():
         yield from json_lines(path)
         return
     for n, row in table_rows(parquet):
-        yield n, {key: value for key, value in row.items() if value is not None}  # a column that this row does not have
+        yield (
+            n,
+            {key: value for key, value in row.items() if value is not None},
+        )  # a column that this row does not have
 
 
 def refuse_unholdable(row):
-    """ValueError for half a surrogate pair in any text of a row: UTF-8, and so no file, database or tokenizer, can hold it;
-    and for a NUL in what a model reads. Refused and not cleaned, since two ids could become one.
+    """ValueError for half a surrogate pair in any text of a row: UTF-8, and so no file, database or
+    tokenizer, can hold it; and for a NUL in what a model reads. Refused and not cleaned, since two
+    ids could become one.
     """
     for key, value in row.items():
         try:
@@ -99,7 +131,9 @@ def refuse_unholdable(row):
         except RecursionError as error:
             raise ValueError(f"{key} is nested too deeply") from error
         if not holdable(text):
-            raise ValueError(f"{shown(key)} holds half a surrogate pair, such as \\ud83d, which UTF-8 can't hold; write the "
-                             "whole character, or none")
+            raise ValueError(
+                f"{shown(key)} holds half a surrogate pair, such as \\ud83d, which UTF-8 can't"
+                " hold; write the whole character, or none"
+            )
         if key in ("id", "prompt", "answer", "system") and "\0" in str(value):
             raise ValueError(f"{key} holds the character NUL; leave it out")

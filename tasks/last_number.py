@@ -7,76 +7,134 @@ from fractions import Fraction
 
 from tasks.problem import Verdict
 
-# What a text has where a number may stand; of two that fit, the first. Signs, digits and separators are ASCII by then.
-LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u04ff"  # Latin, Greek, Cyrillic
+# What a text has where a number may stand; of two that fit, the first. Signs, digits and separators
+# are ASCII by then.
+LETTERS = (  # Latin, Greek, Cyrillic
+    "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u04ff"
+)
 ODD = "\u00bc-\u00be\u2150-\u215e\u03c0\u221a"  # halves and thirds in one character, pi, a root
 NUMERALS = re.compile(
-    # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2, and as LaTeX has them: H$_2$O, \text{m}^2.
+    # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2, and as LaTeX has them:
+    # H$_2$O, \text{m}^2.
     rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:[}}$]{{0,3}}_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?"
     rf"(?:[}}$)\]]{{0,3}}\^\{{?[-+]?[{LETTERS}\d]+)?)"
     # A date or a telephone number: digits with two hyphens or more between them.
     r"|\d+(?:-\d+){2,}"
     r"|(?P<based>0x[0-9a-f]+|0b[01]+|0o[0-7]+)"
-    # A sign that does not stand between two numbers or names, perhaps the 1 of 1 3/4, digits, and what is joined to them.
+    # A sign that does not stand between two numbers or names, perhaps the 1 of 1 3/4, digits, and
+    # what is joined to them.
     rf"|(?:(?<![{LETTERS}\d)\]}}%])[-+])?(?:\d+ (?=\d+/))?(?:\d+|(?<![{LETTERS}\d.])\.\d+|[{ODD}])"
     rf"(?:[.,:/'_]\d+|_\{{\d+|e[-+]?\d+|[}}$)\]]{{0,3}}(?:\*\*|\^)\{{?[-+]?[{LETTERS}\d]+\}}?"
     rf"| ?(?:[{ODD}]|\\pi\b|\\sqrt\b))*",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?:(?P<decimal>(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e(?P<power>[-+]?\d+))?"
-    r"|(?:(?P<whole>\d+) )?(?P<above>\d+)/(?P<below>\d+))", re.IGNORECASE)
-FRAC = r"\\[cdt]?frac *(?:\{ *(?P<above>\d+) *\}|(?P<digit>\d)) *(?:\{ *(?P<below>\d+) *\}|(?P<other>\d))"
+    r"|(?:(?P<whole>\d+) )?(?P<above>\d+)/(?P<below>\d+))",
+    re.IGNORECASE,
+)
+FRAC = (
+    r"\\[cdt]?frac *(?:\{ *(?P<above>\d+) *\}|(?P<digit>\d)) *(?:\{ *(?P<below>\d+)"
+    r" *\}|(?P<other>\d))"
+)
 SIGNED_FRAC = r"(?<![-+])\\[cdt]?frac *\{ *(?:-(\d+) *\} *\{ *(\d+)|(\d+) *\} *\{ *-(\d+)) *\}"
 PLAIN = [  # (how others and LaTeX write it, how we do), in this order
-    ("[\u2010-\u2013\u2212\ufe63\uff0d]", "-"), ("\uff0b", "+"), ("[\uff0e\u066b]", "."), ("[\uff0c\u066c]", ","),
-    ("[\uff0f\u2044\u2215]", "/"), (r"\\times\b|\\cdot\b|[\u00b7\u2022\u2217\u2219\u22c5]", "×"), (r"\{,\}|,\\!", ","),
-    ("<sup>", "^"), ("<sub>", "_"), ("</su[bp]>", ""), (r"\{(\d+)\}(?=\^)", r"\1"),  # a power may stand apart from its base
-    (r" ?\^ ?\{ ?([-+]?\w+) ?\}", r"^{\1}"), (r"(?<=\w) ?\^ ?(?=[-+]?\d)", "^"), (r"(?<=\d) \*\* (?=[-+]?\d)", "**"),
+    ("[\u2010-\u2013\u2212\ufe63\uff0d]", "-"),
+    ("\uff0b", "+"),
+    ("[\uff0e\u066b]", "."),
+    ("[\uff0c\u066c]", ","),
+    ("[\uff0f\u2044\u2215]", "/"),
+    (r"\\times\b|\\cdot\b|[\u00b7\u2022\u2217\u2219\u22c5]", "×"),
+    (r"\{,\}|,\\!", ","),
+    ("<sup>", "^"),
+    ("<sub>", "_"),
+    ("</su[bp]>", ""),
+    (r"\{(\d+)\}(?=\^)", r"\1"),  # a power may stand apart from its base
+    (r" ?\^ ?\{ ?([-+]?\w+) ?\}", r"^{\1}"),
+    (r"(?<=\w) ?\^ ?(?=[-+]?\d)", "^"),
+    (r"(?<=\d) \*\* (?=[-+]?\d)", "**"),
     (r"\\(?:text|math)\w{0,9} ?\{ ?([-+]?[\d.,]+) ?\}", r"\1"),  # a number in another font
     (r"\\(?:text)?color ?\{\w{1,20}\}", ""),
     (r"([:=]) ?\} ?(?=[-+][.\d])", r"\1 "),  # a sign behind \text{..: } or before $
     (r"(?<![\w$)\]}%])-\\?[$£¥\u20a0-\u20bf](?=[.\d])", "-"),
-    (r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_~]|\\[,;:! ])(?=\d{3}(?!\d))", ","),  # between groups of three
-    (rf"(?<=\d) ?{FRAC}", r" \g<above>\g<digit>/\g<below>\g<other>"), (FRAC, r"\g<above>\g<digit>/\g<below>\g<other>"),
+    (
+        r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f'’_~]|\\[,;:! ])(?=\d{3}(?!\d))",
+        ",",
+    ),  # between groups of three
+    (rf"(?<=\d) ?{FRAC}", r" \g<above>\g<digit>/\g<below>\g<other>"),
+    (FRAC, r"\g<above>\g<digit>/\g<below>\g<other>"),
     (SIGNED_FRAC, r"-\1\3/\2\4"),
-    (r"(?<=\d) ?[×x*] ?10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"e\1"), (r"(?<![\w.,^*])10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"1e\1"),
-    (r"(?<=\d) / (?=\d)", "/"), (r"([=≈]) *-(?: |\\[,;:! ]){1,3}(?=[.\d])", r"\1-")]
+    (r"(?<=\d) ?[×x*] ?10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"e\1"),
+    (r"(?<![\w.,^*])10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"1e\1"),
+    (r"(?<=\d) / (?=\d)", "/"),
+    (r"([=≈]) *-(?: |\\[,;:! ]){1,3}(?=[.\d])", r"\1-"),
+]
 
 
 def plain_digits(text) -> str:
-    """A text with the digits, signs and separators of numbers written in ASCII, and LaTeX's fractions with a slash."""
+    """A text with the digits, signs and separators of numbers written in ASCII, and LaTeX's
+    fractions with a slash.
+    """
     raised = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True)}
     text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda found: "^" + found[0].translate(raised), text)
-    text = re.sub(r"[^\D0-9]", lambda found: str(unicodedata.decimal(found[0])), text)  # full-width, Arabic, all others
+    text = re.sub(
+        r"[^\D0-9]", lambda found: str(unicodedata.decimal(found[0])), text
+    )  # full-width, Arabic, all others
     for theirs, ours in PLAIN:
         text = re.sub(theirs, ours, text)
     return text
 
 
 def read_number(text) -> Fraction | None:
-    """The number that a text in plain_digits is, or None: where it is none, and beyond 400 digits or powers of ten."""
+    """The number that a text in plain_digits is, or None: where it is none, and beyond 400 digits
+    or powers of ten.
+    """
     found = NUMBER.fullmatch(text) if len(text) <= 400 else None
     if not found:
         return None
     sign = -1 if found["sign"] == "-" else 1
     if found["decimal"]:
         power = int(found["power"] or 0)
-        return sign * Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** power if abs(power) <= 400 else None
+        return (
+            sign * Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** power
+            if abs(power) <= 400
+            else None
+        )
     whole, above, below = int(found["whole"] or 0), int(found["above"]), int(found["below"])
     return sign * (whole + Fraction(above, below)) if below else None
 
 
 def last_number(text) -> tuple[Fraction | None, str]:
-    """The last numeral of a text as a number, None where it is none, and as a text, one for each number."""
+    """The last numeral of a text as a number, None where it is none, and as a text, one for each
+    number.
+    """
     text = plain_digits(text)
     numerals = [found for found in NUMERALS.finditer(text) if not found["name"]]
     if not numerals:
         return None, ""
     last = numerals[-1]
-    before = text[max(0, last.start() - 10):last.start()].replace(" ", "")
-    inside = before.endswith(  # part of a fraction, under a root, digits that recur, or how much a number is uncertain
-        ("/", "}{", "frac{", "√", "sqrt{", "sqrt(", "sqrt", "]{", "overline{", "dot{", "±", "\\pm", "+/-"))
-    value = Fraction(int(last[0], 0)) if last["based"] and len(last[0]) < 400 else read_number(last[0])
+    before = text[max(0, last.start() - 10) : last.start()].replace(" ", "")
+    # part of a fraction, under a root, digits that recur, or how much a number is uncertain
+    inside = before.endswith(
+        (
+            "/",
+            "}{",
+            "frac{",
+            "√",
+            "sqrt{",
+            "sqrt(",
+            "sqrt",
+            "]{",
+            "overline{",
+            "dot{",
+            "±",
+            "\\pm",
+            "+/-",
+        )
+    )
+    value = (
+        Fraction(int(last[0], 0)) if last["based"] and len(last[0]) < 400 else read_number(last[0])
+    )
     if inside or value is None:
         return None, f"{before[-1:]}{last[0]}"[:100] + "..."
     with localcontext(prec=2000) as context:
@@ -86,14 +144,19 @@ def last_number(text) -> tuple[Fraction | None, str]:
 
 
 def verify_last_number(problem, completion) -> Verdict:
-    """The last number of the text equals the answer exactly, as rational numbers: for sums, and for tasks of your own.
+    """The last number of the text equals the answer exactly, as rational numbers: for sums, and for
+    tasks of your own.
 
-    Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x 10^-3, 3/4, 1 3/4, 0x1F
-    (0b1, 0o7), in the digits of any script and as LaTeX has them (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers
-    or names is no sign (3-4). What follows a number is its unit: 50% is 50, 7kg is 7. What has digits and begins with
-    a letter is a name, and passed over: x2, H2O, v1.2.3, the unit in `7\\text{ cm}^2`. Other numerals are read whole or
-    not at all, never a piece: where the last one is 12,34 or 1.234.567, a date, a time, a power (2^10), a root, part of a
-    fraction with letters or an uncertainty (9.8 ± 0.1), the reply is wrong.
+    Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x
+    10^-3, 3/4, 1 3/4, 0x1F (0b1, 0o7), in the digits of any script and as LaTeX has them
+    (`1{,}234`, `\\frac{3}{4}`). A hyphen between two numbers or names is no sign (3-4). What
+    follows a number is its unit: 50% is 50, 7kg is 7. What has digits and begins with a letter is a
+    name, and passed over: x2, H2O, v1.2.3, the unit in `7\\text{ cm}^2`. Other numerals are read
+    whole or not at all, never a piece: where the last one is 12,34 or 1.234.567, a date, a time, a
+    power (2^10), a root, part of a fraction with letters or an uncertainty (9.8 ± 0.1), the reply
+    is wrong.
     """
     value, answer = last_number(completion)
-    return Verdict(float(value is not None and value == read_number(plain_digits(problem.answer))), answer)
+    return Verdict(
+        float(value is not None and value == read_number(plain_digits(problem.answer))), answer
+    )

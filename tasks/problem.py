@@ -20,9 +20,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """The splits of a task. dev is held out of the published training split (a deviation; dev=0 trains on all of it).
+    """The splits of a task. dev is held out of the published training split (a deviation; dev=0
+    trains on all of it).
 
-    name: with what a report has to say of it, such as a window. card: what is known to be wrong with the data.
+    name: with what a report has to say of it, such as a window. card: what is known to be wrong
+    with the data.
     """
 
     name: str
@@ -32,15 +34,20 @@ class Task:
     card: str = ""
 
 
-SUCCESS = 0.5  # a reward above this is a success: that of memory.py, which knows nothing of tasks, nor they of it
-MAX_FEEDBACK = 20_000  # characters of feedback that are kept: it is tokenised for every teacher and every reflection
+# a reward above this is a success: that of memory.py, which knows nothing of tasks, nor they of it
+SUCCESS = 0.5
+# characters of feedback that are kept: it is tokenised for every teacher and every reflection
+MAX_FEEDBACK = 20_000
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward: a number from 0 to 1. answer: text that the estimators vote on, the same for all answers that the verifier
-    takes for equal. feedback: text for the teacher, empty where there is none.
+    """reward: a number from 0 to 1. answer: text that the estimators vote on, the same for all
+    answers that the verifier takes for equal. feedback: text for the teacher, empty where there is
+    none.
 
-    For programs, test_pass_rate is the share of tests passed (never the reward) and status that of Judgement, or no_code.
+    For programs, test_pass_rate is the share of tests passed (never the reward) and status that of
+    Judgement, or no_code.
     """
 
     reward: float
@@ -51,23 +58,34 @@ class Verdict:
 
 
 def checked(verdict) -> Verdict:
-    """The verdict with numbers of Python's own, its feedback cut to MAX_FEEDBACK. ValueError, with what is wrong and what it
-    has to be, for one that estimators, memory and records could not use.
+    """The verdict with numbers of Python's own, its feedback cut to MAX_FEEDBACK. ValueError, with
+    what is wrong and what it has to be, for one that estimators, memory and records could not use.
     """
     if not isinstance(verdict, Verdict):
         raise ValueError(f"{shown(verdict)}, where it has to return a Verdict")
     reward, rate, answer = number(verdict.reward), number(verdict.test_pass_rate), verdict.answer
     if reward is None or not 0 <= reward <= 1:  # a NaN is not
-        raise ValueError(f"the reward {shown(verdict.reward)}, where it has to be a number from 0 to 1")
+        raise ValueError(
+            f"the reward {shown(verdict.reward)}, where it has to be a number from 0 to 1"
+        )
     if verdict.test_pass_rate is not None and (rate is None or not 0 <= rate <= 1):
-        raise ValueError(f"the test_pass_rate {shown(verdict.test_pass_rate)}, where it has to be None or from 0 to 1")
+        raise ValueError(
+            f"the test_pass_rate {shown(verdict.test_pass_rate)}, where it has to be None or from 0"
+            " to 1"
+        )
     if number(answer) is not None:
         answer = str(answer)
-    for name, text in (("answer", answer), ("feedback", verdict.feedback), ("status", verdict.status)):
+    for name, text in (
+        ("answer", answer),
+        ("feedback", verdict.feedback),
+        ("status", verdict.status),
+    ):
         if not isinstance(text, str):
             raise ValueError(f"the {name} {shown(text)}, where it has to be a text")
         if not holdable(text):
-            raise ValueError(f"the {name} {shown(text)}, with half a surrogate pair, which UTF-8 can't hold")
+            raise ValueError(
+                f"the {name} {shown(text)}, with half a surrogate pair, which UTF-8 can't hold"
+            )
     feedback = verdict.feedback.replace("\0", "\ufffd")  # a program may print one
     if len(feedback) > MAX_FEEDBACK:
         feedback = f"{feedback[:MAX_FEEDBACK]}\n[cut here: {len(feedback)} characters]"
@@ -86,7 +104,9 @@ def shown(value) -> str:
 
 
 def holdable(text) -> bool:
-    """Whether UTF-8 can hold a text: not where it has half a surrogate pair, as JSON's escapes allow."""
+    """Whether UTF-8 can hold a text: not where it has half a surrogate pair, as JSON's escapes
+    allow.
+    """
     try:
         text.encode()
         return True

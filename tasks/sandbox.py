@@ -2,29 +2,37 @@
 
     execute(code, inputs, ...)  -> an Outcome for each input, in order
 
-Expected outputs are no argument of anything in this file: they stay in the caller's process, which compares. What comes
-back is bytes of bounded number, never unpickled, never evaluated. So a program can lie about everything except the
-answer it has to print.
+Expected outputs are no argument of anything in this file: they stay in the caller's process, which
+compares. What comes back is bytes of bounded number, never unpickled, never evaluated. So a program
+can lie about everything except the answer it has to print.
 
 The walls, from the outside in:
-- bubblewrap: own user, pid, net, ipc, uts and cgroup namespaces, no further user namespaces, no capabilities, no new
-  privileges, an empty environment; /usr and the interpreter read-only, /tmp and /dev/shm private and of 64 MiB each, a
-  third such place for the tests' streams, nothing else writable. Where we are root, the user `nobody` makes the sandbox,
-  since root's processes know no limit of their number; a mount namespace, made once, shows him the interpreter, which may
-  lie in root's home.
-- `call_filter`, seccomp on every process inside: no kernel keys (the session's keyring is inherited, by any namespace),
-  no SysV memory and no memfd (they belong to no process, so no limit counts them), no sockets but local and IP ones (vsock
-  knows no network namespace), no tracing, io_uring, bpf, perf or mounts; and nobody may ignore SIGCHLD, since the CPU time
-  of children that the kernel reaps is counted nowhere.
-- `runner`, process 1 of the pid namespace: the kernel drops every signal that a process inside sends to it, it is not
-  dumpable, so its memory and descriptors are closed to processes of the same user, and when it goes all go.
-- Each test is a fork of it with limits of its own: CPU time (of all its processes together), a wall limit four times as
-  long against sleepers (who do not get it anew for each test), memory, number of processes, file and output size. When its
-  first process ends, all that it left behind is killed before the output is read.
+- bubblewrap: own user, pid, net, ipc, uts and cgroup namespaces, no further user namespaces, no
+  capabilities, no new
+  privileges, an empty environment; /usr and the interpreter read-only, /tmp and /dev/shm private
+  and of 64 MiB each, a third such place for the tests' streams, nothing else writable. Where we are
+  root, the user `nobody` makes the sandbox, since root's processes know no limit of their number; a
+  mount namespace, made once, shows him the interpreter, which may lie in root's home.
+- `call_filter`, seccomp on every process inside: no kernel keys (the session's keyring is
+  inherited, by any namespace),
+  no SysV memory and no memfd (they belong to no process, so no limit counts them), no sockets but
+  local and IP ones (vsock knows no network namespace), no tracing, io_uring, bpf, perf or mounts;
+  and nobody may ignore SIGCHLD, since the CPU time of children that the kernel reaps is counted
+  nowhere.
+- `runner`, process 1 of the pid namespace: the kernel drops every signal that a process inside
+  sends to it, it is not
+  dumpable, so its memory and descriptors are closed to processes of the same user, and when it goes
+  all go.
+- Each test is a fork of it with limits of its own: CPU time (of all its processes together), a wall
+  limit four times as
+  long against sleepers (who do not get it anew for each test), memory, number of processes, file
+  and output size. When its first process ends, all that it left behind is killed before the output
+  is read.
 
-Not walled off: bugs of the kernel in the calls that are left, and the buffers of sockets and pipes, which belong to no
-process. What handles SIGCHLD itself fails (multiprocessing's forkserver, `wait` in a shell). Files in /tmp live as long as
-the program's sandbox, so a test can see those of an earlier test.
+Not walled off: bugs of the kernel in the calls that are left, and the buffers of sockets and pipes,
+which belong to no process. What handles SIGCHLD itself fails (multiprocessing's forkserver, `wait`
+in a shell). Files in /tmp live as long as the program's sandbox, so a test can see those of an
+earlier test.
 """
 
 import builtins
@@ -52,34 +60,67 @@ DISK = 64 << 20  # bytes in /tmp, and again in /dev/shm, and of a test's input
 PROCESSES = 64  # of one test, threads counted
 WALL = 4.0  # the wall limit in units of the CPU limit: a loaded machine must not change a verdict
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the ranks of one machine share them
-ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
-               "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-UNPROTECTED = """Running generated code WITHOUT a sandbox. It gets a fresh process with limits on CPU time, memory, file
-size and processes, and nothing else: it can read and write all that you can, use the network, signal your processes and
-leave some behind. Install the sandbox (apt install bubblewrap libseccomp2), or do this where nothing can be lost."""
-# What no contest program needs of the kernel. A name that the library does not know on this machine is passed over.
-REFUSED = """add_key keyctl request_key shmget shmat semget msgget mq_open memfd_create memfd_secret io_uring_setup
-io_uring_enter io_uring_register userfaultfd bpf perf_event_open ptrace process_vm_readv process_vm_writev process_madvise
-pidfd_getfd kcmp unshare setns mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick
-mount_setattr name_to_handle_at open_by_handle_at fanotify_init quotactl quotactl_fd acct swapon swapoff syslog init_module
-finit_module delete_module kexec_load kexec_file_load reboot settimeofday clock_settime clock_adjtime adjtimex iopl ioperm
-modify_ldt vmsplice move_pages migrate_pages lookup_dcookie vhangup nfsservctl""".split()
-START = "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code, globals())(*job)"
+CORES = max(
+    1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+)  # the ranks of one machine share them
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+UNPROTECTED = """\
+Running generated code WITHOUT a sandbox. It gets a fresh process with limits on CPU time, memory,
+file size and processes, and nothing else: it can read and write all that you can, use the
+network, signal your processes and leave some behind. Install the sandbox (apt install bubblewrap
+libseccomp2), or do this where nothing can be lost."""
+# What no contest program needs of the kernel. A name that the library does not know on this machine
+# is passed over.
+REFUSED = """
+add_key keyctl request_key shmget shmat semget msgget mq_open memfd_create memfd_secret
+io_uring_setup io_uring_enter io_uring_register userfaultfd bpf perf_event_open ptrace
+process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp unshare setns mount umount2
+pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr
+name_to_handle_at open_by_handle_at fanotify_init quotactl quotactl_fd acct swapon swapoff syslog
+init_module finit_module delete_module kexec_load kexec_file_load reboot settimeofday
+clock_settime clock_adjtime adjtimex iopl ioperm modify_ldt vmsplice move_pages migrate_pages
+lookup_dcookie vhangup nfsservctl
+""".split()
+START = (
+    "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code,"
+    " globals())(*job)"
+)
 unsafe_exec = False
 slots = threading.BoundedSemaphore(CORES)
 
 
 class Outcome(NamedTuple):
-    """status: ran, runtime_error or time_limit. output: stdout, or the returned value as JSON. error: text for people."""
+    """status: ran, runtime_error or time_limit. output: stdout, or the returned value as JSON.
+    error: text for people.
+    """
 
     status: str
     output: bytes
     error: str
 
 
-def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_limit, processes, wanted, site):
-    """Runs inside, as process 1, on arguments of its own: its code object is what is sent in. Writes results to fd 1."""
+def runner(
+    code,
+    inputs,
+    fn_name,
+    time_limit,
+    wall_limit,
+    memory_limit,
+    output_limit,
+    processes,
+    wanted,
+    site,
+):
+    """Runs inside, as process 1, on arguments of its own: its code object is what is sent in.
+    Writes results to fd 1.
+    """
     import _ctypes
     import atexit
     import builtins
@@ -89,8 +130,14 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
     import select
     import sys
     import time
-    from _json import encode_basestring_ascii, make_encoder  # these three for their C parts alone: importing the
-    from _signal import SIG_IGN, signal  # public modules json, signal and ctypes takes longer than all else here
+    from _json import (
+        encode_basestring_ascii,
+        make_encoder,
+    )  # these three for their C parts alone: importing the
+    from _signal import (
+        SIG_IGN,
+        signal,
+    )  # public modules json, signal and ctypes takes longer than all else here
     from resource import (
         RLIMIT_AS,
         RLIMIT_CORE,
@@ -106,22 +153,32 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
     def c_call(name, *arguments):
         return _ctypes.call_cdeclfunction(_ctypes.dlsym(_ctypes.dlopen(None, 0), name), arguments)
 
-    c_call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE 0: no other process may trace us or open what is ours in /proc
-    signal(2, SIG_IGN)  # SIGINT, the one signal Python handles: all others a process 1 never gets from inside
-    alone = os.getpid() == 1  # else there is no pid namespace, and more than our children to be seen and killed
+    c_call(
+        "prctl", 4, 0, 0, 0, 0
+    )  # PR_SET_DUMPABLE 0: no other process may trace us or open what is ours in /proc
+    signal(
+        2, SIG_IGN
+    )  # SIGINT, the one signal Python handles: all others a process 1 never gets from inside
+    alone = (
+        os.getpid() == 1
+    )  # else there is no pid namespace, and more than our children to be seen and killed
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
     def send(data):
         while data:
-            data = data[os.write(results, data):]
+            data = data[os.write(results, data) :]
 
     def usage(child):
-        """CPU seconds and resident bytes of the test's processes together (without a namespace: of its first one).
+        """CPU seconds and resident bytes of the test's processes together (without a namespace: of
+        its first one).
 
-        Pages that processes share are counted once, which takes longer, so only where it can matter.
+        Pages that processes share are counted once, which takes longer, so only where it can
+        matter.
         """
         cpu, resident = 0, {}
-        for pid in [p for p in os.listdir("/proc") if p.isdigit() and p != "1"] if alone else [str(child)]:
+        for pid in (
+            [p for p in os.listdir("/proc") if p.isdigit() and p != "1"] if alone else [str(child)]
+        ):
             try:
                 with open(f"/proc/{pid}/stat", "rb") as file:
                     fields = file.read().rpartition(b")")[2].split()
@@ -141,8 +198,9 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         return cpu, sum(resident.values())
 
     def plain(value):
-        """What JSON does not know: numpy's numbers and arrays, fractions and decimals are as good as the numbers they equal,
-        other things their repr."""
+        """What JSON does not know: numpy's numbers and arrays, fractions and decimals are as good
+        as the numbers they equal, other things their repr.
+        """
         if hasattr(value, "tolist"):
             return value.tolist()
         for kind in (int, float):
@@ -154,15 +212,19 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         return repr(value)
 
     def call(namespace, arguments):
-        """Calls the named function, a method of Solution or a bare one. Its value, as JSON, becomes the output."""
+        """Calls the named function, a method of Solution or a bare one. Its value, as JSON, becomes
+        the output.
+        """
         owner = namespace.get("Solution")
         function = getattr(owner(), fn_name) if hasattr(owner, fn_name) else namespace[fn_name]
-        encode = make_encoder(None, plain, encode_basestring_ascii, None, ": ", ", ", False, False, True)
+        encode = make_encoder(
+            None, plain, encode_basestring_ascii, None, ": ", ", ", False, False, True
+        )
         answer = "".join(encode(function(*arguments), 0)).encode()
         os.ftruncate(1, 0)  # what it printed is no answer, and what it left in a buffer never comes
         os.lseek(1, 0, 0)
         while answer:
-            answer = answer[os.write(1, answer):]
+            answer = answer[os.write(1, answer) :]
 
     def explain(error):
         """Type, message and the last three lines of the program itself that led there."""
@@ -174,8 +236,10 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         if isinstance(error, SyntaxError) and error.lineno:
             frames.append((error.lineno, "<module>"))
         lines = code.split("\n")
-        where = "".join(f"\n  {''.join(lines[n - 1:n]).strip()}\nLine {n} in {name} (Solution.py)"
-                        for n, name in frames[-3:])
+        where = "".join(
+            f"\n  {''.join(lines[n - 1 : n]).strip()}\nLine {n} in {name} (Solution.py)"
+            for n, name in frames[-3:]
+        )
         os.ftruncate(2, 0)
         os.lseek(2, 0, 0)
         os.write(2, f"{type(error).__name__}: {error}{where}".encode("utf-8", "replace")[:4000])
@@ -183,9 +247,17 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
     def program(given):
         """The forked child: limits, then the program, run as Python would. Gives the exit code."""
         hard = getrlimit(RLIMIT_STACK)[1]
-        setrlimit(RLIMIT_STACK, (120 << 20 if hard < 0 else min(120 << 20, hard), hard))  # for deep recursion through C
-        for kind, limit in ((RLIMIT_AS, memory_limit), (RLIMIT_CPU, int(time_limit) + 2), (RLIMIT_FSIZE, output_limit),
-                            (RLIMIT_NPROC, processes), (RLIMIT_NOFILE, 64), (RLIMIT_CORE, 0)):
+        setrlimit(
+            RLIMIT_STACK, (120 << 20 if hard < 0 else min(120 << 20, hard), hard)
+        )  # for deep recursion through C
+        for kind, limit in (
+            (RLIMIT_AS, memory_limit),
+            (RLIMIT_CPU, int(time_limit) + 2),
+            (RLIMIT_FSIZE, output_limit),
+            (RLIMIT_NPROC, processes),
+            (RLIMIT_NOFILE, 64),
+            (RLIMIT_CORE, 0),
+        ):
             setrlimit(kind, (limit, limit))
         sys.argv[:] = ["Solution.py"]
         sys.setrecursionlimit(50_000)
@@ -194,7 +266,11 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         sys.modules[main] = module
         module.__dict__.update(prelude, __file__=path)
         try:
-            parsed = marshal.loads(compiled) if compiled else compile(code, "Solution.py", "exec", dont_inherit=True)
+            parsed = (
+                marshal.loads(compiled)
+                if compiled
+                else compile(code, "Solution.py", "exec", dont_inherit=True)
+            )
             if given is None:
                 os.write(1, marshal.dumps(parsed))
                 return 0
@@ -210,7 +286,9 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
                 sys.modules["threading"]._shutdown()
             atexit._run_exitfuncs()
             flush()
-            sys.modules.pop(main, None)  # as Python ends: objects that say something when they go, files nobody closed
+            sys.modules.pop(
+                main, None
+            )  # as Python ends: objects that say something when they go, files nobody closed
             module = None
             gc.collect()
             flush()
@@ -221,8 +299,14 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
             return 1
 
     def unnamed():
-        """A file in memory without a name. Inside, it has a place of limited size, since the filter forbids a memfd."""
-        return os.open("/streams", os.O_TMPFILE | os.O_RDWR, 0o600) if alone else os.memfd_create("unnamed")
+        """A file in memory without a name. Inside, it has a place of limited size, since the filter
+        forbids a memfd.
+        """
+        return (
+            os.open("/streams", os.O_TMPFILE | os.O_RDWR, 0o600)
+            if alone
+            else os.memfd_create("unnamed")
+        )
 
     def flush():
         """Our stdout, and what the program may have put in its place, if that can be flushed."""
@@ -234,10 +318,12 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
                 pass
 
     def attempt(given):
-        """One test: status, output and error text. Its streams are files, so no pipe can fill or stay open.
+        """One test: status, output and error text. Its streams are files, so no pipe can fill or
+        stay open.
 
-        Given nothing, the program is compiled and the code is the output: parsing can take a hostile text's time, too.
-        The clock's limit holds for each test, and for all so far beyond the time that their CPU seconds explain.
+        Given nothing, the program is compiled and the code is the output: parsing can take a
+        hostile text's time, too. The clock's limit holds for each test, and for all so far beyond
+        the time that their CPU seconds explain.
         """
         nonlocal spent, waited
         files = [unnamed(), unnamed(), unnamed()]
@@ -261,13 +347,22 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         while not poll.poll(50):
             cpu, memory = usage(child)
             wall = time.monotonic() - start
-            if cpu > time_limit or wall > wall_limit or waited + wall > wall_limit * (1 + (spent + cpu) / time_limit):
+            if (
+                cpu > time_limit
+                or wall > wall_limit
+                or waited + wall > wall_limit * (1 + (spent + cpu) / time_limit)
+            ):
                 status = "time_limit"
                 break
             if memory > memory_limit:
-                status, error = "runtime_error", b"MemoryError: its processes together used too much memory"
+                status, error = (
+                    "runtime_error",
+                    b"MemoryError: its processes together used too much memory",
+                )
                 break
-        for victim in (-1,) if alone else (-child, child):  # -1: all but us, at once, so that no fork escapes
+        for victim in (
+            (-1,) if alone else (-child, child)
+        ):  # -1: all but us, at once, so that no fork escapes
             try:
                 os.kill(victim, 9)
             except ProcessLookupError:
@@ -281,7 +376,9 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         except ChildProcessError:
             pass
         spent, waited = spent + cpu, waited + time.monotonic() - start
-        output, said = (os.pread(fd, min(os.fstat(fd).st_size, output_limit), 0) for fd in files[1:])
+        output, said = (
+            os.pread(fd, min(os.fstat(fd).st_size, output_limit), 0) for fd in files[1:]
+        )
         for fd in (*files, pidfd):
             os.close(fd)
         exit_code = os.waitstatus_to_exitcode(ended[child])
@@ -292,12 +389,25 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
         return status, output, error[:4000]
 
     spent = waited = 0.0  # by the tests so far, CPU seconds and seconds
-    compiled, results, main, path = b"", os.dup(1), "solution" if fn_name else "__main__", os.path.abspath("Solution.py")
+    compiled, results, main, path = (
+        b"",
+        os.dup(1),
+        "solution" if fn_name else "__main__",
+        os.path.abspath("Solution.py"),
+    )
     with open(path, "wb") as file:  # for what reads or imports its own file
         file.write(code.encode("utf-8", "replace"))
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        os.dup2(unnamed(), fd)  # a file, as the test's own will be, or Python would take it for a pipe
-        stream = open(fd, mode, encoding="utf-8", errors="backslashreplace" if fd == 2 else "strict", closefd=False)
+        os.dup2(
+            unnamed(), fd
+        )  # a file, as the test's own will be, or Python would take it for a pipe
+        stream = open(
+            fd,
+            mode,
+            encoding="utf-8",
+            errors="backslashreplace" if fd == 2 else "strict",
+            closefd=False,
+        )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.path.append(site)
@@ -305,7 +415,9 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
     for name, module, attribute in wanted:
         try:
             loaded = __import__(module)
-        except ImportError:  # a package this interpreter has not got; the program will be told so itself
+        except (
+            ImportError
+        ):  # a package this interpreter has not got; the program will be told so itself
             continue
         if name:
             prelude[name] = getattr(loaded, attribute) if attribute else loaded
@@ -313,7 +425,9 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
     stdout = sys.stdout
     gc.freeze()  # what is here already need not be walked again when a test ends
     send(b"ready")
-    status, compiled, error = attempt(None)  # where that fails there is no output, and each test says why by itself
+    status, compiled, error = attempt(
+        None
+    )  # where that fails there is no output, and each test says why by itself
     for given in inputs:
         status, output, error = attempt(given)
         send(b"%-16s%16d%16d" % (status.encode(), len(output), len(error)) + output + error)
@@ -323,14 +437,20 @@ def runner(code, inputs, fn_name, time_limit, wall_limit, memory_limit, output_l
 
 @functools.cache
 def call_filter() -> bytes:
-    """The system calls that no program may make, as BPF for bubblewrap: see REFUSED. ValueError where it can't be made."""
+    """The system calls that no program may make, as BPF for bubblewrap: see REFUSED. ValueError
+    where it can't be made.
+    """
     try:
         import pyseccomp as seccomp
     except (ImportError, RuntimeError) as error:  # the second where it finds no library
-        raise ValueError("generated code runs only in a sandbox, which needs libseccomp: install it (apt install "
-                         "libseccomp2; pip install pyseccomp), or give --unsafe_exec to run code without one") from error
+        raise ValueError(
+            "generated code runs only in a sandbox, which needs libseccomp: install it (apt install"
+            " libseccomp2; pip install pyseccomp), or give --unsafe_exec to run code without one"
+        ) from error
     rules, refuse = seccomp.SyscallFilter(seccomp.ALLOW), seccomp.ERRNO(errno.EPERM)
-    rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS)  # 32-bit calls have other numbers
+    rules.set_attr(
+        seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS
+    )  # 32-bit calls have other numbers
     for name in REFUSED:
         try:
             rules.add_rule(refuse, name)
@@ -338,11 +458,20 @@ def call_filter() -> bytes:
             pass
     for call in ("socket", "socketpair"):
         for family in {*range(socket.AF_INET6)} - {socket.AF_UNIX, socket.AF_INET}:
-            rules.add_rule(seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.EQ, family))
-        rules.add_rule(seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.GT, socket.AF_INET6))
-    # The kernel reads the low half of the number alone, so that is what is compared. Reading an action sets no new one.
-    rules.add_rule(refuse, "rt_sigaction", seccomp.Arg(0, seccomp.MASKED_EQ, 0xffffffff, signal.SIGCHLD),
-                   seccomp.Arg(1, seccomp.NE, 0))
+            rules.add_rule(
+                seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.EQ, family)
+            )
+        rules.add_rule(
+            seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.GT, socket.AF_INET6)
+        )
+    # The kernel reads the low half of the number alone, so that is what is compared. Reading an
+    # action sets no new one.
+    rules.add_rule(
+        refuse,
+        "rt_sigaction",
+        seccomp.Arg(0, seccomp.MASKED_EQ, 0xFFFFFFFF, signal.SIGCHLD),
+        seccomp.Arg(1, seccomp.NE, 0),
+    )
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)
@@ -351,7 +480,9 @@ def call_filter() -> bytes:
 
 @contextlib.contextmanager
 def filtered(command):
-    """(command, descriptors to pass) of a sandbox with call_filter, in a descriptor of its own, since reading moves it."""
+    """(command, descriptors to pass) of a sandbox with call_filter, in a descriptor of its own,
+    since reading moves it.
+    """
     with os.fdopen(os.memfd_create("filter"), "w+b", buffering=0) as file:
         file.write(call_filter())
         file.seek(0)
@@ -360,43 +491,138 @@ def filtered(command):
 
 @functools.cache
 def sandbox_command() -> list[str]:
-    """The command that the interpreter's own arguments follow, but for the filter, which `filtered` adds. ValueError, in a
-    sentence, where there is no sandbox."""
-    for tool in ("bwrap", "nsenter")[:1 if os.getuid() else 2]:
+    """The command that the interpreter's own arguments follow, but for the filter, which `filtered`
+    adds. ValueError, in a sentence, where there is no sandbox.
+    """
+    for tool in ("bwrap", "nsenter")[: 1 if os.getuid() else 2]:
         if not shutil.which(tool, path=ENVIRONMENT["PATH"]):
-            raise ValueError(f"generated code runs only in a sandbox, which needs {tool}: install it (apt install "
-                             "bubblewrap util-linux), or give --unsafe_exec to run code without one")
+            raise ValueError(
+                f"generated code runs only in a sandbox, which needs {tool}: install it (apt"
+                " install bubblewrap util-linux), or give --unsafe_exec to run code without one"
+            )
     call_filter()
     python, base, site = os.path.realpath(sys._base_executable), sys.base_prefix, site_packages()
     outer = []
     if os.getuid() == 0:
-        view = subprocess.Popen(["bwrap", "--dev-bind", "/", "/", "--tmpfs", "/mnt", "--ro-bind", base, "/mnt/base",
-                                 "--ro-bind", site, "/mnt/site", "/bin/sh", "-c", "echo $$; read wait"], env=ENVIRONMENT,
-                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if pid := view.stdout.readline().strip():  # the mount namespace lives as long as our descriptor of it
+        view = subprocess.Popen(
+            [
+                "bwrap",
+                "--dev-bind",
+                "/",
+                "/",
+                "--tmpfs",
+                "/mnt",
+                "--ro-bind",
+                base,
+                "/mnt/base",
+                "--ro-bind",
+                site,
+                "/mnt/site",
+                "/bin/sh",
+                "-c",
+                "echo $$; read wait",
+            ],
+            env=ENVIRONMENT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        if (
+            pid := view.stdout.readline().strip()
+        ):  # the mount namespace lives as long as our descriptor of it
             mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
-            outer = ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}", "--setuid", "65534", "--setgid", "65534"]
+            outer = [
+                "nsenter",
+                f"--mount=/proc/{os.getpid()}/fd/{mounts}",
+                "--setuid",
+                "65534",
+                "--setgid",
+                "65534",
+            ]
         if why := view.communicate()[1]:
             raise ValueError(f"bubblewrap is installed but can't be used here: {why.strip()}")
         base, site = "/mnt/base", "/mnt/site"
     # The names of the session's keys, which the filter does not keep from being read.
-    hidden = [part for name in ("/proc/keys", "/proc/key-users") if os.path.exists(name)
-              for part in ("--ro-bind", "/dev/null", name)]
+    hidden = [
+        part
+        for name in ("/proc/keys", "/proc/key-users")
+        if os.path.exists(name)
+        for part in ("--ro-bind", "/dev/null", name)
+    ]
     command = [
-        *outer, "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534",
-        "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "sandbox",
-        "--ro-bind", "/usr", "/usr", "--ro-bind-try", "/lib", "/lib", "--ro-bind-try", "/lib64", "/lib64",
-        "--ro-bind-try", "/bin", "/bin", "--proc", "/proc", *hidden, "--dev", "/dev",
-        "--size", str(DISK), "--tmpfs", "/dev/shm", "--size", str(DISK), "--tmpfs", "/tmp",
-        "--size", str(DISK + 2 * OUTPUT), "--tmpfs", "/streams",
-        "--ro-bind", base, sys.base_prefix, "--ro-bind", site, "/site", "--chdir", "/tmp",
-        "--remount-ro", "/dev", "--remount-ro", "/", python]
+        *outer,
+        "bwrap",
+        "--unshare-all",
+        "--unshare-user",
+        "--disable-userns",
+        "--uid",
+        "65534",
+        "--gid",
+        "65534",
+        "--cap-drop",
+        "ALL",
+        "--new-session",
+        "--die-with-parent",
+        "--as-pid-1",
+        "--hostname",
+        "sandbox",
+        "--ro-bind",
+        "/usr",
+        "/usr",
+        "--ro-bind-try",
+        "/lib",
+        "/lib",
+        "--ro-bind-try",
+        "/lib64",
+        "/lib64",
+        "--ro-bind-try",
+        "/bin",
+        "/bin",
+        "--proc",
+        "/proc",
+        *hidden,
+        "--dev",
+        "/dev",
+        "--size",
+        str(DISK),
+        "--tmpfs",
+        "/dev/shm",
+        "--size",
+        str(DISK),
+        "--tmpfs",
+        "/tmp",
+        "--size",
+        str(DISK + 2 * OUTPUT),
+        "--tmpfs",
+        "/streams",
+        "--ro-bind",
+        base,
+        sys.base_prefix,
+        "--ro-bind",
+        site,
+        "/site",
+        "--chdir",
+        "/tmp",
+        "--remount-ro",
+        "/dev",
+        "--remount-ro",
+        "/",
+        python,
+    ]
     with filtered(command) as (whole, passed):
-        trial = subprocess.run([*whole, "-S", "-c", "print(1)"], capture_output=True, text=True, env=ENVIRONMENT,
-                               pass_fds=passed)
+        trial = subprocess.run(
+            [*whole, "-S", "-c", "print(1)"],
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            pass_fds=passed,
+        )
     if trial.stdout != "1\n":
-        raise ValueError("bubblewrap is installed but makes no sandbox here (it has to be 0.8 or later, with user "
-                         f"namespaces allowed); it says: {trial.stderr.strip()}")
+        raise ValueError(
+            "bubblewrap is installed but makes no sandbox here (it has to be 0.8 or later, with"
+            f" user namespaces allowed); it says: {trial.stderr.strip()}"
+        )
     return command
 
 
@@ -406,7 +632,9 @@ def site_packages() -> str:
 
 
 def allow_unsafe_exec():
-    """--unsafe_exec: where there is no sandbox, run generated code without one. Says what that means."""
+    """--unsafe_exec: where there is no sandbox, run generated code without one. Says what that
+    means.
+    """
     global unsafe_exec
     unsafe_exec = True
     try:
@@ -417,11 +645,32 @@ def allow_unsafe_exec():
 
 @functools.cache
 def prelude() -> dict:
-    """The names that the official harness imports before a program runs: {name: (module, attribute or None)}."""
-    modules = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
-               "itertools", "functools", "operator", "io", "sys", "json", "typing")
+    """The names that the official harness imports before a program runs: {name: (module, attribute
+    or None)}.
+    """
+    modules = (
+        "string",
+        "re",
+        "datetime",
+        "collections",
+        "heapq",
+        "bisect",
+        "copy",
+        "math",
+        "random",
+        "statistics",
+        "itertools",
+        "functools",
+        "operator",
+        "io",
+        "sys",
+        "json",
+        "typing",
+    )
     table = {}
-    for module in modules:  # later ones win, builtins over all but typing, modules over what they hold
+    for (
+        module
+    ) in modules:  # later ones win, builtins over all but typing, modules over what they hold
         loaded = __import__(module)
         public = getattr(loaded, "__all__", [n for n in vars(loaded) if not n.startswith("_")])
         table |= {n: (module, n) for n in public if module == "typing" or not hasattr(builtins, n)}
@@ -429,16 +678,21 @@ def prelude() -> dict:
 
 
 def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
-    """Runs a program on each input; yields an Outcome for each, until one runs out of time, which ends the program's run.
+    """Runs a program on each input; yields an Outcome for each, until one runs out of time, which
+    ends the program's run.
 
-    fn_name: None for a program that reads stdin and prints; else the function (a method of Solution, or a bare one) to be
-    called with the JSON values on the lines of the input. time_limit: CPU seconds a test; WALL times as much may pass on
-    the clock in a test, and in all tests beside WALL times the CPU seconds they used. memory_mb: MiB of address space of
-    each process, and of resident memory of all together. No more programs run at once than there are cores. ValueError
-    where there is no sandbox, for a line that is no JSON, and for an input of more than DISK.
+    fn_name: None for a program that reads stdin and prints; else the function (a method of
+    Solution, or a bare one) to be called with the JSON values on the lines of the input.
+    time_limit: CPU seconds a test; WALL times as much may pass on the clock in a test, and in all
+    tests beside WALL times the CPU seconds they used. memory_mb: MiB of address space of each
+    process, and of resident memory of all together. No more programs run at once than there are
+    cores. ValueError where there is no sandbox, for a line that is no JSON, and for an input of
+    more than DISK.
     """
     if fn_name:
-        inputs = [[json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs]
+        inputs = [
+            [json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs
+        ]
     else:
         inputs = [text.encode("utf-8", "replace") for text in inputs]
         if (largest := max(map(len, inputs), default=0)) > DISK:
@@ -449,16 +703,50 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
     except ValueError:
         if not unsafe_exec:
             raise
-        sandbox, site = contextlib.nullcontext(([os.path.realpath(sys._base_executable)], ())), site_packages()
+        sandbox, site = (
+            contextlib.nullcontext(([os.path.realpath(sys._base_executable)], ())),
+            site_packages(),
+        )
     words = set(re.findall(r"\w+", code))
     # What the program names of the prelude, plus modules worth importing once and not in each test.
     wanted = [(name, *prelude()[name]) for name in words & prelude().keys()]
-    wanted += [("", name, None) for name in words & {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}]
-    job = marshal.dumps((runner.__code__, (code, inputs, fn_name, time_limit, WALL * time_limit, memory_mb << 20,
-                                           OUTPUT, PROCESSES, wanted, site)))
-    with slots, tempfile.TemporaryDirectory() as scratch, sandbox as (command, passed), subprocess.Popen(
-            [*command, "-S", "-s", "-P", "-X", "utf8", "-c", START], env=ENVIRONMENT, cwd=scratch, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pass_fds=passed) as process:
+    wanted += [
+        ("", name, None)
+        for name in words & {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}
+    ]
+    job = marshal.dumps(
+        (
+            runner.__code__,
+            (
+                code,
+                inputs,
+                fn_name,
+                time_limit,
+                WALL * time_limit,
+                memory_mb << 20,
+                OUTPUT,
+                PROCESSES,
+                wanted,
+                site,
+            ),
+        )
+    )
+    with (
+        slots,
+        tempfile.TemporaryDirectory() as scratch,
+        sandbox as (command, passed),
+        subprocess.Popen(
+            [*command, "-S", "-s", "-P", "-X", "utf8", "-c", START],
+            env=ENVIRONMENT,
+            cwd=scratch,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=passed,
+        ) as process,
+    ):
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
 
@@ -466,7 +754,9 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
             """n bytes, or fewer where the runner has ended."""
             data = bytearray()
             while len(data) < n:
-                if not poll.poll(1000 * (WALL * time_limit + 60)):  # the runner has its own, shorter limit
+                if not poll.poll(
+                    1000 * (WALL * time_limit + 60)
+                ):  # the runner has its own, shorter limit
                     raise TimeoutError
                 part = process.stdout.read(min(n - len(data), 1 << 20))
                 if not part:
@@ -479,17 +769,26 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
                 with process.stdin:
                     view = memoryview(job)
                     while view:
-                        view = view[process.stdin.write(view):]
+                        view = view[process.stdin.write(view) :]
             except BrokenPipeError:
                 pass  # it has not started; the next lines say why
             if receive(5) != b"ready":
-                raise ValueError(f"the sandbox did not start: {process.stderr.read().decode(errors='replace').strip()}")
+                raise ValueError(
+                    "the sandbox did not start:"
+                    f" {process.stderr.read().decode(errors='replace').strip()}"
+                )
             for _ in inputs:
                 head = receive(48)
-                if len(head) < 48:  # the runner is gone, or has stopped after a test that ran out of time
+                if (
+                    len(head) < 48
+                ):  # the runner is gone, or has stopped after a test that ran out of time
                     break
                 status, size, length = head.split()
-                yield Outcome(status.decode(), receive(int(size)), receive(int(length)).decode(errors="replace"))
+                yield Outcome(
+                    status.decode(),
+                    receive(int(size)),
+                    receive(int(length)).decode(errors="replace"),
+                )
         except TimeoutError:  # a program can starve the runner of CPU time
             yield Outcome("time_limit", b"", "")
         finally:

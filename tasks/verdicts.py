@@ -11,13 +11,20 @@ from tasks.nano import verify_steps
 from tasks.problem import Verdict, checked, holdable
 from tasks.sandbox import CORES
 
-VERIFIERS = {"steps": verify_steps, "choice": verify_choice, "last_number": verify_last_number, "code": verify_code}
+VERIFIERS = {
+    "steps": verify_steps,
+    "choice": verify_choice,
+    "last_number": verify_last_number,
+    "code": verify_code,
+}
 
 
 def verify(problem, completion, lenient=False) -> Verdict:
-    """The verdict on one completion (text): a pure function of both. lenient concerns multiple choice alone.
+    """The verdict on one completion (text): a pure function of both. lenient concerns multiple
+    choice alone.
 
-    ValueError, which names verifier and problem, for a verifier that fails or returns what is no verdict: see checked.
+    ValueError, which names verifier and problem, for a verifier that fails or returns what is no
+    verdict: see checked.
     """
     verifier = VERIFIERS[problem.verifier]
     if lenient and problem.verifier == "choice":
@@ -27,15 +34,22 @@ def verify(problem, completion, lenient=False) -> Verdict:
     try:
         verdict = verifier(problem, completion)
     except Exception as error:  # whatever a verifier of one's own raises
-        if verifier is verify_code and isinstance(error, ValueError):  # there is no sandbox, in a sentence
+        if verifier is verify_code and isinstance(
+            error, ValueError
+        ):  # there is no sandbox, in a sentence
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(f"the verifier {problem.verifier} failed on problem {problem.id!r}: {type(error).__name__} in "
-                         f"{Path(last.filename).name}, line {last.lineno}: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"the verifier {problem.verifier} failed on problem {problem.id!r}:"
+            f" {type(error).__name__} in {Path(last.filename).name}, line {last.lineno}:"
+            f" {' '.join(str(error).split())}"
+        ) from error
     try:
         return checked(verdict)
     except ValueError as error:
-        raise ValueError(f"the verifier {problem.verifier} returned {error} for problem {problem.id!r}") from error
+        raise ValueError(
+            f"the verifier {problem.verifier} returned {error} for problem {problem.id!r}"
+        ) from error
 
 
 def verify_all(problems, completions, lenient=False) -> list[Verdict]:

@@ -1,4 +1,6 @@
-"""A tiny policy (the embedded checkpoint), a memory with a scripted model, and a hand-made embedder."""
+"""A tiny policy (the embedded checkpoint), a memory with a scripted model, and a hand-made
+embedder.
+"""
 
 import dataclasses
 import os
@@ -43,7 +45,9 @@ class Attempt:
 
 def letters(texts):
     """An embedder to check by hand: the share of each letter, as a unit vector."""
-    table = np.array([[t.lower().count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for t in texts], np.float32)
+    table = np.array(
+        [[t.lower().count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for t in texts], np.float32
+    )
     table[:, 0] += 1e-3  # no zero vectors
     return table / np.linalg.norm(table, axis=1, keepdims=True)
 
@@ -83,7 +87,9 @@ def make_memory(tmp_path):
     made = []
 
     def make(rule=lambda prompt: "", embed=words, ground_insights=False, **knobs):
-        memory = (GroundedMemory if ground_insights else Memory)(tmp_path / f"{len(made)}.db", embed, Script(rule), **knobs)
+        memory = (GroundedMemory if ground_insights else Memory)(
+            tmp_path / f"{len(made)}.db", embed, Script(rule), **knobs
+        )
         made.append(memory)
         return memory
 
@@ -97,9 +103,21 @@ def make_config(tmp_path):
     """The nano preset, cut down to seconds."""
 
     def make(*flags, **changes):
-        small = dict(steps=2, batch_size=3, mini_batch_size=3, group_size=4, eval_problems=3, eval_k=2, eval_every=0,
-                     save_every=0, log_every=1, out=str(tmp_path))
-        method = ["--method", changes["method"]] if "method" in changes else []  # whose flags are its own
+        small = dict(
+            steps=2,
+            batch_size=3,
+            mini_batch_size=3,
+            group_size=4,
+            eval_problems=3,
+            eval_k=2,
+            eval_every=0,
+            save_every=0,
+            log_every=1,
+            out=str(tmp_path),
+        )
+        method = (
+            ["--method", changes["method"]] if "method" in changes else []
+        )  # whose flags are its own
         return dataclasses.replace(pmd.parse_flags([*flags, *method]), **(small | changes))
 
     return make

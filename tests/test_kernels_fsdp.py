@@ -1,5 +1,8 @@
-"""The losses within the forward pass of a sharded model, which holds the head: two gloo processes must give, in float64, the
-loss and gradient of autograd on the definition in one. The whole program on several ranks: see test_ranks.py."""
+"""The losses within the forward pass of a sharded model, which holds the head: two gloo processes
+must give, in float64, the loss and gradient of autograd on the definition in one. The whole program
+on several ranks: see test_ranks.py.
+"""
+
 import copy
 import functools
 import math
@@ -32,11 +35,14 @@ class Decoder(torch.nn.Module):
         self.layers = torch.nn.ModuleList([torch.nn.Linear(H, H)])
 
     def forward(self, input_ids, use_cache):
-        return SimpleNamespace(last_hidden_state=self.layers[0](self.embed_tokens(input_ids).cumsum(1)).tanh())
+        return SimpleNamespace(
+            last_hidden_state=self.layers[0](self.embed_tokens(input_ids).cumsum(1)).tanh()
+        )
 
 
 class Tiny(torch.nn.Module):
     """What the trainer asks of a model of transformers."""
+
     device = torch.device("cpu")
 
     def __init__(self, tied):
@@ -54,7 +60,9 @@ class Tiny(torch.nn.Module):
 
 
 def make(tied, kind):
-    """(config, student, teacher, rollouts of 8, 4 and 2 tokens, whose weights are exact in float32)."""
+    """(config, student, teacher, rollouts of 8, 4 and 2 tokens, whose weights are exact in
+    float32).
+    """
     cfg = pmd.Config(method="grpo" if kind == "grpo" else "pmd", alpha=0.5, top_k=0, device="cpu")
     torch.manual_seed(0)
     student, average = Tiny(tied == "tied").double(), Tiny(tied == "tied").double()
@@ -62,11 +70,21 @@ def make(tied, kind):
     for i, length in enumerate((8, 4, 2)):
         prompt, ids = torch.randint(V, (3 + i,)).tolist(), torch.randint(V, (length,)).tolist()
         sampled = torch.randn(length) - 2.5
-        old = sampled + torch.arange(length) % 2  # a weight of 1, or beyond its bound: exact in float32, which forms it
-        rollouts.append(SimpleNamespace(
-            problem=problem, prompt_ids=prompt, ids=ids, teacher_ids=[*torch.randint(V, (2,)).tolist(), *prompt],
-            rollout_logprobs=sampled, advantage=(0.5, -0.25, -0.25)[i] if kind == "grpo" else None, weight=1.0,
-            old_logprobs=old if kind == "grpo" else None))
+        old = (
+            sampled + torch.arange(length) % 2
+        )  # a weight of 1, or beyond its bound: exact in float32, which forms it
+        rollouts.append(
+            SimpleNamespace(
+                problem=problem,
+                prompt_ids=prompt,
+                ids=ids,
+                teacher_ids=[*torch.randint(V, (2,)).tolist(), *prompt],
+                rollout_logprobs=sampled,
+                advantage=(0.5, -0.25, -0.25)[i] if kind == "grpo" else None,
+                weight=1.0,
+                old_logprobs=old if kind == "grpo" else None,
+            )
+        )
         if kind == "grpo":
             rollouts[-1].teacher_ids = []
     return cfg, student, student if kind != "ema" else average, rollouts
@@ -82,23 +100,42 @@ def ratio_times_divergence(log_p, log_q, token_ids, sampled):
 def own_loss(batch, student, teacher):
     """As pmd.loss_of, by chunked_loss."""
     with torch.no_grad():
-        states = runtime_ranks.forward(teacher, lambda: completion_hidden(teacher, [r.teacher_ids for r in batch], batch))
-    hidden, head = completion_hidden(student, [r.prompt_ids for r in batch], batch), student.lm_head.weight
+        states = runtime_ranks.forward(
+            teacher, lambda: completion_hidden(teacher, [r.teacher_ids for r in batch], batch)
+        )
+    hidden, head = (
+        completion_hidden(student, [r.prompt_ids for r in batch], batch),
+        student.lm_head.weight,
+    )
     nothing = torch.zeros(0)
-    weights = torch.cat([nothing, *(torch.full((len(r.ids),), 1 / (TOTAL * len(r.ids))) for r in batch)])
+    weights = torch.cat(
+        [nothing, *(torch.full((len(r.ids),), 1 / (TOTAL * len(r.ids))) for r in batch)]
+    )
     sampled = torch.cat([nothing, *(r.rollout_logprobs for r in batch)])
-    return chunked_loss(ratio_times_divergence, hidden, head, runtime_rows.token_ids(batch, head), weights,
-                        [(states, teacher.lm_head.weight)], sampled=sampled)
+    return chunked_loss(
+        ratio_times_divergence,
+        hidden,
+        head,
+        runtime_rows.token_ids(batch, head),
+        weights,
+        [(states, teacher.lm_head.weight)],
+        sampled=sampled,
+    )
 
 
 def one_case(tied, kind):
-    """(loss, {name: whole gradient}) of two micro-batches on each of two ranks; the last one has no rollout left."""
+    """(loss, {name: whole gradient}) of two micro-batches on each of two ranks; the last one has no
+    rollout left.
+    """
     cfg, student, teacher, (first, second, third) = make(tied, kind)
     teacher = shard(teacher, cfg)
     student = shard(student, cfg)
     total = torch.zeros((), dtype=torch.float64)
     for batch in (([first], [second]), ([third], []))[runtime_ranks.rank()]:
-        method, mean = method_of(cfg, student, teacher), pmd.Total(TOTAL, kind != "grpo", kind == "grpo")
+        method, mean = (
+            method_of(cfg, student, teacher),
+            pmd.Total(TOTAL, kind != "grpo", kind == "grpo"),
+        )
         formed = functools.partial(method.loss, batch, mean)
         if kind == "own":
             formed = functools.partial(own_loss, batch, student, teacher)
@@ -130,7 +167,9 @@ def sharded(tmp_path_factory):
 
 
 def logits_of(model, prompt, ids):
-    hidden = model.model(torch.tensor([prompt + ids]), False).last_hidden_state[0, len(prompt) - 1: -1]
+    hidden = model.model(torch.tensor([prompt + ids]), False).last_hidden_state[
+        0, len(prompt) - 1 : -1
+    ]
     return hidden @ model.lm_head.weight.T
 
 
@@ -140,7 +179,10 @@ def test_two_ranks_equal_autograd_in_one_process(sharded, tied, kind):
     teacher, expected = copy.deepcopy(teacher), 0
     for r in rollouts:
         logits = logits_of(student, r.prompt_ids, r.ids)
-        now, sampled = logits.log_softmax(-1)[torch.arange(len(r.ids)), r.ids], r.rollout_logprobs.double()
+        now, sampled = (
+            logits.log_softmax(-1)[torch.arange(len(r.ids)), r.ids],
+            r.rollout_logprobs.double(),
+        )
         if kind == "grpo":
             old, a = r.old_logprobs.double(), r.advantage
             ratio, weight = (now - old).exp(), (old - sampled).exp().clamp(max=pmd.ROLLOUT_CLIP)
@@ -152,6 +194,8 @@ def test_two_ranks_equal_autograd_in_one_process(sharded, tied, kind):
     loss, gradients = sharded[tied, kind]
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
     assert set(gradients) == {name for name, _ in student.named_parameters()}
-    for name, gradient in zip(gradients, torch.autograd.grad(expected, list(student.parameters())), strict=True):
+    for name, gradient in zip(
+        gradients, torch.autograd.grad(expected, list(student.parameters())), strict=True
+    ):
         assert gradient.abs().max() > 1e-3
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-10, atol=1e-10)

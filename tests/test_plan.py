@@ -1,4 +1,6 @@
-"""tools/plan.py against the resident memory of real updates on the CPU, and against published sizes."""
+"""tools/plan.py against the resident memory of real updates on the CPU, and against published
+sizes.
+"""
 
 import dataclasses
 import json
@@ -16,9 +18,10 @@ from tools import plan as tools_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Two updates, so that gradients and AdamW's states are there in the second, of two full micro-batches a process. Prints the
-# peak of resident memory during them, over that before the model was made. Large blocks are mapped one by one (see
-# `environment`) and go back to the system when freed, so what is resident is what is alive.
+# Two updates, so that gradients and AdamW's states are there in the second, of two full
+# micro-batches a process. Prints the peak of resident memory during them, over that before the
+# model was made. Large blocks are mapped one by one (see `environment`) and go back to the system
+# when freed, so what is resident is what is alive.
 CHILD = """
 import ctypes, gc, json, os, sys
 from pathlib import Path
@@ -58,20 +61,49 @@ for dtype in ("float32", "bfloat16"):  # what is made once is made here
 print(json.dumps([measure(*case) for case in cases])) if pmd.rank() == 0 else [measure(*case) for case in cases]
 """
 
-ARCHITECTURE = dict(model_type="qwen3", vocab_size=1024, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=False)
+ARCHITECTURE = dict(
+    model_type="qwen3",
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=False,
+)
 
 
 def case(tokens, checkpointing, dtype="float32", **architecture):
-    """An architecture, pmd.Config's fields, and as many rows of 256 tokens as fill two micro-batches."""
-    return ARCHITECTURE | architecture, dict(
-        micro_tokens=tokens, max_prompt=8, max_reprompt=8, max_completion=248, dtype=dtype, device="cpu", embedder="hashing",
-        gradient_checkpointing=checkpointing, max_sampler_gap=99.0), 2 * tokens // 256
+    """An architecture, pmd.Config's fields, and as many rows of 256 tokens as fill two
+    micro-batches.
+    """
+    return (
+        ARCHITECTURE | architecture,
+        dict(
+            micro_tokens=tokens,
+            max_prompt=8,
+            max_reprompt=8,
+            max_completion=248,
+            dtype=dtype,
+            device="cpu",
+            embedder="hashing",
+            gradient_checkpointing=checkpointing,
+            max_sampler_gap=99.0,
+        ),
+        2 * tokens // 256,
+    )
 
 
 SHORT, LONG = 512, 1280
-ALONE = [case(SHORT, False), case(LONG, False), case(SHORT, True), case(LONG, True), case(LONG, False, "bfloat16"),
-         case(LONG, True, vocab_size=128, intermediate_size=1536)]
+ALONE = [
+    case(SHORT, False),
+    case(LONG, False),
+    case(SHORT, True),
+    case(LONG, True),
+    case(LONG, False, "bfloat16"),
+    case(LONG, True, vocab_size=128, intermediate_size=1536),
+]
 WIDE = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_hidden_layers=3)
 SHARDED = [case(256, True, vocab_size=8000, **WIDE), case(256, False, vocab_size=256, **WIDE)]
 
@@ -79,16 +111,27 @@ SHARDED = [case(256, True, vocab_size=8000, **WIDE), case(256, False, vocab_size
 def measure(cases, *launcher):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("resident memory is read from Linux's /proc")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18), "PYTHONPATH": str(ROOT)}
-    child = subprocess.run([sys.executable, *launcher, json.dumps(cases)], cwd=ROOT, env=environment, capture_output=True,
-                           text=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**18),
+        "PYTHONPATH": str(ROOT),
+    }
+    child = subprocess.run(
+        [sys.executable, *launcher, json.dumps(cases)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout.splitlines()[-1])
 
 
 def predict(architecture, flags, gpus, folder):
     AutoConfig.for_model(**architecture).save_pretrained(folder)
-    phases = plan.plan(Config(**flags), plan.load(folder), gpus, gpu_memory=0, utilization=0, context=0)
+    phases = plan.plan(
+        Config(**flags), plan.load(folder), gpus, gpu_memory=0, utilization=0, context=0
+    )
     for phase in phases.values():
         phase.pop("sampler's copy, float32", None)  # the child has no sampler
     del phases["sample"]
@@ -99,30 +142,50 @@ def compare(cases, measured, gpus, tolerance, folder):
     rows = []
     for (architecture, flags, _), size in zip(cases, measured, strict=True):
         predicted, phase = predict(architecture, flags, gpus, folder)
-        rows.append(f"{gpus} process(es), {flags['micro_tokens']} tokens, checkpointing {flags['gradient_checkpointing']}, "
-                    f"{flags['dtype']}: predicted {predicted / 2**20:.0f} MiB ({phase}), measured {size / 2**20:.0f} MiB, "
-                    f"{100 * (size / predicted - 1):+.1f} %")
+        rows.append(
+            f"{gpus} process(es), {flags['micro_tokens']} tokens, checkpointing"
+            f" {flags['gradient_checkpointing']}, {flags['dtype']}: predicted"
+            f" {predicted / 2**20:.0f} MiB ({phase}), measured {size / 2**20:.0f} MiB,"
+            f" {100 * (size / predicted - 1):+.1f} %"
+        )
         assert size == pytest.approx(predicted, rel=tolerance), rows[-1]
     print("", *rows, sep="\n")
     return [row.split("(")[2].split(")")[0] for row in rows]
 
 
 def test_one_process(tmp_path):
-    """Both micro-batch lengths, with and without checkpointing; autocast; a peak in the backward pass."""
+    """Both micro-batch lengths, with and without checkpointing; autocast; a peak in the backward
+    pass.
+    """
     measured = measure(ALONE, "-c", CHILD)
     assert "backward" in compare(ALONE, measured, 1, 0.1, tmp_path)
 
 
 def test_two_processes_sharded_by_fsdp2(tmp_path):
-    """gloo overlaps less than CUDA streams do, so a peak in the backward pass is lower here than planned."""
+    """gloo overlaps less than CUDA streams do, so a peak in the backward pass is lower here than
+    planned.
+    """
     (tmp_path / "child.py").write_text(CHILD)
-    measured = measure(SHARDED, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "child.py")
+    measured = measure(
+        SHARDED,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        tmp_path / "child.py",
+    )
     compare(SHARDED, measured, 2, 0.2, tmp_path)
 
 
 # Model cards: parameters in units of 1e9, of which outside the embedding and the head.
-PUBLISHED = {"Qwen/Qwen3-0.6B": (0.6, 0.44), "Qwen/Qwen3-1.7B": (1.7, 1.4), "Qwen/Qwen3-4B": (4.0, 3.6),
-             "Qwen/Qwen3-8B": (8.2, 6.95), "Qwen/Qwen3-14B": (14.8, 13.2), "Qwen/Qwen3-32B": (32.8, 31.2)}
+PUBLISHED = {
+    "Qwen/Qwen3-0.6B": (0.6, 0.44),
+    "Qwen/Qwen3-1.7B": (1.7, 1.4),
+    "Qwen/Qwen3-4B": (4.0, 3.6),
+    "Qwen/Qwen3-8B": (8.2, 6.95),
+    "Qwen/Qwen3-14B": (14.8, 13.2),
+    "Qwen/Qwen3-32B": (32.8, 31.2),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -148,30 +211,47 @@ def test_states_are_sharded(qwen):
 def test_the_largest_micro_batch_fits_and_the_next_does_not(qwen):
     cfg = Config(gradient_checkpointing=True)
     most = plan.largest(cfg, qwen, 8, 80)
-    fine, too_much = (plan.peak(plan.plan(cfg, qwen, 8, 80, tokens))[0] for tokens in (most, most + 512))
+    fine, too_much = (
+        plan.peak(plan.plan(cfg, qwen, 8, 80, tokens))[0] for tokens in (most, most + 512)
+    )
     assert fine <= 80 * 2**30 < too_much
 
 
-@pytest.mark.parametrize("flags, gpus, said", [
-    ({"gradient_checkpointing": False}, 1, "4 such GPUs and --gradient_checkpointing"),
-    ({"gradient_checkpointing": False}, 8, "use --gradient_checkpointing --micro_tokens 32768"),
-    ({"gradient_checkpointing": True, "micro_tokens": 2**17}, 8, "use --micro_tokens")])
+@pytest.mark.parametrize(
+    "flags, gpus, said",
+    [
+        ({"gradient_checkpointing": False}, 1, "4 such GPUs and --gradient_checkpointing"),
+        ({"gradient_checkpointing": False}, 8, "use --gradient_checkpointing --micro_tokens 32768"),
+        ({"gradient_checkpointing": True, "micro_tokens": 2**17}, 8, "use --micro_tokens"),
+    ],
+)
 def test_a_model_that_does_not_fit_is_told_a_cure_that_works(flags, gpus, said, qwen):
     fine, sentence = plan.fits(Config(**flags), qwen, gpus, 80)
     assert not fine and said in sentence and "\n" not in sentence
     micro_tokens = int(sentence.split("--micro_tokens ")[1])
-    cured = dataclasses.replace(Config(**flags), gradient_checkpointing=True, micro_tokens=micro_tokens)
+    cured = dataclasses.replace(
+        Config(**flags), gradient_checkpointing=True, micro_tokens=micro_tokens
+    )
     assert plan.fits(cured, qwen, 4 if gpus == 1 else gpus, 80)[0]
 
 
 def test_an_engine_over_several_gpus_holds_a_part_of_the_model_on_each(monkeypatch):
-    """65.5 GB of Qwen3-32B in bfloat16 don't fit into half of 80 GiB; a quarter of them leaves 40 - 2 GiB less 16.4 GB."""
-    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", lambda name: plan.AutoConfig.for_model(**plan.BUILT_IN[name]))
+    """65.5 GB of Qwen3-32B in bfloat16 don't fit into half of 80 GiB; a quarter of them leaves 40 -
+    2 GiB less 16.4 GB.
+    """
+    monkeypatch.setattr(
+        plan.AutoConfig,
+        "from_pretrained",
+        lambda name: plan.AutoConfig.for_model(**plan.BUILT_IN[name]),
+    )
     model, whole, split = plan.load("Qwen/Qwen3-32B"), Config(), Config(tensor_parallel=4)
     fine, sentence = plan.fits(whole, model, 32, 80)
     assert not fine and "vLLM's share of 0.5 can't hold the model and one sequence" in sentence
     assert plan.kv_room(split, model, 80, 0.5) == pytest.approx(38 * 2**30 - 16.4e9, rel=0.01)
-    assert plan.kv_needed(split, model) == plan.kv_needed(whole, model) / 4 and plan.fits(split, model, 32, 80)[0]
+    assert (
+        plan.kv_needed(split, model) == plan.kv_needed(whole, model) / 4
+        and plan.fits(split, model, 32, 80)[0]
+    )
 
 
 def test_the_report_says_each_component_and_phase(qwen, capsys):
@@ -179,16 +259,40 @@ def test_the_report_says_each_component_and_phase(qwen, capsys):
     tools_plan.report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)
     said = capsys.readouterr().out
     lines = {line[:24].strip(): line[24:].split() for line in said.splitlines()}
-    assert lines["GiB per GPU, computed"] == ["sample", "restore", "teacher", "loss", "scale", "backward", "root",
-                                               "optimizer"]
-    assert {"weights, float32", "gradients, float32", "AdamW, float32", "EMA teacher, float32", "vLLM, asleep",
-            "vLLM, awake", "activations", "loss chunk", "head's gradient"} <= lines.keys()
+    assert lines["GiB per GPU, computed"] == [
+        "sample",
+        "restore",
+        "teacher",
+        "loss",
+        "scale",
+        "backward",
+        "root",
+        "optimizer",
+    ]
+    assert {
+        "weights, float32",
+        "gradients, float32",
+        "AdamW, float32",
+        "EMA teacher, float32",
+        "vLLM, asleep",
+        "vLLM, awake",
+        "activations",
+        "loss chunk",
+        "head's gradient",
+    } <= lines.keys()
     assert lines["fits"] == ["yes"] * 8 and max(map(float, lines["total"])) == pytest.approx(
-        plan.peak(plan.plan(Config(gradient_checkpointing=True), qwen, 8, 80))[0] / 2**30, abs=0.01)
+        plan.peak(plan.plan(Config(gradient_checkpointing=True), qwen, 8, 80))[0] / 2**30, abs=0.01
+    )
     assert "keys and values" in said and "vLLM asleep (level 2)" in said
-    # 8.19e9 parameters in float32, and four times that in a checkpoint: policy, teacher, two moments
-    assert "the host's memory: 31 in the first process of the job" in said and "a checkpoint on the disk: 122;" in said
-    assert [word for word in said.split() if word == "largest"] == ["largest"] and "fits on 8 x 80 GiB" in said
+    # 8.19e9 parameters in float32, and four times that in a checkpoint: policy, teacher, two
+    # moments
+    assert (
+        "the host's memory: 31 in the first process of the job" in said
+        and "a checkpoint on the disk: 122;" in said
+    )
+    assert [word for word in said.split() if word == "largest"] == [
+        "largest"
+    ] and "fits on 8 x 80 GiB" in said
 
 
 @pytest.mark.parametrize("name", plan.BUILT_IN)
@@ -202,19 +306,37 @@ def test_a_run_that_starts_has_room_to_resume(name, gpus):
 
 
 def test_an_evaluation_needs_no_room_for_training(qwen):
-    """Weights of 32 GB and vLLM's half fit on one card, where gradients and AdamW's states do not."""
+    """Weights of 32 GB and vLLM's half fit on one card, where gradients and AdamW's states do
+    not.
+    """
     assert not plan.fits(Config(method="grpo"), qwen, 1, 80)[0]
-    (phase, components), = plan.plan(Config(method="eval"), qwen, 1, 80, context=0).items()
+    ((phase, components),) = plan.plan(Config(method="eval"), qwen, 1, 80, context=0).items()
     assert phase == "sample" and components["weights, float32"] == 4 * qwen.parameters
-    assert sum(components.values()) < 77 * 2**30 and plan.fits(Config(method="eval"), qwen, 1, 80)[0]
+    assert (
+        sum(components.values()) < 77 * 2**30 and plan.fits(Config(method="eval"), qwen, 1, 80)[0]
+    )
 
 
 def test_windows_cost_a_mask_in_each_sliding_layer():
-    """Olmo 3 has 24 of them, of 4096 tokens; without checkpointing each keeps its mask in bfloat16."""
+    """Olmo 3 has 24 of them, of 4096 tokens; without checkpointing each keeps its mask in
+    bfloat16.
+    """
     model = plan.load("allenai/Olmo-3-7B-Instruct")
-    cfg = Config(max_prompt=0, max_reprompt=0, max_completion=8192, micro_tokens=8192, gradient_checkpointing=False)
-    full = plan.Model(**vars(model) | {"config": AutoConfig.for_model(**plan.BUILT_IN["allenai/Olmo-3-7B-Instruct"]
-                                                                      | {"sliding_window": 8192})})
+    cfg = Config(
+        max_prompt=0,
+        max_reprompt=0,
+        max_completion=8192,
+        micro_tokens=8192,
+        gradient_checkpointing=False,
+    )
+    full = plan.Model(
+        **vars(model)
+        | {
+            "config": AutoConfig.for_model(
+                **plan.BUILT_IN["allenai/Olmo-3-7B-Instruct"] | {"sliding_window": 8192}
+            )
+        }
+    )
     kept = [plan.plan(cfg, m, 8, 80)["loss"]["activations"] for m in (model, full)]
     assert kept[0] - kept[1] == 8192**2 * (1 + 24 * 2)
 

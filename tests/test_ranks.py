@@ -1,10 +1,12 @@
-"""Two and four processes against one, through the real command line: torchrun, gloo, FSDP2, on the embedded model.
+"""Two and four processes against one, through the real command line: torchrun, gloo, FSDP2, on the
+embedded model.
 
-Sums over shards are taken in another order, which moves a float32 loss by about 1e-7 of itself; Adam divides a gradient by
-its own size, so an element whose gradient is nearly 0 can move by a share of the learning rate (1e-3) whatever it was. Hence
-the tolerances: 1e-4 relative for metrics, and for weights of size 1 after six updates 1e-4, which one in 100 elements may
-miss by less than one update's learning rate: under GRPO an untied head's rows of tokens that hardly ever come have such
-gradients (2 in 1,000 were seen). A wrong sum over ranks moves them all.
+Sums over shards are taken in another order, which moves a float32 loss by about 1e-7 of itself;
+Adam divides a gradient by its own size, so an element whose gradient is nearly 0 can move by a
+share of the learning rate (1e-3) whatever it was. Hence the tolerances: 1e-4 relative for metrics,
+and for weights of size 1 after six updates 1e-4, which one in 100 elements may miss by less than
+one update's learning rate: under GRPO an untied head's rows of tokens that hardly ever come have
+such gradients (2 in 1,000 were seen). A wrong sum over ranks moves them all.
 """
 
 import contextlib
@@ -29,14 +31,29 @@ import pmd
 from runtime.model import MODELS
 
 HERE = Path(__file__).resolve().parent.parent
-FLAGS = ("--steps 3 --batch_size 8 --mini_batch_size 4 --group_size 8 --eval_problems 4 --eval_k 2 --eval_every 2 "
-         "--save_every 1 --behavior_every 1 --micro_tokens 700").split()
+FLAGS = (
+    "--steps 3 --batch_size 8 --mini_batch_size 4 --group_size 8 --eval_problems 4 --eval_k 2"
+    " --eval_every 2 --save_every 1 --behavior_every 1 --micro_tokens 700"
+).split()
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def run(out, name, ranks, *flags, timeout=300):
-    command = [sys.executable, "pmd.py", *FLAGS, "--out", str(out), "--name", name, "--nproc", str(ranks), *flags]
-    return subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    command = [
+        sys.executable,
+        "pmd.py",
+        *FLAGS,
+        "--out",
+        str(out),
+        "--name",
+        name,
+        "--nproc",
+        str(ranks),
+        *flags,
+    ]
+    return subprocess.run(
+        command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def records(folder):
@@ -47,19 +64,26 @@ def records(folder):
     memory = []
     if (folder / "memory.db").exists():
         with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
-            memory = db.execute("SELECT id, tier, kind, problem, title, text, evidence, born, ended FROM item").fetchall()
+            memory = db.execute(
+                "SELECT id, tier, kind, problem, title, text, evidence, born, ended FROM item"
+            ).fetchall()
     return rows, memory
 
 
 def assert_same(one, other):
     (rows, memory), (others, other_memory) = records(one), records(other)
-    assert memory == other_memory and [sorted(row) for row in rows] == [sorted(row) for row in others]
+    assert memory == other_memory and [sorted(row) for row in rows] == [
+        sorted(row) for row in others
+    ]
     for row, other_row in zip(rows, others, strict=True):
         for key, value in row.items():
             if key in ("sampler_gap", "sampler_gap_max"):  # itself only rounding
                 assert max(value, other_row[key]) < 1e-4
             elif isinstance(value, float):
-                assert other_row[key] == pytest.approx(value, rel=3e-4, abs=1e-7), (row["step"], key)
+                assert other_row[key] == pytest.approx(value, rel=3e-4, abs=1e-7), (
+                    row["step"],
+                    key,
+                )
             else:
                 assert other_row[key] == value, (row["step"], key)
     weights, others = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
@@ -82,7 +106,10 @@ def out(tmp_path_factory):
 def test_ranks_change_nothing(out, ranks):
     done = run(out, f"r{ranks}", ranks)
     assert done.returncode == 0, done.stderr
-    assert f"restarting as: {sys.executable} -m torch.distributed.run --standalone --nproc-per-node={ranks}" in done.stdout
+    assert (
+        f"restarting as: {sys.executable} -m torch.distributed.run --standalone"
+        f" --nproc-per-node={ranks}" in done.stdout
+    )
     assert done.stdout.count("problems dropped") == 0
     assert done.stdout.count("3 steps of 8 x 8") == 1  # one rank speaks
     assert_same(out / "one", out / f"r{ranks}")
@@ -99,19 +126,37 @@ def untied(out):
     return out / "untied"
 
 
-@pytest.mark.parametrize("ranks, flags", [
-    (2, ["--method", "grpo", "--task", "nano"]),  # with the untied head
-    (2, ["--method", "sdpo", "--teacher", "live", "--gradient_checkpointing", "True"]),
-    (2, ["--method", "srpo", "--micro_tokens", "200"]),  # micro-batches that hold rows of one kind alone, or of both
-    (4, ["--method", "pmd", "--batch_size", "4", "--mini_batch_size", "1", "--group_size", "2"])])  # two ranks have no row
+@pytest.mark.parametrize(
+    "ranks, flags",
+    [
+        (2, ["--method", "grpo", "--task", "nano"]),  # with the untied head
+        (2, ["--method", "sdpo", "--teacher", "live", "--gradient_checkpointing", "True"]),
+        (
+            2,
+            ["--method", "srpo", "--micro_tokens", "200"],
+        ),  # micro-batches that hold rows of one kind alone, or of both
+        (
+            4,
+            ["--method", "pmd", "--batch_size", "4", "--mini_batch_size", "1", "--group_size", "2"],
+        ),
+    ],
+)  # two ranks have no row
 def test_other_methods_heads_and_ranks_without_a_row(out, untied, ranks, flags):
     name = flags[1]
     for count in (1, ranks):
-        done = run(out, f"{name}{count}", count, *flags, *(["--model", str(untied)] if name == "grpo" else []))
+        done = run(
+            out,
+            f"{name}{count}",
+            count,
+            *flags,
+            *(["--model", str(untied)] if name == "grpo" else []),
+        )
         assert done.returncode == 0, done.stderr
     assert any(row.get("updates") for row in records(out / f"{name}1")[0])
     assert_same(out / f"{name}1", out / f"{name}{ranks}")
-    assert name != "grpo" or "lm_head.weight" in load_file(out / "grpo1" / "final" / "model.safetensors")
+    assert name != "grpo" or "lm_head.weight" in load_file(
+        out / "grpo1" / "final" / "model.safetensors"
+    )
 
 
 def test_two_nodes(out):
@@ -119,10 +164,35 @@ def test_two_nodes(out):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
-    nodes = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-         "--rdzv-endpoint", where, "pmd.py", *FLAGS, "--out", str(out), "--name", "nodes"],
-        cwd=HERE, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                where,
+                "pmd.py",
+                *FLAGS,
+                "--out",
+                str(out),
+                "--name",
+                "nodes",
+            ],
+            cwd=HERE,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert_same(out / "one", out / "nodes")
@@ -163,16 +233,44 @@ ranks.end_ranks()
 """
 
 
-@pytest.mark.parametrize("changes", [
-    {"tie_word_embeddings": True}, {"tie_word_embeddings": False, "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64}},
-    {"model_type": "olmo3", "sliding_window": 32, "tie_word_embeddings": False}], ids=["tied", "scaled rope", "olmo3"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        {"model_type": "olmo3", "sliding_window": 32, "tie_word_embeddings": False},
+    ],
+    ids=["tied", "scaled rope", "olmo3"],
+)
 def test_only_one_process_reads_the_weights(changes, tmp_path):
-    """Policy, teacher and the sampler's copy give the logits of one process on every rank; so rank 1, which has never seen
-    the folder's weights, has the right ones, the buffers of rotary embeddings, and the ids that end a text."""
-    config = dict(model_type="qwen3", vocab_size=601, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                  num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024) | changes
+    """Policy, teacher and the sampler's copy give the logits of one process on every rank; so rank
+    1, which has never seen the folder's weights, has the right ones, the buffers of rotary
+    embeddings, and the ids that end a text.
+    """
+    config = (
+        dict(
+            model_type="qwen3",
+            vocab_size=601,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=1024,
+        )
+        | changes
+    )
     config.pop("head_dim" if config["model_type"] == "olmo3" else "", None)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
@@ -183,9 +281,21 @@ def test_only_one_process_reads_the_weights(changes, tmp_path):
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(MODELS["nano"]).save_pretrained(tmp_path)
     (tmp_path / "load.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{LOADING}")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           str(tmp_path / "load.py"), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(tmp_path / "load.py"),
+            str(tmp_path),
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = [model(input_ids=torch.arange(200)[None]).logits] * 3
@@ -212,22 +322,49 @@ def test_a_checkpoint_of_some_ranks_resumes_on_others(out, first, then):
 
 
 def test_a_rank_that_dies_takes_the_job_down_at_once(out):
-    command = [sys.executable, "pmd.py", *FLAGS, "--out", str(out), "--name", "dies", "--nproc", "2", "--steps", "200"]
-    process = subprocess.Popen(command, cwd=HERE, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+    command = [
+        sys.executable,
+        "pmd.py",
+        *FLAGS,
+        "--out",
+        str(out),
+        "--name",
+        "dies",
+        "--nproc",
+        "2",
+        "--steps",
+        "200",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=HERE,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     while not (out / "dies" / "metrics.jsonl").exists():
         time.sleep(0.2)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     start = time.monotonic()
     said, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - start < 30 and re.search("SIGKILL|Signal 9|exitcode *: -9", said)
+    assert (
+        process.returncode != 0
+        and time.monotonic() - start < 30
+        and re.search("SIGKILL|Signal 9|exitcode *: -9", said)
+    )
 
 
-@pytest.mark.parametrize("waits", ["time.sleep(60)", "mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"])
+@pytest.mark.parametrize(
+    "waits", ["time.sleep(60)", "mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"]
+)
 def test_a_rank_that_fails_takes_the_job_down_at_once(out, waits):
-    """Rank 1 raises; rank 0, which waits for nobody or for ever, in C where Python runs no handler, is told by a signal that
-    would otherwise let it end its step."""
+    """Rank 1 raises; rank 0, which waits for nobody or for ever, in C where Python runs no handler,
+    is told by a signal that would otherwise let it end its step.
+    """
     script = """
 import ctypes, signal, sys, time
 import pmd
@@ -243,7 +380,17 @@ WAITS
 """.replace("WHEN", str(out / "failed at")).replace("WAITS", waits)
     program = out / "fails.py"
     program.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{script}")
-    command = [sys.executable, str(program), *FLAGS, "--out", str(out), "--name", f"fails{len(waits)}", "--nproc", "2"]
+    command = [
+        sys.executable,
+        str(program),
+        *FLAGS,
+        "--out",
+        str(out),
+        "--name",
+        f"fails{len(waits)}",
+        "--nproc",
+        "2",
+    ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode != 0 and "RuntimeError: its own message" in done.stderr
     # neither the minute that rank 0 would sleep nor the half hour that torchrun would wait
@@ -251,7 +398,9 @@ WAITS
 
 
 def test_bfloat16_shards_compute_nearly_what_one_process_does(out):
-    """Sharded, weights and layers' inputs are cast to bfloat16; in one process autocast leaves the residual in float32."""
+    """Sharded, weights and layers' inputs are cast to bfloat16; in one process autocast leaves the
+    residual in float32.
+    """
     flags = ["--dtype", "bfloat16", "--steps", "1", "--max_sampler_gap", "1"]
     rows = []
     for ranks in (1, 2):
@@ -264,8 +413,10 @@ def test_bfloat16_shards_compute_nearly_what_one_process_does(out):
 
 @pytest.mark.parametrize("code", [0, 143])
 def test_a_rank_ends_without_waiting_for_its_threads(code):
-    """What was printed and what was registered for the exit is kept, and the exit code too. The thread stands for those of
-    gloo, which a fully sharded model's caches keep: one of them aborted a finished process, twice seen in CI."""
+    """What was printed and what was registered for the exit is kept, and the exit code too. The
+    thread stands for those of gloo, which a fully sharded model's caches keep: one of them aborted
+    a finished process, twice seen in CI.
+    """
     script = f"""
 import atexit, threading, time
 import pmd
@@ -280,9 +431,16 @@ print("and beyond")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = ENVIRONMENT | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environment = ENVIRONMENT | {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=90
+    )
     assert (done.returncode, done.stdout) == (code, "to the end\nat the exit\n"), done.stderr
 
 
@@ -295,29 +453,75 @@ def test_more_ranks_than_problems_are_refused(out):
 
 def test_an_evaluation_is_the_same_file_on_two_ranks(out, capsys):
     """With a memory in the prompt; the ranks go on from a stop within the second problem."""
-    flags = ["--model", "nano", "--eval_problems", "5", "--n", "3", "--batch_size", "2", "--out", str(out),
-             "--memory", str(out / "one" / "memory.db")]
+    flags = [
+        "--model",
+        "nano",
+        "--eval_problems",
+        "5",
+        "--n",
+        "3",
+        "--batch_size",
+        "2",
+        "--out",
+        str(out),
+        "--memory",
+        str(out / "one" / "memory.db"),
+    ]
     ev.main(pmd.parse_flags, [*flags, "--name", "alone"])
     whole = (out / "alone" / "evals" / "0-test.jsonl").read_bytes()
     (out / "pair" / "evals").mkdir(parents=True)
-    (out / "pair" / "evals" / "0-test.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
-    done = subprocess.run([sys.executable, "eval.py", *flags, "--name", "pair", "--nproc", "2"], cwd=HERE, env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=300)
+    (out / "pair" / "evals" / "0-test.jsonl").write_bytes(
+        b"".join(whole.splitlines(keepends=True)[:5])
+    )
+    done = subprocess.run(
+        [sys.executable, "eval.py", *flags, "--name", "pair", "--nproc", "2"],
+        cwd=HERE,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    assert "restarting as" in done.stdout and done.stdout.count("5 problems, 1 of them done") == 1  # one rank speaks
-    assert (out / "pair" / "evals" / "0-test.jsonl").read_bytes() == whole and len(whole.splitlines()) == 15
+    assert (
+        "restarting as" in done.stdout and done.stdout.count("5 problems, 1 of them done") == 1
+    )  # one rank speaks
+    assert (out / "pair" / "evals" / "0-test.jsonl").read_bytes() == whole and len(
+        whole.splitlines()
+    ) == 15
     table = capsys.readouterr().out.splitlines()[-3:]
     assert done.stdout.splitlines()[-3:] == table and "avg@3" in table[0]
 
 
 def comparison(out, *flags):
-    return [sys.executable, "pmd.py", *FLAGS, "--compare", "grpo,sdpo", "--out", str(out), "--name", "a/b", *flags]
+    return [
+        sys.executable,
+        "pmd.py",
+        *FLAGS,
+        "--compare",
+        "grpo,sdpo",
+        "--out",
+        str(out),
+        "--name",
+        "a/b",
+        *flags,
+    ]
 
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path):
-    """Each method is a job of its own. One signal to the comparison is one to the job, which ends its step and saves."""
-    command = comparison(tmp_path, "--steps", "40", "--save_every", "0", "--eval_every", "0", "--eval_problems", "2")
-    process = subprocess.Popen(command, cwd=HERE, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Each method is a job of its own. One signal to the comparison is one to the job, which ends
+    its step and saves.
+    """
+    command = comparison(
+        tmp_path, "--steps", "40", "--save_every", "0", "--eval_every", "0", "--eval_problems", "2"
+    )
+    process = subprocess.Popen(
+        command,
+        cwd=HERE,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "a" / "b" / "grpo" / "metrics.jsonl"
     while not metrics.exists() or "reward" not in metrics.read_text():
         assert process.poll() is None, process.communicate()
@@ -325,30 +529,48 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
     process.terminate()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "the comparison stopped in grpo; the same command with --name a/b --resume goes on" in said
-    assert said.count("--name a/b --resume") == 2 and "--name a/b/grpo" not in said  # the job's own words name it, too
+    assert (
+        "the comparison stopped in grpo; the same command with --name a/b --resume goes on" in said
+    )
+    assert (
+        said.count("--name a/b --resume") == 2 and "--name a/b/grpo" not in said
+    )  # the job's own words name it, too
     (saved,), rows = (metrics.parent / "checkpoints").iterdir(), metrics.read_text().splitlines()
-    assert saved.name == str(json.loads(rows[-1])["step"]) and not (tmp_path / "a" / "b" / "sdpo").exists()
+    assert (
+        saved.name == str(json.loads(rows[-1])["step"])
+        and not (tmp_path / "a" / "b" / "sdpo").exists()
+    )
 
     more = comparison(tmp_path, "--steps", str(int(saved.name) + 1), *command[-6:], "--resume")
-    done = subprocess.run(more, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        more, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert f"going on from {saved}" in done.stdout
-    found = done.stdout.rpartition("(curve.png, ")[2].partition("\n\n")[2]  # after the last method's own words
+    found = done.stdout.rpartition("(curve.png, ")[2].partition("\n\n")[
+        2
+    ]  # after the last method's own words
     rows = [line for line in found.splitlines() if re.match("(grpo|sdpo), ", line)]
     assert {line.partition(",")[0] for line in rows} == {"grpo", "sdpo"}
     assert (tmp_path / "a" / "b" / "compare.png").exists()
-    assert [json.loads(row)["step"] for row in metrics.read_text().splitlines() if "reward" in row] == \
-        list(range(1, int(saved.name) + 2))
+    assert [
+        json.loads(row)["step"] for row in metrics.read_text().splitlines() if "reward" in row
+    ] == list(range(1, int(saved.name) + 2))
 
-    again = subprocess.run(more, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(
+        more, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert again.returncode == 0 and again.stdout == f"\n{found}"  # nothing was left to do
 
 
 def test_a_comparison_is_refused_before_its_first_method(tmp_path):
     command = comparison(tmp_path, "--group_size", "1")
     done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1 and "--group_size 1 leaves grpo nothing" in done.stderr and not list(tmp_path.iterdir())
+    assert (
+        done.returncode == 1
+        and "--group_size 1 leaves grpo nothing" in done.stderr
+        and not list(tmp_path.iterdir())
+    )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--", "pmd.py"]
     command = [sys.executable, *launcher, *comparison(tmp_path)[2:]]
     done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)

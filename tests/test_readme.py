@@ -1,4 +1,6 @@
-"""What the README says of the code is so: commands parse, named functions exist, numbers of lines and deviations agree."""
+"""What the README says of the code is so: commands parse, named functions exist, numbers of lines
+and deviations agree.
+"""
 
 import importlib
 import re
@@ -18,7 +20,11 @@ from tools import show_memory as tools_show_memory
 
 HERE = Path(__file__).resolve().parent.parent
 README = (HERE / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:pip .*&& )?python (pmd\.py|examples/own_method\.py)(.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+COMMANDS = re.findall(
+    r"^(?:pip .*&& )?python (pmd\.py|examples/own_method\.py)(.*?)(?:\s+#.*)?$",
+    README,
+    re.MULTILINE,
+)
 
 
 @pytest.mark.parametrize("script, flags", COMMANDS)
@@ -37,11 +43,17 @@ def test_memory_commands_parse():
 def test_there_are_commands_and_every_flag_named_exists():
     assert len(COMMANDS) >= 8
     named = {flag.removeprefix("no_") for flag in re.findall(r"`--(\w+)", README)}
-    assert named and named <= {f.name for f in fields(pmd.Config)} | {"from", "memory", "n"}  # eval.py's last two
+    assert named and named <= {f.name for f in fields(pmd.Config)} | {
+        "from",
+        "memory",
+        "n",
+    }  # eval.py's last two
 
 
 def test_named_functions_exist():
-    named = re.findall(r"`(pmd|memory|kernels|eval|report|records|ranks)\.(?:py:)?([A-Za-z_.]+)`", README)
+    named = re.findall(
+        r"`(pmd|memory|kernels|eval|report|records|ranks)\.(?:py:)?([A-Za-z_.]+)`", README
+    )
     assert len(named) > 12
     for module, path in named:
         if path not in ("py", "db"):  # a file's name, no function's
@@ -59,7 +71,10 @@ def test_numbers_of_lines():
 
 def test_deviations_are_those_of_the_code():
     def numbered(text):
-        return [" ".join(item.split()) for item in re.findall(r"^\s*\d+\. (.*?)(?=^\s*\d+\. |^\s*\n|\Z)", text, re.M | re.S)]
+        return [
+            " ".join(item.split())
+            for item in re.findall(r"^\s*\d+\. (.*?)(?=^\s*\d+\. |^\s*\n|\Z)", text, re.M | re.S)
+        ]
 
     code = numbered(pmd.__doc__.split("Deviations from the paper\n")[1])
     said = numbered(README.split("numbered as at the top of `pmd.py`:\n\n")[1])[: len(code)]
@@ -71,12 +86,17 @@ def test_the_numbers_of_the_study_are_those_of_its_tables():
     said = re.search(r"^## Results\n(.*?)^## ", README, re.M | re.S)[1]
     tables = (HERE / "study" / "results.md").read_text()
     interval = re.compile(r"-?\d\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\]")
-    assert len(interval.findall(said)) >= 20 and all(found in tables for found in interval.findall(said))
+    assert len(interval.findall(said)) >= 20 and all(
+        found in tables for found in interval.findall(said)
+    )
     rows = re.findall(r"^\| (\w[^|(]*?)(?: \(.*?\))? \|(.*?\|.*?)\|", said, re.M)
     assert len([scores for _, scores in rows if interval.search(scores)]) >= 9
     for method, scores in rows:
         for score in interval.findall(scores):
-            assert re.search(rf"^\| {re.escape(method)} \|.*{re.escape(score)}", tables, re.M), (method, score)
+            assert re.search(rf"^\| {re.escape(method)} \|.*{re.escape(score)}", tables, re.M), (
+                method,
+                score,
+            )
 
 
 def test_the_numbers_of_the_demonstration_are_those_of_its_metrics():
@@ -87,9 +107,13 @@ def test_the_numbers_of_the_demonstration_are_those_of_its_metrics():
         scores = [f"{row['avg_at_k']:.3f}" for row in tests]
         first, last = ("[{:.3f}, {:.3f}]".format(*tests[i]["interval"]) for i in (0, -1))
         supervised = sum(row.get("supervised_tokens", 0) for row in rows)
-        assert f"| {method.upper()} | {scores[0]} {first} | {scores[1]} | {scores[2]} | {scores[3]} {last} | " \
-            f"{tests[-1]['tokens']:.0f} | {supervised} |" in text
-        assert {scores[0], scores[3]} <= set(re.findall(r"0\.\d{3}", README.split("On real text")[1].split("## ")[0]))
+        assert (
+            f"| {method.upper()} | {scores[0]} {first} | {scores[1]} | {scores[2]} | {scores[3]}"
+            f" {last} | {tests[-1]['tokens']:.0f} | {supervised} |" in text
+        )
+        assert {scores[0], scores[3]} <= set(
+            re.findall(r"0\.\d{3}", README.split("On real text")[1].split("## ")[0])
+        )
 
 
 def test_the_example_task_loads(tmp_path):
@@ -98,7 +122,10 @@ def test_the_example_task_loads(tmp_path):
     assert (len(task.train), len(task.dev), len(task.test)) == (63, 7, 30)
     for p in task.test:
         a, b = map(int, re.findall(r"\d", p.prompt))
-        assert verify(p, f"{a} + {b} = {a + b}.").reward == 1 and verify(p, f"{a + b} or {a + b + 1}").reward == 0
+        assert (
+            verify(p, f"{a} + {b} = {a + b}.").reward == 1
+            and verify(p, f"{a + b} or {a + b + 1}").reward == 0
+        )
 
 
 def test_the_example_verifier_and_its_row_work(tmp_path, monkeypatch):
@@ -111,6 +138,8 @@ def test_the_example_verifier_and_its_row_work(tmp_path, monkeypatch):
     line = re.search(r"^(\{.*\})$", README.split("capitals.py")[-1], re.MULTILINE)[1]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(line + "\n")
-    problem, = load_task(str(tmp_path), dev=0).test
-    assert started and verify(problem, "Oslo.\n").reward == 1 and verify(problem, "Bergen").reward == 0
+    (problem,) = load_task(str(tmp_path), dev=0).test
+    assert (
+        started and verify(problem, "Oslo.\n").reward == 1 and verify(problem, "Bergen").reward == 0
+    )
     assert verify(problem, " ").feedback == "The reply was empty."

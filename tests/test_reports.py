@@ -262,9 +262,7 @@ def test_defects_of_items_made_by_hand():
         item(4, "A car of 12.5 kg?", "3", "4"),
         item(5, "A bus of 10 kg?", "1", "2"),
     ]
-    flags = [
-        [flag.split(":")[0].split(" ")[0] for flag in split] for split in defects(train, test)
-    ]
+    flags = [[flag.split(":")[0].split(" ")[0] for flag in split] for split in defects(train, test)]
     assert flags == [["", "repeated", ""], ["leaked", "near-duplicate", ""]]
     train[2] = item(2, "NdValence_composition_average = 3?", "1", "2")
     assert defects(train, test)[0][2].startswith("noisy")
@@ -495,11 +493,7 @@ def test_the_table_of_an_evaluation_says_lenient():
         "headroom": 0.5,
         "tokens": 3,
     }
-    assert (
-        evaluated("t", {**found, "mcq": "lenient"})
-        .split("\n")[2]
-        .startswith("t, lenient  9 ")
-    )
+    assert evaluated("t", {**found, "mcq": "lenient"}).split("\n")[2].startswith("t, lenient  9 ")
     assert "lenient" not in evaluated("t", {**found, "mcq": "sdpo"})
 
 
@@ -715,7 +709,7 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
             str(tmp_path / "lender/memory.db"),
             "--tiers",
             "experience",
-        ]
+        ],
     )
     assert all(
         EXAMPLES in text and "\n1 2\n" in text and "What was last" not in text for text in asked[4:]
@@ -724,7 +718,7 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
     assert line(four, "Evolving memory + frozen policy (experience)")[3] == "4 x 2"
     ev.main(
         pmd.parse_flags,
-        ["figures", str(tmp_path / "lent"), str(tmp_path / "solved"), "--out", str(tmp_path / "f")]
+        ["figures", str(tmp_path / "lent"), str(tmp_path / "solved"), "--out", str(tmp_path / "f")],
     )
     with open(tmp_path / "f/figure2.csv") as file:
         shown = [row["series"] for row in csv.DictReader(file)]
@@ -736,7 +730,7 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
         match="nano has 1024 positions, and a prompt of 1000 tokens .*; give --max_reprompt 992",
     ):
         ev.main(
-        pmd.parse_flags,
+            pmd.parse_flags,
             [
                 *flags[:-1],
                 "long",
@@ -744,7 +738,7 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
                 str(tmp_path / "lender/memory.db"),
                 "--max_reprompt",
                 "1000",
-            ]
+            ],
         )
     assert not (tmp_path / "long").exists()
     with pytest.raises(SystemExit, match="there is no memory nowhere.db"):

@@ -24,7 +24,9 @@ HERE = Path(__file__).resolve().parent.parent
 
 
 def state(folder):
-    """What must not depend on having been interrupted: final weights, memory rows, metrics without times."""
+    """What must not depend on having been interrupted: final weights, memory rows, metrics without
+    times.
+    """
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in metrics:
         for key in ("seconds", "share", "tokens_per_second", "peak_gb"):
@@ -32,14 +34,24 @@ def state(folder):
     rows, events = [], []
     if (folder / "memory.db").exists():
         with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
-            rows, events = (db.execute(f"SELECT * FROM {t}").fetchall() for t in ("item ORDER BY id", "event"))
+            rows, events = (
+                db.execute(f"SELECT * FROM {t}").fetchall() for t in ("item ORDER BY id", "event")
+            )
     return (folder / "final" / "model.safetensors").read_bytes(), rows, events, metrics
 
 
 @pytest.mark.parametrize("method", ["pmd", "sdpo", "grpo", "srpo"])
 def test_resume_equals_never_having_stopped(make_config, method, monkeypatch):
-    cfg = make_config(method=method, steps=5, batch_size=8, mini_batch_size=8, behavior_every=2, eval_every=2, save_every=2,
-                      name="whole")
+    cfg = make_config(
+        method=method,
+        steps=5,
+        batch_size=8,
+        mini_batch_size=8,
+        behavior_every=2,
+        eval_every=2,
+        save_every=2,
+        name="whole",
+    )
     pmd.train(cfg)
     broken = dataclasses.replace(cfg, name="broken", resume=True)  # starts it, for there is none
     update = pmd.update
@@ -61,15 +73,29 @@ def test_resume_equals_never_having_stopped(make_config, method, monkeypatch):
         assert len(whole[1]) > 10
 
 
-LATE = dict(method="grpo", steps=6, batch_size=4, mini_batch_size=4, group_size=2, save_every=0, eval_every=0, log_every=9)
+LATE = dict(
+    method="grpo",
+    steps=6,
+    batch_size=4,
+    mini_batch_size=4,
+    group_size=2,
+    save_every=0,
+    eval_every=0,
+    log_every=9,
+)
 
 
 @pytest.mark.parametrize("method", ["grpo", "pmd", "frozen-policy"])
 def test_nothing_that_saves_logs_or_looks_changes_what_is_learned(make_config, method):
-    """GRPO's first update is late: torch's own getter of Adam's state would take a step before it."""
+    """GRPO's first update is late: torch's own getter of Adam's state would take a step before
+    it.
+    """
     flags = LATE | dict(method=method) | ({} if method == "grpo" else dict(group_size=4, steps=3))
     ends = []
-    for name, looks in (("blind", {}), ("watched", dict(save_every=1, eval_every=1, log_every=1, keep=1))):
+    for name, looks in (
+        ("blind", {}),
+        ("watched", dict(save_every=1, eval_every=1, log_every=1, keep=1)),
+    ):
         pmd.train(make_config(**(flags | looks), name=name))
         *found, metrics = state(Path(make_config().out, name))
         ends.append((*found, [row for row in metrics if "split" not in row]))
@@ -98,18 +124,27 @@ def test_a_failing_update_names_the_last_good_checkpoint(make_config, monkeypatc
         return update(method, optimizer, rows, step)
 
     monkeypatch.setattr(pmd, "update", fails)
-    with pytest.raises(FloatingPointError, match="nan at step 3, on problems x; the last good checkpoint is .*points/2$"):
+    with pytest.raises(
+        FloatingPointError,
+        match="nan at step 3, on problems x; the last good checkpoint is .*points/2$",
+    ):
         pmd.train(make_config(steps=4, save_every=1, name="r"))
 
 
 def small(make_config, **changes):
-    flags = dict(steps=4, batch_size=8, mini_batch_size=8, behavior_every=2, eval_every=2, save_every=1)
+    flags = dict(
+        steps=4, batch_size=8, mini_batch_size=8, behavior_every=2, eval_every=2, save_every=1
+    )
     return make_config(**(flags | changes))
 
 
 @pytest.mark.parametrize("at", [2, 4])
-def test_a_signal_saves_after_the_step_and_the_rest_is_as_if_nothing_had_happened(make_config, monkeypatch, at):
-    """An evaluation that is due then is made when the run goes on, at its last step too, and again after a kill in it."""
+def test_a_signal_saves_after_the_step_and_the_rest_is_as_if_nothing_had_happened(
+    make_config, monkeypatch, at
+):
+    """An evaluation that is due then is made when the run goes on, at its last step too, and again
+    after a kill in it.
+    """
     whole = small(make_config, name="whole", save_every=0)
     pmd.train(whole)
     cfg = dataclasses.replace(whole, name="told", resume=True)
@@ -127,7 +162,9 @@ def test_a_signal_saves_after_the_step_and_the_rest_is_as_if_nothing_had_happene
         pmd.train(cfg)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     monkeypatch.setattr(mem.Memory, "record", record)
-    assert [c.name for c in checkpoints(Path(cfg.out, "told"))] == [str(at)]  # although --save_every is 0
+    assert [c.name for c in checkpoints(Path(cfg.out, "told"))] == [
+        str(at)
+    ]  # although --save_every is 0
     metrics = Path(cfg.out, "told", "metrics.jsonl")
     rows = read_lines(metrics)
     assert max(row["step"] for row in rows if "split" in row) == at - 2
@@ -140,12 +177,16 @@ def test_the_second_signal_ends_it_at_once(make_config, monkeypatch):
     record = mem.Memory.record
 
     def told_twice(self, step, rollouts):
-        signal.raise_signal(signal.SIGINT)  # in this thread and at once: two that are sent may arrive as one
+        signal.raise_signal(
+            signal.SIGINT
+        )  # in this thread and at once: two that are sent may arrive as one
         signal.raise_signal(signal.SIGINT)
         return record(self, step, rollouts)
 
     monkeypatch.setattr(mem.Memory, "record", told_twice)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job is born deaf to it
     try:
         with pytest.raises(KeyboardInterrupt):
             pmd.train(small(make_config, name="x"))
@@ -158,15 +199,21 @@ def test_a_time_limit_and_the_exit_status(make_config):
     with pytest.raises(Stopped, match="--max_minutes: stopped after step 1 of 4") as stopped:
         pmd.train(cfg)
     assert stopped.value.code == 0 and Stopped("", "", 143).code == 143
-    pmd.train(dataclasses.replace(cfg, resume=True, max_minutes=0.0))  # a limit is no part of what was run
+    pmd.train(
+        dataclasses.replace(cfg, resume=True, max_minutes=0.0)
+    )  # a limit is no part of what was run
     assert (Path(cfg.out, "late", "final")).is_dir()
 
 
 def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
     cfg = small(make_config, name="r", steps=6, eval_every=1, keep=2)
     pmd.train(cfg)
-    rows = [json.loads(line) for line in Path(cfg.out, "r", "metrics.jsonl").read_text().splitlines()]
-    dev = {row["step"]: row["avg_at_k"] for row in rows if row.get("split") == "dev" and row["step"]}
+    rows = [
+        json.loads(line) for line in Path(cfg.out, "r", "metrics.jsonl").read_text().splitlines()
+    ]
+    dev = {
+        row["step"]: row["avg_at_k"] for row in rows if row.get("split") == "dev" and row["step"]
+    }
     saved = {int(c.name) for c in checkpoints(Path(cfg.out, "r"))}
     assert saved >= {5, 6} and len(saved) <= 3 and max(dev[s] for s in saved) == max(dev.values())
 
@@ -186,7 +233,9 @@ def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config
         pmd.train(cfg)
     monkeypatch.setattr(records.dcp, "save", save)
     folder = Path(cfg.out, "r")
-    assert [c.name for c in checkpoints(folder)] == ["1", "2"] and (folder / "checkpoints" / "3.partial").is_dir()
+    assert [c.name for c in checkpoints(folder)] == ["1", "2"] and (
+        folder / "checkpoints" / "3.partial"
+    ).is_dir()
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "reward": 0.')
     pmd.train(cfg)
@@ -215,25 +264,65 @@ def test_a_fork_goes_on_from_a_kept_step_policy_and_memory_together(make_config)
     assert before[:3] == after[:3]
     steps = [row for row in before[3] if row["step"] > 2]
     assert [row for row in after[3] if row["step"] > 2] == steps
-    assert {row["split"] for row in after[3] if row["step"] == 2} == {"dev", "test"}  # its base is measured anew
-    other = dataclasses.replace(fork, name="other", method="sdpo", lr=1e-4, teacher="live", resume=True)
+    assert {row["split"] for row in after[3] if row["step"] == 2} == {
+        "dev",
+        "test",
+    }  # its base is measured anew
+    other = dataclasses.replace(
+        fork, name="other", method="sdpo", lr=1e-4, teacher="live", resume=True
+    )
     assert pmd.train(other)["base"]["step"] == 2
     pmd.train(other)  # a fork resumes as itself
     for wrong in ("whole@77", "whole", "none@2"):
-        with pytest.raises(ValueError, match="--from .* is no RUN@STEP with a checkpoint.*kept there: (none|1, 2, 3, 4)"):
+        with pytest.raises(
+            ValueError,
+            match="--from .* is no RUN@STEP with a checkpoint.*kept there: (none|1, 2, 3, 4)",
+        ):
             pmd.check(dataclasses.replace(fork, name="f", fork_from=wrong))
-    with pytest.raises(ValueError, match="a teacher from --model nano, which can't teach a student from x"):
+    with pytest.raises(
+        ValueError, match="a teacher from --model nano, which can't teach a student from x"
+    ):
         pmd.check(dataclasses.replace(fork, name="f", model="x"))
     assert pmd.parse_flags(["--from", "whole@2"]).fork_from == "whole@2"
 
 
 def test_a_run_can_be_rerun_from_its_own_records(make_config, tmp_path):
-    flags = ["--steps", "2", "--batch_size", "4", "--mini_batch_size", "4", "--group_size", "4", "--eval_problems", "3",
-             "--eval_k", "2", "--save_every", "0", "--seed", "3", "--out", str(tmp_path)]
-    subprocess.run([sys.executable, "pmd.py", *flags, "--name", "first"], cwd=HERE, check=True, capture_output=True)
+    flags = [
+        "--steps",
+        "2",
+        "--batch_size",
+        "4",
+        "--mini_batch_size",
+        "4",
+        "--group_size",
+        "4",
+        "--eval_problems",
+        "3",
+        "--eval_k",
+        "2",
+        "--save_every",
+        "0",
+        "--seed",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run(
+        [sys.executable, "pmd.py", *flags, "--name", "first"],
+        cwd=HERE,
+        check=True,
+        capture_output=True,
+    )
     records = (tmp_path / "first" / "environment.txt").read_text()
-    assert all(f"{name} " in records for name in ("pmd", "commit", "python", "torch", "transformers", "scikit-learn"))
-    command, = [line.removeprefix("command: ") for line in records.splitlines() if line.startswith("command: ")]
+    assert all(
+        f"{name} " in records
+        for name in ("pmd", "commit", "python", "torch", "transformers", "scikit-learn")
+    )
+    (command,) = [
+        line.removeprefix("command: ")
+        for line in records.splitlines()
+        if line.startswith("command: ")
+    ]
     cfg = pmd.parse_flags(shlex.split(command)[1:])
     assert dataclasses.asdict(cfg) == json.loads((tmp_path / "first" / "config.json").read_text())
     pmd.train(dataclasses.replace(cfg, name="second"))
@@ -245,7 +334,10 @@ def test_safe_changes_are_noted(make_config, capsys):
     pmd.train(cfg)
     pmd.train(dataclasses.replace(cfg, resume=True, steps=3, keep=5))
     said = capsys.readouterr().out
-    assert "changed since the run was started: --keep (2 before, 5 now), --steps (2 before, 3 now)" in said
+    assert (
+        "changed since the run was started: --keep (2 before, 5 now), --steps (2 before, 3 now)"
+        in said
+    )
     assert "going on from" in said
 
 
@@ -265,5 +357,7 @@ def test_metrics_also_go_where_log_says(make_config, monkeypatch):
     assert any("test/avg_at_k" in row for _, row in sent)
     assert all(isinstance(value, (int, float)) for _, row in sent for value in row.values())
     monkeypatch.setattr(pmd.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--log tensorboard needs its library: pip install tensorboard"):
+    with pytest.raises(
+        ValueError, match="--log tensorboard needs its library: pip install tensorboard"
+    ):
         pmd.check(small(make_config, log="tensorboard"))

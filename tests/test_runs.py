@@ -1,4 +1,6 @@
-"""What ends a run is one sentence that names file and cure; a run has one writer and keeps to its problems and flags."""
+"""What ends a run is one sentence that names file and cure; a run has one writer and keeps to its
+problems and flags.
+"""
 
 import contextlib
 import dataclasses
@@ -25,7 +27,14 @@ from runtime import check
 from runtime import files as runtime_files
 from runtime import provenance as runtime_provenance
 from runtime.check import check_folder
-from runtime.checkpoint import LOCKS, checkpoints, claim, default_name, refuse_second_writer, release
+from runtime.checkpoint import (
+    LOCKS,
+    checkpoints,
+    claim,
+    default_name,
+    refuse_second_writer,
+    release,
+)
 from runtime.files import RunError, append, read_lines, write_lines
 from runtime.jobs import failure
 from runtime.model import MODELS
@@ -35,8 +44,10 @@ from runtime.ranks import Unsupported, count_ranks
 from runtime.sampler import Sampler
 from tasks.problem import Problem, Task
 
-SMALL = ("--steps 1 --batch_size 3 --mini_batch_size 3 --group_size 2 --eval_problems 2 --eval_k 1 --eval_every 0 "
-         "--save_every 1").split()
+SMALL = (
+    "--steps 1 --batch_size 3 --mini_batch_size 3 --group_size 2 --eval_problems 2 --eval_k 1"
+    " --eval_every 0 --save_every 1"
+).split()
 
 
 @contextlib.contextmanager
@@ -52,7 +63,9 @@ def full_disk(size):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """pmd.main() with these flags, in this process: (exit status, what it printed, what it said on stderr)."""
+    """pmd.main() with these flags, in this process: (exit status, what it printed, what it said on
+    stderr).
+    """
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["pmd.py", *SMALL, "--out", str(tmp_path), *flags])
@@ -63,18 +76,39 @@ def command(monkeypatch, tmp_path, capsys):
         except SystemExit as end:
             code = end.code
         said = capsys.readouterr()
-        return (code if isinstance(code, int) else 1), said.out, said.err + (code if isinstance(code, str) else "")
+        return (
+            (code if isinstance(code, int) else 1),
+            said.out,
+            said.err + (code if isinstance(code, str) else ""),
+        )
 
     return call
 
 
-# -- files that can't be written or read --------------------------------------------------------------------------------
+# -- files that can't be written or read
 
-@pytest.mark.parametrize("changes, size, said", [
-    (dict(method="grpo", save_every=1), 30_000, "the checkpoint .*checkpoints/1 can't be written .* free some space"),
-    (dict(method="grpo", save_every=0), 30_000, "r can't be written .* free some space on the disk"),  # final/
-    (dict(method="grpo", save_every=0), 1000, "config.json can't be written .*free some space"),
-    (dict(save_every=0, batch_size=12, mini_batch_size=12), 20_000, "memory.db can't be used .*")])
+
+@pytest.mark.parametrize(
+    "changes, size, said",
+    [
+        (
+            dict(method="grpo", save_every=1),
+            30_000,
+            "the checkpoint .*checkpoints/1 can't be written .* free some space",
+        ),
+        (
+            dict(method="grpo", save_every=0),
+            30_000,
+            "r can't be written .* free some space on the disk",
+        ),  # final/
+        (dict(method="grpo", save_every=0), 1000, "config.json can't be written .*free some space"),
+        (
+            dict(save_every=0, batch_size=12, mini_batch_size=12),
+            20_000,
+            "memory.db can't be used .*",
+        ),
+    ],
+)
 def test_a_full_disk_is_one_sentence_with_the_file(make_config, changes, size, said):
     cfg = make_config(name="r", steps=1, **changes)
     with full_disk(size), pytest.raises((ValueError, OSError), match=said) as caught:
@@ -83,12 +117,17 @@ def test_a_full_disk_is_one_sentence_with_the_file(make_config, changes, size, s
 
 
 def test_after_a_full_disk_the_run_goes_on(make_config):
-    whole, cfg = make_config(name="whole", method="grpo", save_every=1), make_config(name="r", method="grpo", save_every=1)
+    whole, cfg = (
+        make_config(name="whole", method="grpo", save_every=1),
+        make_config(name="r", method="grpo", save_every=1),
+    )
     pmd.train(whole)
     with full_disk(30_000), pytest.raises(RunError, match="no checkpoint was written before"):
         pmd.train(cfg)
     pmd.train(dataclasses.replace(cfg, resume=True))
-    weights = [Path(cfg.out, name, "final", "model.safetensors").read_bytes() for name in ("whole", "r")]
+    weights = [
+        Path(cfg.out, name, "final", "model.safetensors").read_bytes() for name in ("whole", "r")
+    ]
     assert weights[0] == weights[1] and not list(Path(cfg.out, "r").rglob("*.partial"))
 
 
@@ -97,16 +136,44 @@ def cut(path):
 
 
 DAMAGE = {  # file: (what is done to it, what is said)
-    "checkpoints/2/model.safetensors": (cut, "checkpoints/2 can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
-    "checkpoints/2/config.json": (cut, "checkpoints/2 can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
-    "checkpoints/2/trainer.json": (cut, "2/trainer.json can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
-    "checkpoints/2/trainer/.metadata": (cut, "2/trainer can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
-    "checkpoints/2/trainer/__0_0.distcp": (cut, "2/trainer can't be read .*remove .*checkpoints/2.* goes on from .*/1$"),
-    "memory.db": (lambda path: path.write_bytes(b"not a database " * 100), "memory.db can't be used .* takes the copy in"),
-    "metrics.jsonl": (lambda path: path.write_text("{}\n"), "metrics.jsonl, line 1 has no step: mend that line"),
-    "samples.jsonl": (lambda path: path.write_text("[\n"), "samples.jsonl, line 1 is not JSON.*mend that line"),
-    "config.json": (cut, "r/config.json can't be read .*remove it, and the same command writes it anew"),
-    "problems.json": (cut, "r/problems.json can't be read .*remove it")}
+    "checkpoints/2/model.safetensors": (
+        cut,
+        "checkpoints/2 can't be read .*remove .*checkpoints/2.* goes on from .*/1$",
+    ),
+    "checkpoints/2/config.json": (
+        cut,
+        "checkpoints/2 can't be read .*remove .*checkpoints/2.* goes on from .*/1$",
+    ),
+    "checkpoints/2/trainer.json": (
+        cut,
+        "2/trainer.json can't be read .*remove .*checkpoints/2.* goes on from .*/1$",
+    ),
+    "checkpoints/2/trainer/.metadata": (
+        cut,
+        "2/trainer can't be read .*remove .*checkpoints/2.* goes on from .*/1$",
+    ),
+    "checkpoints/2/trainer/__0_0.distcp": (
+        cut,
+        "2/trainer can't be read .*remove .*checkpoints/2.* goes on from .*/1$",
+    ),
+    "memory.db": (
+        lambda path: path.write_bytes(b"not a database " * 100),
+        "memory.db can't be used .* takes the copy in",
+    ),
+    "metrics.jsonl": (
+        lambda path: path.write_text("{}\n"),
+        "metrics.jsonl, line 1 has no step: mend that line",
+    ),
+    "samples.jsonl": (
+        lambda path: path.write_text("[\n"),
+        "samples.jsonl, line 1 is not JSON.*mend that line",
+    ),
+    "config.json": (
+        cut,
+        "r/config.json can't be read .*remove it, and the same command writes it anew",
+    ),
+    "problems.json": (cut, "r/problems.json can't be read .*remove it"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +185,9 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("file", DAMAGE)
 def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file, caplog):
-    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
+    cfg = pmd.parse_flags(
+        [*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"]
+    )
     folder = Path(cfg.out, "r")
     shutil.copytree(saved, folder)
     damage, said = DAMAGE[file]
@@ -133,31 +202,50 @@ def test_a_damaged_file_is_named_with_the_way_on(make_config, saved, file, caplo
         assert (folder / "checkpoints" / "3").is_dir()
 
 
-@pytest.mark.parametrize("changes, said", [
-    (dict(step="2"), "has no step that can be one"), (dict(updates=None), "has no updates that can be one"),
-    (dict(seconds="1"), "has no seconds that can be one"), (dict(ema=0), "has no ema that can be one"),
-    (dict(step=1), "is of step 1"), (dict(step=-2), "is of step -2")])
-def test_a_checkpoint_that_says_what_can_t_be_is_named_with_the_way_on(make_config, saved, changes, said):
-    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(step="2"), "has no step that can be one"),
+        (dict(updates=None), "has no updates that can be one"),
+        (dict(seconds="1"), "has no seconds that can be one"),
+        (dict(ema=0), "has no ema that can be one"),
+        (dict(step=1), "is of step 1"),
+        (dict(step=-2), "is of step -2"),
+    ],
+)
+def test_a_checkpoint_that_says_what_can_t_be_is_named_with_the_way_on(
+    make_config, saved, changes, said
+):
+    cfg = pmd.parse_flags(
+        [*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"]
+    )
     shutil.copytree(saved, Path(cfg.out, "r"))
     about = Path(cfg.out, "r", "checkpoints", "2", "trainer.json")
     about.write_text(json.dumps(json.loads(about.read_text()) | changes))
-    with pytest.raises(RunError, match=f"2/trainer.json {said}: remove .*checkpoints/2.* goes on from .*/1$"):
+    with pytest.raises(
+        RunError, match=f"2/trainer.json {said}: remove .*checkpoints/2.* goes on from .*/1$"
+    ):
         pmd.train(cfg)
 
 
 def test_a_damaged_memory_in_a_checkpoint_is_not_taken_for_the_runs(make_config, saved):
-    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
+    cfg = pmd.parse_flags(
+        [*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"]
+    )
     shutil.copytree(saved, Path(cfg.out, "r"))
     Path(cfg.out, "r", "memory.db").unlink()
     Path(cfg.out, "r", "checkpoints", "2", "memory.db").write_bytes(b"nonsense " * 100)
-    with pytest.raises(RunError, match="2/memory.db can't be used as a memory: remove .*checkpoints/2"):
+    with pytest.raises(
+        RunError, match="2/memory.db can't be used as a memory: remove .*checkpoints/2"
+    ):
         pmd.train(cfg)
     assert not Path(cfg.out, "r", "memory.db").exists()
 
 
 def test_a_forks_damaged_checkpoint_names_the_others(make_config, saved):
-    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "f", "--from", "r@2"])
+    cfg = pmd.parse_flags(
+        [*SMALL, "--steps", "3", "--out", make_config().out, "--name", "f", "--from", "r@2"]
+    )
     shutil.copytree(saved, Path(cfg.out, "r"))
     cut(Path(cfg.out, "r", "checkpoints", "2", "trainer.json"))
     with pytest.raises(RunError, match="give --from another step; kept there: 1$"):
@@ -174,7 +262,14 @@ def test_what_is_no_fault_of_the_program_is_a_sentence_and_a_fault_is_none(make_
     assert "--model nano" in failure(SafetensorError("cut"), cfg)
     for error in (FloatingPointError("x"), OSError("x"), RunError("x"), Unsupported("x")):
         assert failure(error, cfg) == "x"
-    for error in (ValueError("x"), KeyError("x"), TypeError("x"), RuntimeError("x"), IndexError("x"), AssertionError("x")):
+    for error in (
+        ValueError("x"),
+        KeyError("x"),
+        TypeError("x"),
+        RuntimeError("x"),
+        IndexError("x"),
+        AssertionError("x"),
+    ):
         assert failure(error, cfg) == ""
 
 
@@ -188,7 +283,10 @@ def test_a_memory_that_breaks_while_the_run_goes_on_is_a_sentence(command, monke
     monkeypatch.setattr(pmd.Memory, "record", broken)
     code, _, said = command("--name", "a")
     assert code == 1
-    assert re.match(r"pmd.py: .*memory.db can't be used as a memory \(no such table: event\)", said.splitlines()[-1])
+    assert re.match(
+        r"pmd.py: .*memory.db can't be used as a memory \(no such table: event\)",
+        said.splitlines()[-1],
+    )
 
 
 def test_what_is_no_step_is_no_checkpoint(tmp_path):
@@ -201,11 +299,14 @@ def test_the_command_ends_by_a_sentence_or_by_a_traceback(command, monkeypatch):
     def raises(error):
         def update(*args):
             raise error
+
         return update
 
     monkeypatch.setattr(pmd, "update", raises(torch.OutOfMemoryError("CUDA out of memory.")))
     code, _, said = command("--name", "a")
-    assert code == 1 and said.splitlines()[-1].startswith("pmd.py: out of memory: CUDA out of memory.; lower --micro_tokens")
+    assert code == 1 and said.splitlines()[-1].startswith(
+        "pmd.py: out of memory: CUDA out of memory.; lower --micro_tokens"
+    )
     monkeypatch.setattr(pmd, "update", raises(KeyboardInterrupt()))
     code, _, said = command("--name", "b")
     assert code == 130 and said.splitlines()[-1] == "pmd.py: interrupted before it could save"
@@ -224,7 +325,11 @@ def test_a_verifier_that_refuses_ends_the_run_by_its_sentence(make_config, monke
 
 
 def test_records_hold_any_text(tmp_path):
-    rows = [{"text": "half \ud83d of it"}, {"text": "\udcff\0\n\"\\ud83d"}, {"text": "数 \U0001f600"}]
+    rows = [
+        {"text": "half \ud83d of it"},
+        {"text": '\udcff\0\n"\\ud83d'},
+        {"text": "数 \U0001f600"},
+    ]
     for row in rows:
         append(tmp_path / "a.jsonl", row)
     write_lines(tmp_path / "b.jsonl", rows)
@@ -235,15 +340,19 @@ def test_records_hold_any_text(tmp_path):
 
 def test_what_a_model_wrote_ends_no_run(make_config, monkeypatch):
     decode = AutoTokenizer.from_pretrained(MODELS["nano"]).__class__.decode
-    monkeypatch.setattr(AutoTokenizer.from_pretrained(MODELS["nano"]).__class__, "decode",
-                        lambda self, *args, **flags: decode(self, *args, **flags) + " \ud83d")
+    monkeypatch.setattr(
+        AutoTokenizer.from_pretrained(MODELS["nano"]).__class__,
+        "decode",
+        lambda self, *args, **flags: decode(self, *args, **flags) + " \ud83d",
+    )
     cfg = make_config(name="r", method="sdpo", save_every=1)
     pmd.train(cfg)
     rows = read_lines(Path(cfg.out, "r", "samples.jsonl"))
     assert rows and all(row["completion"].endswith("\ud83d") for row in rows)
 
 
-# -- one writer, the same problems, the same flags ----------------------------------------------------------------------
+# -- one writer, the same problems, the same flags
+
 
 @contextlib.contextmanager
 def another_process(folder):
@@ -272,7 +381,10 @@ def test_one_process_writes_and_one_that_is_killed_lets_go(tmp_path):
     release(folder)
     with another_process(folder) as other:
         said = claim(folder, resume=True)
-        assert said.startswith(f"{folder} is being written by process {other} on ") and "another --name" in said
+        assert (
+            said.startswith(f"{folder} is being written by process {other} on ")
+            and "another --name" in said
+        )
         with pytest.raises(ValueError, match=f"written by process {other} on"):
             refuse_second_writer(folder)
     refuse_second_writer(folder)
@@ -280,14 +392,20 @@ def test_one_process_writes_and_one_that_is_killed_lets_go(tmp_path):
     release(folder)
 
 
-def test_a_second_process_is_refused_at_the_start_and_before_it_writes(make_config, saved, monkeypatch):
-    cfg = pmd.parse_flags([*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"])
+def test_a_second_process_is_refused_at_the_start_and_before_it_writes(
+    make_config, saved, monkeypatch
+):
+    cfg = pmd.parse_flags(
+        [*SMALL, "--steps", "3", "--out", make_config().out, "--name", "r", "--resume"]
+    )
     shutil.copytree(saved, Path(cfg.out, "r"))
     before = (Path(cfg.out, "r", "metrics.jsonl")).read_bytes()
     with another_process(Path(cfg.out, "r")):
         with pytest.raises(ValueError, match="r is being written by process"):
             pmd.check(cfg)
-        monkeypatch.setattr(check, "refuse_second_writer", lambda folder: None)  # it came while the model was loaded
+        monkeypatch.setattr(
+            check, "refuse_second_writer", lambda folder: None
+        )  # it came while the model was loaded
         with pytest.raises(RunError, match="r is being written by process"):
             pmd.train(cfg)
     assert (Path(cfg.out, "r", "metrics.jsonl")).read_bytes() == before
@@ -298,7 +416,14 @@ def test_names_of_one_second_differ(make_config):
 
 
 def problem(**changes):
-    return Problem(**(dict(id="p", prompt="q", answer="1", verifier="steps", system="", extra={"inputs": ["1"]}) | changes))
+    return Problem(
+        **(
+            dict(
+                id="p", prompt="q", answer="1", verifier="steps", system="", extra={"inputs": ["1"]}
+            )
+            | changes
+        )
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
@@ -307,11 +432,23 @@ def test_a_fingerprint_sees_every_change(tokenizer, split):
     same = Task("renamed", *([problem(), problem(id="o")] for _ in range(3)))
     before = fingerprint(plain, tokenizer)
     assert runtime_provenance.changes(before, fingerprint(same, tokenizer)) == []
-    others = [dict(id="x"), dict(prompt="x"), dict(answer="2"), dict(verifier="choice"), dict(system="x"),
-              dict(extra={"inputs": ["2"]})]
-    for rows in ([problem(id="o"), problem()], [problem()], *([problem(**o), problem(id="o")] for o in others)):
+    others = [
+        dict(id="x"),
+        dict(prompt="x"),
+        dict(answer="2"),
+        dict(verifier="choice"),
+        dict(system="x"),
+        dict(extra={"inputs": ["2"]}),
+    ]
+    for rows in (
+        [problem(id="o"), problem()],
+        [problem()],
+        *([problem(**o), problem(id="o")] for o in others),
+    ):
         now = fingerprint(dataclasses.replace(plain, **{split: rows}), tokenizer)
-        assert runtime_provenance.changes(before, now) == [f"the {split if split != 'train' else 'training'} problems"]
+        assert runtime_provenance.changes(before, now) == [
+            f"the {split if split != 'train' else 'training'} problems"
+        ]
 
 
 def test_another_model_under_the_same_path_is_seen(tmp_path):
@@ -329,23 +466,38 @@ def test_another_model_under_the_same_path_is_seen(tmp_path):
 def sums(folder, shift=0):
     folder.mkdir(exist_ok=True)
     for split in ("train", "test"):
-        rows = [{"id": f"{split}{i}", "prompt": f"Apply zo to {i + shift} 1", "answer": str(i), "verifier": "last_number"}
-                for i in range(6)]
+        rows = [
+            {
+                "id": f"{split}{i}",
+                "prompt": f"Apply zo to {i + shift} 1",
+                "answer": str(i),
+                "verifier": "last_number",
+            }
+            for i in range(6)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_other_problems_are_refused_on_resume_and_said_of_a_fork(make_config, tmp_path, capsys):
     sums(tmp_path / "t")
-    cfg = make_config(task=str(tmp_path / "t"), dev=0.0, steps=1, save_every=1, name="r", method="sdpo")
+    cfg = make_config(
+        task=str(tmp_path / "t"), dev=0.0, steps=1, save_every=1, name="r", method="sdpo"
+    )
     pmd.train(cfg)
     pmd.check(dataclasses.replace(cfg, resume=True, steps=2))
     sums(tmp_path / "t", shift=1)
-    with pytest.raises(ValueError, match="the training problems and the test problems are not those that .*r was started"):
+    with pytest.raises(
+        ValueError,
+        match="the training problems and the test problems are not those that .*r was started",
+    ):
         pmd.check(dataclasses.replace(cfg, resume=True, steps=2))
     fork = dataclasses.replace(cfg, name="f", fork_from="r@1", steps=2)
     capsys.readouterr()
     pmd.train(fork)
-    assert "other than in " in (said := capsys.readouterr().out) and "the training problems, the test problems" in said
+    assert (
+        "other than in " in (said := capsys.readouterr().out)
+        and "the training problems, the test problems" in said
+    )
     (tmp_path / "r" / "problems.json").unlink()  # a run from before there was one
     pmd.check(dataclasses.replace(cfg, resume=True, steps=2))
 
@@ -369,7 +521,10 @@ def test_which_flags_may_change_on_resume(make_config, capsys):
         before = dataclasses.asdict(cfg) | {field.name: "another"}
         if field.name in FREE:
             refuse_changes(before, cfg)
-            assert field.name in ("resume", "out", "name") or f"--{field.name} ('another' before" in capsys.readouterr().out
+            assert (
+                field.name in ("resume", "out", "name")
+                or f"--{field.name} ('another' before" in capsys.readouterr().out
+            )
         else:
             with pytest.raises(ValueError, match=f"started with other flags: --{field.name} "):
                 refuse_changes(before, cfg)
@@ -390,10 +545,15 @@ def test_an_evaluation_too_has_one_writer_and_keeps_to_its_problems(tmp_path):
     flags = f"--model nano --task {tmp_path / 't'} --dev 0 --n 1 --out {tmp_path} --name e".split()
     ev.main(pmd.parse_flags, flags)
     answers = (tmp_path / "e" / "evals" / "0-test.jsonl").read_bytes()
-    with another_process(tmp_path / "e"), pytest.raises(SystemExit, match="eval.py: .*e is being written by process"):
+    with (
+        another_process(tmp_path / "e"),
+        pytest.raises(SystemExit, match="eval.py: .*e is being written by process"),
+    ):
         ev.main(pmd.parse_flags, flags)
     sums(tmp_path / "t", shift=1)
-    with pytest.raises(SystemExit, match="eval.py: the test problems are not those that .*e was started with"):
+    with pytest.raises(
+        SystemExit, match="eval.py: the test problems are not those that .*e was started with"
+    ):
         ev.main(pmd.parse_flags, flags)
     assert (tmp_path / "e" / "evals" / "0-test.jsonl").read_bytes() == answers
     (tmp_path / "e" / "config.json").write_text("{")
@@ -401,16 +561,23 @@ def test_an_evaluation_too_has_one_writer_and_keeps_to_its_problems(tmp_path):
         ev.main(pmd.parse_flags, flags)
 
 
-# -- beginnings and ends ------------------------------------------------------------------------------------------------
+# -- beginnings and ends
+
 
 def test_the_end_names_what_is_there_and_a_finished_run_stays(command, tmp_path):
     code, out, _ = command("--name", "g", "--method", "grpo")
     assert code == 0 and out.splitlines()[-1].endswith("(curve.png, samples.jsonl, evals, final)")
     metrics = (tmp_path / "g" / "metrics.jsonl").stat().st_mtime_ns
     code, out, _ = command("--name", "g", "--method", "grpo", "--resume")
-    assert code == 0 and "is at its end: nothing is left to do" in out and "grpo, after training" in out
+    assert (
+        code == 0
+        and "is at its end: nothing is left to do" in out
+        and "grpo, after training" in out
+    )
     assert (tmp_path / "g" / "metrics.jsonl").stat().st_mtime_ns == metrics
-    cut(tmp_path / "g" / "summary.json")  # by something else: it is written anew, from the checkpoint
+    cut(
+        tmp_path / "g" / "summary.json"
+    )  # by something else: it is written anew, from the checkpoint
     assert command("--name", "g", "--method", "grpo", "--resume")[0] == 0
     assert json.loads((tmp_path / "g" / "summary.json").read_text())["steps"] == 1
     code, _, said = command("--name", "p", "--steps", "2")
@@ -419,7 +586,18 @@ def test_the_end_names_what_is_there_and_a_finished_run_stays(command, tmp_path)
     assert code == 1 and "--steps 1 ends at step 1, before" in said and "checkpoints/2" in said
 
 
-NO_NAMES = ["..", ".", "/", "/tmp/x", "a/../../b", "a\nb", "a\0b", "x" * 300, "a/" + "é" * 120, "\udcff"]
+NO_NAMES = [
+    "..",
+    ".",
+    "/",
+    "/tmp/x",
+    "a/../../b",
+    "a\nb",
+    "a\0b",
+    "x" * 300,
+    "a/" + "é" * 120,
+    "\udcff",
+]
 
 
 @pytest.mark.parametrize("name", NO_NAMES)
@@ -436,7 +614,9 @@ def test_a_name_may_be_any_other(make_config, name):
 
 def test_where_nothing_can_be_written_is_said_before_the_run(make_config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file/r can't be made: .*file is a file; give another --out"):
+    with pytest.raises(
+        ValueError, match="file/r can't be made: .*file is a file; give another --out"
+    ):
         pmd.check(make_config(name="r", out=str(tmp_path / "file")))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root all is permitted
     with pytest.raises(ValueError, match="can't be made: .* is not yours to write to"):
@@ -446,29 +626,55 @@ def test_where_nothing_can_be_written_is_said_before_the_run(make_config, tmp_pa
 def test_the_embedded_model_stays_on_one_cpu_process_of_a_gpu_node(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    count = {flags: count_ranks(pmd.parse_flags(flags.split())) for flags in (
-        "", "--nproc 2", "--device cuda", "--task my/folder", "--model elsewhere", "--model elsewhere --task nano")}
+    count = {
+        flags: count_ranks(pmd.parse_flags(flags.split()))
+        for flags in (
+            "",
+            "--nproc 2",
+            "--device cuda",
+            "--task my/folder",
+            "--model elsewhere",
+            "--model elsewhere --task nano",
+        )
+    }
     assert list(count.values()) == [1, 2, 8, 1, 8, 8]
-    assert pmd.parse_flags([]).device == "cpu" and pmd.parse_flags(["--model", "elsewhere", "--task", "nano"]).device == ""
+    assert (
+        pmd.parse_flags([]).device == "cpu"
+        and pmd.parse_flags(["--model", "elsewhere", "--task", "nano"]).device == ""
+    )
 
 
 def test_nothing_retrieved_is_a_value_that_works(make_config):
     pmd.train(make_config(method="frozen-policy", name="r", retrieve_k=0, behavior_every=1))
 
 
-# -- what a second pair of eyes tried -----------------------------------------------------------------------------------
+# -- what a second pair of eyes tried
 
 NUMBERS = [f for f in dataclasses.fields(pmd.Config) if f.type in (int, float)]
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
 def test_a_number_outside_its_meaning_is_a_sentence_whatever_its_length(make_config, field):
-    for value in ("nan", "inf", "-inf", "-1e9", "1e400", "1" + "0" * 30, "1" + "0" * 400, "-1" + "0" * 400, "1" * 5000):
+    for value in (
+        "nan",
+        "inf",
+        "-inf",
+        "-1e9",
+        "1e400",
+        "1" + "0" * 30,
+        "1" + "0" * 400,
+        "-1" + "0" * 400,
+        "1" * 5000,
+    ):
         try:
             value = field.type(value)
         except ValueError:  # argparse refuses it
             continue
-        inside = field.type is float and field.metadata["within"].endswith("inf)") and 0 < value < float("inf")
+        inside = (
+            field.type is float
+            and field.metadata["within"].endswith("inf)")
+            and 0 < value < float("inf")
+        )
         if inside:
             continue
         with pytest.raises(ValueError, match=f"^--{field.name} .* must be "):
@@ -496,9 +702,15 @@ def test_a_fork_goes_on_without_the_checkpoint_that_it_began_with(make_config, t
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("error, code, last", [
-    (KeyboardInterrupt(), 130, "pmd.py: interrupted before it began"), (MemoryError(), 1, "pmd.py: out of memory: .*"),
-    (OSError("no such place"), 1, "pmd.py: no such place"), (ValueError("no such flag"), 1, "pmd.py: no such flag")])
+@pytest.mark.parametrize(
+    "error, code, last",
+    [
+        (KeyboardInterrupt(), 130, "pmd.py: interrupted before it began"),
+        (MemoryError(), 1, "pmd.py: out of memory: .*"),
+        (OSError("no such place"), 1, "pmd.py: no such place"),
+        (ValueError("no such flag"), 1, "pmd.py: no such flag"),
+    ],
+)
 def test_the_checks_end_by_a_sentence(command, monkeypatch, error, code, last):
     def raises(*args, **kwargs):
         raise error
@@ -523,11 +735,23 @@ class Here:
 EVALUATION = "--model nano --n 1 --eval_problems 2 --name e".split()
 
 
-@pytest.mark.parametrize("error, code, last", [
-    (KeyboardInterrupt(), 130, "eval.py: interrupted; the same command goes on with the problems that are left"),
-    (torch.OutOfMemoryError("CUDA out of memory."), 1, "eval.py: out of memory: CUDA out of memory.; lower --micro_.*"),
-    (FloatingPointError("no numbers"), 1, "eval.py: no numbers"),
-    (SafetensorError("cut"), 1, "eval.py: the weights of --model nano can't be read: cut")])
+@pytest.mark.parametrize(
+    "error, code, last",
+    [
+        (
+            KeyboardInterrupt(),
+            130,
+            "eval.py: interrupted; the same command goes on with the problems that are left",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            1,
+            "eval.py: out of memory: CUDA out of memory.; lower --micro_.*",
+        ),
+        (FloatingPointError("no numbers"), 1, "eval.py: no numbers"),
+        (SafetensorError("cut"), 1, "eval.py: the weights of --model nano can't be read: cut"),
+    ],
+)
 def test_an_evaluation_ends_by_a_sentence(tmp_path, capsys, monkeypatch, error, code, last):
     def raises(*args):
         raise error
@@ -536,7 +760,9 @@ def test_an_evaluation_ends_by_a_sentence(tmp_path, capsys, monkeypatch, error, 
     with pytest.raises(SystemExit) as end:
         ev.main(pmd.parse_flags, [*EVALUATION, "--out", str(tmp_path)])
     said = end.value.code if code == 1 else capsys.readouterr().err.splitlines()[-1]
-    assert (1 if isinstance(end.value.code, str) else end.value.code) == code and re.fullmatch(last, said)
+    assert (1 if isinstance(end.value.code, str) else end.value.code) == code and re.fullmatch(
+        last, said
+    )
 
 
 def test_a_fault_of_the_program_in_an_evaluation_keeps_its_traceback(tmp_path, monkeypatch):
@@ -545,12 +771,24 @@ def test_a_fault_of_the_program_in_an_evaluation_keeps_its_traceback(tmp_path, m
         ev.main(pmd.parse_flags, [*EVALUATION, "--out", str(tmp_path)])
 
 
-TOOLS = [("tools/plan.py", "--gpus=0"), ("tools/plan.py", "--gpus=-1"), ("tools/plan.py", "--gpu_memory=nan"),
-         ("tools/plan.py", "--gpu_memory=-1"), ("tools/plan.py", "--gpu_memory_utilization=2"),
-         ("tools/plan.py", "--gpu_memory_utilization=nan"), ("tools/plan.py", "--max_completion=-5"),
-         ("tools/same.py", "nosuch"), ("tools/same.py", "--steps=0"), ("tools/same.py", "--methods=x"),
-         ("tools/same.py", "--methods="), ("study/study.py", "--parts=x"), ("study/study.py", "--parts="),
-         ("study/study.py", "--workers=0"), ("benchmarks/chaos.py", "--kills=-1"), ("benchmarks/chaos.py", "--ranks=0")]
+TOOLS = [
+    ("tools/plan.py", "--gpus=0"),
+    ("tools/plan.py", "--gpus=-1"),
+    ("tools/plan.py", "--gpu_memory=nan"),
+    ("tools/plan.py", "--gpu_memory=-1"),
+    ("tools/plan.py", "--gpu_memory_utilization=2"),
+    ("tools/plan.py", "--gpu_memory_utilization=nan"),
+    ("tools/plan.py", "--max_completion=-5"),
+    ("tools/same.py", "nosuch"),
+    ("tools/same.py", "--steps=0"),
+    ("tools/same.py", "--methods=x"),
+    ("tools/same.py", "--methods="),
+    ("study/study.py", "--parts=x"),
+    ("study/study.py", "--parts="),
+    ("study/study.py", "--workers=0"),
+    ("benchmarks/chaos.py", "--kills=-1"),
+    ("benchmarks/chaos.py", "--ranks=0"),
+]
 
 
 @pytest.mark.parametrize("script, flag", TOOLS)

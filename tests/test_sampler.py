@@ -1,5 +1,7 @@
-"""Around the sampler, without vLLM: the probe of its pushes, on an engine made up here; what generation without it costs;
-how often weights are pushed and a teacher's prompt is encoded. The real engine: test_vllm.py."""
+"""Around the sampler, without vLLM: the probe of its pushes, on an engine made up here; what
+generation without it costs; how often weights are pushed and a teacher's prompt is encoded. The
+real engine: test_vllm.py.
+"""
 
 import copy
 import sys
@@ -24,7 +26,9 @@ from tasks.problem import Problem
 
 
 class Engine:
-    """vLLM as far as a push is concerned: a model with weights of its own. `hears` decides which pushed weights it takes."""
+    """vLLM as far as a push is concerned: a model with weights of its own. `hears` decides which
+    pushed weights it takes.
+    """
 
     hears = staticmethod(lambda push, name: True)
     dtype = torch.float32
@@ -32,13 +36,20 @@ class Engine:
     def __init__(self, folder, load_format, **flags):
         assert load_format == "dummy"  # nothing is read that is overwritten at once
         torch.manual_seed(1)
-        self.model, self.pushes = AutoModelForCausalLM.from_config(self.config).to(self.dtype).eval(), 0
+        self.model, self.pushes = (
+            AutoModelForCausalLM.from_config(self.config).to(self.dtype).eval(),
+            0,
+        )
 
     def collective_rpc(self, method, kwargs):
         assert method == "reload_weights"
         self.pushes += 1
-        weights = {name: p for name, p in kwargs["weights_iterator"] if self.hears(self.pushes, name)}
-        self.model.load_state_dict({name: p.to(self.dtype) for name, p in weights.items()}, strict=False)
+        weights = {
+            name: p for name, p in kwargs["weights_iterator"] if self.hears(self.pushes, name)
+        }
+        self.model.load_state_dict(
+            {name: p.to(self.dtype) for name, p in weights.items()}, strict=False
+        )
 
     def apply_model(self, function):
         self.model.tie_weights()
@@ -51,16 +62,26 @@ class Engine:
         ids = prompts[0]["prompt_token_ids"]
         logits = self.model(torch.tensor([ids])).logits[0].float()
         logprobs = logits.log_softmax(-1)
-        found = [{i: SimpleNamespace(logprob=float(row[i]))} for row, i in zip(logprobs, ids[1:], strict=False)]
+        found = [
+            {i: SimpleNamespace(logprob=float(row[i]))}
+            for row, i in zip(logprobs, ids[1:], strict=False)
+        ]
         return [SimpleNamespace(prompt_logprobs=[None, *found])]
 
 
 @pytest.fixture
 def start(monkeypatch, tokenizer, make_config):
     """start(policy, hears, dtype): the sampler on such an engine."""
+
     def start(policy, hears=Engine.hears, dtype=torch.float32):
-        kind = type("Kind", (Engine,), {"hears": staticmethod(hears), "dtype": dtype, "config": policy.config})
-        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace, LLM=kind))
+        kind = type(
+            "Kind",
+            (Engine,),
+            {"hears": staticmethod(hears), "dtype": dtype, "config": policy.config},
+        )
+        monkeypatch.setitem(
+            sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace, LLM=kind)
+        )
         return VLLM(policy, tokenizer, make_config(sampler="vllm"))
 
     return start
@@ -93,16 +114,26 @@ def test_an_engine_that_listens_passes_and_the_weights_are_as_before(start, poli
     assert sampler.llm.pushes == 3
 
 
-@pytest.mark.parametrize("hears", [
-    lambda push, name: False,
-    lambda push, name: push != 2,
-    lambda push, name: name != "lm_head.weight",
-    lambda push, name: name != "model.embed_tokens.weight",
-    lambda push, name: "layers" not in name], ids=["nothing", "once", "no head", "no embedding", "no layers"])
+@pytest.mark.parametrize(
+    "hears",
+    [
+        lambda push, name: False,
+        lambda push, name: push != 2,
+        lambda push, name: name != "lm_head.weight",
+        lambda push, name: name != "model.embed_tokens.weight",
+        lambda push, name: "layers" not in name,
+    ],
+    ids=["nothing", "once", "no head", "no embedding", "no layers"],
+)
 def test_an_engine_that_ignores_a_push_is_refused(hears, start, untied):
-    """At the first push or at the second: its weights can't be five times nearer to either of the two than to the other."""
+    """At the first push or at the second: its weights can't be five times nearer to either of the
+    two than to the other.
+    """
     before = [p.clone() for p in untied.parameters()]
-    with pytest.raises(FloatingPointError, match="vLLM does not run the (changed|true) weights .* use --sampler transformers"):
+    with pytest.raises(
+        FloatingPointError,
+        match="vLLM does not run the (changed|true) weights .* use --sampler transformers",
+    ):
         start(untied, hears)
     assert all(torch.equal(a, b) for a, b in zip(before, untied.parameters(), strict=True))
 
@@ -116,14 +147,18 @@ def test_an_engine_that_stops_listening_is_found_out(start, policy):
 
 def test_an_engine_that_keeps_the_initial_weights_is_refused(start, policy, monkeypatch):
     """The one that looks right as long as nothing has changed."""
-    monkeypatch.setattr(Engine, "reset_prefix_cache", lambda self: self.model.load_state_dict(initial))
+    monkeypatch.setattr(
+        Engine, "reset_prefix_cache", lambda self: self.model.load_state_dict(initial)
+    )
     initial = copy.deepcopy(policy.state_dict())
     with pytest.raises(FloatingPointError, match="vLLM does not run the changed weights"):
         start(policy)
 
 
 def test_unlikely_text_in_bfloat16_is_no_other_model(start, policy, monkeypatch):
-    """Where the probe has tens of nats a token, rounding makes tenths of them: more than any bound that fits likely text."""
+    """Where the probe has tens of nats a token, rounding makes tenths of them: more than any bound
+    that fits likely text.
+    """
     monkeypatch.setattr(VLLM, "PROBE", "ka=rev 3 lo!inc mi ye=swap 7 do 0 zi!neg ju=flip 5 vo")
     with torch.no_grad():
         policy.model.norm.weight.mul_(24)
@@ -142,31 +177,47 @@ def test_weights_that_do_not_change_are_pushed_once(method, pushes, monkeypatch,
     said = []
     for name in ("sleep", "wake"):
         monkeypatch.setattr(Sampler, name, lambda self, name=name: said.append(name))
-    monkeypatch.setattr(pmd.Run, "restore", lambda *args, real=pmd.Run.restore: said.append("restore") or real(*args))
+    monkeypatch.setattr(
+        pmd.Run,
+        "restore",
+        lambda *args, real=pmd.Run.restore: said.append("restore") or real(*args),
+    )
     pmd.train(make_config(method=method, name="run"))
     assert said == ["sleep", "restore", "wake"] + ["sleep", "wake"] * (pushes - 1)
 
 
 # ------------------------------------------------------------------ without vLLM
 
+
 def test_the_cost_of_generation_without_vllm_is_said():
-    """3 rows of 10,240 tokens in a batch of 32,768: 256 rollouts are 86 calls, 399 x 16 samples 2,128."""
+    """3 rows of 10,240 tokens in a batch of 32,768: 256 rollouts are 86 calls, 399 x 16 samples
+    2,128.
+    """
     said = slow_generation(pmd.Config(), 399, 1)
-    assert "3 texts at a time: a step 86 calls in turn or up to 6.8 hours, an evaluation 2128 calls in turn" in said
+    assert (
+        "3 texts at a time: a step 86 calls in turn or up to 6.8 hours, an evaluation 2128 calls in"
+        " turn" in said
+    )
     assert "requirements-gpu.txt" in said and "--sampler transformers" in said and "\n" not in said
     assert "a step 11 calls" in slow_generation(pmd.Config(), 399, 8)
     assert "a step" not in slow_generation(pmd.Config(), 399, 1, training=False)
     assert "1 texts" in slow_generation(pmd.Config(micro_tokens=1), 399, 1)
 
 
-@pytest.mark.parametrize("flags, installed, said", [
-    ([], None, True), (["--sampler", "transformers"], None, False), ([], VLLM_VERSION, False)])
-def test_it_is_said_on_a_gpu_where_nobody_chose_it(flags, installed, said, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "flags, installed, said",
+    [([], None, True), (["--sampler", "transformers"], None, False), ([], VLLM_VERSION, False)],
+)
+def test_it_is_said_on_a_gpu_where_nobody_chose_it(
+    flags, installed, said, monkeypatch, capsys, tmp_path
+):
     for room in (check, runtime_vllm_sampler):
         monkeypatch.setattr(room, "device_of", lambda cfg: SimpleNamespace(type="cuda", index=0))
     for room in (check, runtime_vllm_sampler):
         monkeypatch.setattr(room, "vllm_version", lambda: installed)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30)
+    )
     cfg = pmd.parse_flags([*flags, "--out", str(tmp_path)])
     pmd.check(cfg, quiet=True)
     assert "vLLM" not in capsys.readouterr().out
@@ -174,48 +225,93 @@ def test_it_is_said_on_a_gpu_where_nobody_chose_it(flags, installed, said, monke
     assert capsys.readouterr().out.count("vLLM is not installed") == said
 
 
-@pytest.mark.parametrize("flags, ranks, refused", [
-    (["--device", "cuda:1", "--sampler", "vllm"], 1, True), (["--device", "cuda:1", "--sampler", "transformers"], 1, False),
-    (["--device", "cuda:1", "--sampler", "transformers"], 2, True), (["--device", "cuda:0", "--sampler", "vllm"], 1, False)])
+@pytest.mark.parametrize(
+    "flags, ranks, refused",
+    [
+        (["--device", "cuda:1", "--sampler", "vllm"], 1, True),
+        (["--device", "cuda:1", "--sampler", "transformers"], 1, False),
+        (["--device", "cuda:1", "--sampler", "transformers"], 2, True),
+        (["--device", "cuda:0", "--sampler", "vllm"], 1, False),
+    ],
+)
 def test_trainer_and_engine_are_on_one_device(flags, ranks, refused, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(runtime_vllm_sampler, "vllm_version", lambda: "0")  # the next thing that is refused
+    monkeypatch.setattr(
+        runtime_vllm_sampler, "vllm_version", lambda: "0"
+    )  # the next thing that is refused
     cfg = pmd.parse_flags([*flags, "--batch_size", "1", "--method", "grpo", "--out", str(tmp_path)])
     with pytest.raises(ValueError) as error:
         check_machine(cfg, ranks)
-    assert ("give --device cuda where the environment says CUDA_VISIBLE_DEVICES=1" in str(error.value)) == refused
+    assert (
+        "give --device cuda where the environment says CUDA_VISIBLE_DEVICES=1" in str(error.value)
+    ) == refused
 
 
 # ------------------------------------------------------------------ teacher prompts
 
+
 @pytest.mark.parametrize("budget", [10**6, 90, 60, 40, 1])
 def test_a_teachers_prompt_is_encoded_once(budget, tokenizer, make_config, monkeypatch):
-    """The ids of the naive way, for rollouts of two problems that share contexts; no text is encoded twice."""
+    """The ids of the naive way, for rollouts of two problems that share contexts; no text is
+    encoded twice.
+    """
     cfg, problems = make_config(max_reprompt=budget), []
-    problems = [Problem(f"p{i}", f"{i} ka lo ti", "", "steps", system="Reply." if i else "") for i in range(2)]
-    contexts = [{}, *({"behaviors": [("b", "ra xa")] * n, "strategies": [("s", "ku mi no")] * n, "solution": f"ye {s} vo"}
-                      for n in (1, 6) for s in (1, 2, 2))]
+    problems = [
+        Problem(f"p{i}", f"{i} ka lo ti", "", "steps", system="Reply." if i else "")
+        for i in range(2)
+    ]
+    contexts = [
+        {},
+        *(
+            {
+                "behaviors": [("b", "ra xa")] * n,
+                "strategies": [("s", "ku mi no")] * n,
+                "solution": f"ye {s} vo",
+            }
+            for n in (1, 6)
+            for s in (1, 2, 2)
+        ),
+    ]
     asked = [(p, c) for p in problems for c in contexts]
     naive = []
     for p, c in asked:
-        text = mem.compose_within(budget, lambda t, p=p: len(encode_prompt(tokenizer, t, p.system)), p.prompt, **c)
+        text = mem.compose_within(
+            budget, lambda t, p=p: len(encode_prompt(tokenizer, t, p.system)), p.prompt, **c
+        )
         naive.append((text, encode_prompt(tokenizer, text, p.system)))
     encoded, encode = [], encode_prompt
-    monkeypatch.setattr(pmd, "encode_prompt", lambda *args: encoded.append(args[1:]) or encode(*args))
+    monkeypatch.setattr(
+        pmd, "encode_prompt", lambda *args: encoded.append(args[1:]) or encode(*args)
+    )
     found = pmd.teacher_prompts([p for p, _ in asked], [c for _, c in asked], tokenizer, cfg)
     for (p, _), (text, ids), (naive_text, naive_ids) in zip(asked, found, naive, strict=True):
         assert text == naive_text and ids == (naive_ids if text != p.prompt else [])
-    assert len(set(encoded)) == len(encoded) and {text for text, _ in found} & {p.prompt for p in problems}
+    assert len(set(encoded)) == len(encoded) and {text for text, _ in found} & {
+        p.prompt for p in problems
+    }
 
 
 def test_no_prompt_is_made_where_nobody_is_taught(tokenizer, make_config, monkeypatch):
-    """SDPO, one group solved by all and one by half: with --no_supervise_mastered the first costs nothing."""
+    """SDPO, one group solved by all and one by half: with --no_supervise_mastered the first costs
+    nothing.
+    """
     problems = [Problem(f"p{i}", f"{i} ka lo ti", "", "steps") for i in range(2)]
-    rollouts = [pmd.Rollout([1], [2], None, f"said {i}", True, f"1/{p.id}/{i}", p, float(p is problems[0] or i < 2))
-                for p in problems for i in range(4)]
+    rollouts = [
+        pmd.Rollout(
+            [1], [2], None, f"said {i}", True, f"1/{p.id}/{i}", p, float(p is problems[0] or i < 2)
+        )
+        for p in problems
+        for i in range(4)
+    ]
     encoded, encode = [], encode_prompt
-    monkeypatch.setattr(pmd, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args))
-    method_of(make_config("--no_supervise_mastered", method="sdpo"), tokenizer=tokenizer).condition(1, rollouts)
+    monkeypatch.setattr(
+        pmd, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args)
+    )
+    method_of(make_config("--no_supervise_mastered", method="sdpo"), tokenizer=tokenizer).condition(
+        1, rollouts
+    )
     assert not any(r.teacher_ids for r in rollouts[:4]) and all(r.teacher_ids for r in rollouts[4:])
-    assert len(encoded) == 2 and all("1 ka lo ti" in text for text in encoded)  # by the first success, or the second
+    assert len(encoded) == 2 and all(
+        "1 ka lo ti" in text for text in encoded
+    )  # by the first success, or the second

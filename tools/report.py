@@ -28,7 +28,6 @@ from tasks.problem import SUCCESS
 matplotlib.use("Agg")  # figures are files; no screen is needed
 
 
-
 # ------------------------------------------------------------------------------------------------
 # What an evaluation prints of itself
 # ------------------------------------------------------------------------------------------------
@@ -348,7 +347,6 @@ def blocks_of(folders) -> list[list[Row]]:
     return [blocks[place] for place in sorted(blocks, key=order)]
 
 
-
 # ------------------------------------------------------------------------------------------------
 # Tables
 # ------------------------------------------------------------------------------------------------
@@ -435,7 +433,6 @@ def compare(folders) -> str:
     text += ["\nTable 6: not reproduced; the authors annotated it by hand", COST_TITLE]
     text += [aligned(costs(single)), "\nDifferences at the final step, paired by problem"]
     return "\n".join([*text, aligned(differences(single))])
-
 
 
 # ------------------------------------------------------------------------------------------------

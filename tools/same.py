@@ -1,13 +1,16 @@
-"""Whether this checkout computes what another commit did: six methods, some steps each, equal but for times.
+"""Whether this checkout computes what another commit did: six methods, some steps each, equal but
+for times.
 
-    python tools/same.py HEAD              what is changed but not committed, against the last commit
+    python tools/same.py HEAD              what is changed but not committed, against the last
+                                           commit
     python tools/same.py 406e6d3           this checkout, against an older commit
     python tools/same.py HEAD --steps 8 --methods pmd,grpo
 
-A step that moves or rewrites code changes no result: run this before each commit of such a step. Every method runs in a
-process of its own on the embedded model, once here and once in a temporary worktree of the other commit. All rows of
-metrics.jsonl must be equal in all but the times; the first that is not is printed, and the exit status is 1. The runs take
-about two minutes on one core. A commit that is meant to change numbers, or the name of a metric, fails here: say so in it.
+A step that moves or rewrites code changes no result: run this before each commit of such a step.
+Every method runs in a process of its own on the embedded model, once here and once in a temporary
+worktree of the other commit. All rows of metrics.jsonl must be equal in all but the times; the
+first that is not is printed, and the exit status is 1. The runs take about two minutes on one core.
+A commit that is meant to change numbers, or the name of a metric, fails here: say so in it.
 """
 
 import argparse
@@ -23,9 +26,18 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent.parent
 TIMES = ("seconds", "share", "tokens_per_second", "peak_gb")  # of a row of metrics.jsonl
-METHODS = ("frozen-policy", "frozen-memory", "pmd", "pmd-transient", "sdpo", "grpo")  # the first lends the second its memory
-FLAGS = ("--batch_size 8 --mini_batch_size 4 --group_size 8 --behavior_every 2 --eval_problems 6 --eval_k 2 --eval_every 2 "
-         "--save_every 0 --device cpu --nproc 1").split()
+METHODS = (
+    "frozen-policy",
+    "frozen-memory",
+    "pmd",
+    "pmd-transient",
+    "sdpo",
+    "grpo",
+)  # the first lends the second its memory
+FLAGS = (
+    "--batch_size 8 --mini_batch_size 4 --group_size 8 --behavior_every 2 --eval_problems 6"
+    " --eval_k 2 --eval_every 2 --save_every 0 --device cpu --nproc 1"
+).split()
 
 
 @contextlib.contextmanager
@@ -33,7 +45,9 @@ def worktree(commit):
     """A temporary checkout of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "other")
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", path, commit], cwd=HERE, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--quiet", "--detach", path, commit], cwd=HERE, check=True
+        )
         try:
             yield path
         finally:
@@ -42,7 +56,17 @@ def worktree(commit):
 
 def rows_of(checkout, method, steps, out) -> list[dict]:
     """The rows of metrics.jsonl of a run by the code in a checkout, without their times."""
-    command = [sys.executable, "pmd.py", "--method", method, "--name", method, "--out", str(out), *FLAGS]
+    command = [
+        sys.executable,
+        "pmd.py",
+        "--method",
+        method,
+        "--name",
+        method,
+        "--out",
+        str(out),
+        *FLAGS,
+    ]
     command += ["--steps", str(steps)]
     if method == "frozen-memory":
         command += ["--memory_from", "frozen-policy"]
@@ -59,22 +83,36 @@ def difference(ours, theirs) -> str:
     for mine, other in zip(ours, theirs, strict=False):
         for key in sorted({*mine, *other}):
             if mine.get(key) != other.get(key):
-                return f"step {other.get('step')}, {key}: {other.get(key)} there, {mine.get(key)} here"
+                return (
+                    f"step {other.get('step')}, {key}: {other.get(key)} there, {mine.get(key)} here"
+                )
     if len(ours) != len(theirs):
         return f"{len(theirs)} rows there, {len(ours)} here"
     return ""
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("commit", help="what this checkout is compared with")
     parser.add_argument("--steps", type=int, default=4, help="batches a run (default: 4)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="with commas between (default: all six)")
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="with commas between (default: all six)"
+    )
     args = parser.parse_args()
-    methods, known = args.methods.split(","), subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", args.commit + "^{commit}"], cwd=HERE, capture_output=True)
+    methods, known = (
+        args.methods.split(","),
+        subprocess.run(
+            ["git", "rev-parse", "--verify", "--quiet", args.commit + "^{commit}"],
+            cwd=HERE,
+            capture_output=True,
+        ),
+    )
     if unknown := [method for method in methods if method not in METHODS]:
-        parser.error(f"--methods takes some of {', '.join(METHODS)}, not {', '.join(map(repr, unknown))}")
+        parser.error(
+            f"--methods takes some of {', '.join(METHODS)}, not {', '.join(map(repr, unknown))}"
+        )
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
     if known.returncode:
@@ -87,7 +125,10 @@ def main():
             found = difference(ours, theirs)
             updates = sum(row.get("updates", 0) for row in ours)
             if not updates and method != "frozen-policy":
-                found = found or "the same, but no update was made, so that it says nothing: give more --steps"
+                found = (
+                    found
+                    or "the same, but no update was made, which says nothing: give more --steps"
+                )
             tqdm.write(f"{method}: {found or f'the same {len(ours)} rows, {updates} updates'}")
             different = different or bool(found)
     sys.exit(1 if different else 0)
