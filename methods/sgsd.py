@@ -92,7 +92,7 @@ class Method(pmd.PMD):
     def pull(self, row, gain) -> torch.Tensor:
         """Says how one teacher pulls on each token (C,). gain: d_t (C,)."""
         content = torch.tensor([id not in self.tokenizer.all_special_ids for id in row.ids])
-        support = gain[content].clamp(-CLIP, CLIP).mean()
+        support = (gain.clamp(-CLIP, CLIP) * content).sum() / content.sum().clamp(min=1)
         polarity = support.sign() * (support.abs() > LEAST_SUPPORT)
         if row.reward <= pmd.SUCCESS:
             polarity = -polarity
