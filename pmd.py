@@ -27,8 +27,8 @@ Deviations from the paper
     The paper does not say.
  6. The policy of a step writes its insights before the step goes on. The paper has a server that
     may lag behind (B.1).
- 7. `--ground_insights` is on for nano and off elsewhere. Reflection reads one attempt at a time, an
-    insight must be contained in its evidence, a contradicting failure ends a strategy, and a
+ 7. `--ground_insights` is on for nano and off elsewhere. Reflection reads one attempt at a time.
+    An insight must be contained in its evidence. A contradicting failure ends a strategy. A
     behavior needs two supports. See nano/grounded.py.
  8. A batch without a single supervised token takes no optimizer step. verl would step on Adam's
     momentum alone.

@@ -303,7 +303,7 @@ def test_the_verifier_of_ones_own_works(tmp_path, monkeypatch):
 
 def test_the_method_of_ones_own_is_the_example(tmp_path):
     """The README's own method and examples/own_method.py leave the same rollouts to a teacher."""
-    code = re.search(r"```python\n(import pmd\n\nclass Method.*?)```", README, re.DOTALL)[1]
+    code = re.search(r"```python\n(import pmd\n+class Method.*?)```", README, re.DOTALL)[1]
     (tmp_path / "mine.py").write_text(code)
     mine = method_class(str(tmp_path / "mine.py"))
     example = method_class(str(HERE / "examples" / "own_method.py"))
