@@ -133,7 +133,7 @@ def code_problem(tests, id, prompt, system, **extra) -> Problem:
 
 def load_livecodebench(data, protocol, since, until):
     """(name, train, test): the contests of since <= date < until (YYYY-MM-DD), under a protocol of
-    the table above.
+    docs/data.md.
 
     The name says protocol, window and number of problems, for reports. SDPO's half of the tests is
     drawn as its script does: numpy's seed 0, problem by problem in the order of the file, max(1, n
