@@ -29,7 +29,7 @@ from tasks import load_task
 from tasks.problem import Problem
 from tasks.sciknoweval import SCIKNOWEVAL, defects
 from tasks.verdicts import verify
-from tools import report
+from tools import figures, report
 
 HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared" / "data" / "sciknoweval"
@@ -447,6 +447,7 @@ def test_variants_have_rows_of_their_own(make_run):
             make_run("e", "frozen-policy"),
             make_run("f", exclude_flagged=True),
             make_run("g", "frozen-policy", tiers="experience"),
+            make_run("h", "srpo"),
         ]
     )
     two, four = (
@@ -469,6 +470,7 @@ def test_variants_have_rows_of_their_own(make_run):
     assert line(four, "Evolving memory + frozen policy (experience)")[-1] == "42.3"
     assert line(text.split("Table 3")[1], "frozen policy")[-1] == "34.3"
     assert line(text.split("Not in the paper's tables")[1], "PMD, lenient")
+    assert line(text.split("Not in the paper's tables")[1], "srpo")[-1] == "75.0 (of 3)"
     assert line(two, "Base", "32.4") and "dev-selected is in part selected on test" in " ".join(
         text.split()
     )
@@ -593,17 +595,17 @@ def test_figures_and_their_data(make_run, tmp_path, capsys):
 
 def test_figures_show_all_of_their_data(tmp_path, monkeypatch):
     """No series is cut off because an earlier one was lower, nor lost because a panel lacks it."""
-    monkeypatch.setattr(report.plt, "close", lambda figure: None)
+    monkeypatch.setattr(figures.plt, "close", lambda figure: None)
     for bars in (False, True):
         rows = [("one", x, "low", 0.1, np.nan, np.nan) for x in (1, 2)]
         rows += [("one", 1, "high", 0.8, 0.5, 0.9), ("two", 2, "elsewhere", 3, np.nan, np.nan)]
-        report.draw(tmp_path / "drawn", "title", rows, bars)
-        figure = report.plt.gcf()
+        figures.draw(tmp_path / "drawn", "title", rows, bars)
+        figure = figures.plt.gcf()
         tops = [axes.get_ylim()[1] for axes in figure.axes]
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
         assert tops[0] >= 0.9 and tops[1] >= 3 and labels == ["low", "high", "elsewhere"]
     monkeypatch.undo()
-    report.plt.close("all")
+    figures.plt.close("all")
 
 
 # -- the command line ----------------------------------------------------------------------------
