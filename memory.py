@@ -42,8 +42,7 @@ import functools
 import json
 import math
 import random
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +50,16 @@ from sklearn.cluster import KMeans
 
 from runtime.chat import clean, encode_prompt, plain
 from runtime.options import option
-from runtime.replies import MAX_CONTENT, MAX_ITEMS, parse, strip_thoughts, was_cut
-from runtime.store import AMONG, TIERS, WITH_EMBEDDING, Item, Store, nearest
+from runtime.replies import (
+    decisions,
+    items_under,
+    parse,
+    parse_items,  # noqa: F401  also for those who import memory
+    strip_thoughts,
+    was_cut,
+)
+from runtime.shortcuts import shortcuts
+from runtime.store import TIERS, WITH_EMBEDDING, Item, Store, nearest
 from tasks.problem import SUCCESS
 
 
@@ -399,181 +406,6 @@ def abstraction_prompt(forms, cluster, known) -> str:
     return "\n".join([*parts, forms.decide if known else forms.cold_start])
 
 
-TITLE_WORDS, SENTENCES = 10, 4  # of an item, at most (B.3)
-
-
-def parse_items(found, key, first, second) -> list[tuple[str, str]]:
-    """The well-formed items under `key` of a parsed reply, each as the texts of its two fields; at
-    most MAX_ITEMS.
-
-    Each text becomes one line, so that it can't pass for a heading of the prompt it will stand in.
-    """
-    rows = found.get(key) if isinstance(found, dict) else None
-    items = []
-    for row in rows[:MAX_ITEMS] if isinstance(rows, list) else []:
-        pair = [row.get(first), row.get(second)] if isinstance(row, dict) else [None, None]
-        pair = [
-            clean(x) if isinstance(x, str) else "" for x in pair
-        ]  # again: JSON escapes can hide what `parse` cleaned
-        if all(x.strip() for x in pair):
-            sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", " ".join(pair[1].split()))[
-                :SENTENCES
-            ]  # not at e.g. X
-            while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
-                sentences.pop()
-            items.append(
-                (
-                    " ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT],
-                    " ".join(sentences)[:MAX_CONTENT],
-                )
-            )
-    return items
-
-
-# What B.3 counts as contamination, in patterns of our own: the paper prints none. A measurement,
-# and a coarse one.
-SHORTCUTS = {
-    "attempts": (
-        r"(?i)\b(?:(?:in)?correct|wrong|failed|successful|previous|earlier|past|prior|these|both|all|other|most) "
-        r"(?:attempt|response|rollout|submission)s?\b|\battempt \d|\bthe"
-        r" (?:model|student|assistant|grader|verifier|"
-        r"(?:first|second|third|last)? ?attempt|response)\b"
-    ),
-    "options": (
-        r"\b(?i:options?|choices?|answers?)(?: is| was|:)? \(?[A-J]\b\)?(?!"
-        r" [a-z]+ing\b)|(?<!\w)\([A-J]\)|"
-        r"\b[B-J] (?:is|was) (?:the )?(?:in)?correct\b|(?i:\b(?:first|second|third|fourth|last)"
-        r" (?:option|choice)\b)"
-    ),
-    "tactics": (
-        r"(?i)\bprocess of elimination\b|\b(?:eliminat|rul)\w* (?:out )?(?:\w+"
-        r" ){0,2}(?:options|choices|answers)\b|"
-        r"\bguess(?:es|ing)?\b|\b(?:longest|shortest|most \w+)"
-        r" (?:option|choice|answer)\b|\bdistractors?\b|"
-        r"\b(?:all|none) of the above\b|\b(?:pick|select|choose) the"
-        r" (?:option|choice|answer)\b|\bhard-?cod"
-    ),
-    "problem": (
-        r"(?i)\b(?:this|the given|the above|the current|the provided|the present|the following)"
-        r" (?:\w+ )?(?:question|"
-        r"problem|exercise|task|case|example|sample|molecule|compound|reaction|sequence|protein|passage|input)\b"
-    ),
-}
-
-
-def shortcuts(text) -> list[str]:
-    """The families of shortcut-like phrasing found in an insight or behavior (B.3): talk of
-    attempts, option letters, test-taking tactics, phrases tied to one problem.
-    """
-    return [family for family, pattern in SHORTCUTS.items() if re.search(pattern, text)]
-
-
-# What an abstraction may call its decisions. A new behavior of a known name updates it, so that
-# both are one to us.
-DECISION = (
-    "decision",
-    "operation",
-    "op",
-    "type",
-    "event",
-)  # the fields that may say it where there is no `action`
-WRITES = {
-    "new",
-    "add",
-    "append",
-    "create",
-    "insert",
-    "introduce",
-    "save",
-    "store",
-    "update",
-    "upsert",
-    "adjust",
-    "amend",
-    "change",
-    "combine",
-    "edit",
-    "extend",
-    "generalize",
-    "generalise",
-    "improve",
-    "merge",
-    "modify",
-    "modified",
-    "refine",
-    "replace",
-    "revise",
-    "rewrite",
-    "rewritten",
-    "strengthen",
-}
-REMOVES = {
-    "remove",
-    "delete",
-    "deprecate",
-    "discard",
-    "drop",
-    "dropped",
-    "eliminate",
-    "erase",
-    "forget",
-    "prune",
-    "purge",
-    "retire",
-}
-UNDECIDED = {"no", "not", "or", "don", "keep", "none", "unchanged"}
-
-
-def decision_of(row) -> str:
-    """What a row decides: "write", "remove", or "" where that is not clear. A row that says no
-    decision is written.
-    """
-    others = [row[name] for name in DECISION if verbs_in(row.get(name))]
-    verbs = verbs_in(row["action"] if "action" in row else others[0] if others else "new")
-    return verbs.pop() if len(verbs) == 1 else ""
-
-
-def verbs_in(said) -> set[str]:
-    """Which of "write" and "remove" some words say, in any form of the verb (`Removed`,
-    `add_behavior`).
-    """
-    words = set(re.findall("[a-z]+", said.casefold())) if isinstance(said, str) else set()
-    if words & UNDECIDED:
-        return set()
-    stems = words | {word.removesuffix(end) for word in words for end in ("d", "ed", "s")}
-    return {verb for verb, known in (("write", WRITES), ("remove", REMOVES)) if stems & known}
-
-
-def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
-    """`parse_items` of all that stands under `key`, and how many of its rows are none: they are
-    counted, not lost.
-    """
-    rows = (found or {}).get(key, [])
-    items = parse_items(found, key, first, second)
-    return items, len(rows) - len(items)
-
-
-def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
-    """A parsed abstraction: ((name, instruction) pairs to write, names to remove, how many rows are
-    neither).
-
-    Cold start and decisions may come under each other's key; a row without a decision is written.
-    None where the reply has neither key.
-    """
-    if not found or not found.keys() & {"actions", "behaviors"}:
-        return None
-    rows = found.get("actions", []) + found.get("behaviors", [])
-    writes, removes = [], []
-    for row in rows[:MAX_ITEMS]:
-        row = row or {}
-        decision, name = decision_of(row), row.get("name")
-        if decision == "write":
-            writes += parse_items({"row": [row]}, "row", "name", "instruction")
-        elif decision == "remove" and isinstance(name, str):
-            removes.append(plain(name))
-    return writes, removes, len(rows) - len(writes) - len(removes)
-
-
 def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int, int]:
     """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates,
     how many were updates).
@@ -767,7 +599,8 @@ class Memory(Store):
         ids = [p.id for p in problems]
         experience = self.living_of("experience", ids)
         insights = self.living_of("insight", ids)
-        solved = self._success_fractions(ids, step)
+        first = step if self.mode == "transient" else 0  # there memory ends with the step
+        solved = self.success_fractions(ids, first)
         jobs = []
         for p in problems:
             for attempts in self.evidence_sets(experience[p.id], insights[p.id]):
@@ -842,11 +675,9 @@ class Memory(Store):
         """
         clusters = self._remembered_clusters(step)
         shown = [id for ids in clusters for id in ids]
-        rows = self.query(
-            f"SELECT id, text, embedding FROM problem WHERE id {AMONG}", json.dumps(shown)
-        )
-        prompts = {id: text for id, text, _ in rows}
-        vectors = {id: np.frombuffer(vector, np.float32) for id, _, vector in rows}
+        questions = self.questions(shown)
+        prompts = {id: text for id, text, _ in questions}
+        vectors = {id: vector for id, _, vector in questions}
         insights = self.living_of("insight", shown)
         experience = self.living_of("experience", shown)
         jobs = []
@@ -903,14 +734,12 @@ class Memory(Store):
         """{id: cluster} of some problems clustered by themselves: a transient memory knows no
         others.
         """
-        rows = self.query(
-            f"SELECT id, embedding FROM problem WHERE id {AMONG} ORDER BY id", json.dumps(problems)
-        )
-        if not rows:
+        questions = self.questions(problems)
+        if not questions:
             return {}
-        vectors = np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
-        labels = self._clustered(vectors, math.ceil(len(rows) / self.cluster_problems))
-        return {id: int(label) for (id, _), label in zip(rows, labels, strict=True)}
+        vectors = np.stack([vector for *_, vector in questions])
+        labels = self._clustered(vectors, math.ceil(len(questions) / self.cluster_problems))
+        return {id: int(label) for (id, *_), label in zip(questions, labels, strict=True)}
 
     def _measured(self, item) -> bool:
         """Notes a proposed item and shortcut-like phrasing in it; False if it is dropped for
@@ -1065,48 +894,6 @@ class Memory(Store):
             read = [item for id, *_ in row for item in insights[id]]
             contexts.append(as_context(read, behaviors) | {"examples": examples})
         return contexts
-
-    def own_problems(self, problems) -> np.ndarray:
-        """(len(problems), training problems in the order of their ids): whether the one is the
-        other.
-
-        By its id, or by its prompt up to white space.
-        """
-        known = self.query("SELECT id, text FROM problem ORDER BY id")
-        ids = np.array([id for id, _ in known], object)
-        texts = np.array([plain(text) for _, text in known], object)
-        own = [(ids == p.id) | (texts == plain(p.prompt)) for p in problems]
-        return np.array(own, bool).reshape(len(problems), len(known))
-
-    def overlap(self, problems) -> str:
-        """Says which problems of `inference_contexts` were trained on; "" where there are none."""
-        own = self.own_problems(problems)
-        trained_on, alone = own.any(axis=1).sum(), own.all(axis=1).sum()
-        if not trained_on:
-            return ""
-        said = (
-            f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was"
-            " written on (the same id or text): they read not their own insight and success but"
-            " those of the nearest other problem"
-        )
-        if alone:
-            said += f"; {alone} have no other and read behaviors alone"
-        return said
-
-    def _success_fractions(self, problems, step) -> dict[str, tuple[int, int]]:
-        """{problem id: (successes, attempts)}: the confidence signal of reflection.
-
-        Over the whole run so far, or over this step where memory ends with it.
-        """
-        first = step if self.mode == "transient" else 0
-        rows = self.query(
-            "SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') "
-            f"AND step >= ? AND subject {AMONG} GROUP BY subject, kind",
-            first,
-            json.dumps(list(problems)),
-        )
-        n = Counter({(subject, kind): total for subject, kind, total in rows})
-        return {p: (n[p, "success"], n[p, "success"] + n[p, "failure"]) for p in problems}
 
     # -- time
 

@@ -93,14 +93,15 @@ from runtime.ranks import (
 from runtime.rows import (
     add,
     completion_hidden,
-    flat,
-    mask,
     micro_batches,
     own_logprobs,
+    per_token,
+    pick,
     require_small_gap,
     sampler_gap,
     scored,  # noqa: F401  for methods
     token_ids,
+    tokens_of,
 )
 from runtime.run import Run, RunOptions
 from runtime.sampler import Sample, SamplerOptions
@@ -489,20 +490,20 @@ def groups_of(rollouts) -> dict[str, list[Rollout]]:
 
 def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
     """(text, ids) of each problem's prompt with its context, which rollouts of a group often share.
+
     Each rank composes and encodes those of its share of the problems, since seconds of a step are
-    spent here; all get all of them.
+    spent here. All get all of them.
     """
-    group = {id: i % world() for i, id in enumerate(dict.fromkeys(p.id for p in problems))}
-    encode = functools.cache(
-        functools.partial(encode_prompt, tokenizer)
-    )  # what was counted is not encoded again
-    own = [i for i, p in enumerate(problems) if group[p.id] == rank()]
-    composed = {}
-    for i in own:
-        text = reprompt(problems[i], contexts[i], tokenizer, cfg, encode)
-        composed[i] = text, encode(text, problems[i].system) if text != problems[i].prompt else []
-    composed = {i: pair for part in gather(composed) for i, pair in part.items()}
-    return [composed[i] for i in range(len(problems))]
+    names = list(dict.fromkeys(p.id for p in problems))
+    rank_of = {id: i % world() for i, id in enumerate(names)}
+    encode = functools.cache(functools.partial(encode_prompt, tokenizer))  # it is also counted
+    share = {}
+    for i, (problem, context) in enumerate(zip(problems, contexts, strict=True)):
+        if rank_of[problem.id] == rank():
+            text = reprompt(problem, context, tokenizer, cfg, encode)
+            share[i] = text, encode(text, problem.system) if text != problem.prompt else []
+    prompts = {i: pair for part in gather(share) for i, pair in part.items()}
+    return [prompts[i] for i in range(len(problems))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -513,43 +514,45 @@ def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
 def mini_batches(rollouts, policy, cfg):
     """Cuts a batch at problem borders into `mini_batch_size` problems an update.
 
-    The trainer's own log-probabilities of the batch are scored first where a ratio needs them: with
-    several updates a batch, and for rows that are reinforced or were sampled under another prompt.
-    A single distillation update goes without: its policy IS the one that would be scored.
+    Where a ratio needs them, the trainer's own log-probabilities of the batch are scored first:
+    with several updates a batch, and for rows that are reinforced or were sampled under another
+    prompt. A single distillation update goes without: its policy IS the one that would be scored.
     """
     size = cfg.mini_batch_size * cfg.group_size
     parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-    if len(parts) > 1 or any(
-        r.advantage is not None or r.rollout_logprobs is None for r in rollouts
-    ):
+    has_ratio = any(r.advantage is not None or r.rollout_logprobs is None for r in rollouts)
+    if has_ratio or len(parts) > 1:
         scores = {}
-        for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
-            rows = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
-            scores |= {r.id: row for r, row in zip(batch, rows, strict=True)}
+        for part in parts:
+            for batch in micro_batches(part, cfg):
+                logprobs = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
+                scores |= {r.id: row for r, row in zip(batch, logprobs, strict=True)}
         reshard(policy)
-        scores = {id: row for part in gather(scores) for id, row in part.items()}
+        scores = {id: row for share in gather(scores) for id, row in share.items()}
         for r in rollouts:
             r.old_logprobs = scores[r.id]
     yield from parts
 
 
+def is_distilled(row) -> bool:
+    return bool(row.teacher_ids)
+
+
+def is_reinforced(row) -> bool:
+    return row.advantage is not None
+
+
 def is_trained(row) -> bool:
-    return bool(row.teacher_ids) or row.advantage is not None
+    return is_distilled(row) or is_reinforced(row)
 
 
 def has_signal(row) -> bool:
-    """Whether it can have a gradient: not so an advantage of 0."""
-    return (
-        bool(row.teacher_ids)
-        or row.advantage is not None
-        and bool(torch.as_tensor(row.advantage).any())
-    )
+    """Whether a row can have a gradient: an advantage of 0 has none."""
+    return is_distilled(row) or is_reinforced(row) and bool(torch.as_tensor(row.advantage).any())
 
 
 class Total(NamedTuple):
-    """Of a mini-batch, the same on every rank: what its mean divides by, and which of the two terms
-    its loss has.
-    """
+    """What a mini-batch's mean divides by, and which terms its loss has: the same on every rank."""
 
     divisor: int
     distills: bool
@@ -557,32 +560,30 @@ class Total(NamedTuple):
 
 
 def update(method, optimizer, rows, step) -> Counter:
-    """One optimizer step on a mini-batch (Eq. 7, 8); returns sums over its trained tokens.
+    """Takes one optimizer step on a mini-batch (Eq. 7, 8); returns sums over its trained tokens.
 
     Rows and tokens are counted over the whole mini-batch before it is cut into micro-batches, so
-    that the cut changes neither loss nor gradient. Raises FloatingPointError on a loss or gradient
-    that is not finite, before it touches the weights.
+    that the cut changes neither loss nor gradient. Raises FloatingPointError if a loss or gradient
+    is not finite, before it touches the weights.
     """
     policy, cfg = method.policy, method.cfg
     trained = [r for r in rows if is_trained(r)]
-    tokens = sum(len(r.ids) for r in trained)
-    if not tokens or not any(map(has_signal, trained)):
+    if not any(len(r.ids) for r in trained) or not any(has_signal(r) for r in trained):
         some = micro_batches(rows[: 4 * world()], cfg)  # the sampler is watched all the same
         gaps = [sampler_gap(batch, own_logprobs(policy, batch, cfg)) for batch in some]
         reshard(policy)
         return add(require_small_gap(gaps, step, cfg), {"updates_skipped": 1})
-    distilled, reinforced = (
-        [r for r in trained if r.teacher_ids],
-        [r for r in trained if r.advantage is not None],
-    )
-    total = Total(
-        tokens if cfg.loss_mean == "token" else len(rows), bool(distilled), bool(reinforced)
-    )
+    counts = {
+        "tokens": sum(len(r.ids) for r in trained),
+        "distilled_tokens": sum(len(r.ids) for r in trained if is_distilled(r)),
+        "reinforced_tokens": sum(len(r.ids) for r in trained if is_reinforced(r)),
+    }
+    divisor = counts["tokens"] if cfg.loss_mean == "token" else len(rows)
+    total = Total(divisor, any(map(is_distilled, trained)), any(map(is_reinforced, trained)))
     sums, gaps = {}, []
     optimizer.zero_grad()
-    policy.train(
-        cfg.gradient_checkpointing
-    )  # transformers recomputes in train mode only; nothing else differs
+    # transformers recomputes activations in train mode only; nothing else differs
+    policy.train(cfg.gradient_checkpointing)
     for batch in micro_batches(trained, cfg):
         with compute(policy, cfg):
             out = forward(policy, functools.partial(method.loss, batch, total))
@@ -608,110 +609,87 @@ def update(method, optimizer, rows, step) -> Counter:
         optimizer.step()
         optimizer.updates += 1
     sums = functools.reduce(add, gather(sums), gap)
-    counts = {
-        "tokens": tokens,
-        "distilled_tokens": sum(len(r.ids) for r in distilled),
-        "reinforced_tokens": sum(len(r.ids) for r in reinforced),
-    }
     return add(sums, {**counts, "updates": 1, "grad_norm": float(norm)})
 
 
 def loss_of(method, batch, total) -> dict:
-    """The loss of one micro-batch, its share of the mean over the mini-batch: the divergence of the
-    rows that have a teacher and the policy-gradient surrogate of those that have an advantage, over
-    one forward pass.
+    """Computes the loss of one micro-batch, its share of the mean over the mini-batch.
+
+    Over one forward pass, the sum of two terms: the divergence of the rows that have a teacher, and
+    the policy-gradient surrogate of those that have an advantage.
 
     total: see Total. Returns the loss (), logprobs (N,) of the batch's tokens, and per-token values
     that are summed up: divergence, entropy and teacher_entropy (nats), clipped.
     """
     policy, cfg = method.policy, method.cfg
-    distilled, reinforced = (
-        [bool(r.teacher_ids) for r in batch],
-        [r.advantage is not None for r in batch],
-    )
     if total.distills:
-        with (
-            clock("teacher"),
-            torch.no_grad(),
-        ):  # before the student's pass: a live teacher has the student's weights
-            teacher_hidden = method.teacher_hidden([r for r in batch if r.teacher_ids])
-    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
+        # before the student's pass: a live teacher has the student's weights
+        with clock("teacher"), torch.no_grad():
+            teacher_hidden = method.teacher_hidden([r for r in batch if is_distilled(r)])
+    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)  # (N, H)
     head = policy.get_output_embeddings().weight  # (V, H)
-    ids = token_ids(batch, head)
-    old = (
-        None
-        if not batch or batch[0].old_logprobs is None
-        else flat([r.old_logprobs for r in batch], head)
+    ids = token_ids(batch, head)  # (N,)
+    weights = per_token(batch, lambda r: token_weight(r, total.divisor, cfg), head)
+    old = None
+    if batch and batch[0].old_logprobs is not None:
+        old = per_token(batch, lambda r: r.old_logprobs, head)
+    sampled = per_token(
+        batch, lambda r: r.old_logprobs if r.rollout_logprobs is None else r.rollout_logprobs, head
     )
-    sampled = flat(
-        [r.old_logprobs if r.rollout_logprobs is None else r.rollout_logprobs for r in batch], head
-    )
-    # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout,
-    # rollout_clip)
-    weights = flat(
-        [torch.full((len(r.ids),), token_weight(r, total.divisor, cfg)) for r in batch], head
-    )
-    weights = weights if old is None else weights * (old - sampled).exp().clamp(max=ROLLOUT_CLIP)
+    if old is not None:
+        # the sampler's probabilities are not quite the trainer's
+        weights = weights * (old - sampled).exp().clamp(max=ROLLOUT_CLIP)
     out = {"loss": 0.0, "logprobs": torch.zeros_like(weights), "entropy": torch.zeros_like(weights)}
-
-    def rows(values, of):
-        """The tokens of those rows of the batch alone; all of them where nothing is left out."""
-        return values if values is None or all(of) else values[mask(of, batch, values.device)]
-
     if total.distills:
-        # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside
-        # the kernel
+        at = tokens_of(batch, is_distilled)
+        # with one update a batch p_now is p_old: the rollout correction is the ratio in the kernel
         reference, clip = (sampled, ROLLOUT_CLIP) if old is None else (old, IS_CLIP)
-        own = weights * flat([torch.as_tensor(r.weight).expand(len(r.ids)) for r in batch], head)
-        found = distill_loss(
-            rows(hidden, distilled),
+        distilled = distill_loss(
+            pick(hidden, at),
             head,
             teacher_hidden,
             method.teacher.get_output_embeddings().weight.detach(),
-            rows(own, distilled),
-            rows(ids, distilled),
+            pick(weights * per_token(batch, lambda r: r.weight, head), at),
+            pick(ids, at),
             cfg.alpha,
             cfg.top_k or None,
-            old_logprobs=rows(reference, distilled),
+            old_logprobs=pick(reference, at),
             is_clip=clip,
         )
-        note(out, found, mask(distilled, batch, head.device))
+        note(out, distilled, at)
     if total.reinforces:
-        advantages = [
-            torch.as_tensor(0.0 if r.advantage is None else r.advantage).expand(len(r.ids))
-            for r in batch
-        ]
-        found = policy_loss(
-            rows(hidden, reinforced),
+        at = tokens_of(batch, is_reinforced)
+        advantages = per_token(batch, lambda r: r.advantage if is_reinforced(r) else 0.0, head)
+        reinforced = policy_loss(
+            pick(hidden, at),
             head,
-            rows(ids, reinforced),
-            rows(flat(advantages, head), reinforced),
-            rows(weights, reinforced),
-            rows(old, reinforced),
+            pick(ids, at),
+            pick(advantages, at),
+            pick(weights, at),
+            pick(old, at),
             CLIP_LOW,
             CLIP_HIGH,
             CLIP_DUAL,
         )
-        note(out, found, mask(reinforced, batch, head.device))
+        note(out, reinforced, at)
     return out
 
 
-def note(out, found, tokens):
-    """Adds what a kernel found at those tokens of a micro-batch to what its loss is made of."""
-    out["loss"] = out["loss"] + found.loss
-    for name in set(found._fields) - {"loss"}:
-        value = torch.zeros_like(out["logprobs"])
-        value[tokens] = getattr(found, name).to(value.dtype)
-        out[name] = torch.where(tokens, value, out[name]) if name in out else value
+def note(out, term, at):
+    """Adds a kernel's loss and per-token values, of the tokens `at`, to those of a micro-batch."""
+    out["loss"] = out["loss"] + term.loss
+    at = at.to(out["logprobs"].device)
+    for name in set(term._fields) - {"loss"}:
+        values = torch.zeros_like(out["logprobs"])
+        values[at] = getattr(term, name).to(values.dtype)
+        out[name] = torch.where(at, values, out[name]) if name in out else values
 
 
-def token_weight(rollout, total, cfg) -> float:
-    """The weight of each token of a rollout in the loss of its mini-batch, before the ratios.
-    total: Total.divisor.
-    """
+def token_weight(rollout, divisor, cfg) -> float:
+    """The weight of each token of a rollout in the loss of its mini-batch, before the ratios."""
     if cfg.loss_mean == "sequence":
-        return 1 / (total * max(1, len(rollout.ids)))
-    return 1 / total
+        return 1 / (divisor * max(1, len(rollout.ids)))
+    return 1 / divisor
 
 
 def problem_ids(rollouts):
