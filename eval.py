@@ -10,11 +10,10 @@ alike.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +24,11 @@ from tqdm import tqdm
 from memory import Memory, reprompt
 from runtime.check import check, check_name
 from runtime.checkpoint import claim, release
-from runtime.files import RunError, append, read_json, read_lines, write, write_lines
+from runtime.files import RunError, append, read_lines, write_lines
 from runtime.jobs import failure, quiet_libraries
 from runtime.model import load_policy
 from runtime.options import check_numbers, option
-from runtime.provenance import fingerprint, refuse_changes, refuse_other_problems
+from runtime.provenance import refuse_other_flags, refuse_other_problems, write_origin
 from runtime.ranks import (
     broadcast,
     count_ranks,
@@ -140,18 +139,6 @@ def headroom(rewards, answers) -> np.ndarray:
     return reward_table(rewards).max(1) - majority(rewards, answers)
 
 
-def coverage(solved) -> dict:
-    """Returns {name: (solved, solved by no other)}, masks of the problems that all share (Fig. 4).
-
-    solved: {name: {problem: whether at least one of k samples is right}}.
-    """
-    tables = list(solved.values())
-    shared = [p for p in tables[0] if all(p in table for table in tables)] if tables else []
-    rows = {name: np.array([table[p] for p in shared], bool) for name, table in solved.items()}
-    counts = sum(row.astype(int) for row in rows.values())  # (problems,)
-    return {name: (row, row & (counts == 1)) for name, row in rows.items()}
-
-
 def resample(scores, groups=None, seed=0, draws=10_000) -> np.ndarray:
     """Returns (draws,) means of scores (problems,) or (runs, problems), drawn with replacement.
 
@@ -194,22 +181,6 @@ def names(task, ids):
     if task.partition("/")[0] == "nano":
         return [id.rpartition("-")[0] for id in ids]
     return list(ids)
-
-
-def answer_rows(problems, samples, verdicts):
-    """Yields the lines of evals/STEP-SPLIT.jsonl: k samples of each problem, with their verdicts.
-
-    samples: one list for each problem. verdicts: one for each sample, in the same order.
-    """
-    judged = iter(verdicts)
-    for problem, group in zip(problems, samples, strict=True):
-        for number, sample in enumerate(group):
-            verdict = next(judged)
-            row = {"problem": problem.id, "sample": number}
-            row |= {"answer": verdict.answer, "reward": verdict.reward}
-            if verdict.test_pass_rate is not None:
-                row |= {"test_pass_rate": verdict.test_pass_rate, "status": verdict.status}
-            yield row | {"tokens": len(sample.ids), "text": sample.text}
 
 
 class Answers(NamedTuple):
@@ -277,8 +248,14 @@ def evaluate(sampler, problems, cfg, split="test", texts=None) -> list[dict]:
     """
     sampling = cfg.eval_temperature, cfg.eval_top_p
     samples = sampler.answer(problems, cfg.eval_k, split, *sampling, texts)
-    judged = verdicts(problems, samples, cfg)
-    return list(answer_rows(problems, samples, [verdict for *_, verdict in judged]))
+    rows = []
+    for i, (problem, sample, verdict) in enumerate(verdicts(problems, samples, cfg)):
+        row = {"problem": problem.id, "sample": i % cfg.eval_k}
+        row |= {"answer": verdict.answer, "reward": verdict.reward}
+        if verdict.test_pass_rate is not None:
+            row |= {"test_pass_rate": verdict.test_pass_rate, "status": verdict.status}
+        rows.append(row | {"tokens": len(sample.ids), "text": sample.text})
+    return rows
 
 
 def verdicts(problems, samples, cfg) -> list:
@@ -370,7 +347,9 @@ def answer(cfg, task, tokenizer):
     if refusal:
         raise ValueError(refusal)
     if first:
-        refuse_other_flags(folder, cfg, task, tokenizer)
+        refuse_other_flags(folder, cfg)
+        refuse_other_problems(folder, task, tokenizer)
+        write_origin(folder, cfg, task, tokenizer)
         memory = lent_memory(cfg)
         rows = whole_problems(path, cfg)
     done = broadcast({row["problem"] for row in rows})
@@ -400,19 +379,6 @@ def answer(cfg, task, tokenizer):
         print(evaluated(task.name, row))
         release(folder)
     end_ranks()
-
-
-def refuse_other_flags(folder, cfg, task, tokenizer):
-    """Writes the flags and the digest of the problems of an evaluation into its folder.
-
-    Raises ValueError if the evaluation was begun with other ones.
-    """
-    if (folder / "config.json").exists():
-        cure = "remove it, and the same command writes it anew without comparing its flags"
-        refuse_changes(read_json(folder / "config.json", cure), cfg)
-        refuse_other_problems(folder, task, tokenizer)
-    write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
-    write(folder / "problems.json", json.dumps(fingerprint(task, tokenizer), indent=1))
 
 
 def lent_memory(cfg) -> Memory | None:
@@ -458,13 +424,14 @@ def look_at_runs(argv):
     """Prints the tables of runs (`compare`), or draws their figures (`figures`)."""
     from tools import figures, report  # pandas takes a second to import
 
-    parser = argparse.ArgumentParser(prog=f"python eval.py {argv[0]}")
+    command, *rest = argv
+    parser = argparse.ArgumentParser(prog=f"python eval.py {command}")
     runs = "a run's folder, or that of an evaluation"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
     out = "for figures: the folder of pictures and data"
     parser.add_argument("--out", default="figures", help=out)
-    args = parser.parse_args(argv[1:])
-    if argv[0] == "compare":
+    args = parser.parse_args(rest)
+    if command == "compare":
         print(report.compare(args.runs))
     else:
         print(figures.draw_figures(args.runs, args.out))

@@ -66,7 +66,7 @@ def test_coverage_by_sets(table):
         name: {p for p, right in of.items() if right and p.startswith("p")}
         for name, of in solved.items()
     }
-    for name, (found, alone) in ev.coverage(solved).items():
+    for name, (found, alone) in figures.coverage(solved).items():
         others = set().union(*(s for other, s in sets.items() if other != name))
         assert (found.sum(), alone.sum()) == (len(sets[name]), len(sets[name] - others))
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from eval import coverage, headroom
+from eval import headroom
 from tasks.problem import SUCCESS
 from tools.report import blocks_of
 
@@ -38,6 +38,20 @@ def headrooms(rows):
         gain = row.estimate(row.which, lambda a: headroom(a.rewards, a.answers))
         place = f"{row.task}\n{row.model}"
         yield "best@k - maj@k, share of problems", place, row.label, *gain
+
+
+def coverage(solved) -> dict:
+    """Returns {name: (solved, solved by no other)}, masks of the problems that all share.
+
+    solved: {name: {problem: whether at least one of k samples is right}}.
+    """
+    if not solved:
+        return {}
+    first, *others = solved.values()
+    shared = [problem for problem in first if all(problem in other for other in others)]
+    masks = {name: np.array([table[p] for p in shared], bool) for name, table in solved.items()}
+    counts = np.sum(list(masks.values()), axis=0)  # (problems,)
+    return {name: (mask, mask & (counts == 1)) for name, mask in masks.items()}
 
 
 def coverages(rows):
