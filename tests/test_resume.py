@@ -16,7 +16,7 @@ import pytest
 
 import memory as mem
 import pmd
-from runtime import run as records
+from runtime import checkpoint
 from runtime.checkpoint import checkpoints
 from runtime.files import Stopped, append, read_lines
 
@@ -220,7 +220,7 @@ def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
 
 def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config, monkeypatch):
     cfg = small(make_config, name="r", resume=True)
-    save = records.dcp.save
+    save = checkpoint.dcp.save
 
     def torn(state, checkpoint_id, **kwargs):
         if "3.partial" in str(checkpoint_id):
@@ -228,10 +228,10 @@ def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config
             raise KeyboardInterrupt
         save(state, checkpoint_id=checkpoint_id, **kwargs)
 
-    monkeypatch.setattr(records.dcp, "save", torn)
+    monkeypatch.setattr(checkpoint.dcp, "save", torn)
     with pytest.raises(KeyboardInterrupt):
         pmd.train(cfg)
-    monkeypatch.setattr(records.dcp, "save", save)
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
     folder = Path(cfg.out, "r")
     assert [c.name for c in checkpoints(folder)] == ["1", "2"] and (
         folder / "checkpoints" / "3.partial"
