@@ -1,4 +1,5 @@
-"""What fits: bytes per GPU of a run of pmd.py, phase by phase, computed before anything is loaded.
+"""Computes the bytes per GPU of a run of pmd.py, phase by phase, before anything is loaded.
+
 tools/plan.py prints it.
 
 It follows pmd.py: float32 weights, gradients, AdamW states and EMA teacher, sharded by FSDP2 over
@@ -42,9 +43,7 @@ GIB = 2**30
 # Assumed, not measured:
 CONTEXT = 1.5 * GIB  # CUDA context, NCCL and cuBLAS buffers
 FRAGMENTED = 0.05  # share of PyTorch's own memory that its caching allocator can't use
-ASLEEP = (
-    1.5 * GIB
-)  # what a sleeping vLLM still holds (CUDA graphs, buffers), beside its share when awake
+ASLEEP = 1.5 * GIB  # of a sleeping vLLM (CUDA graphs, buffers), beside its share when awake
 PREFILL = 2 * GIB  # vLLM's activations, inside its share
 MOST_TOKENS = 2**18  # the largest --micro_tokens looked for
 # For where the Hub can't be reached: the public config.json files, as far as memory depends on
@@ -85,9 +84,7 @@ BUILT_IN = {
 
 
 class Track(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside it that are alive, `now`, and the most there ever
-    were, `peak`.
-    """
+    """Counts the bytes of the tensors made inside it: those alive, `now`, and the most, `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -95,9 +92,9 @@ class Track(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for storage in [
-            t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
-        ]:
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
             if storage._cdata not in self.alive:
                 self.alive.add(storage._cdata)
                 self.now += storage.nbytes()
@@ -119,6 +116,7 @@ class PerToken(NamedTuple):
 
 
 def traced(module, hidden) -> PerToken:
+    """Measures a forward and a backward pass of a module."""
     with torch.no_grad(), Track() as forward:
         module(hidden)
     with Track() as track:
@@ -142,23 +140,22 @@ class Model:
 
     @functools.cache  # noqa: B019 (the few models of a program live as long as it does)
     def trace(self, sharded, e) -> tuple[PerToken, PerToken]:
-        """Of a decoder layer and of the last norm, on one row so long that the weights' own bytes
-        vanish in it.
+        """Measures a decoder layer and the last norm, on one row.
+
+        It is so long that the weights' own bytes vanish in it.
         """
         config, length = copy.deepcopy(self.config), 2**20
-        config.num_hidden_layers, config.layer_types = 1, kinds(config)[:1]
+        config.num_hidden_layers = 1
+        config.layer_types = kinds(config)[:1]
         # FSDP2 casts a layer's weights and inputs to bfloat16; autocast alone leaves both in
         # float32
         dtype = torch.bfloat16 if sharded and e == 2 else torch.float32
         with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=e == 2):
             decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).get_decoder()
-            row, angle = (
-                torch.empty(1, length, width, dtype=dtype)
-                for width in (config.hidden_size, head_dim(config))
-            )
-            layer = functools.partial(
-                decoder.layers[0], position_embeddings=(angle, angle), attention_mask=None
-            )
+            row = torch.empty(1, length, config.hidden_size, dtype=dtype)
+            angle = torch.empty(1, length, head_dim(config), dtype=dtype)
+            inputs = {"position_embeddings": (angle, angle), "attention_mask": None}
+            layer = functools.partial(decoder.layers[0], **inputs)
             return traced(layer, row), traced(decoder.norm, row.detach())
 
 
@@ -171,8 +168,9 @@ def kinds(config) -> list[str]:
 
 
 def load(name) -> Model:
-    """A Hub name or a folder, counted on the meta device. ValueError if it is none and has no
-    built-in numbers either.
+    """Counts the parameters of a model, a Hub name or a folder, on the meta device.
+
+    Raises ValueError if it can't be read and has no built-in numbers either.
     """
     source = ""
     try:
@@ -183,204 +181,228 @@ def load(name) -> Model:
                 f"{name} is neither a Hugging Face folder nor a reachable name on the Hub, nor one"
                 f" of those with built-in numbers: {', '.join(BUILT_IN)}"
             ) from error
-        config, source = (
-            AutoConfig.for_model(**BUILT_IN[str(name)]),
-            "the Hub can't be reached: built-in numbers",
-        )
+        config = AutoConfig.for_model(**BUILT_IN[str(name)])
+        source = "the Hub can't be reached: built-in numbers"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     head = model.get_output_embeddings().weight
     return Model(
-        Path(name).name,
-        source,
-        config,
-        sum(p.numel() for p in model.parameters()),
-        max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers),
-        head.numel(),
-        head is model.get_input_embeddings().weight,
+        name=Path(name).name,
+        source=source,
+        config=config,
+        parameters=size_of(model),
+        layer=max(size_of(layer) for layer in model.get_decoder().layers),
+        head=head.numel(),
+        tied=head is model.get_input_embeddings().weight,
     )
+
+
+def size_of(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class Symbols:
+    """Holds the symbols of the formulas, see the head of the file, for a run on a job."""
+
+    def __init__(self, cfg, model, gpus, micro_tokens=0):
+        self.cfg, self.model, self.config = cfg, model, model.config
+        self.g = gpus
+        self.sharded = gpus > 1
+        self.P, self.Pl, self.VH = model.parameters, model.layer, model.head
+        self.H, self.L = model.config.hidden_size, model.config.num_hidden_layers
+        self.Pr = self.P - self.L * self.Pl
+        self.e = 4 if cfg.dtype == "float32" else 2
+        self.h = self.e if self.sharded else 4
+        self.cast = 0 if self.sharded else self.e % 4  # bytes of autocast's copy of a number
+        self.layer, self.norm = model.trace(self.sharded, self.e)
+        self.distills = cfg.method not in ("grpo", "frozen-policy", "eval")
+        self.averaged = self.distills and cfg.teacher == "ema"  # a live teacher is the policy
+        self.row = cfg.max_prompt + cfg.max_completion
+        self.teacher_row = cfg.max_reprompt + cfg.max_completion
+        # a row longer than --micro_tokens is a micro-batch of its own
+        self.m = micro_tokens or cfg.micro_tokens
+        self.S, self.T = max(self.m, self.row), max(self.m, self.teacher_row)
+        self.N = self.S  # completion tokens: at most all of them
+
+    def masks(self, tokens, length, layers) -> float:
+        """Returns the bytes of attention masks.
+
+        A window shorter than the row takes a mask of length^2 bytes. SDPA makes e x rows x length^2
+        of it in a layer.
+        """
+        sliding = kinds(self.config).count("sliding_attention")
+        if not sliding or self.config.sliding_window >= length:
+            return 0
+        return length**2 + self.e * tokens * length * min(layers, sliding)
+
+    def kept(self) -> float:
+        """Returns the bytes kept between the passes.
+
+        They are the input of each layer, or all that a layer keeps if nothing is recomputed, the
+        embedding's output and the last norm.
+        """
+        recomputes = self.cfg.gradient_checkpointing
+        layer = self.h * self.H if recomputes else self.layer.kept
+        kept = self.S * (self.h * self.H + self.norm.kept + self.L * layer)
+        return kept if recomputes else kept + self.masks(self.S, self.row, self.L)
 
 
 def plan(
     cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=CONTEXT
 ) -> dict[str, dict[str, float]]:
-    """{phase: {component: bytes}} on the fullest GPU; a phase is the moment in it when most is
-    held.
+    """Returns {phase: {component: bytes}} on the fullest GPU, at the fullest moment of a phase.
 
     cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt,
     micro_tokens, method, teacher, dtype, embedder, gradient_checkpointing, tensor_parallel. gpus:
     of the whole job. gpu_memory: GiB of one. micro_tokens: instead of cfg's. utilization: vLLM's
     share of a GPU; 0 for the transformers sampler. context: bytes beside PyTorch's own, 0 on a CPU.
     """
-    config, g, sharded, ckpt = model.config, gpus, gpus > 1, cfg.gradient_checkpointing
-    P, Pl, VH, H, L = (
-        model.parameters,
-        model.layer,
-        model.head,
-        config.hidden_size,
-        config.num_hidden_layers,
-    )
-    Pr, m = P - L * Pl, micro_tokens or cfg.micro_tokens
-    e = 4 if cfg.dtype == "float32" else 2
-    h, cast = (e, 0) if sharded else (4, e % 4)  # cast: bytes of autocast's copy of a number
-    layer, norm = model.trace(sharded, e)
-    distills = cfg.method not in ("grpo", "frozen-policy", "eval")
-    averaged = distills and cfg.teacher == "ema"  # a second model; a live teacher is the policy
-    row, teacher_row = cfg.max_prompt + cfg.max_completion, cfg.max_reprompt + cfg.max_completion
-    S, T = (
-        max(m, row),
-        max(m, teacher_row),
-    )  # a row longer than --micro_tokens is a micro-batch of its own
-    N = S  # completion tokens: at most all of them
-
-    def masks(tokens, length, layers):
-        """A window shorter than the row takes a mask, length^2 bytes; SDPA makes e x rows x
-        length^2 of it in a layer.
-        """
-        sliding = kinds(config).count("sliding_attention")
-        narrow = sliding and config.sliding_window < length
-        return length**2 + e * tokens * length * min(layers, sliding) if narrow else 0
-
-    state = {"weights, float32": 4 * P / g}
-    if cfg.method != "eval":
-        state |= {"gradients, float32": 4 * P / g, "AdamW, float32": 8 * P / g}
-    if averaged:
-        state["EMA teacher, float32"] = 4 * P / g
-    if cfg.embedder != "hashing" and cfg.method not in ("grpo", "sdpo"):
-        state["embedder, first GPU"] = (
-            4 * 0.6e9
-        )  # Qwen3-Embedding-0.6B as float32; its activations are left out
-    if utilization:
-        state["vLLM, asleep"], sample = ASLEEP, {"vLLM, awake": utilization * gpu_memory * GIB}
-    else:
-        # keys and values of m tokens; logits, several times as float32 and float64; a whole copy of
-        # sharded weights
-        state["sampler's copy, float32"] = 4 * P * sharded
-        sample = {
-            "keys and values, logits": (
-                kv_bytes(config, 1) * 2 * m + 40 * config.vocab_size * (m // row or 1)
-            ),
-            "autocast's weights": e % 4 * P,
-        }
-    # FSDP2: one layer is whole, and the next one twice (as gathered, and copied out); in the
-    # backward pass also a layer's gradient, and in float32 the two being reduced. The root group is
-    # whole to the end of the backward pass, the student's and the teacher's. Autocast instead: a
-    # copy of every weight it met, the teacher's until the loss is there.
-    layers, root = (3 * e * Pl, e * Pr) if sharded else (0, 0)
-    roots = {"whole root": (1 + averaged) * root}
-    back = roots | {
-        "whole layers": (4 * e + 8) * Pl if sharded else 0,
-        "autocast's weights": cast * P,
-    }
-    # Between the passes: of each layer its input, or all it keeps; the embedding's output; the last
-    # norm.
-    kept = S * (h * H + norm.kept + L * (h * H if ckpt else layer.kept)) + (
-        0 if ckpt else masks(S, row, L)
-    )
-    phases = {
-        "sample": (
-            {name: size for name, size in state.items() if not name.startswith("gradients")}
-            | sample
-        ),
-        # a checkpoint is filled in, a weight at a time, while the engine sleeps; no gradient is
-        # there yet
-        "restore": (
-            {name: size for name, size in state.items() if not name.startswith("gradients")}
-            | {"whole weight": 4 * VH * sharded}
-        ),
-        "teacher": (
-            state
-            | {
-                "whole root": root,
-                "whole layers": layers,
-                "autocast's weights": cast * P,
-                "activations": T * layer.forward + masks(T, teacher_row, 1),
-            }
-        ),
-        # hidden states twice (picked from the rows, then where the weight is not 0), their gradient
-        # in float32; the head's gradient in float32, a chunk's part of it in e bytes, under
-        # autocast beside a copy of the head
-        "loss": (
-            state
-            | roots
-            | {
-                "autocast's weights": (1 + averaged) * cast * P,
-                "activations": kept,
-                "loss chunk": min(MEMORY_BUDGET, 2 * min(N, LARGEST_CHUNK) * config.vocab_size * 4),
-                "hidden states": (2 * (1 + distills) * h + 4) * N * H,
-                "head's gradient": (4 + e + cast) * VH,
-            }
-        ),
-        # backward begins: the saved gradients, beside them scaled, then cast to e bytes
-        "scale": (
-            state
-            | back
-            | {
-                "activations": kept,
-                "hidden states": (8 + h % 4) * N * H,
-                "head's gradient": (8 + e % 4) * VH,
-            }
-        ),
-        # the top layer; the head's gradient waits for the embedding's where they share a group or
-        # are one weight
-        "backward": (
-            state
-            | back
-            | {
-                "activations": (
-                    kept
-                    + S * (layer.backward - (0 if ckpt else layer.kept))
-                    + masks(S, row, 1) * ckpt
-                ),
-                "head's gradient": (sharded or model.tied) * e * VH,
-            }
-        ),
-        # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or
-        # embedding's and tied head's
-        "root": (
-            state
-            | roots
-            | {"head's gradient": (e + 4) * Pr if sharded else (1 + model.tied) * 4 * VH}
-        ),
-        "optimizer": (
-            state | {"AdamW's temporaries": 4 * P / g}
-        ),  # the root of all second moments at once
-    }
-    phases = (
-        {"sample": phases["sample"]} if cfg.method == "eval" else phases
-    )  # of eval.py, which trains nothing
+    s = Symbols(cfg, model, gpus, micro_tokens)
+    state = state_of(s, utilization)
+    phases = {"sample": without_gradients(state) | sampling(s, gpu_memory, utilization)}
+    if cfg.method != "eval":  # eval.py trains nothing
+        # a checkpoint is filled in, a weight at a time, while the engine sleeps
+        restoring = without_gradients(state) | {"whole weight": 4 * s.VH * s.sharded}
+        phases |= {"restore": restoring, "teacher": state | teacher_pass(s)}
+        phases |= {phase: state | parts for phase, parts in student_pass(s).items()}
+        # the root of all second moments at once
+        phases["optimizer"] = state | {"AdamW's temporaries": 4 * s.P / s.g}
     for components in phases.values():
         ours = sum(size for name, size in components.items() if not name.startswith("vLLM"))
         components["context, fragments"] = context and context + FRAGMENTED * ours
     return phases
 
 
+def without_gradients(state) -> dict:
+    return {name: size for name, size in state.items() if not name.startswith("gradients")}
+
+
+def state_of(s, utilization) -> dict:
+    """Returns the components that are held all the time."""
+    state = {"weights, float32": 4 * s.P / s.g}
+    if s.cfg.method != "eval":
+        state |= {"gradients, float32": 4 * s.P / s.g, "AdamW, float32": 8 * s.P / s.g}
+    if s.averaged:
+        state["EMA teacher, float32"] = 4 * s.P / s.g
+    if s.cfg.embedder != "hashing" and s.cfg.method not in ("grpo", "sdpo"):
+        # Qwen3-Embedding-0.6B as float32; its activations are left out
+        state["embedder, first GPU"] = 4 * 0.6e9
+    if utilization:
+        state["vLLM, asleep"] = ASLEEP
+    else:
+        state["sampler's copy, float32"] = 4 * s.P * s.sharded
+    return state
+
+
+def sampling(s, gpu_memory, utilization) -> dict:
+    """Returns the components of sampling: vLLM's, or those of transformers.
+
+    The latter are keys and values of m tokens, and logits, several times as float32 and float64.
+    """
+    if utilization:
+        return {"vLLM, awake": utilization * gpu_memory * GIB}
+    logits = 40 * s.config.vocab_size * (s.m // s.row or 1)
+    return {
+        "keys and values, logits": kv_bytes(s.config, 1) * 2 * s.m + logits,
+        "autocast's weights": s.e % 4 * s.P,
+    }
+
+
+def teacher_pass(s) -> dict:
+    """Returns the components of the teacher's forward pass.
+
+    FSDP2: one layer is whole, and the next one twice, as gathered and copied out. Autocast instead:
+    a copy of every weight it met.
+    """
+    return {
+        "whole root": s.sharded * s.e * s.Pr,
+        "whole layers": 3 * s.sharded * s.e * s.Pl,
+        "autocast's weights": s.cast * s.P,
+        "activations": s.T * s.layer.forward + s.masks(s.T, s.teacher_row, 1),
+    }
+
+
+def student_pass(s) -> dict[str, dict[str, float]]:
+    """Returns the components of the moments in the student's pass: loss, scale, backward, root.
+
+    FSDP2: the root group is whole to the end of the backward pass, the student's and the teacher's.
+    In the backward pass a layer has its gradient, too, and in float32 the two being reduced.
+    Autocast: the teacher's copies of weights stay until the loss is there.
+    """
+    kept = s.kept()
+    recomputes = s.cfg.gradient_checkpointing
+    roots = {"whole root": (1 + s.averaged) * s.sharded * s.e * s.Pr}
+    back = roots | {
+        "whole layers": s.sharded * (4 * s.e + 8) * s.Pl,
+        "autocast's weights": s.cast * s.P,
+    }
+    # hidden states twice (picked from the rows, then where the weight is not 0), their gradient in
+    # float32; the head's gradient in float32, a chunk's part of it in e bytes, under autocast
+    # beside a copy of the head
+    chunk = 2 * min(s.N, LARGEST_CHUNK) * s.config.vocab_size * 4
+    loss = roots | {
+        "autocast's weights": (1 + s.averaged) * s.cast * s.P,
+        "activations": kept,
+        "loss chunk": min(MEMORY_BUDGET, chunk),
+        "hidden states": (2 * (1 + s.distills) * s.h + 4) * s.N * s.H,
+        "head's gradient": (4 + s.e + s.cast) * s.VH,
+    }
+    # backward begins: the saved gradients, beside them scaled, then cast to e bytes
+    scale = back | {
+        "activations": kept,
+        "hidden states": (8 + s.h % 4) * s.N * s.H,
+        "head's gradient": (8 + s.e % 4) * s.VH,
+    }
+    # the top layer; the head's gradient waits for the embedding's if they share a group or are one
+    # weight
+    layer = s.S * s.layer.backward
+    if recomputes:
+        layer += s.masks(s.S, s.row, 1)
+    else:
+        layer -= s.S * s.layer.kept
+    backward = back | {
+        "activations": kept + layer,
+        "head's gradient": (s.sharded or s.model.tied) * s.e * s.VH,
+    }
+    # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or those of
+    # embedding and tied head
+    gradient = (s.e + 4) * s.Pr if s.sharded else (1 + s.model.tied) * 4 * s.VH
+    root = roots | {"head's gradient": gradient}
+    return {"loss": loss, "scale": scale, "backward": backward, "root": root}
+
+
 def peak(phases) -> tuple[float, str]:
-    """The most bytes, and the phase that takes them."""
+    """Returns the most bytes, and the phase that takes them."""
     return max((sum(components.values()), phase) for phase, components in phases.items())
 
 
 def kv_bytes(config, length) -> float:
-    """Keys and values of one sequence in bfloat16, whose sliding layers hold their window only."""
-    tokens = sum(
-        min(length, config.sliding_window) if kind == "sliding_attention" else length
-        for kind in kinds(config)
-    )
+    """Returns the bytes of keys and values of one sequence in bfloat16.
+
+    Sliding layers hold their window only.
+    """
+    tokens = 0
+    for kind in kinds(config):
+        window = config.sliding_window if kind == "sliding_attention" else length
+        tokens += min(length, window)
     return 2 * 2 * config.num_key_value_heads * head_dim(config) * tokens
 
 
 def kv_room(cfg, model, gpu_memory, utilization) -> float:
-    """What vLLM has for keys and values: its share, less PREFILL and the model in bfloat16 (2 P,
-    whole on each GPU or split over those of an engine).
+    """Returns the bytes that vLLM has for keys and values: its share, less PREFILL and the model.
+
+    The model is in bfloat16 (2 P), whole on each GPU or split over those of an engine.
     """
     return utilization * gpu_memory * GIB - 2 * model.parameters / cfg.tensor_parallel - PREFILL
 
 
 def kv_needed(cfg, model) -> float:
-    """Keys and values of one sequence on one of an engine's GPUs, which share its heads."""
-    return kv_bytes(model.config, cfg.max_prompt + cfg.max_completion) / min(
-        cfg.tensor_parallel, model.config.num_key_value_heads
-    )
+    """Returns the bytes of keys and values of one sequence on one of an engine's GPUs.
+
+    The GPUs share its heads.
+    """
+    sharers = min(cfg.tensor_parallel, model.config.num_key_value_heads)
+    return kv_bytes(model.config, cfg.max_prompt + cfg.max_completion) / sharers
 
 
 def starved(cfg, model, gpu_memory, utilization) -> bool:
@@ -389,61 +411,64 @@ def starved(cfg, model, gpu_memory, utilization) -> bool:
 
 
 def largest(cfg, model, gpus, gpu_memory, utilization=0.5) -> int:
-    """The largest --micro_tokens that fits, in steps of 512; 1 if single rows do but no step; 0 if
-    nothing does.
+    """Returns the largest --micro_tokens that fits, in steps of 512.
+
+    It is 1 if single rows fit but no step does, and 0 if nothing fits.
     """
 
     def too_much(tokens):
-        return (
-            peak(plan(cfg, model, gpus, gpu_memory, tokens or 1, utilization))[0] > gpu_memory * GIB
-        )
+        size, _ = peak(plan(cfg, model, gpus, gpu_memory, tokens or 1, utilization))
+        return size > gpu_memory * GIB
 
     steps = bisect.bisect_left(range(0, MOST_TOKENS + 1, 512), True, key=too_much) - 1
-    return 0 if steps < 0 or starved(cfg, model, gpu_memory, utilization) else max(1, 512 * steps)
+    if steps < 0 or starved(cfg, model, gpu_memory, utilization):
+        return 0
+    return max(1, 512 * steps)
 
 
 def fits(cfg, model, gpus, gpu_memory, utilization=0.5) -> tuple[bool, str]:
-    """Whether a run fits, and one sentence: how much it takes, or what is too much and the mildest
-    cure.
+    """Returns whether a run fits, and a sentence: its size, or the excess and the mildest cure.
 
     cfg, gpus, gpu_memory, utilization: as in `plan`. model: a Hub name, a folder or a Model.
-    ValueError as `load`.
+    Raises ValueError as `load` does.
     """
     model = model if isinstance(model, Model) else load(model)
     size, phase = peak(plan(cfg, model, gpus, gpu_memory, 0, utilization))
-    where, takes = (
-        f"{gpus} x {gpu_memory:g} GiB",
-        f"{size / GIB:.1f} GiB of each ({phase}, computed)",
-    )
-    if size <= gpu_memory * GIB and not starved(cfg, model, gpu_memory, utilization):
+    where = f"{gpus} x {gpu_memory:g} GiB"
+    takes = f"{size / GIB:.1f} GiB of each ({phase}, computed)"
+    is_starved = starved(cfg, model, gpu_memory, utilization)
+    if size <= gpu_memory * GIB and not is_starved:
         return True, f"{model.name} fits on {where}: it takes at most {takes}"
-    if starved(cfg, model, gpu_memory, utilization):
-        takes = (
-            f"{takes}, and vLLM's share of {utilization:g} can't hold the model and one sequence"
-        )
-    frugal = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": True})
-    saving = "" if cfg.gradient_checkpointing else "--gradient_checkpointing "
-    shares = (
-        sorted((u / 100 for u in range(5, 95, 5)), key=lambda u: abs(u - utilization))
-        if utilization
-        else []
-    )
-    splits = [
-        t for t in (2, 4, 8) if utilization and cfg.tensor_parallel < t <= gpus and gpus % t == 0
-    ]
-    settings = [
-        ("", gpus, utilization, {}),
-        *((f"--gpu_memory_utilization {u} ", gpus, u, {}) for u in shares),
-        *((f"--tensor_parallel {t} ", gpus, utilization, {"tensor_parallel": t}) for t in splits),
-        *((f"{n} such GPUs and ", n, utilization, {}) for n in (2, 4, 8, 16, 32, 64) if n > gpus),
-    ]
-    found = (
-        (words + more, largest(SimpleNamespace(**vars(run) | changed), model, n, gpu_memory, u))
-        for words, n, u, changed in settings
-        for more, run in (("", cfg), (saving, frugal))
-    )
-    cure = next(
-        (f"{words}--micro_tokens {min(m, cfg.micro_tokens)}" for words, m in found if m),
-        "a smaller model",
-    )
+    if is_starved:
+        takes += f", and vLLM's share of {utilization:g} can't hold the model and one sequence"
+    cure = mildest_cure(cfg, model, gpus, gpu_memory, utilization)
     return False, f"{model.name} does not fit on {where}: it would take {takes}; use {cure}"
+
+
+def mildest_cure(cfg, model, gpus, gpu_memory, utilization) -> str:
+    """Returns the flags, or the number of GPUs, with which a run fits: the first that do.
+
+    Tried in turn are fewer tokens, another share for vLLM, a split engine and more GPUs, each
+    without and with recomputation.
+    """
+    settings = [("", gpus, utilization, {})]
+    if utilization:
+        shares = sorted((u / 100 for u in range(5, 95, 5)), key=lambda u: abs(u - utilization))
+        settings += [(f"--gpu_memory_utilization {u} ", gpus, u, {}) for u in shares]
+        for t in (2, 4, 8):
+            if cfg.tensor_parallel < t <= gpus and gpus % t == 0:
+                changed = {"tensor_parallel": t}
+                settings.append((f"--tensor_parallel {t} ", gpus, utilization, changed))
+    for n in (2, 4, 8, 16, 32, 64):
+        if n > gpus:
+            settings.append((f"{n} such GPUs and ", n, utilization, {}))
+    savings = [("", {})]
+    if not cfg.gradient_checkpointing:
+        savings.append(("--gradient_checkpointing ", {"gradient_checkpointing": True}))
+    for words, n, share, changed in settings:
+        for more, saved in savings:
+            run = SimpleNamespace(**vars(cfg) | changed | saved)
+            tokens = largest(run, model, n, gpu_memory, share)
+            if tokens:
+                return f"{words}{more}--micro_tokens {min(tokens, cfg.micro_tokens)}"
+    return "a smaller model"
