@@ -201,174 +201,160 @@ def size_of(module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-class Symbols:
-    """Holds the symbols of the formulas, see the head of the file, for a run on a job."""
-
-    def __init__(self, cfg, model, gpus, micro_tokens=0):
-        self.cfg, self.model, self.config = cfg, model, model.config
-        self.g = gpus
-        self.sharded = gpus > 1
-        self.P, self.Pl, self.VH = model.parameters, model.layer, model.head
-        self.H, self.L = model.config.hidden_size, model.config.num_hidden_layers
-        self.Pr = self.P - self.L * self.Pl
-        self.e = 4 if cfg.dtype == "float32" else 2
-        self.h = self.e if self.sharded else 4
-        self.cast = 0 if self.sharded else self.e % 4  # bytes of autocast's copy of a number
-        self.layer, self.norm = model.trace(self.sharded, self.e)
-        self.distills = cfg.method not in ("grpo", "frozen-policy", "eval")
-        self.averaged = self.distills and cfg.teacher == "ema"  # a live teacher is the policy
-        self.row = cfg.max_prompt + cfg.max_completion
-        self.teacher_row = cfg.max_reprompt + cfg.max_completion
-        # a row longer than --micro_tokens is a micro-batch of its own
-        self.m = micro_tokens or cfg.micro_tokens
-        self.S, self.T = max(self.m, self.row), max(self.m, self.teacher_row)
-        self.N = self.S  # completion tokens: at most all of them
-
-    def masks(self, tokens, length, layers) -> float:
-        """Returns the bytes of attention masks.
-
-        A window shorter than the row takes a mask of length^2 bytes. SDPA makes e x rows x length^2
-        of it in a layer.
-        """
-        sliding = kinds(self.config).count("sliding_attention")
-        if not sliding or self.config.sliding_window >= length:
-            return 0
-        return length**2 + self.e * tokens * length * min(layers, sliding)
-
-    def kept(self) -> float:
-        """Returns the bytes kept between the passes.
-
-        They are the input of each layer, or all that a layer keeps if nothing is recomputed, the
-        embedding's output and the last norm.
-        """
-        recomputes = self.cfg.gradient_checkpointing
-        layer = self.h * self.H if recomputes else self.layer.kept
-        kept = self.S * (self.h * self.H + self.norm.kept + self.L * layer)
-        return kept if recomputes else kept + self.masks(self.S, self.row, self.L)
-
-
 def plan(
     cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=CONTEXT
 ) -> dict[str, dict[str, float]]:
-    """Returns {phase: {component: bytes}} on the fullest GPU, at the fullest moment of a phase.
+    """{phase: {component: bytes}} on the fullest GPU, at the moment of a phase when most is held.
 
     cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt,
     micro_tokens, method, teacher, dtype, embedder, gradient_checkpointing, tensor_parallel. gpus:
     of the whole job. gpu_memory: GiB of one. micro_tokens: instead of cfg's. utilization: vLLM's
     share of a GPU; 0 for the transformers sampler. context: bytes beside PyTorch's own, 0 on a CPU.
     """
-    s = Symbols(cfg, model, gpus, micro_tokens)
-    state = state_of(s, utilization)
-    phases = {"sample": without_gradients(state) | sampling(s, gpu_memory, utilization)}
-    if cfg.method != "eval":  # eval.py trains nothing
+    z = sizes(cfg, model, gpus, micro_tokens or cfg.micro_tokens)
+    share = utilization * gpu_memory * GIB
+    state = held(cfg, z, share)
+    without_gradients = {k: size for k, size in state.items() if not k.startswith("gradients")}
+    phases = {"sample": without_gradients | generation(z, share)}
+    if cfg.method != "eval":  # of eval.py, which trains nothing
         # a checkpoint is filled in, a weight at a time, while the engine sleeps
-        restoring = without_gradients(state) | {"whole weight": 4 * s.VH * s.sharded}
-        phases |= {"restore": restoring, "teacher": state | teacher_pass(s)}
-        phases |= {phase: state | parts for phase, parts in student_pass(s).items()}
-        # the root of all second moments at once
-        phases["optimizer"] = state | {"AdamW's temporaries": 4 * s.P / s.g}
+        phases["restore"] = without_gradients | {"whole weight": 4 * z.VH * z.sharded}
+        phases |= {name: state | parts for name, parts in update(z).items()}
     for components in phases.values():
         ours = sum(size for name, size in components.items() if not name.startswith("vLLM"))
         components["context, fragments"] = context and context + FRAGMENTED * ours
     return phases
 
 
-def without_gradients(state) -> dict:
-    return {name: size for name, size in state.items() if not name.startswith("gradients")}
+def sizes(cfg, model, gpus, micro_tokens) -> SimpleNamespace:
+    """The quantities that the formulas share, by the symbols of this file's docstring."""
+    z = SimpleNamespace(g=gpus, sharded=gpus > 1, config=model.config, tied=model.tied)
+    z.checkpointed = cfg.gradient_checkpointing
+    z.P, z.Pl, z.VH = model.parameters, model.layer, model.head
+    z.H, z.L, z.V = (
+        model.config.hidden_size,
+        model.config.num_hidden_layers,
+        model.config.vocab_size,
+    )
+    z.Pr = z.P - z.L * z.Pl
+    z.e = 4 if cfg.dtype == "float32" else 2
+    z.h = z.e if z.sharded else 4
+    z.cast = 0 if z.sharded else z.e % 4  # bytes of autocast's copy of a number
+    z.layer, z.norm = model.trace(z.sharded, z.e)
+    z.distills = cfg.method not in ("grpo", "frozen-policy", "eval")
+    z.averaged = z.distills and cfg.teacher == "ema"  # a second model; a live teacher is the policy
+    z.row = cfg.max_prompt + cfg.max_completion
+    z.teacher_row = cfg.max_reprompt + cfg.max_completion
+    z.m = micro_tokens
+    # a row longer than --micro_tokens is a micro-batch of its own
+    z.S = max(micro_tokens, z.row)
+    z.T = max(micro_tokens, z.teacher_row)
+    z.N = z.S  # completion tokens: at most all of them
+    return z
 
 
-def state_of(s, utilization) -> dict:
-    """Returns the components that are held all the time."""
-    state = {"weights, float32": 4 * s.P / s.g}
-    if s.cfg.method != "eval":
-        state |= {"gradients, float32": 4 * s.P / s.g, "AdamW, float32": 8 * s.P / s.g}
-    if s.averaged:
-        state["EMA teacher, float32"] = 4 * s.P / s.g
-    if s.cfg.embedder != "hashing" and s.cfg.method not in ("grpo", "sdpo"):
+def held(cfg, z, share) -> dict[str, float]:
+    """What a process holds from step to step. share: bytes of vLLM's share of a GPU."""
+    state = {"weights, float32": 4 * z.P / z.g}
+    if cfg.method != "eval":
+        state |= {"gradients, float32": 4 * z.P / z.g, "AdamW, float32": 8 * z.P / z.g}
+    if z.averaged:
+        state["EMA teacher, float32"] = 4 * z.P / z.g
+    if cfg.embedder != "hashing" and cfg.method not in ("grpo", "sdpo"):
         # Qwen3-Embedding-0.6B as float32; its activations are left out
         state["embedder, first GPU"] = 4 * 0.6e9
-    if utilization:
+    if share:
         state["vLLM, asleep"] = ASLEEP
     else:
-        state["sampler's copy, float32"] = 4 * s.P * s.sharded
+        state["sampler's copy, float32"] = 4 * z.P * z.sharded
     return state
 
 
-def sampling(s, gpu_memory, utilization) -> dict:
-    """Returns the components of sampling: vLLM's, or those of transformers.
-
-    The latter are keys and values of m tokens, and logits, several times as float32 and float64.
-    """
-    if utilization:
-        return {"vLLM, awake": utilization * gpu_memory * GIB}
-    logits = 40 * s.config.vocab_size * (s.m // s.row or 1)
+def generation(z, share) -> dict[str, float]:
+    """What generation takes beside that."""
+    if share:
+        return {"vLLM, awake": share}
+    # keys and values of m tokens; logits, several times as float32 and float64
+    logits = 40 * z.V * (z.m // z.row or 1)
     return {
-        "keys and values, logits": kv_bytes(s.config, 1) * 2 * s.m + logits,
-        "autocast's weights": s.e % 4 * s.P,
+        "keys and values, logits": kv_bytes(z.config, 1) * 2 * z.m + logits,
+        "autocast's weights": z.e % 4 * z.P,
     }
 
 
-def teacher_pass(s) -> dict:
-    """Returns the components of the teacher's forward pass.
+def masks(z, tokens, length, layers) -> float:
+    """The masks of windows that are shorter than a row.
 
-    FSDP2: one layer is whole, and the next one twice, as gathered and copied out. Autocast instead:
-    a copy of every weight it met.
+    A window takes one of length^2 bytes. SDPA makes e x rows x length^2 of it in a layer.
     """
-    return {
-        "whole root": s.sharded * s.e * s.Pr,
-        "whole layers": 3 * s.sharded * s.e * s.Pl,
-        "autocast's weights": s.cast * s.P,
-        "activations": s.T * s.layer.forward + s.masks(s.T, s.teacher_row, 1),
-    }
+    sliding = kinds(z.config).count("sliding_attention")
+    if not sliding or z.config.sliding_window >= length:
+        return 0
+    return length**2 + z.e * tokens * length * min(layers, sliding)
 
 
-def student_pass(s) -> dict[str, dict[str, float]]:
-    """Returns the components of the moments in the student's pass: loss, scale, backward, root.
+def update(z) -> dict[str, dict[str, float]]:
+    """What each phase of an update takes beside what is held.
 
-    FSDP2: the root group is whole to the end of the backward pass, the student's and the teacher's.
-    In the backward pass a layer has its gradient, too, and in float32 the two being reduced.
-    Autocast: the teacher's copies of weights stay until the loss is there.
+    FSDP2: one layer is whole, and the next one twice (as gathered, and copied out). In the backward
+    pass there is also a layer's gradient, and in float32 the two being reduced. The root group is
+    whole to the end of the backward pass, the student's and the teacher's. Autocast instead: a copy
+    of every weight it met, the teacher's until the loss is there.
     """
-    kept = s.kept()
-    recomputes = s.cfg.gradient_checkpointing
-    roots = {"whole root": (1 + s.averaged) * s.sharded * s.e * s.Pr}
+    root = z.e * z.Pr if z.sharded else 0
+    roots = {"whole root": (1 + z.averaged) * root}
     back = roots | {
-        "whole layers": s.sharded * (4 * s.e + 8) * s.Pl,
-        "autocast's weights": s.cast * s.P,
+        "whole layers": (4 * z.e + 8) * z.Pl if z.sharded else 0,
+        "autocast's weights": z.cast * z.P,
     }
-    # hidden states twice (picked from the rows, then where the weight is not 0), their gradient in
-    # float32; the head's gradient in float32, a chunk's part of it in e bytes, under autocast
-    # beside a copy of the head
-    chunk = 2 * min(s.N, LARGEST_CHUNK) * s.config.vocab_size * 4
-    loss = roots | {
-        "autocast's weights": (1 + s.averaged) * s.cast * s.P,
-        "activations": kept,
-        "loss chunk": min(MEMORY_BUDGET, chunk),
-        "hidden states": (2 * (1 + s.distills) * s.h + 4) * s.N * s.H,
-        "head's gradient": (4 + s.e + s.cast) * s.VH,
-    }
-    # backward begins: the saved gradients, beside them scaled, then cast to e bytes
-    scale = back | {
-        "activations": kept,
-        "hidden states": (8 + s.h % 4) * s.N * s.H,
-        "head's gradient": (8 + s.e % 4) * s.VH,
-    }
-    # the top layer; the head's gradient waits for the embedding's if they share a group or are one
-    # weight
-    layer = s.S * s.layer.backward
-    if recomputes:
-        layer += s.masks(s.S, s.row, 1)
+    # Between the passes, of each layer its input, or all it keeps; the embedding's output; the last
+    # norm.
+    if z.checkpointed:
+        kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.h * z.H)
+        again = z.S * z.layer.backward + masks(z, z.S, z.row, 1)
     else:
-        layer -= s.S * s.layer.kept
-    backward = back | {
-        "activations": kept + layer,
-        "head's gradient": (s.sharded or s.model.tied) * s.e * s.VH,
+        kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.layer.kept) + masks(z, z.S, z.row, z.L)
+        again = z.S * (z.layer.backward - z.layer.kept)
+    chunk = 2 * min(z.N, LARGEST_CHUNK) * z.V * 4
+    return {
+        "teacher": {
+            "whole root": root,
+            "whole layers": 3 * z.e * z.Pl if z.sharded else 0,
+            "autocast's weights": z.cast * z.P,
+            "activations": z.T * z.layer.forward + masks(z, z.T, z.teacher_row, 1),
+        },
+        # hidden states twice (picked from the rows, then where the weight is not 0), their gradient
+        # in float32; the head's gradient in float32, a chunk's part of it in e bytes, under
+        # autocast beside a copy of the head
+        "loss": roots
+        | {
+            "autocast's weights": (1 + z.averaged) * z.cast * z.P,
+            "activations": kept,
+            "loss chunk": min(MEMORY_BUDGET, chunk),
+            "hidden states": (2 * (1 + z.distills) * z.h + 4) * z.N * z.H,
+            "head's gradient": (4 + z.e + z.cast) * z.VH,
+        },
+        # backward begins: the saved gradients, beside them scaled, then cast to e bytes
+        "scale": back
+        | {
+            "activations": kept,
+            "hidden states": (8 + z.h % 4) * z.N * z.H,
+            "head's gradient": (8 + z.e % 4) * z.VH,
+        },
+        # the top layer; the head's gradient waits for the embedding's where they share a group or
+        # are one weight
+        "backward": back
+        | {
+            "activations": kept + again,
+            "head's gradient": (z.sharded or z.tied) * z.e * z.VH,
+        },
+        # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or the
+        # embedding's and tied head's
+        "root": roots
+        | {"head's gradient": (z.e + 4) * z.Pr if z.sharded else (1 + z.tied) * 4 * z.VH},
+        # the root of all second moments at once
+        "optimizer": {"AdamW's temporaries": 4 * z.P / z.g},
     }
-    # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or those of
-    # embedding and tied head
-    gradient = (s.e + 4) * s.Pr if s.sharded else (1 + s.model.tied) * 4 * s.VH
-    root = roots | {"head's gradient": gradient}
-    return {"loss": loss, "scale": scale, "backward": backward, "root": root}
 
 
 def peak(phases) -> tuple[float, str]:
