@@ -149,10 +149,14 @@ def total_steps(problems, cfg) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
+def step_of(checkpoint) -> int:
+    return int(checkpoint.name)
+
+
 def checkpoints(folder) -> list[Path]:
     """Returns the checkpoints of a run's folder, in the order of their steps."""
-    saved = (path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal())
-    return sorted(saved, key=lambda path: int(path.name))
+    saved = [path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()]
+    return sorted(saved, key=step_of)
 
 
 def run_and_step(text, cfg) -> tuple[Path, str]:
@@ -176,22 +180,17 @@ def fork_source(cfg) -> Path:
     return folder / "checkpoints" / (step if step.isdecimal() else "?")
 
 
-def own_checkpoint(cfg) -> Path | None:
-    """Returns the newest checkpoint of a resumed run."""
-    saved = checkpoints(Path(cfg.out) / cfg.name) if cfg.resume else []
-    return saved[-1] if saved else None
-
-
 def starting_point(cfg) -> Path | None:
     """Returns the checkpoint that a run goes on from: its newest one, or else that of --from.
 
     A run with a checkpoint of its own needs the other run no more, which may have dropped the
     checkpoint of --from since.
     """
-    own = own_checkpoint(cfg)
-    if own or not cfg.fork_from:
-        return own
-    return fork_source(cfg)
+    if cfg.resume:
+        saved = checkpoints(Path(cfg.out) / cfg.name)
+        if saved:
+            return saved[-1]
+    return fork_source(cfg) if cfg.fork_from else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,24 +201,24 @@ def starting_point(cfg) -> Path | None:
 def write_checkpoint(folder, method, optimizer, tokenizer, record):
     """Writes the weights as a Hugging Face folder, trainer/ by torch's DCP, and memory.db.
 
-    It is written aside, flushed to the disk and renamed: a checkpoint is whole or is not there. Any
-    number of ranks can read trainer/. record: the values of trainer.json.
+    It is written elsewhere, flushed to the disk and renamed: a checkpoint is whole or is not there.
+    Any number of ranks can read trainer/. record: the values of trainer.json.
     """
-    aside = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     if rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-    save_model(method.policy, tokenizer, aside)
+        shutil.rmtree(partial, ignore_errors=True)
+    save_model(method.policy, tokenizer, partial)
     state = trainer_state(method.policy, method.teacher, optimizer)
-    dcp.save(state, checkpoint_id=aside / "trainer", no_dist=world() == 1)
+    dcp.save(state, checkpoint_id=partial / "trainer", no_dist=world() == 1)
     if rank():
         return
-    write(aside / "trainer.json", json.dumps(record))
+    write(partial / "trainer.json", json.dumps(record))
     memory = method.memory
     if memory.path != ":memory:":
-        memory.copy_to(aside / "memory.db")
+        memory.copy_to(partial / "memory.db")
         memory.settle()
-    settle(aside)
-    aside.rename(folder)
+    settle(partial)
+    partial.rename(folder)
     settle(folder.parent)
 
 
@@ -263,10 +262,10 @@ def prune(run_folder, keep):
     dev = {row["step"]: row["avg_at_k"] for row in rows if row.get("split") == "dev"}
 
     def merit(checkpoint):
-        step = int(checkpoint.name)
+        step = step_of(checkpoint)
         return dev[step], step  # of equal ones the latest
 
-    evaluated = [checkpoint for checkpoint in saved if int(checkpoint.name) in dev]
+    evaluated = [checkpoint for checkpoint in saved if step_of(checkpoint) in dev]
     best = max(evaluated, key=merit, default=None)
     for checkpoint in saved[:-keep]:
         if checkpoint != best:
@@ -314,7 +313,7 @@ def read_record(folder, cure) -> dict:
     for key, kind in RECORD.items():
         if not isinstance(record.get(key), kind):
             raise RunError(f"{path} has no {key} that can be one: {cure}")
-    if record["step"] != int(folder.name):
+    if record["step"] != step_of(folder):
         raise RunError(f"{path} is of step {record['step']}: {cure}")
     return record
 

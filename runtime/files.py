@@ -95,10 +95,10 @@ def append_text(path, text):
 
 def write(path, text):
     """Writes a file aside and renames it: a reader finds the old text or the new one."""
-    aside = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + ".partial")
     with writing(path):
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        aside.rename(path)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.rename(path)
 
 
 def write_lines(path, rows):

@@ -71,22 +71,22 @@ def take_memory(path, run, method):
     The run keeps its copy when the other is gone.
     Raises RunError if a checkpoint's file is no memory.
     """
-    aside = path.with_name("memory.partial")
+    partial = path.with_name("memory.partial")
     if method.memory_mode == "frozen":
         source, step = memory_source(method.cfg)
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         with contextlib.closing(Store(source, frozen=True)) as lent:
-            lent.copy_to(aside)
-        with contextlib.closing(Store(aside)) as copied:
+            lent.copy_to(partial)
+        with contextlib.closing(Store(partial)) as copied:
             copied.truncate_after(int(step or 10**9))
-        aside.rename(path)
+        partial.rename(path)
     elif run.saved and (run.saved / "memory.db").exists():
         # the run is a fork, or has lost its file
         source = run.saved / "memory.db"
-        shutil.copy(source, aside)
+        shutil.copy(source, partial)
         try:
-            Store(aside, frozen=True).close()
+            Store(partial, frozen=True).close()
         except (OSError, ValueError) as error:
             cure = cure_without(run.saved, run.folder)
             raise RunError(f"{source} can't be used as a memory: {cure}") from error
-        aside.rename(path)
+        partial.rename(path)

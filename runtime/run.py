@@ -339,8 +339,8 @@ class Run:
         evaluated = False
         if rank() == 0:
             # those of a process that is gone, since the lock is ours
-            for aside in (self.folder / "checkpoints").glob("*.partial"):
-                shutil.rmtree(aside)
+            for partial in (self.folder / "checkpoints").glob("*.partial"):
+                shutil.rmtree(partial)
             evaluated = cut_records(self.folder, step, self.origin)
         if broadcast(evaluated):
             self.evaluated = step
@@ -381,15 +381,15 @@ class Run:
 
     def _write_end(self, policy, memory) -> dict:
         """Writes the files of `finish`. A run with a summary.json is finished: it is the last."""
-        aside = self.folder / "final.partial"
+        partial = self.folder / "final.partial"
         if rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        save_model(policy, self.tokenizer, aside)
+            shutil.rmtree(partial, ignore_errors=True)
+        save_model(policy, self.tokenizer, partial)
         if rank():
             return {}
         history = read_rows(self.folder / "metrics.jsonl")
         shutil.rmtree(self.folder / "final", ignore_errors=True)
-        aside.rename(self.folder / "final")
+        partial.rename(self.folder / "final")
         summary = self._summary(history, memory)
         plot_curves({self.cfg.method: history}, self.folder / "curve.png", title(summary))
         write(self.folder / "summary.json", json.dumps(summary, indent=1))
