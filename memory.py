@@ -1,41 +1,29 @@
 """The three-tier memory of PMD: experience -> insight -> behavior (Eq. 2 to 5, B.1 to B.3).
 
-    experience   raw attempts, per problem            at most 5 successes and 3 failures, behind a
-                 novelty gate
-    insight      strategies and lessons, per problem  written by the model itself out of its
-                 experience, 10 + 10
-    behavior     name and instruction, one bank       patterns that recur across the problems of a
-                 cluster, 500
+    tier        what it holds                      whose         how much
+    experience  raw attempts                       per problem   5 successes and 3 failures
+    insight     strategies and lessons             per problem   10 of each
+    behavior    patterns that recur in a cluster   one bank      500
 
-Everything lives in one SQLite file, append-only. A row has the step it was `born` and, once it is
-replaced, evicted or contradicted, the step it `ended`; nothing is ever overwritten, and dropped is
-only the embedding of an attempt or insight that ended. The memory as it stood at the end of step t
-is therefore a query (`as_of`), and so is going back to it (`truncate_after`). Counters come from
-the `event` table.
+The model itself writes insight out of experience, and behaviors out of insight. Each tier has a
+novelty gate (`gate`). Everything lives in one SQLite file (runtime/store.py), append-only, in which
+each item has the steps of its birth and its end.
 
 This file imports neither torch nor any model. It is handed plain callables:
 
-    embed(texts)      -> (len(texts), D) numbers of any type; `unit_rows` makes float32 rows of unit
-                         length of them
+    embed(texts)      -> (len(texts), D) numbers of any type
     generate(prompts) -> one text per prompt; the policy itself, through the run's sampler
-    abstractor        -> the same for behaviors only, where another model writes them (the paper's
-                         was GPT-5.4)
+    abstractor        -> the same for behaviors, where another model writes them (the paper:
+                         GPT-5.4)
 
-To look at the memory of a run, also of one that is still going:
+Whatever a model wrote is data. It is stored as text and parsed as JSON by a tolerant parser that
+runs nothing (runtime/replies.py). It is joined by concatenation, never as a format string. Before
+it enters a prompt, control tokens and turn markers in it are broken (`neutralise` of
+runtime/chat.py).
 
-    python tools/show_memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N]
-    [--grep TEXT]
-    python tools/show_memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a
-                                                              table and a PNG
-
-Whatever a model wrote is data: it is stored as text, parsed as JSON by a tolerant parser that runs
-nothing, joined by concatenation (never as a format string), and `neutralise` breaks the tokenizer's
-control tokens and the template's turn markers in it before it enters a prompt.
-
-Ours, because the paper does not say: thresholds of the gates, the clustering (k-means on question
-embeddings), which problems of a cluster its prompt shows, what is cut first under a token budget,
-how many existing behaviors an update sees, the prompts for code, the patterns of `shortcuts`.
-`ground_insights` is an addition to the paper, off by default; see `Memory`.
+Ours, because the paper does not say: the thresholds of the gates, the clustering (k-means on
+question embeddings), which problems of a cluster its prompt shows, what is cut first under a token
+budget, how many existing behaviors an update sees, the prompts for code, the patterns of shortcuts.
 """
 
 import functools
@@ -200,14 +188,16 @@ ECHOES = (
 
 
 def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Forms:
-    """The prompts for a model that reads plain language (B.3 in our own words)."""
-    rules = f"""Rules for every item:
-- State knowledge of the field or a way of working that also helps with other {exercise}s of this kind.
-- Do not refer to this particular {exercise}, to {particulars}.
-- Do not mention attempts, {solution}s, verdicts, a model or a student.
-- Give no advice about {about}.
-Reply with this JSON and nothing else:
-"""
+    """Makes the prompts for a model that reads plain language (B.3 in our own words)."""
+    rules = (
+        "Rules for every item:\n"
+        "- State knowledge of the field or a way of working that also helps with other"
+        f" {exercise}s of this kind.\n"
+        f"- Do not refer to this particular {exercise}, to {particulars}.\n"
+        f"- Do not mention attempts, {solution}s, verdicts, a model or a student.\n"
+        f"- Give no advice about {about}.\n"
+        "Reply with this JSON and nothing else:\n"
+    )
     return Forms(
         role=role,
         confidence=(
@@ -283,14 +273,15 @@ def compose(
     critique="",
     beginning="",
 ) -> str:
-    """The teacher's user message, block by block as in B.2; blocks without content are left out
-    (Eq. 4 and 5).
+    """Composes the teacher's user message, block by block as in B.2 (Eq. 4 and 5).
 
     problem: str. strategies, lessons: (title, content) pairs. behaviors: (name, instruction) pairs.
-    examples: (problem, solution) pairs, which B.2 has not: no teacher reads them, see
-    Memory.inference_contexts. critique: an attempt rewritten up to and with its first wrong step.
-    beginning: the first steps of a solution; both are for other methods. With no block at all the
-    problem is returned as it is, so `compose(x) == x` tells that the teacher has nothing to add.
+    examples: (problem, solution) pairs, which B.2 does not have and no teacher reads (see
+    Memory.inference_contexts). critique: an attempt rewritten up to and with its first wrong step.
+    beginning: the first steps of a solution. Both are for other methods.
+
+    Blocks without content are left out. Without any block the problem is returned as it is, so that
+    `compose(x) == x` tells that the teacher has nothing to add.
     """
     parts, solution = [], strip_thoughts(solution)
     if strategies:
@@ -331,9 +322,10 @@ CUT_FIRST = (
 
 
 def compose_within(budget, count, problem, **context) -> str:
-    """`compose` within `budget` tokens, counted by count(text). Blocks give way in the order of
-    CUT_FIRST, lists from their end (the least similar behavior, the newest insight), the solution
-    last; the problem itself is never cut.
+    """Composes within `budget` tokens, counted by count(text).
+
+    Blocks give way in the order of CUT_FIRST, the solution last. Lists give way from their end: the
+    least similar behavior, the newest insight. The problem itself is never cut.
     """
     text = compose(problem, **context)
     for block in CUT_FIRST:
@@ -344,9 +336,9 @@ def compose_within(budget, count, problem, **context) -> str:
 
 
 def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
-    """The problem with what a context adds to it, within `max_reprompt` tokens, system message and
-    template included. encode(user, system): encode_prompt of the tokenizer, or one that
-    remembers.
+    """Composes a problem with a context within `max_reprompt` tokens, template included.
+
+    encode(user, system): encode_prompt of the tokenizer, or one that remembers.
     """
     encode = encode or functools.partial(encode_prompt, tokenizer)
     return compose_within(
@@ -355,48 +347,46 @@ def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
 
 
 def reflection_prompt(forms, problem, successes, failures, solved, total) -> str:
-    """Asks for the insight of one problem (B.3): contrastive, strategies only or lessons only, by
-    what there is.
+    """Asks for the insight of one problem (B.3).
 
+    The request is contrastive, for strategies only or for lessons only, by what there is.
     successes: texts. failures: (text, feedback) pairs. solved of total: the problem's success
-    fraction, given to the model as a confidence signal (the label's thresholds, one and two thirds,
-    are ours).
+    fraction, a confidence signal. The label's thresholds, one and two thirds, are ours.
     """
-    label = "low" if 3 * solved < total else "medium" if 3 * solved < 2 * total else "high"
-    parts = [
-        forms.role,
-        forms.confidence.format(label=label, solved=solved, total=total),
-        forms.problem,
-        problem,
-    ]
+    label = "high"
+    if 3 * solved < 2 * total:
+        label = "medium"
+    if 3 * solved < total:
+        label = "low"
+    confidence = forms.confidence.format(label=label, solved=solved, total=total)
+    parts = [forms.role, confidence, forms.problem, problem]
     for text in successes:
         parts += [forms.correct, text]
     for text, feedback in failures:
-        parts += [forms.wrong, text] + ([forms.feedback, feedback] if feedback else [])
-    both = (
-        forms.contrastive
-        if successes and failures
-        else forms.strategies_only
-        if successes
-        else forms.lessons_only
-    )
-    return "\n".join([*parts, both])
+        parts += [forms.wrong, text]
+        if feedback:
+            parts += [forms.feedback, feedback]
+    request = forms.contrastive
+    if not failures:
+        request = forms.strategies_only
+    if not successes:
+        request = forms.lessons_only
+    return "\n".join([*parts, request])
 
 
 def critic_prompt(problem, attempt, solution="") -> str:
-    """Asks for the first wrong step of an attempt, beside a correct solution where there is one;
-    for other methods.
+    """Asks for the first wrong step of an attempt, beside a solution if there is one. For other
+    methods.
     """
     parts = [CRITIC, problem, NANO.wrong, attempt]
     return "\n".join(parts + ([SOLUTION, solution] if solution else []))
 
 
 def abstraction_prompt(forms, cluster, known) -> str:
-    """Asks for the behaviors of one cluster: from nothing (cold start), or as decisions on the
-    `known` ones.
+    """Asks for the behaviors of one cluster, from nothing (cold start) or as decisions on `known`.
 
-    cluster: (problem, lines) pairs, the lines being its insights, or its experience where it has
-    none yet. known: (name, instruction) pairs.
+    cluster: (problem, lines) pairs. The lines are its insights, or its experience where it has no
+    insight yet. known: (name, instruction) pairs.
     """
     parts = [forms.abstract_role]
     for problem, lines in cluster:
@@ -407,17 +397,18 @@ def abstraction_prompt(forms, cluster, known) -> str:
 
 
 def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int, int]:
-    """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates,
-    how many were updates).
+    """Is the novelty gate of every tier; gives (which stay, newcomers refused, updates).
 
-    cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who
-    come in one by one. A newcomer nearer than `novelty` to any that stay is refused, and so is one
-    with the `same` (n, n) text. While all `cap` places are taken (by more, where a fork lowered
-    it), the most redundant goes: the one with the highest cosine to any other, the newcomer
-    included; the older of two. names: n keys. A newcomer takes the place of the one of its name;
-    where it is refused, that one stays.
+    cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers. same
+    (n, n): whether two texts are equal. names: n keys, or None.
+
+    Newcomers come in one by one. A newcomer nearer than `novelty` to one that stays is refused, and
+    so is one with the same text. A newcomer takes the place of the item of its name, which stays
+    where the newcomer is refused. While all `cap` places are taken, the most redundant item goes:
+    the one with the highest cosine to any other, the newcomer included, and the older one of two.
     """
-    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.clip(-1, 1)
+    stay, refused, updates = list(range(held)), 0, 0
+    cosines = cosines.clip(-1, 1)
     np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
     for new in range(held, len(cosines)):
         others = [i for i in stay if names is None or names[i] != names[new]]
