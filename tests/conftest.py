@@ -3,6 +3,7 @@ embedder.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import tempfile
@@ -107,29 +108,29 @@ def make_memory(tmp_path):
         memory.db.close()
 
 
+def small_config(out, *flags, **changes):
+    """The nano preset, cut down to seconds, for runs under `out`."""
+    small = dict(
+        steps=2,
+        batch_size=3,
+        mini_batch_size=3,
+        group_size=4,
+        eval_problems=3,
+        eval_k=2,
+        eval_every=0,
+        save_every=0,
+        log_every=1,
+        out=str(out),
+    )
+    method = (
+        ["--method", changes["method"]] if "method" in changes else []
+    )  # whose flags are its own
+    return dataclasses.replace(pmd.parse_flags([*flags, *method]), **(small | changes))
+
+
 @pytest.fixture
 def make_config(tmp_path):
-    """The nano preset, cut down to seconds."""
-
-    def make(*flags, **changes):
-        small = dict(
-            steps=2,
-            batch_size=3,
-            mini_batch_size=3,
-            group_size=4,
-            eval_problems=3,
-            eval_k=2,
-            eval_every=0,
-            save_every=0,
-            log_every=1,
-            out=str(tmp_path),
-        )
-        method = (
-            ["--method", changes["method"]] if "method" in changes else []
-        )  # whose flags are its own
-        return dataclasses.replace(pmd.parse_flags([*flags, *method]), **(small | changes))
-
-    return make
+    return functools.partial(small_config, tmp_path)
 
 
 @pytest.fixture

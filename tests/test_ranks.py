@@ -32,8 +32,6 @@ import eval as ev
 import pmd
 from runtime.model import MODELS
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one worker: they share runs, and have ranks enough
-
 HERE = Path(__file__).resolve().parent.parent
 FLAGS = (
     "--steps 3 --batch_size 8 --mini_batch_size 4 --group_size 8 --eval_problems 4 --eval_k 2"
