@@ -1871,11 +1871,6 @@ def test_the_command_line_says_what_is_wrong(flags, message, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_is_told_nonsense_ends_without_a_traceback(tmp_path):
-    done = command("--task", "nano/987654", "--out", str(tmp_path))
-    assert done.returncode == 1 and done.stderr == "pmd.py: there is no task 'nano/987654'"
-
-
 def test_one_process_per_gpu_and_the_command_is_said(monkeypatch, capsys):
     started = []
     monkeypatch.delenv("RANK", raising=False)
