@@ -1,49 +1,36 @@
 """The three-tier memory of PMD: experience -> insight -> behavior (Eq. 2 to 5, B.1 to B.3).
 
-    experience   raw attempts, per problem            at most 5 successes and 3 failures, behind a
-                 novelty gate
-    insight      strategies and lessons, per problem  written by the model itself out of its
-                 experience, 10 + 10
-    behavior     name and instruction, one bank       patterns that recur across the problems of a
-                 cluster, 500
+    tier        what it holds                      whose         how much
+    experience  raw attempts                       per problem   5 successes and 3 failures
+    insight     strategies and lessons             per problem   10 of each
+    behavior    patterns that recur in a cluster   one bank      500
 
-Everything lives in one SQLite file, append-only. A row has the step it was `born` and, once it is
-replaced, evicted or contradicted, the step it `ended`; nothing is ever overwritten, and dropped is
-only the embedding of an attempt or insight that ended. The memory as it stood at the end of step t
-is therefore a query (`as_of`), and so is going back to it (`truncate_after`). Counters come from
-the `event` table.
+The model itself writes insight out of experience, and behaviors out of insight. Each tier has a
+novelty gate (`gate`). Everything lives in one SQLite file (runtime/store.py), append-only, in which
+each item has the steps of its birth and its end.
 
 This file imports neither torch nor any model. It is handed plain callables:
 
-    embed(texts)      -> (len(texts), D) numbers of any type; `unit_rows` makes float32 rows of unit
-                         length of them
+    embed(texts)      -> (len(texts), D) numbers of any type
     generate(prompts) -> one text per prompt; the policy itself, through the run's sampler
-    abstractor        -> the same for behaviors only, where another model writes them (the paper's
-                         was GPT-5.4)
+    abstractor        -> the same for behaviors, where another model writes them (the paper:
+                         GPT-5.4)
 
-To look at the memory of a run, also of one that is still going:
+Whatever a model wrote is data. It is stored as text and parsed as JSON by a tolerant parser that
+runs nothing (runtime/replies.py). It is joined by concatenation, never as a format string. Before
+it enters a prompt, control tokens and turn markers in it are broken (`neutralise` of
+runtime/chat.py).
 
-    python tools/show_memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N]
-    [--grep TEXT]
-    python tools/show_memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a
-                                                              table and a PNG
-
-Whatever a model wrote is data: it is stored as text, parsed as JSON by a tolerant parser that runs
-nothing, joined by concatenation (never as a format string), and `neutralise` breaks the tokenizer's
-control tokens and the template's turn markers in it before it enters a prompt.
-
-Ours, because the paper does not say: thresholds of the gates, the clustering (k-means on question
-embeddings), which problems of a cluster its prompt shows, what is cut first under a token budget,
-how many existing behaviors an update sees, the prompts for code, the patterns of `shortcuts`.
-`ground_insights` is an addition to the paper, off by default; see `Memory`.
+Ours, because the paper does not say: the thresholds of the gates, the clustering (k-means on
+question embeddings), which problems of a cluster its prompt shows, what is cut first under a token
+budget, how many existing behaviors an update sees, the prompts for code, the patterns of shortcuts.
 """
 
 import functools
 import json
 import math
 import random
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +38,16 @@ from sklearn.cluster import KMeans
 
 from runtime.chat import clean, encode_prompt, plain
 from runtime.options import option
-from runtime.replies import MAX_CONTENT, MAX_ITEMS, parse, strip_thoughts, was_cut
-from runtime.store import AMONG, TIERS, WITH_EMBEDDING, Item, Store, nearest
+from runtime.replies import (
+    decisions,
+    items_under,
+    parse,
+    parse_items,  # noqa: F401  also for those who import memory
+    strip_thoughts,
+    was_cut,
+)
+from runtime.shortcuts import shortcuts
+from runtime.store import TIERS, WITH_EMBEDDING, Item, Store, nearest
 from tasks.problem import SUCCESS
 
 
@@ -193,14 +188,16 @@ ECHOES = (
 
 
 def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Forms:
-    """The prompts for a model that reads plain language (B.3 in our own words)."""
-    rules = f"""Rules for every item:
-- State knowledge of the field or a way of working that also helps with other {exercise}s of this kind.
-- Do not refer to this particular {exercise}, to {particulars}.
-- Do not mention attempts, {solution}s, verdicts, a model or a student.
-- Give no advice about {about}.
-Reply with this JSON and nothing else:
-"""
+    """Makes the prompts for a model that reads plain language (B.3 in our own words)."""
+    rules = (
+        "Rules for every item:\n"
+        "- State knowledge of the field or a way of working that also helps with other"
+        f" {exercise}s of this kind.\n"
+        f"- Do not refer to this particular {exercise}, to {particulars}.\n"
+        f"- Do not mention attempts, {solution}s, verdicts, a model or a student.\n"
+        f"- Give no advice about {about}.\n"
+        "Reply with this JSON and nothing else:\n"
+    )
     return Forms(
         role=role,
         confidence=(
@@ -276,14 +273,15 @@ def compose(
     critique="",
     beginning="",
 ) -> str:
-    """The teacher's user message, block by block as in B.2; blocks without content are left out
-    (Eq. 4 and 5).
+    """Composes the teacher's user message, block by block as in B.2 (Eq. 4 and 5).
 
     problem: str. strategies, lessons: (title, content) pairs. behaviors: (name, instruction) pairs.
-    examples: (problem, solution) pairs, which B.2 has not: no teacher reads them, see
-    Memory.inference_contexts. critique: an attempt rewritten up to and with its first wrong step.
-    beginning: the first steps of a solution; both are for other methods. With no block at all the
-    problem is returned as it is, so `compose(x) == x` tells that the teacher has nothing to add.
+    examples: (problem, solution) pairs, which B.2 does not have and no teacher reads (see
+    Memory.inference_contexts). critique: an attempt rewritten up to and with its first wrong step.
+    beginning: the first steps of a solution. Both are for other methods.
+
+    Blocks without content are left out. Without any block the problem is returned as it is, so that
+    `compose(x) == x` tells that the teacher has nothing to add.
     """
     parts, solution = [], strip_thoughts(solution)
     if strategies:
@@ -324,9 +322,10 @@ CUT_FIRST = (
 
 
 def compose_within(budget, count, problem, **context) -> str:
-    """`compose` within `budget` tokens, counted by count(text). Blocks give way in the order of
-    CUT_FIRST, lists from their end (the least similar behavior, the newest insight), the solution
-    last; the problem itself is never cut.
+    """Composes within `budget` tokens, counted by count(text).
+
+    Blocks give way in the order of CUT_FIRST, the solution last. Lists give way from their end: the
+    least similar behavior, the newest insight. The problem itself is never cut.
     """
     text = compose(problem, **context)
     for block in CUT_FIRST:
@@ -337,9 +336,9 @@ def compose_within(budget, count, problem, **context) -> str:
 
 
 def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
-    """The problem with what a context adds to it, within `max_reprompt` tokens, system message and
-    template included. encode(user, system): encode_prompt of the tokenizer, or one that
-    remembers.
+    """Composes a problem with a context within `max_reprompt` tokens, template included.
+
+    encode(user, system): encode_prompt of the tokenizer, or one that remembers.
     """
     encode = encode or functools.partial(encode_prompt, tokenizer)
     return compose_within(
@@ -348,48 +347,46 @@ def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
 
 
 def reflection_prompt(forms, problem, successes, failures, solved, total) -> str:
-    """Asks for the insight of one problem (B.3): contrastive, strategies only or lessons only, by
-    what there is.
+    """Asks for the insight of one problem (B.3).
 
+    The request is contrastive, for strategies only or for lessons only, by what there is.
     successes: texts. failures: (text, feedback) pairs. solved of total: the problem's success
-    fraction, given to the model as a confidence signal (the label's thresholds, one and two thirds,
-    are ours).
+    fraction, a confidence signal. The label's thresholds, one and two thirds, are ours.
     """
-    label = "low" if 3 * solved < total else "medium" if 3 * solved < 2 * total else "high"
-    parts = [
-        forms.role,
-        forms.confidence.format(label=label, solved=solved, total=total),
-        forms.problem,
-        problem,
-    ]
+    label = "high"
+    if 3 * solved < 2 * total:
+        label = "medium"
+    if 3 * solved < total:
+        label = "low"
+    confidence = forms.confidence.format(label=label, solved=solved, total=total)
+    parts = [forms.role, confidence, forms.problem, problem]
     for text in successes:
         parts += [forms.correct, text]
     for text, feedback in failures:
-        parts += [forms.wrong, text] + ([forms.feedback, feedback] if feedback else [])
-    both = (
-        forms.contrastive
-        if successes and failures
-        else forms.strategies_only
-        if successes
-        else forms.lessons_only
-    )
-    return "\n".join([*parts, both])
+        parts += [forms.wrong, text]
+        if feedback:
+            parts += [forms.feedback, feedback]
+    request = forms.contrastive
+    if not failures:
+        request = forms.strategies_only
+    if not successes:
+        request = forms.lessons_only
+    return "\n".join([*parts, request])
 
 
 def critic_prompt(problem, attempt, solution="") -> str:
-    """Asks for the first wrong step of an attempt, beside a correct solution where there is one;
-    for other methods.
+    """Asks for the first wrong step of an attempt, beside a solution if there is one. For other
+    methods.
     """
     parts = [CRITIC, problem, NANO.wrong, attempt]
     return "\n".join(parts + ([SOLUTION, solution] if solution else []))
 
 
 def abstraction_prompt(forms, cluster, known) -> str:
-    """Asks for the behaviors of one cluster: from nothing (cold start), or as decisions on the
-    `known` ones.
+    """Asks for the behaviors of one cluster, from nothing (cold start) or as decisions on `known`.
 
-    cluster: (problem, lines) pairs, the lines being its insights, or its experience where it has
-    none yet. known: (name, instruction) pairs.
+    cluster: (problem, lines) pairs. The lines are its insights, or its experience where it has no
+    insight yet. known: (name, instruction) pairs.
     """
     parts = [forms.abstract_role]
     for problem, lines in cluster:
@@ -399,193 +396,19 @@ def abstraction_prompt(forms, cluster, known) -> str:
     return "\n".join([*parts, forms.decide if known else forms.cold_start])
 
 
-TITLE_WORDS, SENTENCES = 10, 4  # of an item, at most (B.3)
-
-
-def parse_items(found, key, first, second) -> list[tuple[str, str]]:
-    """The well-formed items under `key` of a parsed reply, each as the texts of its two fields; at
-    most MAX_ITEMS.
-
-    Each text becomes one line, so that it can't pass for a heading of the prompt it will stand in.
-    """
-    rows = found.get(key) if isinstance(found, dict) else None
-    items = []
-    for row in rows[:MAX_ITEMS] if isinstance(rows, list) else []:
-        pair = [row.get(first), row.get(second)] if isinstance(row, dict) else [None, None]
-        pair = [
-            clean(x) if isinstance(x, str) else "" for x in pair
-        ]  # again: JSON escapes can hide what `parse` cleaned
-        if all(x.strip() for x in pair):
-            sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", " ".join(pair[1].split()))[
-                :SENTENCES
-            ]  # not at e.g. X
-            while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
-                sentences.pop()
-            items.append(
-                (
-                    " ".join(pair[0].split()[:TITLE_WORDS])[:MAX_CONTENT],
-                    " ".join(sentences)[:MAX_CONTENT],
-                )
-            )
-    return items
-
-
-# What B.3 counts as contamination, in patterns of our own: the paper prints none. A measurement,
-# and a coarse one.
-SHORTCUTS = {
-    "attempts": (
-        r"(?i)\b(?:(?:in)?correct|wrong|failed|successful|previous|earlier|past|prior|these|both|all|other|most) "
-        r"(?:attempt|response|rollout|submission)s?\b|\battempt \d|\bthe"
-        r" (?:model|student|assistant|grader|verifier|"
-        r"(?:first|second|third|last)? ?attempt|response)\b"
-    ),
-    "options": (
-        r"\b(?i:options?|choices?|answers?)(?: is| was|:)? \(?[A-J]\b\)?(?!"
-        r" [a-z]+ing\b)|(?<!\w)\([A-J]\)|"
-        r"\b[B-J] (?:is|was) (?:the )?(?:in)?correct\b|(?i:\b(?:first|second|third|fourth|last)"
-        r" (?:option|choice)\b)"
-    ),
-    "tactics": (
-        r"(?i)\bprocess of elimination\b|\b(?:eliminat|rul)\w* (?:out )?(?:\w+"
-        r" ){0,2}(?:options|choices|answers)\b|"
-        r"\bguess(?:es|ing)?\b|\b(?:longest|shortest|most \w+)"
-        r" (?:option|choice|answer)\b|\bdistractors?\b|"
-        r"\b(?:all|none) of the above\b|\b(?:pick|select|choose) the"
-        r" (?:option|choice|answer)\b|\bhard-?cod"
-    ),
-    "problem": (
-        r"(?i)\b(?:this|the given|the above|the current|the provided|the present|the following)"
-        r" (?:\w+ )?(?:question|"
-        r"problem|exercise|task|case|example|sample|molecule|compound|reaction|sequence|protein|passage|input)\b"
-    ),
-}
-
-
-def shortcuts(text) -> list[str]:
-    """The families of shortcut-like phrasing found in an insight or behavior (B.3): talk of
-    attempts, option letters, test-taking tactics, phrases tied to one problem.
-    """
-    return [family for family, pattern in SHORTCUTS.items() if re.search(pattern, text)]
-
-
-# What an abstraction may call its decisions. A new behavior of a known name updates it, so that
-# both are one to us.
-DECISION = (
-    "decision",
-    "operation",
-    "op",
-    "type",
-    "event",
-)  # the fields that may say it where there is no `action`
-WRITES = {
-    "new",
-    "add",
-    "append",
-    "create",
-    "insert",
-    "introduce",
-    "save",
-    "store",
-    "update",
-    "upsert",
-    "adjust",
-    "amend",
-    "change",
-    "combine",
-    "edit",
-    "extend",
-    "generalize",
-    "generalise",
-    "improve",
-    "merge",
-    "modify",
-    "modified",
-    "refine",
-    "replace",
-    "revise",
-    "rewrite",
-    "rewritten",
-    "strengthen",
-}
-REMOVES = {
-    "remove",
-    "delete",
-    "deprecate",
-    "discard",
-    "drop",
-    "dropped",
-    "eliminate",
-    "erase",
-    "forget",
-    "prune",
-    "purge",
-    "retire",
-}
-UNDECIDED = {"no", "not", "or", "don", "keep", "none", "unchanged"}
-
-
-def decision_of(row) -> str:
-    """What a row decides: "write", "remove", or "" where that is not clear. A row that says no
-    decision is written.
-    """
-    others = [row[name] for name in DECISION if verbs_in(row.get(name))]
-    verbs = verbs_in(row["action"] if "action" in row else others[0] if others else "new")
-    return verbs.pop() if len(verbs) == 1 else ""
-
-
-def verbs_in(said) -> set[str]:
-    """Which of "write" and "remove" some words say, in any form of the verb (`Removed`,
-    `add_behavior`).
-    """
-    words = set(re.findall("[a-z]+", said.casefold())) if isinstance(said, str) else set()
-    if words & UNDECIDED:
-        return set()
-    stems = words | {word.removesuffix(end) for word in words for end in ("d", "ed", "s")}
-    return {verb for verb, known in (("write", WRITES), ("remove", REMOVES)) if stems & known}
-
-
-def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
-    """`parse_items` of all that stands under `key`, and how many of its rows are none: they are
-    counted, not lost.
-    """
-    rows = (found or {}).get(key, [])
-    items = parse_items(found, key, first, second)
-    return items, len(rows) - len(items)
-
-
-def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
-    """A parsed abstraction: ((name, instruction) pairs to write, names to remove, how many rows are
-    neither).
-
-    Cold start and decisions may come under each other's key; a row without a decision is written.
-    None where the reply has neither key.
-    """
-    if not found or not found.keys() & {"actions", "behaviors"}:
-        return None
-    rows = found.get("actions", []) + found.get("behaviors", [])
-    writes, removes = [], []
-    for row in rows[:MAX_ITEMS]:
-        row = row or {}
-        decision, name = decision_of(row), row.get("name")
-        if decision == "write":
-            writes += parse_items({"row": [row]}, "row", "name", "instruction")
-        elif decision == "remove" and isinstance(name, str):
-            removes.append(plain(name))
-    return writes, removes, len(rows) - len(writes) - len(removes)
-
-
 def gate(cosines, held, cap, novelty, same, names=None) -> tuple[list[int], int, int]:
-    """The novelty gate of every tier: (which stay, how many newcomers were refused as duplicates,
-    how many were updates).
+    """Is the novelty gate of every tier; gives (which stay, newcomers refused, updates).
 
-    cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers, who
-    come in one by one. A newcomer nearer than `novelty` to any that stay is refused, and so is one
-    with the `same` (n, n) text. While all `cap` places are taken (by more, where a fork lowered
-    it), the most redundant goes: the one with the highest cosine to any other, the newcomer
-    included; the older of two. names: n keys. A newcomer takes the place of the one of its name;
-    where it is refused, that one stays.
+    cosines (n, n): of the `held` living vectors, oldest first, and after them the newcomers. same
+    (n, n): whether two texts are equal. names: n keys, or None.
+
+    Newcomers come in one by one. A newcomer nearer than `novelty` to one that stays is refused, and
+    so is one with the same text. A newcomer takes the place of the item of its name, which stays
+    where the newcomer is refused. While all `cap` places are taken, the most redundant item goes:
+    the one with the highest cosine to any other, the newcomer included, and the older one of two.
     """
-    stay, refused, updates, cosines = list(range(held)), 0, 0, cosines.clip(-1, 1)
+    stay, refused, updates = list(range(held)), 0, 0
+    cosines = cosines.clip(-1, 1)
     np.fill_diagonal(cosines, -2.0)  # nothing is redundant because of itself
     for new in range(held, len(cosines)):
         others = [i for i in stay if names is None or names[i] != names[new]]
@@ -767,7 +590,8 @@ class Memory(Store):
         ids = [p.id for p in problems]
         experience = self.living_of("experience", ids)
         insights = self.living_of("insight", ids)
-        solved = self._success_fractions(ids, step)
+        first = step if self.mode == "transient" else 0  # there memory ends with the step
+        solved = self.success_fractions(ids, first)
         jobs = []
         for p in problems:
             for attempts in self.evidence_sets(experience[p.id], insights[p.id]):
@@ -842,11 +666,9 @@ class Memory(Store):
         """
         clusters = self._remembered_clusters(step)
         shown = [id for ids in clusters for id in ids]
-        rows = self.query(
-            f"SELECT id, text, embedding FROM problem WHERE id {AMONG}", json.dumps(shown)
-        )
-        prompts = {id: text for id, text, _ in rows}
-        vectors = {id: np.frombuffer(vector, np.float32) for id, _, vector in rows}
+        questions = self.questions(shown)
+        prompts = {id: text for id, text, _ in questions}
+        vectors = {id: vector for id, _, vector in questions}
         insights = self.living_of("insight", shown)
         experience = self.living_of("experience", shown)
         jobs = []
@@ -903,14 +725,12 @@ class Memory(Store):
         """{id: cluster} of some problems clustered by themselves: a transient memory knows no
         others.
         """
-        rows = self.query(
-            f"SELECT id, embedding FROM problem WHERE id {AMONG} ORDER BY id", json.dumps(problems)
-        )
-        if not rows:
+        questions = self.questions(problems)
+        if not questions:
             return {}
-        vectors = np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
-        labels = self._clustered(vectors, math.ceil(len(rows) / self.cluster_problems))
-        return {id: int(label) for (id, _), label in zip(rows, labels, strict=True)}
+        vectors = np.stack([vector for *_, vector in questions])
+        labels = self._clustered(vectors, math.ceil(len(questions) / self.cluster_problems))
+        return {id: int(label) for (id, *_), label in zip(questions, labels, strict=True)}
 
     def _measured(self, item) -> bool:
         """Notes a proposed item and shortcut-like phrasing in it; False if it is dropped for
@@ -1065,48 +885,6 @@ class Memory(Store):
             read = [item for id, *_ in row for item in insights[id]]
             contexts.append(as_context(read, behaviors) | {"examples": examples})
         return contexts
-
-    def own_problems(self, problems) -> np.ndarray:
-        """(len(problems), training problems in the order of their ids): whether the one is the
-        other.
-
-        By its id, or by its prompt up to white space.
-        """
-        known = self.query("SELECT id, text FROM problem ORDER BY id")
-        ids = np.array([id for id, _ in known], object)
-        texts = np.array([plain(text) for _, text in known], object)
-        own = [(ids == p.id) | (texts == plain(p.prompt)) for p in problems]
-        return np.array(own, bool).reshape(len(problems), len(known))
-
-    def overlap(self, problems) -> str:
-        """Says which problems of `inference_contexts` were trained on; "" where there are none."""
-        own = self.own_problems(problems)
-        trained_on, alone = own.any(axis=1).sum(), own.all(axis=1).sum()
-        if not trained_on:
-            return ""
-        said = (
-            f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was"
-            " written on (the same id or text): they read not their own insight and success but"
-            " those of the nearest other problem"
-        )
-        if alone:
-            said += f"; {alone} have no other and read behaviors alone"
-        return said
-
-    def _success_fractions(self, problems, step) -> dict[str, tuple[int, int]]:
-        """{problem id: (successes, attempts)}: the confidence signal of reflection.
-
-        Over the whole run so far, or over this step where memory ends with it.
-        """
-        first = step if self.mode == "transient" else 0
-        rows = self.query(
-            "SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') "
-            f"AND step >= ? AND subject {AMONG} GROUP BY subject, kind",
-            first,
-            json.dumps(list(problems)),
-        )
-        n = Counter({(subject, kind): total for subject, kind, total in rows})
-        return {p: (n[p, "success"], n[p, "success"] + n[p, "failure"]) for p in problems}
 
     # -- time
 

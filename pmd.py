@@ -1,10 +1,8 @@
 """Procedural Memory Distillation (PMD, arXiv 2607.01480): a policy and a memory that co-evolve.
 
-    python pmd.py                                  all of it on the embedded tiny model, in minutes
-                                                   on a laptop
-    python pmd.py --method sdpo                    another method: a file of methods/, or one of
-                                                   your own
-    python pmd.py --compare grpo,sdpo,pmd          several in turn, on equal budgets, in one figure
+    python pmd.py                            all of it on the embedded tiny model, in minutes
+    python pmd.py --method sdpo              another method: a file of methods/, or your own
+    python pmd.py --compare grpo,sdpo,pmd    several in turn, on equal budgets, in one figure
 
 The memory-free student answers each problem several times and a verifier scores the answers. From
 those attempts a three-tier memory grows (memory.py). A teacher, the same model reading that memory,
@@ -13,8 +11,8 @@ re-scores the student's own tokens, and the student is pulled towards it token b
 
 Read `Config`, `train()` and `PMD`, with Algorithm 1 of the paper beside them.
 
-Shape letters: B rows of a micro-batch, T padded
-length, N completion tokens, H hidden, V vocabulary, G group.
+Shape letters: B rows of a micro-batch, T padded length, N completion tokens of a micro-batch, C
+those of one completion, H hidden, V vocabulary, G group.
 
 Deviations from the paper
  1. The divergence is over the full vocabulary and exact (Eq. 7); Table 11's top-k is `--top_k`.
@@ -93,14 +91,15 @@ from runtime.ranks import (
 from runtime.rows import (
     add,
     completion_hidden,
-    flat,
-    mask,
     micro_batches,
     own_logprobs,
+    per_token,
+    pick,
     require_small_gap,
     sampler_gap,
     scored,  # noqa: F401  for methods
     token_ids,
+    tokens_of,
 )
 from runtime.run import Run, RunOptions
 from runtime.sampler import Sample, SamplerOptions
@@ -108,14 +107,12 @@ from runtime.vllm_sampler import make_sampler
 from tasks import TaskOptions
 from tasks.problem import SUCCESS, Problem
 
-# What nobody varies. GRPO's are those of SDPO's repository.
+# What no table, preset or study varies
 MAX_GRAD_NORM = 1.0  # [SDPO]
 ROLLOUT_CLIP = 2.0  # bound on the per-token ratio of trainer to sampler [SDPO; Tab. 11: per token]
 IS_CLIP = 2.0  # bound on the per-token ratio of this update's policy to the batch's [SDPO]
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # of GRPO's ratio
-# of the ratio where the advantage is negative; acts with several updates a batch [verl's
-# clip_ratio_c]
-CLIP_DUAL = 3.0
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # of GRPO's ratio [SDPO]
+CLIP_DUAL = 3.0  # of GRPO's ratio where the advantage is negative [SDPO: verl's clip_ratio_c]
 
 
 @dataclass
@@ -197,8 +194,7 @@ class Config(TaskOptions, ModelOptions, SamplerOptions, MemoryOptions, EvalOptio
     )
 
 
-# By task; the defaults above are SciKnowEval's. See nano/README.md for how nano's values were
-# found.
+# By task; the defaults above are SciKnowEval's. nano/README.md says how nano's were found.
 PRESETS = {
     "sciknoweval": {},
     "livecodebench": dict(
@@ -228,7 +224,7 @@ PRESETS = {
 
 
 def train(cfg: Config, checked=None) -> dict:
-    """Algorithm 1, with the phases of the method that cfg names: returns the run's summary.
+    """Runs Algorithm 1 with the phases of the method that cfg names; returns the run's summary.
 
     checked: what `check` returned for cfg, where it was called before.
     """
@@ -236,9 +232,7 @@ def train(cfg: Config, checked=None) -> dict:
     policy = shard(load_policy(cfg), cfg)  # float32 master weights
     method = method_of(cfg)(cfg, task, tokenizer, policy)  # makes the teacher
     optimizer = make_optimizer(policy, cfg)
-    sampler = method.sampler = make_sampler(
-        policy, tokenizer, cfg
-    )  # the only object that generates text
+    sampler = method.sampler = make_sampler(policy, tokenizer, cfg)  # all text comes from it
     sampler.sleep()  # what a checkpoint holds is filled in where there is room for it
     run = Run(cfg, task, tokenizer)
     method.memory = open_memory(run, method)
@@ -250,23 +244,19 @@ def train(cfg: Config, checked=None) -> dict:
     for step, problems in batches(task.train, first, cfg):
         sampler.step = step
 
-        # 1. Attempt: the memory-free student answers, the verifier responds
-        # (Eq. 1)
+        # 1. Attempt: the memory-free student answers, the verifier responds               (Eq. 1)
         with run.phase("attempt"):
             rollouts = method.attempt(step, problems)
 
-        # 2. Remember: experience -> insight (per problem) -> behavior (shared)
-        # (Eq. 2, 3)
+        # 2. Remember: experience -> insight (per problem) -> behavior (shared)         (Eq. 2, 3)
         with run.phase("remember"):
             method.remember(step, problems, rollouts)
 
-        # 3. Condition the teacher: same completion, richer prompt
-        # (Eq. 4, 5)
+        # 3. Condition the teacher: same completion, richer prompt                      (Eq. 4, 5)
         with run.phase("condition"):
             rows = method.condition(step, rollouts)
 
-        # 4. Distill: match the teacher token by token on the student's own text
-        # (Eq. 6-8)
+        # 4. Distill: match the teacher token by token on the student's own text        (Eq. 6-8)
         with run.phase("distill"):
             learns = any(map(is_trained, rows))
             if learns:
@@ -291,19 +281,17 @@ def train(cfg: Config, checked=None) -> dict:
 
 
 class PMD:
-    """The paper, phase by phase. Another method replaces what it changes: class Method of a file of
-    methods/.
+    """Is the paper, phase by phase. Another method is a file of methods/ that replaces some hooks.
 
-    Rows decide how they are trained, see Rollout: phase 4 asks no method. cfg, task, tokenizer,
-    policy, teacher, sampler and memory are there in every hook but make_teacher, which makes the
-    teacher.
+    Rows decide how they are trained (see Rollout): phase 4 does not ask for the method. Every hook
+    but make_teacher finds cfg, task, tokenizer, policy, teacher, sampler and memory in self.
     """
 
     Config = Config  # a method's own flags and defaults: a subclass, in its file
     presets = {}  # {task: {flag: default}}, over PRESETS and under what is given
     remembers = True  # phase 2 writes a memory
     memory_mode = "evolving"  # of memory.Memory; None: there is none
-    reprompts = True  # somebody reads prompts of up to --max_reprompt tokens
+    reprompts = True  # a teacher reads prompts of up to --max_reprompt tokens
 
     def __init__(self, cfg, task, tokenizer, policy):
         self.cfg, self.task, self.tokenizer, self.policy = cfg, task, tokenizer, policy
@@ -312,86 +300,78 @@ class PMD:
 
     @classmethod
     def check(cls, cfg):
-        """Raises ValueError, in one sentence, for flags that do not fit the method."""
+        """Checks the flags. Raises ValueError, in one sentence, if they do not fit the method."""
         if cfg.memory_from:
             raise ValueError(
                 "--memory_from and --method frozen-memory go together; leave one out or give both"
             )
 
     def memory_class(self) -> type:
+        """The class of the memory: that of the paper, or the grounded one (deviation 7)."""
         return GroundedMemory if self.cfg.ground_insights else Memory
 
     def make_teacher(self, policy):
-        """The teacher's weights (Eq. 6): an average that starts at the policy, or the live policy
-        itself.
-        """
+        """Makes the teacher (Eq. 6): an average that starts at the policy, or the policy itself."""
         return policy if self.cfg.teacher == "live" else copy_of(policy, self.cfg)
 
     def attempt(self, step, problems) -> list["Rollout"]:
-        """G completions of each problem from its plain prompt, with their verdicts (Eq. 1)."""
+        """Samples G completions of each problem and has them judged (Eq. 1)."""
         return attempt(self.sampler, problems, self.cfg)
 
     def remember(self, step, problems, rollouts):
-        """Experience and insight after every batch, behaviors on a slower clock (Eq. 2, 3)."""
+        """Writes experience and insight after every batch, behaviors less often (Eq. 2, 3)."""
         self.memory.record(step, rollouts)
         self.memory.reflect(step, problems)
         if step % self.refresh_period() == 0:
             self.memory.abstract(step)
 
     def refresh_period(self) -> int:
-        """Steps between refreshes of the bank: an epoch, where nothing else is asked for (Eq.
-        3).
-        """
+        """Says after how many steps the bank is refreshed: an epoch by default (Eq. 3)."""
         return self.cfg.behavior_every or batches_per_epoch(self.task.train, self.cfg)
 
     def contexts(self, step, rollouts) -> list[dict]:
-        """What each rollout's teacher reads besides the problem, as keyword arguments of
-        memory.compose (Eq. 4).
-        """
+        """Says what each rollout's teacher reads: keyword arguments of memory.compose (Eq. 4)."""
         return self.recall(step, rollouts, self.cfg.behaviors_refreshed)
 
     def recall(self, step, rollouts, refreshed) -> list[dict]:
-        """`contexts` from the memory. refreshed: with the bank after this step's refresh."""
-        cfg = self.cfg
-        contexts = self.memory.contexts(rollouts, step, cfg.tiers.split(","), refreshed)
-        if cfg.supervise == "solved":
+        """Reads `contexts` from the memory. refreshed: with the bank after this step's refresh."""
+        contexts = self.memory.contexts(rollouts, step, self.cfg.tiers.split(","), refreshed)
+        if self.cfg.supervise == "solved":
             keys = ("strategies", "solution", "feedback")
             contexts = [context if any(context[k] for k in keys) else {} for context in contexts]
         return contexts
 
     def condition(self, step, rollouts) -> list["Rollout"]:
-        """Gives rollouts their teacher's prompt (Eq. 5); returns the rows that phase 4 trains on. A
-        rollout whose teacher would read no more than its student is not supervised.
+        """Gives rollouts their teacher's prompt (Eq. 5); returns the rows that phase 4 trains on.
+
+        A rollout whose teacher prompt equals its own prompt is not supervised.
         """
         failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
-        taught = [
-            (r, context)
-            for r, context in zip(rollouts, self.contexts(step, rollouts), strict=True)
-            if self.cfg.supervise_mastered or r.problem.id in failed
-        ]
-        problems, contexts = [r.problem for r, _ in taught], [context for _, context in taught]
+        taught, contexts = [], []
+        for r, context in zip(rollouts, self.contexts(step, rollouts), strict=True):
+            if self.cfg.supervise_mastered or r.problem.id in failed:
+                taught.append(r)
+                contexts.append(context)
+        problems = [r.problem for r in taught]
         prompts = teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
-        for (r, _), (prompt, ids) in zip(taught, prompts, strict=True):
+        for r, (prompt, ids) in zip(taught, prompts, strict=True):
             if prompt != r.problem.prompt:
                 r.teacher_prompt, r.teacher_ids = prompt, ids
         return rollouts
 
     def weigh(self, step, rows):
-        """Changes rows by what models say of them (see `scored`), before the first update: nothing
-        here.
-        """
+        """Changes rows by what models say of them, before the first update: see `scored`."""
 
     def teacher_hidden(self, batch) -> torch.Tensor:
-        """(N, H): the states that teach the tokens of rows with teacher_ids, under one head (Eq.
-        6).
+        """Gives the states (N, H) that teach the tokens of rows with teacher_ids (Eq. 6).
+
+        Under the head of self.teacher they become the teacher's distribution.
         """
-        return forward(
-            self.teacher,
-            lambda: completion_hidden(self.teacher, [r.teacher_ids for r in batch], batch),
-        )
+        prompts = [r.teacher_ids for r in batch]
+        return forward(self.teacher, lambda: completion_hidden(self.teacher, prompts, batch))
 
     def loss(self, batch, total) -> dict:
-        """The loss of a micro-batch (Eq. 7): see `loss_of`."""
+        """Computes the loss of a micro-batch (Eq. 7): see `loss_of`."""
         return loss_of(self, batch, total)
 
     def follow(self, step):
@@ -399,15 +379,13 @@ class PMD:
         follow(self.teacher, self.policy, self.cfg)
 
     def end_step(self, step):
-        """After the step's evaluation, before its checkpoint: nothing here."""
+        """Comes after the step's evaluation and before its checkpoint."""
 
     def asked(self, problems) -> list[str] | None:
-        """What held-out problems read in an evaluation; None for their plain prompt, without
-        memory.
-        """
+        """Says what held-out problems read in an evaluation; None is their plain prompt."""
 
     def state(self) -> dict:
-        """What a checkpoint has to hold of the method: values of JSON."""
+        """Gives what a checkpoint has to hold of the method: values of JSON."""
         return {}
 
     def load(self, state):
@@ -421,9 +399,10 @@ class PMD:
 
 @dataclass
 class Rollout(Sample):
-    """A sample that answers a problem, and all that is learned from it. rollout_logprobs is None
-    where the text was not sampled under prompt_ids: it then has no ratio to the sampler, and no
-    part in the sampler gap.
+    """Holds a sample that answers a problem, its verdict, and how it is trained.
+
+    rollout_logprobs is None where the text was not sampled under prompt_ids. Such a row has no
+    ratio to the sampler, and no part in the sampler gap.
     """
 
     id: str  # step/problem/sample
@@ -431,25 +410,18 @@ class Rollout(Sample):
     reward: float
     feedback: str = ""
     test_pass_rate: float | None = None  # of programs; logged, never a reward
-    # How it is trained, as a row of phase 4. One number, or (C,) of them, one for each token
+    # How it is trained, as a row of phase 4. Numbers are one a row, or (C,), one a token
     teacher_prompt: str = ""  # the teacher's user message; empty where it has nothing to add
-    teacher_ids: list[int] = field(
-        default_factory=list
-    )  # of that prompt; empty: it is not distilled
-    teachers: list[list[int]] = field(
-        default_factory=list
-    )  # further teacher prompts, for methods that read several
+    teacher_ids: list[int] = field(default_factory=list)  # of that prompt; empty: not distilled
+    teachers: list[list[int]] = field(default_factory=list)  # further ones, for other methods
     weight: float | torch.Tensor = 1.0  # of its divergence
-    advantage: float | torch.Tensor | None = (
-        None  # None: it is not reinforced; 0.0 is, and counts in the mean
-    )
+    # None: it is not reinforced. 0.0 is reinforced, and counts in the mean
+    advantage: float | torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None  # (C,) the trainer's, before the batch's first update
 
 
 def attempt(sampler, problems, cfg) -> list[Rollout]:
-    """G completions of each problem from its plain prompt, with their verdicts, group by group (Eq.
-    1).
-    """
+    """Samples G completions of each problem from its plain prompt, with their verdicts (Eq. 1)."""
     samples = sampler.answer(problems, cfg.group_size)
     rollouts = []
     for i, (problem, sample, verdict) in enumerate(verdicts(problems, samples, cfg)):
@@ -472,7 +444,7 @@ def attempt(sampler, problems, cfg) -> list[Rollout]:
 
 
 def set_advantages(rollouts):
-    """Group-relative advantages, not divided by their deviation: SDPO's GRPO."""
+    """Sets advantages relative to the group, not divided by their deviation [SDPO's GRPO]."""
     for group in groups_of(rollouts).values():
         mean = sum(r.reward for r in group) / len(group)
         for r in group:
@@ -480,7 +452,7 @@ def set_advantages(rollouts):
 
 
 def groups_of(rollouts) -> dict[str, list[Rollout]]:
-    """{problem id: its rollouts}"""
+    """Groups rollouts: {problem id: its rollouts}."""
     groups = {}
     for r in rollouts:
         groups.setdefault(r.problem.id, []).append(r)
@@ -488,21 +460,21 @@ def groups_of(rollouts) -> dict[str, list[Rollout]]:
 
 
 def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
-    """(text, ids) of each problem's prompt with its context, which rollouts of a group often share.
-    Each rank composes and encodes those of its share of the problems, since seconds of a step are
-    spent here; all get all of them.
+    """Composes and encodes each problem's prompt with its context: its text and its ids.
+
+    Rollouts of a group often share a prompt. Each rank does its share of the problems, since
+    seconds of a step are spent here. All ranks get all prompts.
     """
-    group = {id: i % world() for i, id in enumerate(dict.fromkeys(p.id for p in problems))}
-    encode = functools.cache(
-        functools.partial(encode_prompt, tokenizer)
-    )  # what was counted is not encoded again
-    own = [i for i, p in enumerate(problems) if group[p.id] == rank()]
-    composed = {}
-    for i in own:
-        text = reprompt(problems[i], contexts[i], tokenizer, cfg, encode)
-        composed[i] = text, encode(text, problems[i].system) if text != problems[i].prompt else []
-    composed = {i: pair for part in gather(composed) for i, pair in part.items()}
-    return [composed[i] for i in range(len(problems))]
+    names = list(dict.fromkeys(p.id for p in problems))
+    rank_of = {id: i % world() for i, id in enumerate(names)}
+    encode = functools.cache(functools.partial(encode_prompt, tokenizer))  # it is also counted
+    share = {}
+    for i, (problem, context) in enumerate(zip(problems, contexts, strict=True)):
+        if rank_of[problem.id] == rank():
+            text = reprompt(problem, context, tokenizer, cfg, encode)
+            share[i] = text, encode(text, problem.system) if text != problem.prompt else []
+    prompts = {i: pair for part in gather(share) for i, pair in part.items()}
+    return [prompts[i] for i in range(len(problems))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -513,43 +485,45 @@ def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
 def mini_batches(rollouts, policy, cfg):
     """Cuts a batch at problem borders into `mini_batch_size` problems an update.
 
-    The trainer's own log-probabilities of the batch are scored first where a ratio needs them: with
-    several updates a batch, and for rows that are reinforced or were sampled under another prompt.
-    A single distillation update goes without: its policy IS the one that would be scored.
+    Where a ratio needs them, the trainer's own log-probabilities of the batch are scored first:
+    with several updates a batch, and for rows that are reinforced or were sampled under another
+    prompt. A single distillation update goes without: its policy IS the one that would be scored.
     """
     size = cfg.mini_batch_size * cfg.group_size
     parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-    if len(parts) > 1 or any(
-        r.advantage is not None or r.rollout_logprobs is None for r in rollouts
-    ):
+    has_ratio = any(r.advantage is not None or r.rollout_logprobs is None for r in rollouts)
+    if has_ratio or len(parts) > 1:
         scores = {}
-        for batch in (batch for part in parts for batch in micro_batches(part, cfg)):
-            rows = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
-            scores |= {r.id: row for r, row in zip(batch, rows, strict=True)}
+        for part in parts:
+            for batch in micro_batches(part, cfg):
+                logprobs = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
+                scores |= {r.id: row for r, row in zip(batch, logprobs, strict=True)}
         reshard(policy)
-        scores = {id: row for part in gather(scores) for id, row in part.items()}
+        scores = {id: row for share in gather(scores) for id, row in share.items()}
         for r in rollouts:
             r.old_logprobs = scores[r.id]
     yield from parts
 
 
+def is_distilled(row) -> bool:
+    return bool(row.teacher_ids)
+
+
+def is_reinforced(row) -> bool:
+    return row.advantage is not None
+
+
 def is_trained(row) -> bool:
-    return bool(row.teacher_ids) or row.advantage is not None
+    return is_distilled(row) or is_reinforced(row)
 
 
 def has_signal(row) -> bool:
-    """Whether it can have a gradient: not so an advantage of 0."""
-    return (
-        bool(row.teacher_ids)
-        or row.advantage is not None
-        and bool(torch.as_tensor(row.advantage).any())
-    )
+    """Says whether a row can have a gradient: an advantage of 0 has none."""
+    return is_distilled(row) or is_reinforced(row) and bool(torch.as_tensor(row.advantage).any())
 
 
 class Total(NamedTuple):
-    """Of a mini-batch, the same on every rank: what its mean divides by, and which of the two terms
-    its loss has.
-    """
+    """Says what a mini-batch's mean divides by, and which terms its loss has, on every rank."""
 
     divisor: int
     distills: bool
@@ -557,32 +531,30 @@ class Total(NamedTuple):
 
 
 def update(method, optimizer, rows, step) -> Counter:
-    """One optimizer step on a mini-batch (Eq. 7, 8); returns sums over its trained tokens.
+    """Takes one optimizer step on a mini-batch (Eq. 7, 8); returns sums over its trained tokens.
 
     Rows and tokens are counted over the whole mini-batch before it is cut into micro-batches, so
-    that the cut changes neither loss nor gradient. Raises FloatingPointError on a loss or gradient
-    that is not finite, before it touches the weights.
+    that the cut changes neither loss nor gradient. Raises FloatingPointError if a loss or gradient
+    is not finite, before it touches the weights.
     """
     policy, cfg = method.policy, method.cfg
     trained = [r for r in rows if is_trained(r)]
-    tokens = sum(len(r.ids) for r in trained)
-    if not tokens or not any(map(has_signal, trained)):
+    if not any(len(r.ids) for r in trained) or not any(has_signal(r) for r in trained):
         some = micro_batches(rows[: 4 * world()], cfg)  # the sampler is watched all the same
         gaps = [sampler_gap(batch, own_logprobs(policy, batch, cfg)) for batch in some]
         reshard(policy)
         return add(require_small_gap(gaps, step, cfg), {"updates_skipped": 1})
-    distilled, reinforced = (
-        [r for r in trained if r.teacher_ids],
-        [r for r in trained if r.advantage is not None],
-    )
-    total = Total(
-        tokens if cfg.loss_mean == "token" else len(rows), bool(distilled), bool(reinforced)
-    )
+    counts = {
+        "tokens": sum(len(r.ids) for r in trained),
+        "distilled_tokens": sum(len(r.ids) for r in trained if is_distilled(r)),
+        "reinforced_tokens": sum(len(r.ids) for r in trained if is_reinforced(r)),
+    }
+    divisor = counts["tokens"] if cfg.loss_mean == "token" else len(rows)
+    total = Total(divisor, any(map(is_distilled, trained)), any(map(is_reinforced, trained)))
     sums, gaps = {}, []
     optimizer.zero_grad()
-    policy.train(
-        cfg.gradient_checkpointing
-    )  # transformers recomputes in train mode only; nothing else differs
+    # transformers recomputes activations in train mode only; nothing else differs
+    policy.train(cfg.gradient_checkpointing)
     for batch in micro_batches(trained, cfg):
         with compute(policy, cfg):
             out = forward(policy, functools.partial(method.loss, batch, total))
@@ -608,113 +580,91 @@ def update(method, optimizer, rows, step) -> Counter:
         optimizer.step()
         optimizer.updates += 1
     sums = functools.reduce(add, gather(sums), gap)
-    counts = {
-        "tokens": tokens,
-        "distilled_tokens": sum(len(r.ids) for r in distilled),
-        "reinforced_tokens": sum(len(r.ids) for r in reinforced),
-    }
     return add(sums, {**counts, "updates": 1, "grad_norm": float(norm)})
 
 
 def loss_of(method, batch, total) -> dict:
-    """The loss of one micro-batch, its share of the mean over the mini-batch: the divergence of the
-    rows that have a teacher and the policy-gradient surrogate of those that have an advantage, over
-    one forward pass.
+    """Computes the loss of one micro-batch, its share of the mean over the mini-batch.
+
+    Over one forward pass, the sum of two terms: the divergence of the rows that have a teacher, and
+    the policy-gradient surrogate of those that have an advantage.
 
     total: see Total. Returns the loss (), logprobs (N,) of the batch's tokens, and per-token values
     that are summed up: divergence, entropy and teacher_entropy (nats), clipped.
     """
     policy, cfg = method.policy, method.cfg
-    distilled, reinforced = (
-        [bool(r.teacher_ids) for r in batch],
-        [r.advantage is not None for r in batch],
-    )
     if total.distills:
-        with (
-            clock("teacher"),
-            torch.no_grad(),
-        ):  # before the student's pass: a live teacher has the student's weights
-            teacher_hidden = method.teacher_hidden([r for r in batch if r.teacher_ids])
-    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)
+        # before the student's pass: a live teacher has the student's weights
+        with clock("teacher"), torch.no_grad():
+            teacher_hidden = method.teacher_hidden([r for r in batch if is_distilled(r)])
+    hidden = completion_hidden(policy, [r.prompt_ids for r in batch], batch)  # (N, H)
     head = policy.get_output_embeddings().weight  # (V, H)
-    ids = token_ids(batch, head)
-    old = (
-        None
-        if not batch or batch[0].old_logprobs is None
-        else flat([r.old_logprobs for r in batch], head)
+    ids = token_ids(batch, head)  # (N,)
+    weights = per_token(batch, lambda r: token_weight(r, total.divisor, cfg), head)
+    old = None
+    if batch and batch[0].old_logprobs is not None:
+        old = per_token(batch, lambda r: r.old_logprobs, head)
+    sampled = per_token(
+        batch, lambda r: r.old_logprobs if r.rollout_logprobs is None else r.rollout_logprobs, head
     )
-    sampled = flat(
-        [r.old_logprobs if r.rollout_logprobs is None else r.rollout_logprobs for r in batch], head
-    )
-    # the sampler's probabilities are not quite the trainer's: weight = min(p_old / p_rollout,
-    # rollout_clip)
-    weights = flat(
-        [torch.full((len(r.ids),), token_weight(r, total.divisor, cfg)) for r in batch], head
-    )
-    weights = weights if old is None else weights * (old - sampled).exp().clamp(max=ROLLOUT_CLIP)
+    if old is not None:
+        # the sampler's probabilities are not quite the trainer's
+        weights = weights * (old - sampled).exp().clamp(max=ROLLOUT_CLIP)
     out = {"loss": 0.0, "logprobs": torch.zeros_like(weights), "entropy": torch.zeros_like(weights)}
-
-    def rows(values, of):
-        """The tokens of those rows of the batch alone; all of them where nothing is left out."""
-        return values if values is None or all(of) else values[mask(of, batch, values.device)]
-
     if total.distills:
-        # with one update a batch p_now is p_old: the rollout correction is the ratio formed inside
-        # the kernel
+        at = tokens_of(batch, is_distilled)
+        # with one update a batch p_now is p_old: the rollout correction is the ratio in the kernel
         reference, clip = (sampled, ROLLOUT_CLIP) if old is None else (old, IS_CLIP)
-        own = weights * flat([torch.as_tensor(r.weight).expand(len(r.ids)) for r in batch], head)
-        found = distill_loss(
-            rows(hidden, distilled),
+        distilled = distill_loss(
+            pick(hidden, at),
             head,
             teacher_hidden,
             method.teacher.get_output_embeddings().weight.detach(),
-            rows(own, distilled),
-            rows(ids, distilled),
+            pick(weights * per_token(batch, lambda r: r.weight, head), at),
+            pick(ids, at),
             cfg.alpha,
             cfg.top_k or None,
-            old_logprobs=rows(reference, distilled),
+            old_logprobs=pick(reference, at),
             is_clip=clip,
         )
-        note(out, found, mask(distilled, batch, head.device))
+        note(out, distilled, at)
     if total.reinforces:
-        advantages = [
-            torch.as_tensor(0.0 if r.advantage is None else r.advantage).expand(len(r.ids))
-            for r in batch
-        ]
-        found = policy_loss(
-            rows(hidden, reinforced),
+        at = tokens_of(batch, is_reinforced)
+        advantages = per_token(batch, lambda r: r.advantage if is_reinforced(r) else 0.0, head)
+        reinforced = policy_loss(
+            pick(hidden, at),
             head,
-            rows(ids, reinforced),
-            rows(flat(advantages, head), reinforced),
-            rows(weights, reinforced),
-            rows(old, reinforced),
+            pick(ids, at),
+            pick(advantages, at),
+            pick(weights, at),
+            pick(old, at),
             CLIP_LOW,
             CLIP_HIGH,
             CLIP_DUAL,
         )
-        note(out, found, mask(reinforced, batch, head.device))
+        note(out, reinforced, at)
     return out
 
 
-def note(out, found, tokens):
-    """Adds what a kernel found at those tokens of a micro-batch to what its loss is made of."""
-    out["loss"] = out["loss"] + found.loss
-    for name in set(found._fields) - {"loss"}:
-        value = torch.zeros_like(out["logprobs"])
-        value[tokens] = getattr(found, name).to(value.dtype)
-        out[name] = torch.where(tokens, value, out[name]) if name in out else value
+def note(out, term, at):
+    """Adds a kernel's loss and per-token values, of the tokens `at`, to those of a micro-batch."""
+    out["loss"] = out["loss"] + term.loss
+    at = at.to(out["logprobs"].device)
+    for name in set(term._fields) - {"loss"}:
+        values = torch.zeros_like(out["logprobs"])
+        values[at] = getattr(term, name).to(values.dtype)
+        out[name] = torch.where(at, values, out[name]) if name in out else values
 
 
-def token_weight(rollout, total, cfg) -> float:
-    """The weight of each token of a rollout in the loss of its mini-batch, before the ratios.
-    total: Total.divisor.
-    """
+def token_weight(rollout, divisor, cfg) -> float:
+    """Gives the weight of a rollout's tokens in the loss of its mini-batch, before the ratios."""
     if cfg.loss_mean == "sequence":
-        return 1 / (total * max(1, len(rollout.ids)))
-    return 1 / total
+        return 1 / (divisor * max(1, len(rollout.ids)))
+    return 1 / divisor
 
 
-def problem_ids(rollouts):
+def problem_ids(rollouts) -> str:
+    """Names the problems of rollouts in an error."""
     names = list(dict.fromkeys(r.problem.id for r in rollouts))
     return f"problems {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
 
@@ -725,9 +675,7 @@ def problem_ids(rollouts):
 
 
 def evaluate_held_out(step, run, method):
-    """Answers dev and test from the plain prompt, or from what the method asks; the run keeps all
-    of it (Tab. 2).
-    """
+    """Answers dev and test from the plain prompt, or from what the method asks (Tab. 2)."""
     sampler, cfg = method.sampler, method.cfg
     sampler.step = step
     with run.phase("evaluate"):
@@ -743,8 +691,9 @@ def evaluate_held_out(step, run, method):
 
 
 def batches(problems, first, cfg):
-    """(step, batch) from step `first` on: each epoch a new order, drawn from seed and epoch; its
-    remainder is left out.
+    """Yields (step, batch) from step `first` on.
+
+    Each epoch has a new order, drawn from seed and epoch. Its remainder is left out.
     """
     per_epoch = batches_per_epoch(problems, cfg)
     for step in range(first, total_steps(problems, cfg) + 1):
@@ -759,11 +708,13 @@ def batches(problems, first, cfg):
 
 
 def check(cfg, quiet=False, ranks=0, checked=None):
-    """Returns (task, tokenizer), before any work is lost.
+    """Checks a run before any work is lost; returns (task, tokenizer).
 
-    quiet: says nothing of what is left out. ranks: of the job that is to be started, where it is
+    quiet: prints nothing of what is left out. ranks: of the job that is to be started, where it is
     not this one's world(). checked: what this gave for another method, with the same flags
-    otherwise. Raises ValueError, in one sentence.
+    otherwise.
+
+    Raises ValueError, in one sentence that names the flag, if the run can't work.
     """
     method = method_of(cfg)
     method.check(cfg)
@@ -771,10 +722,9 @@ def check(cfg, quiet=False, ranks=0, checked=None):
 
 
 def parse_flags(argv=None) -> Config:
-    """The flags as a Config: defaults, then the preset of the task (or of the embedded model), then
-    what was given.
+    """Reads the flags: defaults, then the preset of the task or embedded model, then what is given.
 
-    Raises ValueError for a --method that there is none of.
+    Raises ValueError if there is no such --method.
     """
     argv = sys.argv[1:] if argv is None else argv
     method = method_class(method_name(argv))
@@ -782,10 +732,7 @@ def parse_flags(argv=None) -> Config:
         method.Config,
         description=__doc__.split("\n\nRead `Config`")[0],
         usage="python pmd.py [--flag value ...]",
-        epilog=(
-            "Defaults are shown for the task at hand: `python pmd.py --model Qwen3-8B --help` shows"
-            " the paper's."
-        ),
+        epilog="Defaults are those of the task: `--model Qwen3-8B --help` shows the paper's.",
     )
     given, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
@@ -798,7 +745,7 @@ def parse_flags(argv=None) -> Config:
 
 
 def compared(cfg, argv=None):
-    """The folder of a comparison and its runs: several methods, same flags (argv), same budget."""
+    """Gives the folder of a comparison and its runs: several methods, same flags, same budget."""
     checks.refuse_launcher()
     argv = sys.argv[1:] if argv is None else argv
     methods = [name.strip() for name in cfg.compare.split(",")]
@@ -813,7 +760,7 @@ def compared(cfg, argv=None):
 
 
 def checked_totals(runs, ranks) -> list[int]:
-    """The steps of each run, after its checks. The problems are loaded once."""
+    """Checks runs and gives the steps of each. The problems are loaded once."""
     checked, totals = None, []
     for run in runs:
         checked = check(run, quiet=True, ranks=ranks, checked=checked)
@@ -822,9 +769,7 @@ def checked_totals(runs, ranks) -> list[int]:
 
 
 def main():
-    """The command line. What stops a run is said in one sentence, with the exit status that goes
-    with it.
-    """
+    """Runs the command line. What stops it is one sentence, with the exit status of its kind."""
     with explained(when="before it began"):
         cfg = parse_flags()
         quiet_libraries()

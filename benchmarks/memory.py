@@ -103,90 +103,61 @@ class Scripted:
         ]
 
 
+INSERT_ITEM = (
+    f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)"
+)
+
+
 def fill(path, n, epochs=1, seed=0):
-    """A store with full tiers, written row by row past the gate; `epochs` - 1 more of ended rows
-    and of events.
+    """A store with full tiers, written row by row past the gate.
+
+    epochs: one of living rows, after others of ended rows and of events.
     """
     scripted, rng = Scripted(seed), np.random.default_rng(seed)
-    text = {kind: [words(rng, c) for _ in range(50)] for kind, c in CHARACTERS.items()}
+    texts = {kind: [words(rng, count) for _ in range(50)] for kind, count in CHARACTERS.items()}
     memory = mem.Memory(path, scripted.embed, scripted.generate, forms="question")
     memory.db.execute("PRAGMA synchronous = OFF")
-    problems = [Problem(f"p{i}", text["problem"][i % 50]) for i in range(n)]
-    insert = (
-        f"INSERT INTO item ({WITH_EMBEDDING}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)"
-    )
-
-    def rows(epoch):
-        for i, p in enumerate(problems):
-            for tier, kinds in TIERS.items():
-                vectors = unit(rng, sum(kinds.values()))
-                kinds_of = [kind for kind, cap in kinds.items() for _ in range(cap)]
-                for j, (kind, vector) in enumerate(zip(kinds_of, vectors, strict=True)):
-                    body = text["completion" if tier == "experience" else "insight"][(i + j) % 50]
-                    yield (
-                        tier,
-                        kind,
-                        p.id,
-                        "some few words",
-                        body,
-                        1.0,
-                        text["feedback"][0],
-                        f'["{epoch}/{p.id}/{j}"]',
-                        epoch,
-                        *(
-                            (epoch + 1, epoch, None)
-                            if epoch < epochs
-                            else (None, epoch, vector.tobytes())
-                        ),
-                    )
-
+    problems = [Problem(f"p{i}", texts["problem"][i % 50]) for i in range(n)]
+    questions = []
+    for i, (p, vector) in enumerate(zip(problems, unit(rng, n), strict=True)):
+        questions.append((p.id, p.prompt, i % 16, vector.tobytes()))
+    kinds = ("success", "failure", "reflection", "proposed")
     with memory.db:
-        memory.db.executemany(
-            "INSERT INTO problem VALUES (?, ?, ?, ?)",
-            [
-                (p.id, p.prompt, i % 16, v.tobytes())
-                for i, (p, v) in enumerate(zip(problems, unit(rng, n), strict=True))
-            ],
-        )
+        memory.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", questions)
         for epoch in range(1, epochs + 1):
-            memory.db.executemany(insert, rows(epoch))
-            memory.db.executemany(
-                "INSERT INTO event VALUES (?, ?, ?, ?)",
-                [
-                    (epoch, p.id, kind, 4)
-                    for p in problems
-                    for kind in ("success", "failure", "reflection", "proposed")
-                ],
-            )
-        memory.db.executemany(
-            insert,
-            [
-                (
-                    "behavior",
-                    "behavior",
-                    "",
-                    f"behavior_{i}",
-                    text["behavior"][i % 50],
-                    None,
-                    None,
-                    "[]",
-                    epochs,
-                    None,
-                    1,
-                    v.tobytes(),
-                )
-                for i, v in enumerate(unit(rng, 500))
-            ],
-        )
+            rows = rows_of(rng, problems, texts, epoch, ended=epoch < epochs)
+            memory.db.executemany(INSERT_ITEM, rows)
+            events = [(epoch, p.id, kind, 4) for p in problems for kind in kinds]
+            memory.db.executemany("INSERT INTO event VALUES (?, ?, ?, ?)", events)
+        memory.db.executemany(INSERT_ITEM, behaviors_of(rng, texts, epochs))
     memory.db.execute("PRAGMA synchronous = NORMAL")
     memory.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    memory.db.execute(
-        "PRAGMA wal_autocheckpoint = 0"
-    )  # `step_of` does it, or it would hit now the one, now the other
-    memory._sizes.update(
-        {tier: n * sum(kinds.values()) for tier, kinds in TIERS.items()} | {"behavior": 500}
-    )
+    # `step_of` does it, or it would hit now the one, now the other
+    memory.db.execute("PRAGMA wal_autocheckpoint = 0")
+    sizes = {tier: n * sum(caps.values()) for tier, caps in TIERS.items()}
+    memory._sizes.update(sizes | {"behavior": 500})
     return memory, problems
+
+
+def rows_of(rng, problems, texts, epoch, ended):
+    """An epoch's rows of experience and insight: all that the caps allow, of every problem."""
+    for i, p in enumerate(problems):
+        for tier, caps in TIERS.items():
+            vectors = unit(rng, sum(caps.values()))
+            kinds = [kind for kind, cap in caps.items() for _ in range(cap)]
+            bodies = texts["completion" if tier == "experience" else "insight"]
+            for j, (kind, vector) in enumerate(zip(kinds, vectors, strict=True)):
+                evidence = f'["{epoch}/{p.id}/{j}"]'
+                end, embedding = (epoch + 1, None) if ended else (None, vector.tobytes())
+                item = (tier, kind, p.id, "some few words", bodies[(i + j) % 50])
+                yield *item, 1.0, texts["feedback"][0], evidence, epoch, end, epoch, embedding
+
+
+def behaviors_of(rng, texts, epoch):
+    """The rows of a full bank."""
+    for i, vector in enumerate(unit(rng, 500)):
+        item = ("behavior", "behavior", "", f"behavior_{i}", texts["behavior"][i % 50])
+        yield *item, None, None, "[]", epoch, None, 1, vector.tobytes()
 
 
 def bare_contexts(db, batch, _):

@@ -6,7 +6,12 @@ from transformers import HfArgumentParser
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
+    """Shows defaults where there are any, and the description as it is written."""
+
+    def _get_help_string(self, action):
+        if action.default in ("", None):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Flags(HfArgumentParser):
@@ -18,6 +23,10 @@ class Flags(HfArgumentParser):
     def __init__(self, config, **kwargs):
         self.titles, self.groups = titles(config), {}
         super().__init__(config, formatter_class=Help, allow_abbrev=False, **kwargs)
+        order = [title_of(base) for base in config.__mro__]
+        self._action_groups.sort(
+            key=lambda group: group.title in order and order.index(group.title)
+        )
 
     def add_argument(self, *names, within="", **kwargs):
         title = self.titles.get(kwargs.get("dest") or names[0].lstrip("-"))
@@ -28,10 +37,18 @@ class Flags(HfArgumentParser):
         return self.groups[title].add_argument(*names, **kwargs)
 
 
+def title_of(config) -> str:
+    """The first line of a class's docstring, or the name of its file."""
+    text = config.__doc__ or ""
+    if not text or text.startswith(f"{config.__name__}("):  # which dataclass makes of none
+        return config.__module__.split(".")[-1]
+    return text.splitlines()[0].rstrip(".")
+
+
 def titles(config) -> dict[str, str]:
-    """{field: the first line of the docstring of the class that first declares it}"""
+    """{field: the title of the class that first declares it}"""
     found = {}
     for base in reversed(config.__mro__):
         for name in base.__dict__.get("__annotations__", {}):
-            found.setdefault(name, (base.__doc__ or base.__name__).splitlines()[0].rstrip("."))
+            found.setdefault(name, title_of(base))
     return found

@@ -204,155 +204,157 @@ def load(name) -> Model:
 def plan(
     cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=CONTEXT
 ) -> dict[str, dict[str, float]]:
-    """{phase: {component: bytes}} on the fullest GPU; a phase is the moment in it when most is
-    held.
+    """{phase: {component: bytes}} on the fullest GPU, at the moment of a phase when most is held.
 
     cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt,
     micro_tokens, method, teacher, dtype, embedder, gradient_checkpointing, tensor_parallel. gpus:
     of the whole job. gpu_memory: GiB of one. micro_tokens: instead of cfg's. utilization: vLLM's
     share of a GPU; 0 for the transformers sampler. context: bytes beside PyTorch's own, 0 on a CPU.
     """
-    config, g, sharded, ckpt = model.config, gpus, gpus > 1, cfg.gradient_checkpointing
-    P, Pl, VH, H, L = (
-        model.parameters,
-        model.layer,
-        model.head,
-        config.hidden_size,
-        config.num_hidden_layers,
-    )
-    Pr, m = P - L * Pl, micro_tokens or cfg.micro_tokens
-    e = 4 if cfg.dtype == "float32" else 2
-    h, cast = (e, 0) if sharded else (4, e % 4)  # cast: bytes of autocast's copy of a number
-    layer, norm = model.trace(sharded, e)
-    distills = cfg.method not in ("grpo", "frozen-policy", "eval")
-    averaged = distills and cfg.teacher == "ema"  # a second model; a live teacher is the policy
-    row, teacher_row = cfg.max_prompt + cfg.max_completion, cfg.max_reprompt + cfg.max_completion
-    S, T = (
-        max(m, row),
-        max(m, teacher_row),
-    )  # a row longer than --micro_tokens is a micro-batch of its own
-    N = S  # completion tokens: at most all of them
-
-    def masks(tokens, length, layers):
-        """A window shorter than the row takes a mask, length^2 bytes; SDPA makes e x rows x
-        length^2 of it in a layer.
-        """
-        sliding = kinds(config).count("sliding_attention")
-        narrow = sliding and config.sliding_window < length
-        return length**2 + e * tokens * length * min(layers, sliding) if narrow else 0
-
-    state = {"weights, float32": 4 * P / g}
-    if cfg.method != "eval":
-        state |= {"gradients, float32": 4 * P / g, "AdamW, float32": 8 * P / g}
-    if averaged:
-        state["EMA teacher, float32"] = 4 * P / g
-    if cfg.embedder != "hashing" and cfg.method not in ("grpo", "sdpo"):
-        state["embedder, first GPU"] = (
-            4 * 0.6e9
-        )  # Qwen3-Embedding-0.6B as float32; its activations are left out
-    if utilization:
-        state["vLLM, asleep"], sample = ASLEEP, {"vLLM, awake": utilization * gpu_memory * GIB}
-    else:
-        # keys and values of m tokens; logits, several times as float32 and float64; a whole copy of
-        # sharded weights
-        state["sampler's copy, float32"] = 4 * P * sharded
-        sample = {
-            "keys and values, logits": (
-                kv_bytes(config, 1) * 2 * m + 40 * config.vocab_size * (m // row or 1)
-            ),
-            "autocast's weights": e % 4 * P,
-        }
-    # FSDP2: one layer is whole, and the next one twice (as gathered, and copied out); in the
-    # backward pass also a layer's gradient, and in float32 the two being reduced. The root group is
-    # whole to the end of the backward pass, the student's and the teacher's. Autocast instead: a
-    # copy of every weight it met, the teacher's until the loss is there.
-    layers, root = (3 * e * Pl, e * Pr) if sharded else (0, 0)
-    roots = {"whole root": (1 + averaged) * root}
-    back = roots | {
-        "whole layers": (4 * e + 8) * Pl if sharded else 0,
-        "autocast's weights": cast * P,
-    }
-    # Between the passes: of each layer its input, or all it keeps; the embedding's output; the last
-    # norm.
-    kept = S * (h * H + norm.kept + L * (h * H if ckpt else layer.kept)) + (
-        0 if ckpt else masks(S, row, L)
-    )
-    phases = {
-        "sample": (
-            {name: size for name, size in state.items() if not name.startswith("gradients")}
-            | sample
-        ),
-        # a checkpoint is filled in, a weight at a time, while the engine sleeps; no gradient is
-        # there yet
-        "restore": (
-            {name: size for name, size in state.items() if not name.startswith("gradients")}
-            | {"whole weight": 4 * VH * sharded}
-        ),
-        "teacher": (
-            state
-            | {
-                "whole root": root,
-                "whole layers": layers,
-                "autocast's weights": cast * P,
-                "activations": T * layer.forward + masks(T, teacher_row, 1),
-            }
-        ),
-        # hidden states twice (picked from the rows, then where the weight is not 0), their gradient
-        # in float32; the head's gradient in float32, a chunk's part of it in e bytes, under
-        # autocast beside a copy of the head
-        "loss": (
-            state
-            | roots
-            | {
-                "autocast's weights": (1 + averaged) * cast * P,
-                "activations": kept,
-                "loss chunk": min(MEMORY_BUDGET, 2 * min(N, LARGEST_CHUNK) * config.vocab_size * 4),
-                "hidden states": (2 * (1 + distills) * h + 4) * N * H,
-                "head's gradient": (4 + e + cast) * VH,
-            }
-        ),
-        # backward begins: the saved gradients, beside them scaled, then cast to e bytes
-        "scale": (
-            state
-            | back
-            | {
-                "activations": kept,
-                "hidden states": (8 + h % 4) * N * H,
-                "head's gradient": (8 + e % 4) * VH,
-            }
-        ),
-        # the top layer; the head's gradient waits for the embedding's where they share a group or
-        # are one weight
-        "backward": (
-            state
-            | back
-            | {
-                "activations": (
-                    kept
-                    + S * (layer.backward - (0 if ckpt else layer.kept))
-                    + masks(S, row, 1) * ckpt
-                ),
-                "head's gradient": (sharded or model.tied) * e * VH,
-            }
-        ),
-        # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or
-        # embedding's and tied head's
-        "root": (
-            state
-            | roots
-            | {"head's gradient": (e + 4) * Pr if sharded else (1 + model.tied) * 4 * VH}
-        ),
-        "optimizer": (
-            state | {"AdamW's temporaries": 4 * P / g}
-        ),  # the root of all second moments at once
-    }
-    phases = (
-        {"sample": phases["sample"]} if cfg.method == "eval" else phases
-    )  # of eval.py, which trains nothing
+    z = sizes(cfg, model, gpus, micro_tokens or cfg.micro_tokens)
+    share = utilization * gpu_memory * GIB
+    state = held(cfg, z, share)
+    without_gradients = {k: size for k, size in state.items() if not k.startswith("gradients")}
+    phases = {"sample": without_gradients | generation(z, share)}
+    if cfg.method != "eval":  # of eval.py, which trains nothing
+        # a checkpoint is filled in, a weight at a time, while the engine sleeps
+        phases["restore"] = without_gradients | {"whole weight": 4 * z.VH * z.sharded}
+        phases |= {name: state | parts for name, parts in update(z).items()}
     for components in phases.values():
         ours = sum(size for name, size in components.items() if not name.startswith("vLLM"))
         components["context, fragments"] = context and context + FRAGMENTED * ours
     return phases
+
+
+def sizes(cfg, model, gpus, micro_tokens) -> SimpleNamespace:
+    """The quantities that the formulas share, by the symbols of this file's docstring."""
+    z = SimpleNamespace(g=gpus, sharded=gpus > 1, config=model.config, tied=model.tied)
+    z.checkpointed = cfg.gradient_checkpointing
+    z.P, z.Pl, z.VH = model.parameters, model.layer, model.head
+    z.H, z.L, z.V = (
+        model.config.hidden_size,
+        model.config.num_hidden_layers,
+        model.config.vocab_size,
+    )
+    z.Pr = z.P - z.L * z.Pl
+    z.e = 4 if cfg.dtype == "float32" else 2
+    z.h = z.e if z.sharded else 4
+    z.cast = 0 if z.sharded else z.e % 4  # bytes of autocast's copy of a number
+    z.layer, z.norm = model.trace(z.sharded, z.e)
+    z.distills = cfg.method not in ("grpo", "frozen-policy", "eval")
+    z.averaged = z.distills and cfg.teacher == "ema"  # a second model; a live teacher is the policy
+    z.row = cfg.max_prompt + cfg.max_completion
+    z.teacher_row = cfg.max_reprompt + cfg.max_completion
+    z.m = micro_tokens
+    # a row longer than --micro_tokens is a micro-batch of its own
+    z.S = max(micro_tokens, z.row)
+    z.T = max(micro_tokens, z.teacher_row)
+    z.N = z.S  # completion tokens: at most all of them
+    return z
+
+
+def held(cfg, z, share) -> dict[str, float]:
+    """What a process holds from step to step. share: bytes of vLLM's share of a GPU."""
+    state = {"weights, float32": 4 * z.P / z.g}
+    if cfg.method != "eval":
+        state |= {"gradients, float32": 4 * z.P / z.g, "AdamW, float32": 8 * z.P / z.g}
+    if z.averaged:
+        state["EMA teacher, float32"] = 4 * z.P / z.g
+    if cfg.embedder != "hashing" and cfg.method not in ("grpo", "sdpo"):
+        # Qwen3-Embedding-0.6B as float32; its activations are left out
+        state["embedder, first GPU"] = 4 * 0.6e9
+    if share:
+        state["vLLM, asleep"] = ASLEEP
+    else:
+        state["sampler's copy, float32"] = 4 * z.P * z.sharded
+    return state
+
+
+def generation(z, share) -> dict[str, float]:
+    """What generation takes beside that."""
+    if share:
+        return {"vLLM, awake": share}
+    # keys and values of m tokens; logits, several times as float32 and float64
+    logits = 40 * z.V * (z.m // z.row or 1)
+    return {
+        "keys and values, logits": kv_bytes(z.config, 1) * 2 * z.m + logits,
+        "autocast's weights": z.e % 4 * z.P,
+    }
+
+
+def masks(z, tokens, length, layers) -> float:
+    """The masks of windows that are shorter than a row.
+
+    A window takes one of length^2 bytes. SDPA makes e x rows x length^2 of it in a layer.
+    """
+    sliding = kinds(z.config).count("sliding_attention")
+    if not sliding or z.config.sliding_window >= length:
+        return 0
+    return length**2 + z.e * tokens * length * min(layers, sliding)
+
+
+def update(z) -> dict[str, dict[str, float]]:
+    """What each phase of an update takes beside what is held.
+
+    FSDP2: one layer is whole, and the next one twice (as gathered, and copied out). In the backward
+    pass there is also a layer's gradient, and in float32 the two being reduced. The root group is
+    whole to the end of the backward pass, the student's and the teacher's. Autocast instead: a copy
+    of every weight it met, the teacher's until the loss is there.
+    """
+    root = z.e * z.Pr if z.sharded else 0
+    roots = {"whole root": (1 + z.averaged) * root}
+    back = roots | {
+        "whole layers": (4 * z.e + 8) * z.Pl if z.sharded else 0,
+        "autocast's weights": z.cast * z.P,
+    }
+    # Between the passes, of each layer its input, or all it keeps; the embedding's output; the last
+    # norm.
+    if z.checkpointed:
+        kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.h * z.H)
+        again = z.S * z.layer.backward + masks(z, z.S, z.row, 1)
+    else:
+        kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.layer.kept) + masks(z, z.S, z.row, z.L)
+        again = z.S * (z.layer.backward - z.layer.kept)
+    chunk = 2 * min(z.N, LARGEST_CHUNK) * z.V * 4
+    return {
+        "teacher": {
+            "whole root": root,
+            "whole layers": 3 * z.e * z.Pl if z.sharded else 0,
+            "autocast's weights": z.cast * z.P,
+            "activations": z.T * z.layer.forward + masks(z, z.T, z.teacher_row, 1),
+        },
+        # hidden states twice (picked from the rows, then where the weight is not 0), their gradient
+        # in float32; the head's gradient in float32, a chunk's part of it in e bytes, under
+        # autocast beside a copy of the head
+        "loss": roots
+        | {
+            "autocast's weights": (1 + z.averaged) * z.cast * z.P,
+            "activations": kept,
+            "loss chunk": min(MEMORY_BUDGET, chunk),
+            "hidden states": (2 * (1 + z.distills) * z.h + 4) * z.N * z.H,
+            "head's gradient": (4 + z.e + z.cast) * z.VH,
+        },
+        # backward begins: the saved gradients, beside them scaled, then cast to e bytes
+        "scale": back
+        | {
+            "activations": kept,
+            "hidden states": (8 + z.h % 4) * z.N * z.H,
+            "head's gradient": (8 + z.e % 4) * z.VH,
+        },
+        # the top layer; the head's gradient waits for the embedding's where they share a group or
+        # are one weight
+        "backward": back
+        | {
+            "activations": kept + again,
+            "head's gradient": (z.sharded or z.tied) * z.e * z.VH,
+        },
+        # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or the
+        # embedding's and tied head's
+        "root": roots
+        | {"head's gradient": (z.e + 4) * z.Pr if z.sharded else (1 + z.tied) * 4 * z.VH},
+        # the root of all second moments at once
+        "optimizer": {"AdamW's temporaries": 4 * z.P / z.g},
+    }
 
 
 def peak(phases) -> tuple[float, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from json_repair import repair_json
 
-from runtime.chat import clean
+from runtime.chat import clean, plain
 
 
 def strip_thoughts(text) -> str:
@@ -212,3 +212,102 @@ def keep_latex(text) -> str:
         return match[0] if json_has_it or control else "\\" + match[0]
 
     return ESCAPE.sub(one, text)
+
+
+TITLE_WORDS, SENTENCES = 10, 4  # of an item, at most (B.3)
+
+
+def parse_items(found, key, first, second) -> list[tuple[str, str]]:
+    """The well-formed items under `key` of a parsed reply, each as the texts of its two fields; at
+    most MAX_ITEMS.
+
+    Each text becomes one line, so that it can't pass for a heading of the prompt it will stand in.
+    """
+    rows = found.get(key) if isinstance(found, dict) else None
+    items = []
+    for row in rows[:MAX_ITEMS] if isinstance(rows, list) else []:
+        row = row if isinstance(row, dict) else {}
+        title, content = text_of(row.get(first)), text_of(row.get(second))
+        if not title or not content:
+            continue
+        sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", content)  # not at e.g. X
+        sentences = sentences[:SENTENCES]
+        while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
+            sentences.pop()
+        title = " ".join(title.split()[:TITLE_WORDS])
+        items.append((title[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]))
+    return items
+
+
+def text_of(value) -> str:
+    """A field's text on one line. Cleaned again: JSON escapes can hide what `parse` cleaned."""
+    return " ".join(clean(value).split()) if isinstance(value, str) else ""
+
+
+# What an abstraction may call its decisions. A new behavior of a known name updates it, so that
+# both are one to us.
+# the fields that may say it where there is no `action`
+DECISION = ("decision", "operation", "op", "type", "event")
+WRITES = set(
+    """
+    new add append create insert introduce save store update upsert adjust amend change combine
+    edit extend generalize generalise improve merge modify modified refine replace revise rewrite
+    rewritten strengthen
+    """.split()
+)
+REMOVES = set(
+    """
+    remove delete deprecate discard drop dropped eliminate erase forget prune purge retire
+    """.split()
+)
+UNDECIDED = {"no", "not", "or", "don", "keep", "none", "unchanged"}
+
+
+def decision_of(row) -> str:
+    """What a row decides: "write", "remove", or "" where that is not clear. A row that says no
+    decision is written.
+    """
+    others = [row[name] for name in DECISION if verbs_in(row.get(name))]
+    verbs = verbs_in(row["action"] if "action" in row else others[0] if others else "new")
+    return verbs.pop() if len(verbs) == 1 else ""
+
+
+def verbs_in(said) -> set[str]:
+    """Which of "write" and "remove" some words say, in any form of the verb (`Removed`,
+    `add_behavior`).
+    """
+    words = set(re.findall("[a-z]+", said.casefold())) if isinstance(said, str) else set()
+    if words & UNDECIDED:
+        return set()
+    stems = words | {word.removesuffix(end) for word in words for end in ("d", "ed", "s")}
+    return {verb for verb, known in (("write", WRITES), ("remove", REMOVES)) if stems & known}
+
+
+def items_under(found, key, first, second) -> tuple[list[tuple[str, str]], int]:
+    """`parse_items` of all that stands under `key`, and how many of its rows are none: they are
+    counted, not lost.
+    """
+    rows = (found or {}).get(key, [])
+    items = parse_items(found, key, first, second)
+    return items, len(rows) - len(items)
+
+
+def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
+    """A parsed abstraction: ((name, instruction) pairs to write, names to remove, how many rows are
+    neither).
+
+    Cold start and decisions may come under each other's key; a row without a decision is written.
+    None where the reply has neither key.
+    """
+    if not found or not found.keys() & {"actions", "behaviors"}:
+        return None
+    rows = found.get("actions", []) + found.get("behaviors", [])
+    writes, removes = [], []
+    for row in rows[:MAX_ITEMS]:
+        row = row or {}
+        decision, name = decision_of(row), row.get("name")
+        if decision == "write":
+            writes += parse_items({"row": [row]}, "row", "name", "instruction")
+        elif decision == "remove" and isinstance(name, str):
+            removes.append(plain(name))
+    return writes, removes, len(rows) - len(writes) - len(removes)

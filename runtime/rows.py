@@ -149,29 +149,35 @@ def require_small_gap(gaps, step, cfg) -> Counter:
     return gap
 
 
-def mask(which, batch, device):
-    """(N,) whether a token is of one of the chosen rows."""
-    return torch.tensor(
-        [w for w, r in zip(which, batch, strict=True) for _ in r.ids],
-        dtype=torch.bool,
-        device=device,
-    )
+def tokens_of(batch, chosen) -> torch.Tensor:
+    """(N,) bool on the host: whether a token is of a row for which chosen(row) is true."""
+    return torch.tensor([chosen(r) for r in batch for _ in r.ids], dtype=torch.bool)
 
 
-def flat(rows, like):
-    """Per-token values of a micro-batch, one after the other: (N,) float32 where `like` is."""
-    return torch.cat([torch.zeros(0), *(row.cpu() for row in rows)]).to(like.device, torch.float32)
+def pick(values, at):
+    """The values (N, ...) of the tokens `at` (N,); None stays None. No copy if they are all."""
+    if values is None or bool(at.all()):
+        return values
+    return values[at.to(values.device)]
+
+
+def per_token(batch, value, like) -> torch.Tensor:
+    """(N,) float32 where `like` is: value(row), one number or (C,) of them, of each row's
+    tokens.
+    """
+    rows = [torch.as_tensor(value(r)).cpu().expand(len(r.ids)) for r in batch]
+    return torch.cat([torch.zeros(0), *rows]).to(like.device, torch.float32)
 
 
 def add(sums, more) -> Counter:
-    """Sums of what is counted, the larger of what is a maximum."""
-    return Counter(
-        {
-            k: (
-                max(sums.get(k, 0), more.get(k, 0))
-                if k.endswith("_max")
-                else sums.get(k, 0) + more.get(k, 0)
-            )
-            for k in {*sums, *more}
-        }
-    )  # not Counter's own +, which drops what is negative
+    """Sums of what is counted, the larger of what is a maximum.
+
+    Not Counter's own +, which drops what is negative.
+    """
+    total = Counter(sums)
+    for name, value in more.items():
+        if name.endswith("_max"):
+            total[name] = max(total[name], value)
+        else:
+            total[name] += value
+    return total

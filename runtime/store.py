@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.chat import plain
 from runtime.services import unit_rows
 
 SCHEMA_VERSION = 2
@@ -256,6 +257,14 @@ class Store:
             stored |= {p.id: v.tobytes() for p, v in zip(unknown, vectors, strict=True)}
         return np.stack([np.frombuffer(stored[p.id], np.float32) for p in problems])
 
+    def questions(self, ids) -> list[tuple[str, str, np.ndarray]]:
+        """(id, prompt, embedding) of problems, in the order of their ids."""
+        rows = self.query(
+            f"SELECT id, text, embedding FROM problem WHERE id {AMONG} ORDER BY id",
+            json.dumps(list(ids)),
+        )
+        return [(id, text, np.frombuffer(vector, np.float32)) for id, text, vector in rows]
+
     # -- writing, inside `writing`
 
     def insert(self, step, tier, items):
@@ -361,6 +370,44 @@ class Store:
         return dict(
             self.query(f"SELECT kind, SUM(n) FROM event {where} GROUP BY kind ORDER BY kind", *args)
         )
+
+    def own_problems(self, problems) -> np.ndarray:
+        """(len(problems), training problems in the order of their ids): whether the one is the
+        other.
+
+        By its id, or by its prompt up to white space.
+        """
+        known = self.query("SELECT id, text FROM problem ORDER BY id")
+        ids = np.array([id for id, _ in known], object)
+        texts = np.array([plain(text) for _, text in known], object)
+        own = [(ids == p.id) | (texts == plain(p.prompt)) for p in problems]
+        return np.array(own, bool).reshape(len(problems), len(known))
+
+    def overlap(self, problems) -> str:
+        """Says which problems of `inference_contexts` were trained on; "" where there are none."""
+        own = self.own_problems(problems)
+        trained_on, alone = own.any(axis=1).sum(), own.all(axis=1).sum()
+        if not trained_on:
+            return ""
+        said = (
+            f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was"
+            " written on (the same id or text): they read not their own insight and success but"
+            " those of the nearest other problem"
+        )
+        if alone:
+            said += f"; {alone} have no other and read behaviors alone"
+        return said
+
+    def success_fractions(self, problems, first) -> dict[str, tuple[int, int]]:
+        """{problem id: (successes, attempts)} since step `first`."""
+        rows = self.query(
+            "SELECT subject, kind, SUM(n) FROM event WHERE kind IN ('success', 'failure') "
+            f"AND step >= ? AND subject {AMONG} GROUP BY subject, kind",
+            first,
+            json.dumps(list(problems)),
+        )
+        n = Counter({(subject, kind): total for subject, kind, total in rows})
+        return {p: (n[p, "success"], n[p, "success"] + n[p, "failure"]) for p in problems}
 
     # -- time
 

@@ -49,8 +49,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import random
-import re
 import shutil
 import statistics
 import sys
@@ -67,17 +65,15 @@ for variable in (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from tables import report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers.utils import logging as transformers_logging
 
 import eval as ev
 import pmd  # noqa: E402
-from memory import Memory
-from nano.make import OPERATIONS, write_world  # noqa: E402
-from pmd import update
+from nano.make import write_world  # noqa: E402
 from runtime.files import append, read_lines
-from runtime.sampler import Sampler
+from runtime.methods import method_class
+from study.tables import report
 
 STEPS, EVERY, K = 80, 10, 4
 METHODS = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient", "frozen-policy", "frozen-memory")
@@ -86,6 +82,7 @@ COMPARED = ("grpo", "sdpo", "pmd", "pmd-solved", "pmd-transient")  # in the knob
 ARMS = {
     "pmd-solved": {"method": "pmd", "supervise": "solved"}
 }  # the other reading of who is supervised
+VARIANTS = {"pmd": HERE / "variants.py", "sdpo": HERE / "variants_sdpo.py"}
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
 CHECKPOINTS = {
     0: "nano",
@@ -181,106 +178,120 @@ def readings(part, worlds, models, memories, tiers=TIERS[-1:]):
     ]
 
 
+def tuning(rates):
+    lenders = cells("tuning", ["frozen-policy"], TUNING_WORLDS, {})
+    jobs = cells("tuning", TUNED, TUNING_WORLDS, {})
+    at_rates = [
+        dataclasses.replace(job, flags={**job.flags, "lr": rate}, name=f"{job.name}@{rate:g}")
+        for rate in RATES
+        for job in jobs
+    ]
+    return lenders + at_rates
+
+
+def main_part(rates):
+    return cells("main", METHODS, WORLDS, rates)
+
+
+def tiers(rates):
+    jobs = []
+    for shown in TIERS[:-1]:
+        jobs += cells("tiers", ["pmd"], WORLDS, rates, f"-{shown}", flags={"tiers": shown})
+    memories = ["main/frozen-policy"]
+    return jobs + readings("tiers", WORLDS, {"base": CHECKPOINTS.get}, memories, TIERS)
+
+
+def transfer(rates):
+    return readings("transfer", KNOB_WORLDS, SIZES, ["", "main/frozen-policy", "main/pmd"])
+
+
+def knob(part, methods, rates, label, **more):
+    """Cells on the worlds of the shipped checkpoint."""
+    return cells(part, methods, KNOB_WORLDS, rates, label, **more)
+
+
+def groups(rates):
+    jobs = []
+    for size in (2, 8):
+        jobs += knob("groups", COMPARED, rates, f"-{size}", flags={"group_size": size})
+    return jobs
+
+
+def rarity(rates):
+    jobs = []
+    for kind in ("rare", "common"):
+        jobs += knob("rarity", COMPARED, rates, f"-{kind}", kind=kind)
+    return jobs
+
+
+def sharing(rates):
+    jobs = knob("sharing", COMPARED, rates, "-apart", kind="apart")
+    for kind in ("apart", "common"):
+        label, flags = f"-{kind}-nobehavior", {"tiers": TIERS[1]}
+        jobs += knob("sharing", ["pmd"], rates, label, kind=kind, flags=flags)
+    return jobs
+
+
+def other_rates(rates):
+    """A method's own rate is in main."""
+    jobs = []
+    for rate in RATES:
+        methods = [method for method in COMPARED if rates.get(method) != rate]
+        jobs += knob("rates", methods, dict.fromkeys(COMPARED, rate), f"-{rate:g}")
+    return jobs
+
+
+def wrong(rates):
+    jobs = []
+    for grounded in (True, False):
+        for share in (0.0, 0.2, 0.5):
+            if share or not grounded:
+                label = f"-{share:g}-{'' if grounded else 'un'}grounded"
+                flags = {"ground_insights": grounded}
+                jobs += knob("wrong", ["pmd", "pmd-solved"], rates, label, wrong=share, flags=flags)
+    return jobs
+
+
+def lessons(rates):
+    return cells("lessons", ["pmd"], WORLDS, rates, "-nolessons", lessons=False)
+
+
+def teacher(rates):
+    return knob("teacher", COMPARED[1:], rates, "-live", flags={"teacher": "live"})
+
+
+def epochs(rates):
+    return knob("epochs", COMPARED, rates, "-160", flags={"steps": 2 * STEPS})
+
+
+def late(rates):
+    flags = {"steps": 2 * STEPS}
+    falling = knob("late", ("sdpo", "pmd-solved"), rates, "-falls", flags=flags, falls=True)
+    flags = {"steps": 2 * STEPS, "supervise_mastered": False}
+    return falling + knob("late", ("sdpo", "pmd", "pmd-solved"), rates, "-unsolved", flags=flags)
+
+
+KNOBS = {
+    "lessons": lessons,
+    "rarity": rarity,
+    "groups": groups,
+    "wrong": wrong,
+    "sharing": sharing,
+    "teacher": teacher,
+    "epochs": epochs,
+    "late": late,
+    "rates": other_rates,
+}
+PARTS = {"tuning": tuning, "main": main_part, "tiers": tiers, "transfer": transfer, **KNOBS}
+
+
 def grid(part, rates) -> list[Job]:
     """The jobs of a part, given the tuned learning rates {method: rate}."""
-    if part == "tuning":
-        lenders = cells(part, ["frozen-policy"], TUNING_WORLDS, {})
-        return lenders + [
-            dataclasses.replace(job, flags={**job.flags, "lr": rate}, name=f"{job.name}@{rate:g}")
-            for rate in RATES
-            for job in cells(part, TUNED, TUNING_WORLDS, {})
-        ]
-    if part == "main":
-        return cells(part, METHODS, WORLDS, rates)
-    if part == "tiers":
-        return [
-            job
-            for t in TIERS[:-1]
-            for job in cells(part, ["pmd"], WORLDS, rates, f"-{t}", flags={"tiers": t})
-        ] + readings(part, WORLDS, {"base": CHECKPOINTS.get}, ["main/frozen-policy"], TIERS)
-    if part == "transfer":
-        return readings(part, KNOB_WORLDS, SIZES, ["", "main/frozen-policy", "main/pmd"])
-    if part == "groups":
-        return [
-            job
-            for size in (2, 8)
-            for job in cells(
-                part, COMPARED, KNOB_WORLDS, rates, f"-{size}", flags={"group_size": size}
-            )
-        ]
-    if part == "rarity":
-        return [
-            job
-            for kind in ("rare", "common")
-            for job in cells(part, COMPARED, KNOB_WORLDS, rates, f"-{kind}", kind=kind)
-        ]
-    if part == "sharing":
-        return cells(part, COMPARED, KNOB_WORLDS, rates, "-apart", kind="apart") + [
-            job
-            for kind in ("apart", "common")
-            for job in cells(
-                part,
-                ["pmd"],
-                KNOB_WORLDS,
-                rates,
-                f"-{kind}-nobehavior",
-                kind=kind,
-                flags={"tiers": TIERS[1]},
-            )
-        ]
-    if part == "rates":  # a method's own rate is in main
-        return [
-            job
-            for rate in RATES
-            for job in cells(
-                part,
-                [m for m in COMPARED if rates.get(m) != rate],
-                KNOB_WORLDS,
-                dict.fromkeys(COMPARED, rate),
-                f"-{rate:g}",
-            )
-        ]
-    if part == "wrong":
-        return [
-            job
-            for grounded in (True, False)
-            for share in (0.0, 0.2, 0.5)
-            if share or not grounded
-            for job in cells(
-                part,
-                ["pmd", "pmd-solved"],
-                KNOB_WORLDS,
-                rates,
-                f"-{share:g}-{'' if grounded else 'un'}grounded",
-                wrong=share,
-                flags={"ground_insights": grounded},
-            )
-        ]
-    if part == "lessons":
-        return cells(part, ["pmd"], WORLDS, rates, "-nolessons", lessons=False)
-    if part == "teacher":
-        return cells(part, COMPARED[1:], KNOB_WORLDS, rates, "-live", flags={"teacher": "live"})
-    if part == "epochs":
-        return cells(part, COMPARED, KNOB_WORLDS, rates, "-160", flags={"steps": 2 * STEPS})
-    if part == "late":
-        long = {"steps": 2 * STEPS}
-        return cells(
-            part, ("sdpo", "pmd-solved"), KNOB_WORLDS, rates, "-falls", flags=long, falls=True
-        ) + cells(
-            part,
-            ("sdpo", "pmd", "pmd-solved"),
-            KNOB_WORLDS,
-            rates,
-            "-unsolved",
-            flags=long | {"supervise_mastered": False},
+    if part not in PARTS:
+        raise ValueError(
+            f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last nine"
         )
-    raise ValueError(
-        f"there is no part {part!r}; there are {', '.join(PARTS)}, and knobs for the last nine"
-    )
-
-
-KNOBS = ("lessons", "rarity", "groups", "wrong", "sharing", "teacher", "epochs", "late", "rates")
-PARTS = ("tuning", "main", "tiers", "transfer", *KNOBS)
+    return PARTS[part](rates)
 
 
 def auc(record):
@@ -315,76 +326,75 @@ def tuned(records) -> dict:
 def work(job, folder, short):
     """Runs a job; (record, times). In a process of its own, which does one job after another."""
     out, name = Path(folder), job.name
+    task = world_of(job, out)
+    shutil.rmtree(out / name, ignore_errors=True)
+    record = {"job": name, "world": job.world, "checkpoint": job.checkpoint}
+    silence = open(os.devnull, "w")
+    with silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            if job.memory is None:
+                train(job, task, out, short)
+            else:
+                read_memory(job, task, out, short)
+        except (Exception, SystemExit) as error:
+            return record | {"failed": f"{type(error).__name__}: {error}"}, {"job": name}
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    results, seconds = harvest(out / name)
+    if job.memory is None:  # of a run only the memory may be read again
+        for path in (out / name).iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith("memory"):
+                path.unlink()
+    return record | results, {"job": name, "cpu": round(cpu, 1), "wall": round(wall, 1), **seconds}
+
+
+def world_of(job, out) -> Path:
+    """The folder of a job's task, made where it is not there yet."""
     task = out / "worlds" / job.kind / str(job.world)
     if not task.exists():
         aside = task.with_name(f"{job.world}.{os.getpid()}")
         write_world(job.world, aside, speaks=False, **WORLD_KINDS[job.kind])
         with contextlib.suppress(OSError):  # the other worker was first
             aside.rename(task)
-    shutil.rmtree(out / name, ignore_errors=True)
-    about = {"job": name, "world": job.world, "checkpoint": job.checkpoint}
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        start = time.perf_counter(), time.process_time()
-        try:
-            if job.memory is None:
-                Sampler, Unreliable.share = Unreliable, job.wrong
-                pmd.Memory = Memory if job.lessons else WithoutLessons
-                pmd.update = update_at_a_falling_rate if job.falls else update
-                cfg = pmd.Config(
-                    **{
-                        **pmd.PRESETS["nano"],
-                        "model": str(CHECKPOINTS[job.checkpoint]),
-                        "task": str(task),
-                        "seed": job.world,
-                        "steps": STEPS,
-                        "group_size": 4,
-                        "eval_k": K,
-                        "save_every": 0,
-                        "eval_every": EVERY,
-                        "out": str(out),
-                        "name": name,
-                        **job.flags,
-                        **short,
-                    }
-                )
-                pmd.train(cfg)
-            else:
-                flags = {
-                    "task": task,
-                    "seed": job.world,
-                    "n": K,
-                    "out": out,
-                    "name": name,
-                    **job.flags,
-                    **{k: v for k, v in short.items() if k == "eval_problems"},
-                    **({"memory": out / job.memory / "memory.db"} if job.memory else {}),
-                }
-                preset = {
-                    k: v
-                    for k, v in pmd.PRESETS["nano"].items()
-                    if k.startswith("max_") or k == "embedder"
-                }
-                ev.main(
-                    pmd.parse_flags,
-                    [
-                        "--model",
-                        job.model,
-                        *(str(x) for k, v in (preset | flags).items() for x in (f"--{k}", v)),
-                    ],
-                )
-        except (Exception, SystemExit) as error:
-            return about | {"failed": f"{type(error).__name__}: {error}"}, {"job": name}
-        wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-    record, seconds = harvest(out / name)
-    if job.memory is None:  # of a run only the memory may be read again
-        for path in (out / name).iterdir():
-            if not path.name.startswith("memory"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return about | record, {"job": name, "cpu": round(cpu, 1), "wall": round(wall, 1), **seconds}
+    return task
+
+
+def train(job, task, out, short):
+    """One run of a method, varied where the job says so."""
+    flags = {
+        "model": str(CHECKPOINTS[job.checkpoint]),
+        "task": str(task),
+        "seed": job.world,
+        "steps": STEPS,
+        "group_size": 4,
+        "eval_k": K,
+        "save_every": 0,
+        "eval_every": EVERY,
+        "out": str(out),
+        "name": job.name,
+        **job.flags,
+        **short,
+    }
+    if job.wrong or job.falls or not job.lessons:
+        flags["method"] = str(VARIANTS[job.flags["method"]])
+        flags |= {"wrong": job.wrong, "lessons": job.lessons, "falls": job.falls}
+    config = method_class(flags["method"]).Config
+    pmd.train(config(**{**pmd.PRESETS["nano"], **flags}))
+
+
+def read_memory(job, task, out, short):
+    """One evaluation of a model that was not trained, with a run's memory in its prompt."""
+    preset = pmd.PRESETS["nano"]
+    flags = {name: preset[name] for name in preset if name.startswith("max_") or name == "embedder"}
+    flags |= {"task": task, "seed": job.world, "n": K, "out": out, "name": job.name, **job.flags}
+    if "eval_problems" in short:
+        flags["eval_problems"] = short["eval_problems"]
+    if job.memory:
+        flags["memory"] = out / job.memory / "memory.db"
+    argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    ev.main(pmd.parse_flags, ["--model", job.model, *argv])
 
 
 def harvest(folder):
@@ -429,56 +439,6 @@ def harvest(folder):
         for r in steps
     ]
     return record, {"step_seconds": round(statistics.median(spent), 4)} if steps else {}
-
-
-class Unreliable(Sampler):
-    """The sampler, whose reflections are wrong more often than the model's own: a share of the
-    operations that their strategies name is exchanged for another. Nothing where the share is 0.
-    """
-
-    share = 0.0
-
-    def ask(self, prompts):
-        replies = super().ask(prompts)
-        if not self.share:
-            return replies
-
-        def exchange(found, rng):
-            said = found[3]
-            return (
-                found[0]
-                if rng.random() >= self.share
-                else f"{found[1]}{found[2]}={rng.choice([o for o in OPERATIONS if o != said])}"
-            )
-
-        exchanged = []
-        for prompt, reply in zip(prompts, replies, strict=True):
-            rng = random.Random(f"{self.cfg.seed} {self.step} {prompt}")
-            exchanged.append(
-                re.sub(r'("content": " *)(\w+)=(\w+)', lambda m, rng=rng: exchange(m, rng), reply)
-            )
-        return exchanged
-
-
-class WithoutLessons(Memory):
-    """The memory, whose lessons no teacher reads; they are written, and behaviors abstracted from
-    them, as ever.
-    """
-
-    def contexts(self, *args):
-        return [{**context, "lessons": []} for context in super().contexts(*args)]
-
-
-def update_at_a_falling_rate(method, optimizer, rows, step):
-    """pmd.update, at a rate that falls to 0 over the second half of the run."""
-    cfg = method.cfg
-    method.cfg = dataclasses.replace(
-        cfg, lr=cfg.lr * min(1.0, 2 * (cfg.steps - step + 1) / cfg.steps)
-    )
-    try:
-        return update(method, optimizer, rows, step)
-    finally:
-        method.cfg = cfg
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,21 +2,19 @@
 
 import json
 import math
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import NANO, method_of
+from conftest import Attempt, Question
 
-sys.path.append(str(NANO.parent / "study"))
-import tables
-
-import study
 from memory import NANO as NANO_FORMS
 from memory import parse_items, reflection_prompt
 from nano.make import attempt_text
+from nano.world import OPERATIONS
 from runtime.replies import parse
+from runtime.sampler import Sampler
+from study import study, tables, variants
 
 
 def record(name, world, checkpoint=0, scores=(0, 0.2, 0.4), dev=(0, 0, 0), **more):
@@ -155,68 +153,80 @@ def test_equal_compute_gives_the_slower_method_fewer_steps():
     assert found == {200: pytest.approx((0.2 + 0.4) / 2)}
 
 
-def test_wrong_reflections_are_a_share_and_keyed(monkeypatch):
+def variant(**flags):
+    """The study's PMD with some flags, and nothing else."""
+    method = object.__new__(variants.Method)
+    method.cfg, method.memory = variants.Config(**flags), None
+    return method
+
+
+def test_wrong_reflections_are_a_share_and_keyed():
     reply = json.dumps(
         {
             "strategies": [{"title": "rule", "content": "vo=rev"}] * 10,
             "lessons": [{"title": "trap", "content": "vo!inc"}],
         }
     )
-    monkeypatch.setattr(
-        study.Unreliable.__base__, "ask", lambda self, prompts: [reply] * len(prompts)
-    )
-    sampler = object.__new__(study.Unreliable)
-    sampler.cfg, sampler.step = type("Config", (), {"seed": 0}), 1
     prompts = [str(i) for i in range(100)]
-    assert sampler.ask(prompts) == [reply] * 100
-    monkeypatch.setattr(study.Unreliable, "share", 0.3)
-    changed = sampler.ask(prompts)
-    assert changed == sampler.ask(prompts)
+    assert variant().mistaken(1, prompts, [reply] * 100) == [reply] * 100
+    changed = variant(wrong=0.3).mistaken(1, prompts, [reply] * 100)
+    assert changed == variant(wrong=0.3).mistaken(1, prompts, [reply] * 100)
+    assert changed != variant(wrong=0.3).mistaken(2, prompts, [reply] * 100)
     contents = [item["content"] for text in changed for item in json.loads(text)["strategies"]]
     assert 0.25 < sum(c != "vo=rev" for c in contents) / len(contents) < 0.35
-    assert all(c.split("=")[1] in study.OPERATIONS for c in contents)
+    assert all(c.split("=")[1] in OPERATIONS for c in contents)
     assert all(
         json.loads(text)["lessons"] == [{"title": "trap", "content": "vo!inc"}] for text in changed
     )
 
 
-def test_the_embedded_model_s_own_reflections_are_made_wrong(
-    monkeypatch, policy, tokenizer, make_config
-):
-    sampler = study.Unreliable(policy, tokenizer, make_config())
+def test_the_embedded_model_s_own_reflections_are_made_wrong(policy, tokenizer, make_config):
     won = attempt_text(("lo", "mi"), ("rev", "inc"), (1, 2, 3, 4))
     prompt = reflection_prompt(NANO_FORMS, "Apply lo mi to 1 2 3 4", [won], [], 1, 4)
-    said = {}
+    replies = Sampler(policy, tokenizer, make_config()).ask([prompt])
+    claims = {}
     for share in (0.0, 1.0):
-        monkeypatch.setattr(study.Unreliable, "share", share)
-        (reply,) = sampler.ask([prompt])
-        said[share] = dict(
-            content.strip().split("=")
-            for _, content in parse_items(parse(reply), "strategies", "title", "content")
-        )
-    assert said[0.0] == {"lo": "rev", "mi": "inc"} and said[1.0].keys() == said[0.0].keys()
-    assert all(
-        said[1.0][s] != said[0.0][s] and said[1.0][s] in study.OPERATIONS for s in ("lo", "mi")
-    )
+        (reply,) = variant(wrong=share).mistaken(0, [prompt], replies)
+        items = parse_items(parse(reply), "strategies", "title", "content")
+        claims[share] = dict(content.strip().split("=") for _, content in items)
+    assert claims[0.0] == {"lo": "rev", "mi": "inc"} and claims[1.0].keys() == claims[0.0].keys()
+    assert all(claims[1.0][s] != claims[0.0][s] for s in ("lo", "mi"))
+    assert all(claims[1.0][s] in OPERATIONS for s in ("lo", "mi"))
 
 
-def test_a_rate_that_falls_over_the_second_half(monkeypatch, make_config):
-    rates = []
-    method = method_of(make_config(steps=160, lr=0.8))
-    monkeypatch.setattr(
-        study, "update", lambda method, *args: rates.append((args[-1], method.cfg.lr))
-    )
+def test_the_memory_reads_wrong_replies_while_it_remembers(make_memory):
+    """And no longer: what generates for the memory is as before."""
+    reply = json.dumps({"strategies": [{"title": "rule", "content": "vo=rev"}], "lessons": []})
+    memory = make_memory(lambda prompt: reply)
+    method = variant(wrong=1.0, behavior_every=9)
+    generate, method.memory = memory.generate, memory
+    problem = Question("p", "Apply vo to 1 2 3 4")
+    memory.add_problems([problem])
+    method.remember(1, [problem], [Attempt("1/p/0", problem, "1 2 3 4 vo vo=rev 4 3 2 1", 1.0)])
+    (strategy,) = memory.living("insight")
+    assert strategy.text.startswith("vo=") and strategy.text != "vo=rev"
+    assert memory.generate is generate
+
+
+def test_lessons_that_no_teacher_reads():
+    problem = Question("p", "Apply vo to 1 2 3 4")
+    rollout = Attempt("1/p/0", problem, "1 2 3 4 vo vo=rev 4 3 2 1")
+    method = variant(lessons=False)
+    method.recall = lambda *args: [{"lessons": [("trap", "vo!rev")], "solution": "x"}]
+    assert method.contexts(1, [rollout]) == [{"lessons": [], "solution": "x"}]
+    method.cfg = variants.Config()
+    assert method.contexts(1, [rollout])[0]["lessons"]
+
+
+def test_a_rate_that_falls_over_the_second_half():
+    method = variant(steps=160, lr=0.8, falls=True)
+    method.lr = method.cfg.lr
+    rates = {}
     for step in (1, 80, 81, 120, 121, 160):
-        study.update_at_a_falling_rate(method, None, [], step)
-    assert method.cfg.lr == 0.8
-    assert rates == [
-        (1, 0.8),
-        (80, 0.8),
-        (81, 0.8),
-        (120, pytest.approx(0.41)),
-        (121, pytest.approx(0.4)),
-        (160, pytest.approx(0.01)),
-    ]
+        method.weigh(step, [])
+        rates[step] = method.cfg.lr
+    falling = {120: 0.41, 121: 0.4, 160: 0.01}
+    assert rates == pytest.approx({1: 0.8, 80: 0.8, 81: 0.8, **falling})
 
 
 def test_worlds_of_other_kinds():

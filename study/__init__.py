@@ -1,0 +1,1 @@
+"""The study: does PMD beat SDPO, when, and why? See README.md."""
