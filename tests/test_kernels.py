@@ -687,11 +687,16 @@ def test_no_chunk_is_larger_than_the_largest_unless_asked_for(monkeypatch):
     inputs, ones = make(), torch.ones(N)
     hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
     for chunk_size, largest in ((None, 4), (6, 6)):
-        for call in (
-            lambda: distill_loss(**inputs | {"weights": ones}, alpha=0.5, chunk_size=chunk_size),  # noqa: B023
-            lambda: policy_loss(hidden, head, ids, ones, ones, None, LOW, HIGH, None, chunk_size),  # noqa: B023
-            lambda: score(hidden, head, ids, chunk_size),
-        ):  # noqa: B023
+        calls = (
+            functools.partial(
+                distill_loss, **inputs | {"weights": ones}, alpha=0.5, chunk_size=chunk_size
+            ),
+            functools.partial(
+                policy_loss, hidden, head, ids, ones, ones, None, LOW, HIGH, None, chunk_size
+            ),
+            functools.partial(score, hidden, head, ids, chunk_size),
+        )
+        for call in calls:
             with Watch() as watch:
                 call()
             assert max(rows for rows, width in watch.products if width == V) == largest

@@ -21,7 +21,7 @@ import eval as ev
 import pmd
 from eval import verdicts
 from memory import EXAMPLES, Memory
-from runtime import tables as runtime_tables
+from runtime import tables
 from runtime.sampler import Sample, Sampler
 from runtime.services import make_embedder
 from runtime.tables import evaluated
@@ -559,13 +559,13 @@ def test_the_last_words_of_a_run_say_of_what_they_speak():
         "test_best": {**row, "interval": None},
     }
     said = f"avg@4 on 131 held-out problems of {data}, no memory in the prompt"
-    assert said in runtime_tables.table({"pmd": summary}).split("\n")[0]
-    assert "memory in the prompt of frozen-policy alone" in runtime_tables.table(
+    assert said in tables.table({"pmd": summary}).split("\n")[0]
+    assert "memory in the prompt of frozen-policy alone" in tables.table(
         {"pmd": summary, "frozen-policy": summary}
     )
     assert (
         f"{data}, read leniently, no memory in"
-        in runtime_tables.table({"pmd": {**summary, "mcq": "lenient"}}).split("\n")[0]
+        in tables.table({"pmd": {**summary, "mcq": "lenient"}}).split("\n")[0]
     )
 
 
