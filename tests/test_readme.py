@@ -18,7 +18,7 @@ import pmd
 from runtime.files import read_lines
 from runtime.methods import method_class
 from tasks import VERIFIERS, load_task, verify
-from tools import plan, report, show_memory
+from tools import figures, plan, report, show_memory
 
 HERE = Path(__file__).resolve().parent.parent
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md")), HERE / "study" / "README.md"]
@@ -64,7 +64,7 @@ def test_evaluation_commands_parse(monkeypatch):
 
     tables = []
     monkeypatch.setattr(report, "compare", lambda runs: tables.append(runs))
-    monkeypatch.setattr(report, "figures", lambda runs, out: tables.append(runs))
+    monkeypatch.setattr(figures, "draw_figures", lambda runs, out: tables.append(runs))
     flags = commands("eval.py")
     assert len(flags) >= 6
     for given in flags:
