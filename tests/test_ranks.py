@@ -116,8 +116,8 @@ def two(out):
 
 # with four the same is seen below, where two of them have no row
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_change_nothing(out, two, ranks):
-    done = two if ranks == 2 else run(out, "r4", 4)
+def test_ranks_change_nothing(out, request, ranks):
+    done = request.getfixturevalue("two") if ranks == 2 else run(out, "r4", 4)
     assert done.returncode == 0, done.stderr
     assert (
         f"restarting as: {sys.executable} -m torch.distributed.run --standalone"
