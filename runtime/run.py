@@ -334,7 +334,7 @@ class Run:
             step = record["step"]
             optimizer.updates = record["updates"]
             self.spent = record["seconds"]
-        if not method.memory.frozen:
+        if method.memory_mode != "frozen":  # known on every rank; the memory itself is rank 0's
             method.memory.truncate_after(step)
         evaluated = False
         if rank() == 0:

@@ -116,8 +116,8 @@ def two(out):
 
 # with four the same is seen below, where two of them have no row
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_change_nothing(out, two, ranks):
-    done = two if ranks == 2 else run(out, "r4", 4)
+def test_ranks_change_nothing(out, request, ranks):
+    done = request.getfixturevalue("two") if ranks == 2 else run(out, "r4", 4)
     assert done.returncode == 0, done.stderr
     assert (
         f"restarting as: {sys.executable} -m torch.distributed.run --standalone"
@@ -168,6 +168,7 @@ def test_other_methods_heads_and_ranks_without_a_row(out, untied, ranks, flags):
     )
 
 
+@pytest.mark.slow  # two processes again, begun by two launchers
 def test_two_nodes(out):
     """Two launchers that meet at an address, here on one machine, with a process each."""
     with socket.socket() as free:
@@ -375,7 +376,11 @@ def test_a_rank_that_dies_takes_the_job_down_at_once(out):
 
 
 @pytest.mark.parametrize(
-    "waits", ["time.sleep(60)", "mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"]
+    "waits",
+    [
+        pytest.param("time.sleep(60)", marks=pytest.mark.slow),  # the other is the harder
+        "mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)",
+    ],
 )
 def test_a_rank_that_fails_takes_the_job_down_at_once(out, waits):
     """Rank 1 raises; rank 0, which waits for nobody or for ever, in C where Python runs no handler,
