@@ -26,13 +26,11 @@ LIVECODEBENCH = (
     "private_test_cases",
     "metadata",
 )
-WINDOW = (
-    "2025-02-01",
-    "2025-05-01",
-)  # the paper's and SDPO's: contests from the first day on, before the second
+# The paper's and SDPO's window: contests from the first day on, before the second.
+WINDOW = ("2025-02-01", "2025-05-01")
 SDPO_PROMPT = """\
-You write programs for programming contests. Think about the problem, then give the complete Python \
-code in a code block enclosed with ``` ```. The time limit is 1 second.
+You write programs for programming contests. Think about the problem, then give the complete \
+Python code in a code block enclosed with ``` ```. The time limit is 1 second.
 
 {content}"""
 SIGNATURE = """
@@ -59,8 +57,9 @@ OFFICIAL_PROMPT = """### Question:
 
 
 class Strings(pickle.Unpickler):
-    """Downloaded pickles may hold a string. They may not name a class or function, which is how
-    pickles run code.
+    """Reads a string from a downloaded pickle.
+
+    Raises UnpicklingError if the pickle names a class or function, which is how pickles run code.
     """
 
     def find_class(self, module, name):
@@ -68,14 +67,14 @@ class Strings(pickle.Unpickler):
 
 
 def decode_tests(text) -> list[dict]:
-    """The tests of a row: JSON, or JSON pickled as a string, compressed and written in base64.
-    ValueError if neither.
+    """Decodes tests from JSON, or from JSON pickled as a string, compressed and in base64.
+
+    Raises ValueError if the text is neither.
     """
     try:
         if not text.startswith("["):
-            text = Strings(
-                io.BytesIO(zlib.decompress(base64.b64decode(text, validate=True)))
-            ).load()
+            pickled = zlib.decompress(base64.b64decode(text, validate=True))
+            text = Strings(io.BytesIO(pickled)).load()
         tests = json.loads(text)
         return [{"input": str(t["input"]), "output": str(t["output"])} for t in tests]
     except Exception as error:  # a broken pickle raises whatever it likes
@@ -85,12 +84,15 @@ def decode_tests(text) -> list[dict]:
 
 
 def read_livecodebench(data):
-    """Yields (where, row) of the official files: a JSON-lines file, a folder of them, or the Hub's
-    where data is empty.
+    """Yields (place, row) of the official files.
 
-    The Hub has them beside a loading script, which `datasets` runs no more and refuses, so they are
-    loaded by their names: all six, 4.5 GB, which are release_v6. Not run on the Hub itself, which
-    was out of reach; run on a folder like it.
+    data: a JSON-lines or Parquet file, or a folder of such files. Empty for the Hub's.
+
+    The Hub has its files beside a loading script, which `datasets` refuses to run. So they are
+    loaded by their names. All six, 4.5 GB, are release_v6. This ran on a folder like the Hub's, but
+    never on the Hub itself.
+
+    Raises ValueError if there are no such files.
     """
     if not data:
         import datasets  # here: it takes a second, and no other task needs it
@@ -106,11 +108,9 @@ def read_livecodebench(data):
                 ) from error
             yield from ((f"{place}, row {n}", row) for n, row in enumerate(table, 1))
         return
-    files = (
-        sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet"))
-        if Path(data).is_dir()
-        else [Path(data)]
-    )
+    files = [Path(data)]
+    if Path(data).is_dir():
+        files = sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet"))
     if not files or not files[0].is_file():
         raise ValueError(
             "livecodebench needs --data, a JSON-lines or Parquet file in the official schema or a"
@@ -121,126 +121,151 @@ def read_livecodebench(data):
 
 
 def code_problem(tests, id, prompt, system, **extra) -> Problem:
-    return Problem(
-        id,
-        prompt,
-        "its tests",
-        "code",
-        system,
-        {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], **extra},
-    )
+    """Makes a problem that is verified by tests. extra: what else its verifier reads."""
+    inputs = [test["input"] for test in tests]
+    outputs = [test["output"] for test in tests]
+    extra = {"inputs": inputs, "outputs": outputs, **extra}
+    return Problem(id, prompt, "its tests", "code", system, extra)
 
 
 def load_livecodebench(data, protocol, since, until):
-    """(name, train, test): the contests of since <= date < until (YYYY-MM-DD), under a protocol of
-    the table above.
+    """Loads the contests of since <= date < until (YYYY-MM-DD), as a protocol has them.
 
-    The name says protocol, window and number of problems, for reports. SDPO's half of the tests is
-    drawn as its script does: numpy's seed 0, problem by problem in the order of the file, max(1, n
-    // 2) of n tests, which keep their order.
+    sdpo: trains on half of the hidden tests of a problem, and evaluates on all of its hidden tests.
+        The half is drawn as SDPO's script does. It takes numpy's seed 0, problem by problem in the
+        order of the file, and max(1, n // 2) of n tests, which keep their order.
+    older: trains on the contests before since, and evaluates as sdpo.
+    official: trains on a problem's public tests, and evaluates on public and hidden tests.
+
+    Returns (name, train, test). The name holds protocol, window and number of problems, for
+    reports.
+    Raises ValueError if the protocol, the window or a row is not as described, or if a side is
+    empty.
     """
     if protocol not in ("sdpo", "older", "official"):
         raise ValueError(
             f"livecodebench has no protocol {protocol!r}; it has sdpo, older and official"
         )
+    since, until = read_window(since, until)
+    train, test, days = [], [], []
+    places = {}  # of each question_id
+    generator = np.random.RandomState(0)
+    for place, row in read_livecodebench(data):
+        require_texts(place, row)
+        earlier = places.setdefault(row["question_id"], place)
+        if earlier != place:
+            raise ValueError(f"{place} repeats the question_id {row['question_id']!r} of {earlier}")
+        try:
+            day = read_day(row)
+            days.append(day)
+            if day >= until or (day < since and protocol != "older"):
+                continue
+            public, hidden, function = read_tests(row)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: {error}") from error
+        common = prompts(row, function, protocol) | {"date": day}
+        if day < since:
+            train.append(code_problem(hidden, feedback=True, **common))
+            continue
+        evaluated = hidden
+        if protocol == "official":
+            evaluated = public + hidden
+            train.append(code_problem(public, feedback=True, **common))
+        elif protocol == "sdpo":
+            drawn = generator.choice(len(hidden), max(1, len(hidden) // 2), replace=False)
+            half = [hidden[i] for i in sorted(drawn)]
+            train.append(code_problem(half, feedback=True, **common))
+        test.append(code_problem(evaluated, feedback=False, **common))
+    if not test or not train:
+        purpose = "train on" if test else "evaluate"
+        raise ValueError(
+            f"{data or 'the Hub'} has contests of {min(days)} to {max(days)}: none to {purpose}"
+            f" with protocol {protocol}, since {since}, until {until}"
+        )
+    count = str(len(test))
+    if (since, until) == WINDOW and len(test) != 131:
+        count += " of 131"
+    return f"livecodebench ({protocol}, {since} to {until}, {count} problems)", train, test
+
+
+def read_window(since, until) -> list[str]:
+    """Checks the first day of a window and the day after its last.
+
+    Raises ValueError if one of them is no day.
+    """
     try:
-        since, until = (str(date.fromisoformat(day)) for day in (since, until))
+        return [str(date.fromisoformat(day)) for day in (since, until)]
     except ValueError as error:
         raise ValueError(
             f"the window is given in days like {WINDOW[0]}, not as {since} to {until}: {error}"
         ) from error
-    train, test, days, seen, rng = [], [], [], {}, np.random.RandomState(0)
-    for where, row in read_livecodebench(data):
-        if isinstance(
-            row.get("contest_date"), datetime
-        ):  # `datasets` knows a time when it sees one
-            row["contest_date"] = str(row["contest_date"])
-        if isinstance(row.get("metadata"), dict):  # and an object, where another row has one
-            row["metadata"] = json.dumps(row["metadata"], default=str)
-        if bad := [k for k in LIVECODEBENCH if not isinstance(row.get(k), str)]:
-            raise ValueError(f"{where}: {' and '.join(bad)} must be given, as text")
-        if (other := seen.setdefault(row["question_id"], where)) != where:
-            raise ValueError(f"{where} repeats the question_id {row['question_id']!r} of {other}")
-        try:
-            day = row["contest_date"][:10]
-            if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
-                raise ValueError(
-                    f"its contest_date {row['contest_date']!r} is no day like {WINDOW[0]}"
-                )
-            days.append(day)
-            if day >= until or day < since and protocol != "older":
-                continue
-            public, hidden = (
-                decode_tests(row["public_test_cases"]),
-                decode_tests(row["private_test_cases"]),
-            )
-            if not isinstance(metadata := json.loads(row["metadata"]), dict):
-                raise ValueError("its metadata is no JSON object")
-            if not hidden:
-                raise ValueError("it has no hidden tests")
-            name = metadata.get("func_name")
-            texts = (row["question_id"], row["question_content"], row["starter_code"])
-            whole = code_problem(public + hidden, *texts, fn_name=name)
-            refuse_unholdable(vars(whole))
-            code_tests(whole.extra)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}") from error
-        content, starter, system, block = (
-            row["question_content"],
-            row["starter_code"],
-            "",
-            "longest",
-        )
-        if protocol == "official":
-            form = (
-                "Fill in this class."
-                if name
-                else "Read the input from stdin and print the answer to stdout."
-            )
-            prompt = OFFICIAL_PROMPT.format(
-                content=content, form=form, starter=starter or "# YOUR CODE HERE"
-            )
-            system, block = OFFICIAL_SYSTEM, "last"
-        else:
-            signature = re.sub(
-                r"\(self,?\s*",
-                "(",
-                "".join(line.strip() for line in starter.split("\n") if "def " in line),
-            )
-            prompt = SDPO_PROMPT.format(content=content) + (
-                SIGNATURE.format(signature=signature) if name else ""
-            )
 
-        known = {
-            "id": row["question_id"],
-            "prompt": prompt,
-            "system": system,
-            "fn_name": name,
-            "block": block,
-            "date": day,
-        }
-        if day < since:
-            train.append(code_problem(hidden, feedback=True, **known))
-            continue
-        test.append(
-            code_problem(
-                public + hidden if protocol == "official" else hidden, feedback=False, **known
-            )
-        )
-        if protocol == "sdpo":
-            half = sorted(rng.choice(len(hidden), max(1, len(hidden) // 2), replace=False))
-            train.append(code_problem([hidden[i] for i in half], feedback=True, **known))
-        elif protocol == "official":
-            train.append(code_problem(public, feedback=True, **known))
-    if not test or not train:
-        raise ValueError(
-            f"{data or 'the Hub'} has contests of {min(days)} to {max(days)}: none to"
-            f" {'train on' if test else 'evaluate'} with protocol {protocol}, since {since}, until"
-            f" {until}"
-        )
-    expected = " of 131" if (since, until) == WINDOW and len(test) != 131 else ""
-    return (
-        f"livecodebench ({protocol}, {since} to {until}, {len(test)}{expected} problems)",
-        train,
-        test,
-    )
+
+def require_texts(place, row):
+    """Turns what `datasets` parsed back into text. Raises ValueError if a column is no text."""
+    if isinstance(row.get("contest_date"), datetime):
+        row["contest_date"] = str(row["contest_date"])
+    if isinstance(row.get("metadata"), dict):
+        row["metadata"] = json.dumps(row["metadata"], default=str)
+    missing = [column for column in LIVECODEBENCH if not isinstance(row.get(column), str)]
+    if missing:
+        raise ValueError(f"{place}: {' and '.join(missing)} must be given, as text")
+
+
+def read_day(row) -> str:
+    """Reads the day of a row's contest. Raises ValueError if it has another form."""
+    day = row["contest_date"][:10]
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
+        raise ValueError(f"its contest_date {row['contest_date']!r} is no day like {WINDOW[0]}")
+    return day
+
+
+def read_tests(row):
+    """Reads a row's tests, and checks that a problem can be made of them.
+
+    Returns (public tests, hidden tests, name of the function that they call or None).
+    Raises ValueError if the tests or the metadata can't be read, or if no test is hidden.
+    """
+    public = decode_tests(row["public_test_cases"])
+    hidden = decode_tests(row["private_test_cases"])
+    metadata = json.loads(row["metadata"])
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata is no JSON object")
+    if not hidden:
+        raise ValueError("it has no hidden tests")
+    function = metadata.get("func_name")
+    texts = [row[column] for column in ("question_id", "question_content", "starter_code")]
+    problem = code_problem(public + hidden, *texts, fn_name=function)
+    refuse_unholdable(vars(problem))
+    code_tests(problem.extra)
+    return public, hidden, function
+
+
+def prompts(row, function, protocol) -> dict:
+    """Writes a problem's prompts in the words of a protocol, as arguments of `code_problem`.
+
+    function: the name of the function that the tests call. None where they call the program.
+    """
+    system = ""
+    block = "longest"
+    if protocol == "official":
+        system = OFFICIAL_SYSTEM
+        block = "last"
+        form = "Read the input from stdin and print the answer to stdout."
+        if function:
+            form = "Fill in this class."
+        starter = row["starter_code"] or "# YOUR CODE HERE"
+        prompt = OFFICIAL_PROMPT.format(content=row["question_content"], form=form, starter=starter)
+    else:
+        prompt = SDPO_PROMPT.format(content=row["question_content"])
+        if function:
+            lines = [line.strip() for line in row["starter_code"].split("\n") if "def " in line]
+            signature = re.sub(r"\(self,?\s*", "(", "".join(lines))
+            prompt += SIGNATURE.format(signature=signature)
+    return {
+        "id": row["question_id"],
+        "prompt": prompt,
+        "system": system,
+        "fn_name": function,
+        "block": block,
+    }

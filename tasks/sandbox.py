@@ -59,10 +59,10 @@ OUTPUT = 16 << 20  # bytes that a test may write into any one file, its output a
 DISK = 64 << 20  # bytes in /tmp, and again in /dev/shm, and of a test's input
 PROCESSES = 64  # of one test, threads counted
 WALL = 4.0  # the wall limit in units of the CPU limit: a loaded machine must not change a verdict
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-CORES = max(
-    1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-)  # the ranks of one machine share them
+CORES = os.cpu_count() or 1
+if hasattr(os, "sched_getaffinity"):
+    CORES = len(os.sched_getaffinity(0))
+CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # ranks share a machine's cores
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/tmp",
@@ -92,6 +92,23 @@ START = (
     "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code,"
     " globals())(*job)"
 )
+# Arguments of bubblewrap, which carries them out in order.
+WALLS = """
+--unshare-all --unshare-user --disable-userns --uid 65534 --gid 65534 --cap-drop ALL
+--new-session --die-with-parent --as-pid-1 --hostname sandbox
+--ro-bind /usr /usr --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64 --ro-bind-try /bin /bin
+--proc /proc
+""".split()
+WRITABLE = f"""
+--dev /dev --size {DISK} --tmpfs /dev/shm --size {DISK} --tmpfs /tmp
+--size {DISK + 2 * OUTPUT} --tmpfs /streams
+""".split()
+PRELUDE = """
+string re datetime collections heapq bisect copy math random statistics itertools functools
+operator io sys json typing
+""".split()
+LARGE_MODULES = {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}
+PIPES = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
 unsafe_exec = False
 slots = threading.BoundedSemaphore(CORES)
 
@@ -437,8 +454,9 @@ def runner(
 
 @functools.cache
 def call_filter() -> bytes:
-    """The system calls that no program may make, as BPF for bubblewrap: see REFUSED. ValueError
-    where it can't be made.
+    """Makes the filter of the system calls that no program may make, as BPF for bubblewrap.
+
+    Raises ValueError if libseccomp is not installed.
     """
     try:
         import pyseccomp as seccomp
@@ -447,10 +465,11 @@ def call_filter() -> bytes:
             "generated code runs only in a sandbox, which needs libseccomp: install it (apt install"
             " libseccomp2; pip install pyseccomp), or give --unsafe_exec to run code without one"
         ) from error
-    rules, refuse = seccomp.SyscallFilter(seccomp.ALLOW), seccomp.ERRNO(errno.EPERM)
-    rules.set_attr(
-        seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS
-    )  # 32-bit calls have other numbers
+    rules = seccomp.SyscallFilter(seccomp.ALLOW)
+    refuse = seccomp.ERRNO(errno.EPERM)
+    no_family = seccomp.ERRNO(errno.EAFNOSUPPORT)
+    # Calls of 32 bits have other numbers, which no rule here knows.
+    rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS)
     for name in REFUSED:
         try:
             rules.add_rule(refuse, name)
@@ -458,12 +477,8 @@ def call_filter() -> bytes:
             pass
     for call in ("socket", "socketpair"):
         for family in {*range(socket.AF_INET6)} - {socket.AF_UNIX, socket.AF_INET}:
-            rules.add_rule(
-                seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.EQ, family)
-            )
-        rules.add_rule(
-            seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.GT, socket.AF_INET6)
-        )
+            rules.add_rule(no_family, call, seccomp.Arg(0, seccomp.EQ, family))
+        rules.add_rule(no_family, call, seccomp.Arg(0, seccomp.GT, socket.AF_INET6))
     # The kernel reads the low half of the number alone, so that is what is compared. Reading an
     # action sets no new one.
     rules.add_rule(
@@ -480,8 +495,9 @@ def call_filter() -> bytes:
 
 @contextlib.contextmanager
 def filtered(command):
-    """(command, descriptors to pass) of a sandbox with call_filter, in a descriptor of its own,
-    since reading moves it.
+    """Adds call_filter to the command of a sandbox. Yields (command, descriptors to pass).
+
+    Each sandbox has its own descriptor of the filter, because reading moves it.
     """
     with os.fdopen(os.memfd_create("filter"), "w+b", buffering=0) as file:
         file.write(call_filter())
@@ -491,125 +507,35 @@ def filtered(command):
 
 @functools.cache
 def sandbox_command() -> list[str]:
-    """The command that the interpreter's own arguments follow, but for the filter, which `filtered`
-    adds. ValueError, in a sentence, where there is no sandbox.
+    """Builds the command that the interpreter's own arguments follow. `filtered` adds the filter.
+
+    Raises ValueError if there is no sandbox. The sentence says what is missing.
     """
-    for tool in ("bwrap", "nsenter")[: 1 if os.getuid() else 2]:
+    tools = ["bwrap"]
+    if os.getuid() == 0:
+        tools.append("nsenter")
+    for tool in tools:
         if not shutil.which(tool, path=ENVIRONMENT["PATH"]):
             raise ValueError(
                 f"generated code runs only in a sandbox, which needs {tool}: install it (apt"
                 " install bubblewrap util-linux), or give --unsafe_exec to run code without one"
             )
     call_filter()
-    python, base, site = os.path.realpath(sys._base_executable), sys.base_prefix, site_packages()
-    outer = []
+    base = sys.base_prefix
+    site = site_packages()
+    command = []
     if os.getuid() == 0:
-        view = subprocess.Popen(
-            [
-                "bwrap",
-                "--dev-bind",
-                "/",
-                "/",
-                "--tmpfs",
-                "/mnt",
-                "--ro-bind",
-                base,
-                "/mnt/base",
-                "--ro-bind",
-                site,
-                "/mnt/site",
-                "/bin/sh",
-                "-c",
-                "echo $$; read wait",
-            ],
-            env=ENVIRONMENT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        if (
-            pid := view.stdout.readline().strip()
-        ):  # the mount namespace lives as long as our descriptor of it
-            mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
-            outer = [
-                "nsenter",
-                f"--mount=/proc/{os.getpid()}/fd/{mounts}",
-                "--setuid",
-                "65534",
-                "--setgid",
-                "65534",
-            ]
-        if why := view.communicate()[1]:
-            raise ValueError(f"bubblewrap is installed but can't be used here: {why.strip()}")
-        base, site = "/mnt/base", "/mnt/site"
-    # The names of the session's keys, which the filter does not keep from being read.
-    hidden = [
-        part
-        for name in ("/proc/keys", "/proc/key-users")
-        if os.path.exists(name)
-        for part in ("--ro-bind", "/dev/null", name)
-    ]
-    command = [
-        *outer,
-        "bwrap",
-        "--unshare-all",
-        "--unshare-user",
-        "--disable-userns",
-        "--uid",
-        "65534",
-        "--gid",
-        "65534",
-        "--cap-drop",
-        "ALL",
-        "--new-session",
-        "--die-with-parent",
-        "--as-pid-1",
-        "--hostname",
-        "sandbox",
-        "--ro-bind",
-        "/usr",
-        "/usr",
-        "--ro-bind-try",
-        "/lib",
-        "/lib",
-        "--ro-bind-try",
-        "/lib64",
-        "/lib64",
-        "--ro-bind-try",
-        "/bin",
-        "/bin",
-        "--proc",
-        "/proc",
-        *hidden,
-        "--dev",
-        "/dev",
-        "--size",
-        str(DISK),
-        "--tmpfs",
-        "/dev/shm",
-        "--size",
-        str(DISK),
-        "--tmpfs",
-        "/tmp",
-        "--size",
-        str(DISK + 2 * OUTPUT),
-        "--tmpfs",
-        "/streams",
-        "--ro-bind",
-        base,
-        sys.base_prefix,
-        "--ro-bind",
-        site,
-        "/site",
-        "--chdir",
-        "/tmp",
-        "--remount-ro",
-        "/dev",
-        "--remount-ro",
-        "/",
-        python,
-    ]
+        command += view_of_nobody(base, site)
+        base = "/mnt/base"
+        site = "/mnt/site"
+    command += ["bwrap", *WALLS]
+    for path in ("/proc/keys", "/proc/key-users"):
+        if os.path.exists(path):  # It names the session's keys, which the filter can't hide.
+            command += ["--ro-bind", "/dev/null", path]
+    command += WRITABLE
+    command += ["--ro-bind", base, sys.base_prefix, "--ro-bind", site, "/site"]
+    command += "--chdir /tmp --remount-ro /dev --remount-ro /".split()
+    command.append(os.path.realpath(sys._base_executable))
     with filtered(command) as (whole, passed):
         trial = subprocess.run(
             [*whole, "-S", "-c", "print(1)"],
@@ -626,15 +552,37 @@ def sandbox_command() -> list[str]:
     return command
 
 
+def view_of_nobody(base, site) -> list[str]:
+    """Makes a mount namespace that shows the interpreter to the user `nobody`, below /mnt.
+
+    base, site: folders of the interpreter and of the installed packages.
+
+    Returns the command that enters the namespace as that user.
+    Raises ValueError if bubblewrap can't make it.
+    """
+    command = "bwrap --dev-bind / / --tmpfs /mnt".split()
+    command += ["--ro-bind", base, "/mnt/base", "--ro-bind", site, "/mnt/site"]
+    command += ["/bin/sh", "-c", "echo $$; read wait"]
+    view = subprocess.Popen(command, env=ENVIRONMENT, text=True, **PIPES)
+    enter = []
+    pid = view.stdout.readline().strip()
+    if pid:  # The namespace lives as long as our descriptor of it.
+        mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+        enter = ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}"]
+        enter += "--setuid 65534 --setgid 65534".split()
+    _, complaint = view.communicate()
+    if complaint:
+        raise ValueError(f"bubblewrap is installed but can't be used here: {complaint.strip()}")
+    return enter
+
+
 def site_packages() -> str:
-    """The folder of installed packages that programs may import: the one with numpy in it."""
+    """Finds the folder of installed packages that programs may import: the one with numpy."""
     return os.path.dirname(os.path.dirname(numpy.__file__))
 
 
 def allow_unsafe_exec():
-    """--unsafe_exec: where there is no sandbox, run generated code without one. Says what that
-    means.
-    """
+    """Lets generated code run without a sandbox where there is none, and warns of it."""
     global unsafe_exec
     unsafe_exec = True
     try:
@@ -645,92 +593,46 @@ def allow_unsafe_exec():
 
 @functools.cache
 def prelude() -> dict:
-    """The names that the official harness imports before a program runs: {name: (module, attribute
-    or None)}.
+    """Lists the names that the official harness imports before a program runs.
+
+    Returns {name: (module, attribute or None)}. A later module's names win. A builtin wins over all
+    but typing's, and a module over what modules hold.
     """
-    modules = (
-        "string",
-        "re",
-        "datetime",
-        "collections",
-        "heapq",
-        "bisect",
-        "copy",
-        "math",
-        "random",
-        "statistics",
-        "itertools",
-        "functools",
-        "operator",
-        "io",
-        "sys",
-        "json",
-        "typing",
-    )
     table = {}
-    for (
-        module
-    ) in modules:  # later ones win, builtins over all but typing, modules over what they hold
+    for module in PRELUDE:
         loaded = __import__(module)
         public = getattr(loaded, "__all__", [n for n in vars(loaded) if not n.startswith("_")])
-        table |= {n: (module, n) for n in public if module == "typing" or not hasattr(builtins, n)}
-    return table | {module: (module, None) for module in modules}
+        for name in public:
+            if module == "typing" or not hasattr(builtins, name):
+                table[name] = (module, name)
+    return table | {module: (module, None) for module in PRELUDE}
 
 
 def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
-    """Runs a program on each input; yields an Outcome for each, until one runs out of time, which
-    ends the program's run.
+    """Runs a program on each input, and yields an Outcome for each.
+
+    It ends where a test runs out of time. No more programs run at once than there are cores.
 
     fn_name: None for a program that reads stdin and prints; else the function (a method of
     Solution, or a bare one) to be called with the JSON values on the lines of the input.
     time_limit: CPU seconds a test; WALL times as much may pass on the clock in a test, and in all
-    tests beside WALL times the CPU seconds they used. memory_mb: MiB of address space of each
-    process, and of resident memory of all together. No more programs run at once than there are
-    cores. ValueError where there is no sandbox, for a line that is no JSON, and for an input of
-    more than DISK.
+    tests beside WALL times the CPU seconds they used.
+    memory_mb: MiB of address space of each process, and of resident memory of all together.
+
+    Raises ValueError if there is no sandbox, if a line is no JSON, or if an input exceeds DISK.
     """
-    if fn_name:
-        inputs = [
-            [json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs
-        ]
-    else:
-        inputs = [text.encode("utf-8", "replace") for text in inputs]
-        if (largest := max(map(len, inputs), default=0)) > DISK:
-            raise ValueError(f"an input of {largest} bytes is too large: the sandbox takes {DISK}")
-    site = "/site"
+    inputs = input_values(inputs, fn_name)
     try:
         sandbox = filtered(sandbox_command())
+        site = "/site"
     except ValueError:
         if not unsafe_exec:
             raise
-        sandbox, site = (
-            contextlib.nullcontext(([os.path.realpath(sys._base_executable)], ())),
-            site_packages(),
-        )
-    words = set(re.findall(r"\w+", code))
-    # What the program names of the prelude, plus modules worth importing once and not in each test.
-    wanted = [(name, *prelude()[name]) for name in words & prelude().keys()]
-    wanted += [
-        ("", name, None)
-        for name in words & {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}
-    ]
-    job = marshal.dumps(
-        (
-            runner.__code__,
-            (
-                code,
-                inputs,
-                fn_name,
-                time_limit,
-                WALL * time_limit,
-                memory_mb << 20,
-                OUTPUT,
-                PROCESSES,
-                wanted,
-                site,
-            ),
-        )
-    )
+        python = os.path.realpath(sys._base_executable)
+        sandbox = contextlib.nullcontext(([python], ()))
+        site = site_packages()
+    limits = (time_limit, WALL * time_limit, memory_mb << 20, OUTPUT, PROCESSES)
+    job = (runner.__code__, (code, inputs, fn_name, *limits, imports(code), site))
     with (
         slots,
         tempfile.TemporaryDirectory() as scratch,
@@ -740,56 +642,82 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
             env=ENVIRONMENT,
             cwd=scratch,
             start_new_session=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             bufsize=0,
             pass_fds=passed,
+            **PIPES,
         ) as process,
     ):
-        poll = select.poll()
-        poll.register(process.stdout, select.POLLIN)
-
-        def receive(n):
-            """n bytes, or fewer where the runner has ended."""
-            data = bytearray()
-            while len(data) < n:
-                if not poll.poll(
-                    1000 * (WALL * time_limit + 60)
-                ):  # the runner has its own, shorter limit
-                    raise TimeoutError
-                part = process.stdout.read(min(n - len(data), 1 << 20))
-                if not part:
-                    break
-                data += part
-            return bytes(data)
-
+        # The runner has a shorter limit of its own.
+        receive = functools.partial(read, process.stdout, WALL * time_limit + 60)
         try:
-            try:
-                with process.stdin:
-                    view = memoryview(job)
-                    while view:
-                        view = view[process.stdin.write(view) :]
-            except BrokenPipeError:
-                pass  # it has not started; the next lines say why
+            write(process.stdin, marshal.dumps(job))
             if receive(5) != b"ready":
-                raise ValueError(
-                    "the sandbox did not start:"
-                    f" {process.stderr.read().decode(errors='replace').strip()}"
-                )
+                complaint = process.stderr.read().decode(errors="replace").strip()
+                raise ValueError(f"the sandbox did not start: {complaint}")
             for _ in inputs:
                 head = receive(48)
-                if (
-                    len(head) < 48
-                ):  # the runner is gone, or has stopped after a test that ran out of time
+                if len(head) < 48:  # The runner has ended, perhaps after a test out of time.
                     break
                 status, size, length = head.split()
-                yield Outcome(
-                    status.decode(),
-                    receive(int(size)),
-                    receive(int(length)).decode(errors="replace"),
-                )
+                output = receive(int(size))
+                error = receive(int(length)).decode(errors="replace")
+                yield Outcome(status.decode(), output, error)
         except TimeoutError:  # a program can starve the runner of CPU time
             yield Outcome("time_limit", b"", "")
         finally:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def input_values(inputs, fn_name) -> list:
+    """Parses the arguments of each call of a function, or encodes what a program reads.
+
+    Raises ValueError if a line is no JSON, or if an input of a program exceeds DISK.
+    """
+    if fn_name:
+        lines = [[line for line in text.split("\n") if line.strip()] for text in inputs]
+        return [list(map(json.loads, arguments)) for arguments in lines]
+    inputs = [text.encode("utf-8", "replace") for text in inputs]
+    largest = max(map(len, inputs), default=0)
+    if largest > DISK:
+        raise ValueError(f"an input of {largest} bytes is too large: the sandbox takes {DISK}")
+    return inputs
+
+
+def imports(code) -> list[tuple]:
+    """Lists what the runner imports for a program: (name, module, attribute or None).
+
+    These are the names of the prelude that the program mentions, and the modules worth importing
+    once and not in each test.
+    """
+    words = set(re.findall(r"\w+", code))
+    names = [(name, *prelude()[name]) for name in words & prelude().keys()]
+    return names + [("", name, None) for name in words & LARGE_MODULES]
+
+
+def read(stream, seconds, n) -> bytes:
+    """Reads n bytes, or fewer where the stream ends.
+
+    Raises TimeoutError if nothing comes for some seconds.
+    """
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    data = bytearray()
+    while len(data) < n:
+        if not poll.poll(1000 * seconds):
+            raise TimeoutError
+        part = stream.read(min(n - len(data), 1 << 20))
+        if not part:
+            break
+        data += part
+    return bytes(data)
+
+
+def write(stream, data):
+    """Writes all data to a stream and closes it. A reader that has gone is no error here."""
+    view = memoryview(data)
+    try:
+        with stream:
+            while view:
+                view = view[stream.write(view) :]
+    except BrokenPipeError:
+        pass
