@@ -36,8 +36,8 @@ what a loss costs.
 
 Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a tile. Divergences and entropies
 are in nats. Where a head is sharded, call a loss within the forward pass of the module that holds
-the head, as `ranks.forward` does. Read `oracle` first, then `distill_loss`, `_distill_tile`,
-`_sum_over_chunks`, `_fill`.
+the head, as `ranks.forward` does. Read `oracle` first, then `distill_loss`, `_distillation`,
+`_run_tile`, `_sum_over_chunks`, `_fill`.
 
 This file imports torch only. It has no version attribute, because transformers probes for an
 unrelated package that is also called `kernels`.
@@ -193,7 +193,7 @@ def distill_loss(
 def _distillation(
     p, log_p, log_q, token_ids, weights, alpha, top_k, ratio_limit, old_logprobs=None
 ):
-    """Computes the divergence and, in closed form, its gradient: a formula of `_run_tile`."""
+    """Computes the weighted divergence and its gradient in closed form, for `_run_tile`."""
     if top_k in (None, log_p.shape[-1]):
         divergence, gradient = _divergence_and_gradient(p, log_p, log_q, alpha)
     else:
@@ -278,8 +278,8 @@ def chunked_loss(
     return TokenLoss(*results[:4], results[4:])
 
 
-def _by_autograd(token_loss, p, log_p, *log_q, token_ids, weights, **per_token):
-    """Computes a token_loss of `chunked_loss` and its gradient: a formula of `_run_tile`."""
+def _by_autograd(token_loss, p, log_p, /, *log_q, token_ids, weights, **per_token):
+    """Computes the weighted token_loss and its gradient by autograd, for `_run_tile`."""
 
     def weighted_sum(log_p):
         outputs = token_loss(log_p, *log_q, token_ids=token_ids, **per_token)
@@ -382,15 +382,15 @@ def score(hidden, head, token_ids, chunk_size=None):
 
 
 def _sum_over_chunks(formula, pairs, chunk_size, /, **per_token):
-    """Sums the terms of tile_function over the rows whose weight is not 0.
+    """Sums a formula's terms over the rows whose weight is not 0, and forms their gradient.
 
-    tile_function(logits, **per_token): sees a few rows. logits are the student's (n, V), then each
-        teacher's. It returns the terms of the loss, then its outputs: (1 or more, n). It may leave
-        the gradient of the terms' sum in the student's logits.
-    pairs: (hidden, head) of the student, then of each teacher, by what precedes their names.
-    per_token: token_ids, weights and what else tile_function takes, (N,) or None each.
+    formula: as in `_run_tile`.
+    pairs: (hidden, head) of the student, then of each teacher, by the prefix of their names.
+    per_token: token_ids, weights and whatever else the formula takes, (N,) each. Only old_logprobs
+        may be None.
 
-    Returns the loss (), then the outputs, (N,) each.
+    Returns the loss (), then each output of `_run_tile` but the terms, (N,).
+    Raises ValueError as `distill_loss`.
     """
     _check(pairs, per_token)
     hidden, head = next(iter(pairs.values()))
@@ -421,18 +421,20 @@ def _sum_over_chunks(formula, pairs, chunk_size, /, **per_token):
 
 @torch.no_grad()
 def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_token):
-    """Runs tile_function over the live rows, chunk by chunk, and adds to the gradients.
+    """Runs a formula over the live rows, chunk by chunk, and adds to the gradients.
 
     hidden_gradient (N, H), head_gradient (V, H): zeros, or None where no gradient is needed.
     live: the indices of the rows. The others: as in `_sum_over_chunks`.
 
-    Returns what tile_function returns, (1 or more, N), with 0 in the other rows.
+    Returns the outputs of `_run_tile`, (2 or more, N), with 0 in the other rows.
     """
     dtype = per_token["weights"].dtype
     cast = functools.cache(_under_autocast)  # one copy of a head that several teachers share
     pairs = [(cast(hidden), cast(head)) for hidden, head in pairs]
     hidden, head = pairs[0]
-    processors = torch.get_num_threads() if head.device.type == "cpu" else 512
+    processors = 512
+    if head.device.type == "cpu":
+        processors = torch.get_num_threads()
     tile = min(chunk_size, max(1, TILE * processors // len(head)))  # rows
     chunk_size = min(chunk_size, max(1, len(live)))
     run = _run_tile
@@ -441,14 +443,16 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
     else:
         tile = min(tile, chunk_size)
 
-    def of_rows(tensor, rows):  # padded to a whole tile, so that no shape changes
+    def of_rows(tensor, rows):  # padded to a whole tile, because a new shape compiles anew
         tensor = torch.nn.functional.pad(tensor[rows], (0, tile - len(rows)))
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        return tensor
 
-    room = math.ceil(chunk_size / tile) * tile
-    buffers = [states.new_empty(room, len(head)) for states, _ in pairs]
+    whole_tiles = math.ceil(chunk_size / tile) * tile  # rows
+    buffers = [states.new_empty(whole_tiles, len(head)) for states, _ in pairs]
     outputs = None
-    for chunk in live.split(chunk_size):  # one chunk without rows where none is live
+    for chunk in live.split(chunk_size):  # without live rows, one empty chunk gives the outputs
         for (states, weight), logits in zip(pairs, buffers, strict=True):
             torch.mm(states[chunk], weight.T, out=logits[: len(chunk)])
         for start in range(0, max(1, len(chunk)), tile):
@@ -469,7 +473,7 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
     return outputs
 
 
-def _run_tile(formula, logits, token_ids, weights, **per_token):
+def _run_tile(formula, logits, /, token_ids, weights, **per_token):
     """Replaces the student's logits (n, V) by the gradient of the sum of a formula's terms.
 
     formula(p, *log_probabilities, token_ids, weights, ...): takes the student's probabilities
@@ -495,11 +499,12 @@ def _run_tile(formula, logits, token_ids, weights, **per_token):
 
 
 def _under_autocast(tensor):
+    """Casts a tensor as autocast casts it for its products."""
     return tensor.to(_product_dtype(tensor))
 
 
 def _product_dtype(tensor):
-    """Returns the dtype of the products of a tensor, which is that of autocast where it is on."""
+    """Chooses the dtype of a tensor's products, which autocast may lower."""
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:  # which it never casts
         return torch.get_autocast_dtype(kind)
@@ -517,14 +522,16 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
-        # The product is still in float32. Autograd casts it to the dtype of the input.
-        scaled = (None if saved is None else scale * saved for saved in ctx.saved_tensors)
+        scaled = [None, None]
+        for i, gradient in enumerate(ctx.saved_tensors):
+            if gradient is not None:
+                scaled[i] = scale * gradient  # in float32. Autograd casts it as its input is
         return *scaled, None, None, None
 
 
 @functools.cache
 def _compiler():
-    """Returns a `_run_tile` that is compiled until compiling fails, which it warns of once."""
+    """Compiles `_run_tile`. Where that fails, it warns once and runs the tile uncompiled."""
     torch._dynamo.config.recompile_limit = 64  # torch 2.11's compile does not take it
     run = torch.compile(_run_tile, dynamic=False)
 
@@ -556,7 +563,7 @@ def _check_divergence(alpha, top_k, vocabulary):
 
 
 def _check(pairs, per_token):
-    """Refuses tensors that do not fit together. pairs, per_token: as in `_sum_over_chunks`."""
+    """Raises ValueError if tensors do not fit together: pairs, per_token of `_sum_over_chunks`."""
     student, *_ = pairs
     rows, vocabulary = (len(tensor) for tensor in pairs[student])
     for role, (hidden, head) in pairs.items():
@@ -596,6 +603,7 @@ def _check(pairs, per_token):
 
 
 def _check_matrix(name, tensor):
+    """Raises ValueError if hidden states or a head are no contiguous matrix of numbers."""
     shape = tuple(tensor.shape)
     _require(len(shape) == 2, f"{name} has shape {shape}, but must have 2 dimensions.")
     _require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, but must be floating point.")
