@@ -1,23 +1,19 @@
-"""Answers problems, estimates what the answers are worth, and compares runs.
+"""Answers problems, estimates from the answers how good a policy is, and compares runs.
 
-python eval.py --model DIR_OR_NAME --task T --n 16     answers a task's test problems, with a memory
-                                                       or without
-python eval.py compare RUN RUN ...                     the paper's Tables 2, 3, 4, 5 and 7 for these
-                                                       runs
-python eval.py figures RUN RUN ...                     its Figures 2 to 6, with their data
+python eval.py --model DIR_OR_NAME --task T --n 16     answers a task's test problems
+python eval.py compare RUN RUN ...                     prints the paper's Tables 2, 3, 4, 5 and 7
+python eval.py figures RUN RUN ...                     draws the paper's Figures 2 to 6
 
-avg_at_k, maj_at_k, best_at_k -> estimators over k samples a problem; `interval`, a bootstrap over
-problems and runs
-evaluate(sampler, problems)   -> the samples of an evaluation, one row each: in training and on the
-                              command line alike
+`avg_at_k`, `maj_at_k` and `best_at_k` are estimators over k samples a problem. `interval` is a
+bootstrap over problems and runs. `evaluate` answers problems, in training and on the command line
+alike.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +24,11 @@ from tqdm import tqdm
 from memory import Memory, reprompt
 from runtime.check import check, check_name
 from runtime.checkpoint import claim, release
-from runtime.files import RunError, append, read_json, read_lines, write, write_lines
+from runtime.files import RunError, append, read_lines, write_lines
 from runtime.jobs import failure, quiet_libraries
 from runtime.model import load_policy
 from runtime.options import check_numbers, option
-from runtime.provenance import fingerprint, refuse_changes, refuse_other_problems
+from runtime.provenance import refuse_other_flags, refuse_other_problems, write_origin
 from runtime.ranks import (
     broadcast,
     count_ranks,
@@ -46,8 +42,8 @@ from runtime.ranks import (
 from runtime.services import make_embedder
 from runtime.tables import evaluated
 from runtime.vllm_sampler import make_sampler
-from tasks import load_task, verify, verify_all  # noqa: F401  also for those who import eval
-from tasks.problem import SUCCESS, Problem  # noqa: F401
+from tasks.problem import SUCCESS
+from tasks.verdicts import verify_all
 
 
 @dataclass
@@ -73,14 +69,16 @@ class EvalOptions:
 
 
 def reward_table(rewards) -> np.ndarray:
-    """Rewards as numbers (problems, k). ValueError where there are none, not as many of each
-    problem, or not from 0 to 1.
+    """Returns rewards as numbers (problems, k).
+
+    Raises ValueError if there are none, if problems have different numbers of them, or if one is
+    not from 0 to 1.
     """
     sizes = sorted({len(row) for row in rewards})
     if len(sizes) != 1 or not sizes[0]:
+        counts = " or ".join(map(str, sizes)) or "no"
         raise ValueError(
-            f"each problem has {' or '.join(map(str, sizes)) or 'no'} rewards: estimators need as"
-            " many of each, and at least one"
+            f"each problem has {counts} rewards: estimators need as many of each, and at least one"
         )
     rewards = np.asarray(rewards, float)
     if not ((rewards >= 0) & (rewards <= 1)).all():  # a NaN is neither
@@ -89,15 +87,15 @@ def reward_table(rewards) -> np.ndarray:
 
 
 def avg_at_k(rewards) -> float:
-    """The mean reward over all problems and samples (the paper's avg@16)."""
+    """Returns the mean reward over all problems and samples (the paper's avg@16)."""
     return float(reward_table(rewards).mean())
 
 
 def best_at_k(rewards, k=None) -> float:
-    """The unbiased pass@k: over problems, the mean of 1 - C(n-c, k) / C(n, k), c of n samples being
-    above SUCCESS.
+    """Returns the unbiased pass@k: the mean over problems of 1 - C(n-c, k) / C(n, k).
 
-    k: n, if not given. ValueError where there are not as many samples.
+    n: the samples of a problem. c: those of them above SUCCESS. k: n, if it is not given.
+    Raises ValueError if k is no number from 1 to n.
     """
     solved = reward_table(rewards) > SUCCESS
     n = solved.shape[1]
@@ -111,146 +109,111 @@ def best_at_k(rewards, k=None) -> float:
 
 
 def majority(rewards, answers) -> np.ndarray:
-    """(problems,) the mean reward of the samples that gave the most frequent answer; of several
-    such answers, their mean.
+    """Returns (problems,) the mean reward of the samples that gave the most frequent answer.
 
-    answers: (problems, k), texts. The empty answer is one as well.
+    Several answers of equal frequency count alike. answers: (problems, k), texts. The empty text is
+    an answer, too.
     """
     scores = []
-    for row, said in zip(reward_table(rewards), answers, strict=True):
-        votes = Counter(said)
+    for row, texts in zip(reward_table(rewards), answers, strict=True):
+        votes = Counter(texts)
         most = max(votes.values())
-        top = [
-            [r for a, r in zip(said, row, strict=True) if a == answer]
-            for answer, n in votes.items()
-            if n == most
-        ]
-        scores.append(np.mean(top))  # as many rewards of each
+        # equally many rewards of each such answer: their mean is the mean over the answers
+        scores.append(np.mean([r for r, t in zip(row, texts, strict=True) if votes[t] == most]))
     return np.array(scores)
 
 
 def maj_at_k(rewards, answers) -> float:
-    """The mean reward of each problem's most frequent answer, which for rewards of 0 and 1 is how
-    often it is right.
+    """Returns the mean reward of each problem's most frequent answer.
+
+    With rewards of 0 and 1 that is the share of problems whose majority is right.
     """
     return float(majority(rewards, answers).mean())
 
 
 def headroom(rewards, answers) -> np.ndarray:
-    """(problems,) what a perfect choice among the k samples would add to their majority: for
-    rewards of 0 and 1, best@k - maj@k (Fig. 3); never below 0.
+    """Returns (problems,) the gain of a perfect choice among the k samples over their majority.
+
+    It is never below 0. With rewards of 0 and 1 it is best@k - maj@k (Fig. 3).
     """
     return reward_table(rewards).max(1) - majority(rewards, answers)
 
 
-def coverage(solved) -> dict:
-    """{name: (solved, solved by no other)}, two masks of the problems that all were asked (Fig. 4).
-
-    solved: {name: {problem: whether at least one of k samples is right}}.
-    """
-    asked = [p for p in next(iter(solved.values()), ()) if all(p in of for of in solved.values())]
-    table = np.array(
-        [[bool(of[p]) for p in asked] for of in solved.values()]
-    )  # (methods, problems)
-    return {name: (row, row & (table.sum(0) == 1)) for name, row in zip(solved, table, strict=True)}
-
-
 def resample(scores, groups=None, seed=0, draws=10_000) -> np.ndarray:
-    """(draws,) means of scores (problems,) or (runs, problems), with problems, and runs too, drawn
-    with replacement.
+    """Returns (draws,) means of scores (problems,) or (runs, problems), drawn with replacement.
 
-    groups: (problems,) names; problems that share one are drawn together. How often each is drawn
-    is multinomial.
+    Problems are drawn, and runs as well. groups: (problems,) names. Problems of one name are drawn
+    together. How often each is drawn is multinomial.
     """
     scores = np.atleast_2d(np.asarray(scores, dtype=float))
-    _, index = np.unique(
-        np.arange(scores.shape[1]) if groups is None else groups, return_inverse=True
-    )
-    sums, counts = (
-        np.stack([np.bincount(index, row) for row in scores]),
-        np.bincount(index),
-    )  # (runs, groups), (groups,)
-    rng, (runs, n) = np.random.default_rng(seed), sums.shape
+    if groups is None:
+        groups = np.arange(scores.shape[1])
+    _, index = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(index)  # (groups,)
+    sums = np.stack([np.bincount(index, row) for row in scores])  # (runs, groups)
+    runs, n = sums.shape
+    rng = np.random.default_rng(seed)
     drawn = rng.multinomial(n, np.full(n, 1 / n), draws)  # (draws, groups)
     mean = rng.multinomial(runs, np.full(runs, 1 / runs), draws) @ sums / runs  # (draws, groups)
-    return (drawn * mean).sum(1) / (drawn @ counts)
+    return (drawn * mean).sum(1) / (drawn @ sizes)
 
 
 def interval(scores, groups=None, seed=0, draws=10_000) -> tuple[float, float] | None:
-    """The 95% percentile-bootstrap interval of a mean: see resample. Of one run it speaks of other
-    test problems, not of other training seeds; of several, of both, though a handful of seeds makes
-    it too narrow.
+    """Returns the 95% percentile-bootstrap interval of a mean: see `resample`.
 
-    None for fewer than two problems or groups, which say nothing about others.
+    The interval of one run covers other test problems, not other training seeds. That of several
+    runs covers both, though a handful of seeds makes it too narrow. Fewer than two problems or
+    groups tell nothing about others: then it is None.
     """
-    if len(set(range(np.shape(scores)[-1]) if groups is None else groups)) < 2:
+    if groups is None:
+        groups = range(np.shape(scores)[-1])
+    if len(set(groups)) < 2:
         return None
     low, high = np.percentile(resample(scores, groups, seed, draws), [2.5, 97.5])
     return float(low), float(high)
 
 
 def names(task, ids):
-    """The groups that problems are drawn in: nano asks of each name several times; elsewhere each
-    stands alone.
-    """
-    return [i.rpartition("-")[0] if task.partition("/")[0] == "nano" else i for i in ids]
+    """Returns the group of each problem, for `resample`.
 
-
-def answer_rows(problems, samples, verdicts):
-    """The lines of evals/STEP-SPLIT.jsonl: k samples of each problem and their verdicts, both in
-    order of the problems.
+    nano has several problems about each name, which form a group. Elsewhere each is its own.
     """
-    k = len(verdicts) // len(problems)
-    for i, (s, v) in enumerate(zip((s for group in samples for s in group), verdicts, strict=True)):
-        rate = (
-            {}
-            if v.test_pass_rate is None
-            else {"test_pass_rate": v.test_pass_rate, "status": v.status}
-        )
-        yield {
-            "problem": problems[i // k].id,
-            "sample": i % k,
-            "answer": v.answer,
-            "reward": v.reward,
-            **rate,
-            "tokens": len(s.ids),
-            "text": s.text,
-        }
+    if task.partition("/")[0] == "nano":
+        return [id.rpartition("-")[0] for id in ids]
+    return list(ids)
 
 
 class Answers(NamedTuple):
-    """What was answered to P problems, k times each: ids (P,), rewards, answers and tokens (P,
-    k).
-    """
+    """Holds the answers to P problems, k samples each."""
 
-    ids: list
-    rewards: np.ndarray
-    answers: list
-    tokens: np.ndarray
+    ids: list  # (P,)
+    rewards: np.ndarray  # (P, k)
+    answers: list  # (P, k)
+    tokens: np.ndarray  # (P, k)
 
     @classmethod
     def of(cls, rows, path=""):
-        """Of the rows of a file, which a ValueError names if it was cut: then its last problem has
-        fewer samples.
+        """Makes it of the rows of a file.
+
+        Raises ValueError, which names the file, if problems have different numbers of samples. The
+        last problem of a file that was cut has fewer.
         """
         groups = {}
         for row in rows:
             groups.setdefault(row["problem"], []).append(row)
-        if len(sizes := sorted(set(map(len, groups.values())))) != 1:
-            raise ValueError(
-                f"{path} is not whole: its problems have {' or '.join(map(str, sizes)) or 'no'}"
-                " samples each"
-            )
-        table = {
-            key: [[row[key] for row in group] for group in groups.values()]
-            for key in ("reward", "answer", "tokens")
-        }
-        return cls(
-            list(groups), np.array(table["reward"]), table["answer"], np.array(table["tokens"])
-        )
+        sizes = sorted({len(group) for group in groups.values()})
+        if len(sizes) != 1:
+            counts = " or ".join(map(str, sizes)) or "no"
+            raise ValueError(f"{path} is not whole: its problems have {counts} samples each")
+
+        def column(key):
+            return [[row[key] for row in group] for group in groups.values()]
+
+        rewards, tokens = np.array(column("reward")), np.array(column("tokens"))
+        return cls(list(groups), rewards, column("answer"), tokens)
 
     def estimates(self, task) -> dict:
-        """What a line of metrics.jsonl says of them."""
+        """Returns the estimates of a line of metrics.jsonl."""
         return {
             "avg_at_k": avg_at_k(self.rewards),
             "k": self.rewards.shape[1],
@@ -269,8 +232,9 @@ class Answers(NamedTuple):
 
 
 def some_of(problems, limit) -> list:
-    """At most `limit` of the problems (0: all of them), the same ones at every step of every
-    run.
+    """Returns at most `limit` of the problems, the same ones at every step of every run.
+
+    limit: 0 for all of them.
     """
     if 0 < limit < len(problems):
         return random.Random("evaluate").sample(problems, limit)
@@ -278,35 +242,39 @@ def some_of(problems, limit) -> list:
 
 
 def evaluate(sampler, problems, cfg, split="test", texts=None) -> list[dict]:
-    """Answers problems eval_k times each; the rows of evals/STEP-SPLIT.jsonl, on every rank.
+    """Answers problems eval_k times each; returns the rows of evals/STEP-SPLIT.jsonl on every rank.
 
-    texts: what the problems ask, where that is not their plain prompt.
+    texts: the prompts of the problems, if they are not their plain ones.
     """
-    samples = sampler.answer(
-        problems, cfg.eval_k, split, cfg.eval_temperature, cfg.eval_top_p, texts
-    )
-    judged = verdicts(problems, samples, cfg)
-    return list(answer_rows(problems, samples, [verdict for *_, verdict in judged]))
+    sampling = cfg.eval_temperature, cfg.eval_top_p
+    samples = sampler.answer(problems, cfg.eval_k, split, *sampling, texts)
+    rows = []
+    for i, (problem, sample, verdict) in enumerate(verdicts(problems, samples, cfg)):
+        row = {"problem": problem.id, "sample": i % cfg.eval_k}
+        row |= {"answer": verdict.answer, "reward": verdict.reward}
+        if verdict.test_pass_rate is not None:
+            row |= {"test_pass_rate": verdict.test_pass_rate, "status": verdict.status}
+        rows.append(row | {"tokens": len(sample.ids), "text": sample.text})
+    return rows
 
 
 def verdicts(problems, samples, cfg) -> list:
-    """(problem, sample, verdict) of each sample; each rank judges its share, so that no program
-    runs twice and all agree.
+    """Returns (problem, sample, verdict) of each sample, on every rank.
 
-    Raises RunError where a verifier raises ValueError.
+    Each rank judges its share, so that no program runs twice and all ranks agree.
+    Raises RunError if a verifier raises ValueError.
     """
-    pairs = [
-        (problem, sample)
-        for problem, group in zip(problems, samples, strict=True)
-        for sample in group
-    ]
-    own = pairs[rank() :: world()]
+    pairs = []
+    for problem, group in zip(problems, samples, strict=True):
+        pairs += [(problem, sample) for sample in group]
+    share = pairs[rank() :: world()]
+    texts = [sample.text for _, sample in share]
     try:
-        judged = verify_all([p for p, _ in own], [s.text for _, s in own], cfg.mcq == "lenient")
+        judged = verify_all([problem for problem, _ in share], texts, cfg.mcq == "lenient")
     except ValueError as error:
         raise RunError(str(error)) from error
     parts = gather(judged)
-    return [(p, s, parts[i % world()][i // world()]) for i, (p, s) in enumerate(pairs)]
+    return [(*pair, parts[i % world()][i // world()]) for i, pair in enumerate(pairs)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,11 +283,10 @@ def verdicts(problems, samples, cfg) -> list:
 
 
 def answer_task(argv, parse_flags):
-    """Answers the test problems of a task, n times each, into OUT/NAME/evals/0-test.jsonl; goes on
-    where it stopped.
+    """Answers the test problems of a task, n times each, into OUT/NAME/evals/0-test.jsonl.
 
-    On several ranks each answers and judges its share. Rank 0 alone reads, writes and speaks.
-    parse_flags: that of pmd.py.
+    The same command goes on with the problems that are left. Each rank answers and judges its
+    share. Rank 0 alone reads, writes and prints. parse_flags: that of pmd.py.
     """
     parser = argparse.ArgumentParser(
         prog="python eval.py",
@@ -345,21 +312,18 @@ def answer_task(argv, parse_flags):
     )
     args, rest = parser.parse_known_args(argv)
     cfg = parse_flags(["--model", args.model, *rest])
+    parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
+    name = cfg.name or "-".join(parts).replace("/", "-")
     quiet_libraries()
     ranks = count_ranks(cfg)
     with ranks_around(cfg) as restarts:
         check_name(cfg)
         check_numbers(cfg)  # batch_size too, which is another one below
         asked = replace(cfg, batch_size=ranks, name="", resume=False)
+        quiet = restarts or rank() > 0
         reads = cfg.max_reprompt if args.memory else 0
-        task, tokenizer = check(asked, None, quiet=restarts or rank() > 0, ranks=ranks, reads=reads)
-    parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
-    cfg = replace(
-        cfg,
-        method="eval",
-        memory_from=args.memory,
-        name=cfg.name or "-".join(parts).replace("/", "-"),
-    )
+        task, tokenizer = check(asked, None, quiet, ranks, reads=reads)
+    cfg = replace(cfg, method="eval", memory_from=args.memory, name=name)
     try:
         answer(cfg, replace(task, train=[], dev=[]), tokenizer)
     except Exception as error:
@@ -370,97 +334,83 @@ def answer_task(argv, parse_flags):
 
 
 def answer(cfg, task, tokenizer):
-    """The work of `answer_task`, after its checks. cfg: its method is eval, and memory_from the
-    memory.db that is read.
+    """Answers the test problems that are left, and prints the estimates of all.
+
+    cfg: its method is eval, and its memory_from the path of --memory.
     """
     first = rank() == 0
     folder = Path(cfg.out) / cfg.name
     path = folder / "evals" / "0-test.jsonl"
-    problems, rows, memory = some_of(task.test, cfg.eval_problems), [], None
+    problems = some_of(task.test, cfg.eval_problems)
+    rows, memory = [], None
     refusal = broadcast(claim(folder, resume=True) if first else "")
     if refusal:
         raise ValueError(refusal)
     if first:
-        refuse_other_flags(folder, cfg, task, tokenizer)
+        refuse_other_flags(folder, cfg)
+        refuse_other_problems(folder, task, tokenizer)
+        write_origin(folder, cfg, task, tokenizer)
         memory = lent_memory(cfg)
         rows = whole_problems(path, cfg)
     done = broadcast({row["problem"] for row in rows})
+    left = [problem for problem in problems if problem.id not in done]
     if first:
-        print(task.card, end="\n" if task.card else "")
-        print(
-            f"{task.name} with {cfg.model}: {len(problems)} problems, {len(done)} of them done"
-            f" before; {path}"
-        )
+        size = f"{len(problems)} problems, {len(done)} of them done before"
         overlap = memory.overlap(problems) if memory else ""
-        print(overlap, end="\n" if overlap else "")
-    left = [p for p in problems if p.id not in done]
+        sentences = [task.card, f"{task.name} with {cfg.model}: {size}; {path}", overlap]
+        print("\n".join(filter(None, sentences)))
     if left:
         sampler = make_sampler(shard(load_policy(cfg), cfg), tokenizer, cfg)
         sampler.wake()
-    bar = tqdm(
-        total=len(problems),
-        initial=len(done),
-        unit="problem",
-        disable=not first or None,
-        dynamic_ncols=True,
-    )
-    with bar:
+    bar = {"total": len(problems), "initial": len(done), "unit": "problem", "dynamic_ncols": True}
+    with tqdm(**bar, disable=not first or None) as progress:
         for i in range(0, len(left), cfg.batch_size):
-            batch, texts = left[i : i + cfg.batch_size], None
-            if memory:
-                contexts = memory.inference_contexts(batch, cfg.tiers.split(","))
-                texts = [
-                    reprompt(p, c, tokenizer, cfg) for p, c in zip(batch, contexts, strict=True)
-                ]
-            new = evaluate(sampler, batch, cfg, texts=broadcast(texts))
+            batch = left[i : i + cfg.batch_size]
+            texts = broadcast(prompts_with(memory, batch, tokenizer, cfg))
+            answered = evaluate(sampler, batch, cfg, texts=texts)
             if first:
-                for row in new:
+                for row in answered:
                     append(path, row)
-                rows += new
-            bar.update(len(batch))
+                rows += answered
+            progress.update(len(batch))
     if first:
-        found = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
-        write_lines(folder / "metrics.jsonl", [found])
-        print(evaluated(task.name, found))
+        row = {"step": 0, "split": "test", "mcq": cfg.mcq, **Answers.of(rows).estimates(cfg.task)}
+        write_lines(folder / "metrics.jsonl", [row])
+        print(evaluated(task.name, row))
         release(folder)
     end_ranks()
 
 
-def refuse_other_flags(folder, cfg, task, tokenizer):
-    """Raises ValueError where an evaluation in `folder` was begun with other flags or problems;
-    else notes these.
-    """
-    if (folder / "config.json").exists():
-        cure = "remove it, and the same command writes it anew without comparing its flags"
-        refuse_changes(read_json(folder / "config.json", cure), cfg)
-        refuse_other_problems(folder, task, tokenizer)
-    write(folder / "config.json", json.dumps(asdict(cfg), indent=1))
-    write(folder / "problems.json", json.dumps(fingerprint(task, tokenizer), indent=1))
-
-
 def lent_memory(cfg) -> Memory | None:
-    """The memory that --memory names. Raises ValueError where it is empty."""
-    if not cfg.memory_from:
+    """Opens the memory that --memory names.
+
+    Raises ValueError if it is empty.
+    """
+    path = cfg.memory_from
+    if not path:
         return None
-    memory = Memory(
-        cfg.memory_from,
-        make_embedder(cfg),
-        None,
-        embedder=cfg.embedder,
-        mode="frozen",
-        retrieve_k=cfg.retrieve_k,
-    )
+    options = {"embedder": cfg.embedder, "mode": "frozen", "retrieve_k": cfg.retrieve_k}
+    memory = Memory(path, make_embedder(cfg), None, **options)
     if not any(memory.sizes().values()):
         raise ValueError(
-            f"--memory {cfg.memory_from} holds nothing; name the memory.db of another run, or leave"
-            " it out"
+            f"--memory {path} holds nothing; name the memory.db of another run, or leave it out"
         )
     return memory
 
 
+def prompts_with(memory, problems, tokenizer, cfg) -> list[str] | None:
+    """Writes the prompts of problems with what a memory holds for them; None without a memory."""
+    if not memory:
+        return None
+    contexts = memory.inference_contexts(problems, cfg.tiers.split(","))
+    pairs = zip(problems, contexts, strict=True)
+    return [reprompt(problem, context, tokenizer, cfg) for problem, context in pairs]
+
+
 def whole_problems(path, cfg) -> list[dict]:
-    """The rows that an earlier process left, without those of a problem that it was stopped
-    within.
+    """Returns the rows that an earlier process left, of problems with all of their samples.
+
+    The other rows are taken out of the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_lines(path) if path.exists() else []
@@ -470,33 +420,34 @@ def whole_problems(path, cfg) -> list[dict]:
     return rows
 
 
+def look_at_runs(argv):
+    """Prints the tables of runs (`compare`), or draws their figures (`figures`)."""
+    from tools import figures, report  # pandas takes a second to import
+
+    command, *rest = argv
+    parser = argparse.ArgumentParser(prog=f"python eval.py {command}")
+    runs = "a run's folder, or that of an evaluation"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
+    out = "for figures: the folder of pictures and data"
+    parser.add_argument("--out", default="figures", help=out)
+    args = parser.parse_args(rest)
+    if command == "compare":
+        print(report.compare(args.runs))
+    else:
+        print(figures.draw_figures(args.runs, args.out))
+
+
 def main(parse_flags, argv=None):
-    """The command line. parse_flags: that of pmd.py, which imports this file."""
+    """Runs the command line. parse_flags: that of pmd.py, which imports this file."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] in (["compare"], ["figures"]):
-            from tools import report  # pandas takes a second to import
-
-            parser = argparse.ArgumentParser(prog=f"python eval.py {argv[0]}")
-            parser.add_argument(
-                "runs", nargs="+", metavar="RUN", help="a run's folder, or that of an evaluation"
-            )
-            parser.add_argument(
-                "--out", default="figures", help="for figures: the folder of pictures and data"
-            )
-            args = parser.parse_args(argv[1:])
-            print(
-                report.compare(args.runs)
-                if argv[0] == "compare"
-                else report.figures(args.runs, args.out)
-            )
+            look_at_runs(argv)
         else:
             answer_task(argv, parse_flags)
     except KeyboardInterrupt:
-        print(
-            "eval.py: interrupted; the same command goes on with the problems that are left",
-            file=sys.stderr,
-        )
+        again = "the same command goes on with the problems that are left"
+        print(f"eval.py: interrupted; {again}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")

@@ -36,8 +36,8 @@ what a loss costs.
 
 Shapes: N tokens, H hidden width, V vocabulary, K top-k, n rows of a tile. Divergences and entropies
 are in nats. Where a head is sharded, call a loss within the forward pass of the module that holds
-the head, as `ranks.forward` does. Read `oracle` first, then `distill_loss`, `_distill_tile`,
-`_sum_over_chunks`, `_fill`.
+the head, as `ranks.forward` does. Read `oracle` first, then `distill_loss`, `_distillation`,
+`_run_tile`, `_sum_over_chunks`, `_fill`.
 
 This file imports torch only. It has no version attribute, because transformers probes for an
 unrelated package that is also called `kernels`.
@@ -112,7 +112,7 @@ def oracle(student_logits, teacher_logits, alpha, top_k=None):
     )
     _check_divergence(alpha, top_k, student.shape[-1])
     if top_k not in (None, student.shape[-1]):
-        index = student.topk(top_k, dim=-1).indices  # (N, K)
+        index = student.topk(top_k).indices  # (N, K)
         student = _buckets(student, index)  # (N, K + 1)
         teacher = _buckets(teacher, index)  # (N, K + 1)
     log_p = student.log_softmax(-1)
@@ -132,11 +132,7 @@ def _kl(log_a, log_b):
 def _buckets(logits, index):
     """Reduces logits or log-probabilities (n, V) to index (n, K) and a tail: (n, K + 1)."""
     tail = logits.scatter(-1, index, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, index), tail], dim=-1)
-
-
-def _entropy(log_p):
-    return -(log_p.exp() * log_p).sum(-1)
+    return torch.cat([logits.gather(-1, index), tail], -1)
 
 
 def logprobs_of(log_p, token_ids):
@@ -156,7 +152,6 @@ def distill_loss(
     old_logprobs=None,
     is_clip=None,
     chunk_size=None,
-    memory_budget=MEMORY_BUDGET,
 ):
     """Sums the weighted divergences of tokens from student to teacher (PMD Eq. 7, Table 11).
 
@@ -173,8 +168,8 @@ def distill_loss(
     alpha in [0, 1], top_k in [1, V] or None for the full divergence: see the top of this file.
     old_logprobs (N,): log p_old(y), in nats. None makes the ratio 1.
     is_clip: the upper bound of the ratio, above 0, or None.
-    chunk_size: rows of a chunk. None takes as many as fit memory_budget (bytes), at most 1024.
-        Neither changes the result.
+    chunk_size: rows of a chunk, which change no result. None takes LARGEST_CHUNK rows, or fewer
+        where their logits exceed MEMORY_BUDGET.
 
     Returns Distilled. A non-finite loss is returned as it is.
     Raises ValueError if shapes, vocabularies, dtypes or strides do not fit, or if a value or token
@@ -186,45 +181,43 @@ def distill_loss(
         "student_": (student_hidden, student_head),
         "teacher_": (teacher_hidden, teacher_head),
     }
-    per_token = {"token_ids": token_ids, "weights": weights, "old_logprobs": old_logprobs}
-    tile = functools.partial(_distill_tile, alpha=alpha, top_k=top_k, is_clip=is_clip)
-    return Distilled(*_sum_over_chunks(tile, pairs, per_token, chunk_size, memory_budget))
+    formula = functools.partial(
+        _distillation, alpha=alpha, top_k=top_k, ratio_limit=is_clip or math.inf
+    )
+    results = _sum_over_chunks(
+        formula, pairs, chunk_size, token_ids=token_ids, weights=weights, old_logprobs=old_logprobs
+    )
+    return Distilled(*results)
 
 
-def _distill_tile(logits, token_ids, weights, alpha, top_k, is_clip, old_logprobs=None):
-    """Replaces the student's logits (n, V) by the gradient of the terms' sum.
-
-    logits: the student's, then the teacher's. The others: as in `distill_loss`.
-
-    Returns the terms of the loss, then Distilled's others: (5, n).
-    """
-    log_p, log_q = (tile.to(weights.dtype).log_softmax(-1) for tile in logits)  # (n, V)
+def _distillation(
+    p, log_p, log_q, token_ids, weights, alpha, top_k, ratio_limit, old_logprobs=None
+):
+    """Computes the weighted divergence and its gradient in closed form, for `_run_tile`."""
     if top_k in (None, log_p.shape[-1]):
-        divergence, gradient = _divergence_and_gradient(log_p, log_q, alpha)  # (n,), (n, V)
+        divergence, gradient = _divergence_and_gradient(p, log_p, log_q, alpha)
     else:
-        index = logits[0].topk(top_k, dim=-1).indices  # (n, K)
+        index = log_p.topk(top_k).indices  # (n, K)
         buckets = _buckets(log_p, index)  # (n, K + 1)
-        teacher_buckets = _buckets(log_q, index)  # (n, K + 1)
-        divergence, of_buckets = _divergence_and_gradient(buckets, teacher_buckets, alpha)
+        divergence, of_buckets = _divergence_and_gradient(
+            buckets.exp(), buckets, _buckets(log_q, index), alpha
+        )
         # p_i / p_tail is at most 1 in the tail. The entries of the top-k are replaced.
         share = (log_p - buckets[:, -1:]).exp()
         gradient = (share * of_buckets[:, -1:]).scatter(-1, index, of_buckets[:, :-1])
-    logprobs = logprobs_of(log_p, token_ids)
     if old_logprobs is not None:
-        ratio = (logprobs - old_logprobs).exp()
-        weights = weights * (ratio if is_clip is None else ratio.clamp(max=is_clip))
-    logits[0].copy_(weights[:, None] * gradient)
-    terms = weights * divergence
-    return torch.stack([terms, divergence, logprobs, _entropy(log_p), _entropy(log_q)])
+        ratio = (logprobs_of(log_p, token_ids) - old_logprobs).exp()
+        weights = weights * ratio.clamp(max=ratio_limit)
+    teacher_entropy = -(log_q.exp() * log_q).sum(-1)
+    return weights * divergence, weights[:, None] * gradient, divergence, teacher_entropy
 
 
-def _divergence_and_gradient(log_p, log_q, alpha):
-    """Computes D (n,) and dD/dz (n, B) from log-probabilities (n, B) over B tokens or buckets.
+def _divergence_and_gradient(p, log_p, log_q, alpha):
+    """Computes D (n,) and dD/dz (n, B) from probabilities (n, B) over B tokens or buckets.
 
     Probabilities multiply differences of logarithms, never their infinite ratio. So an underflow
     gives 0.
     """
-    p = log_p.exp()
     if alpha == 0:
         return _kl(log_q, log_p), p - log_q.exp()
     if alpha == 1:
@@ -278,34 +271,31 @@ def chunked_loss(
     pairs = {"": (hidden, head)}
     for i, teacher in enumerate(teachers):
         pairs[f"teacher {i} "] = teacher
-    per_token = {"token_ids": token_ids, "weights": weights, **per_token}
-    tile = functools.partial(_autograd_tile, token_loss)
-    results = _sum_over_chunks(tile, pairs, per_token, chunk_size)
+    formula = functools.partial(_by_autograd, token_loss)
+    results = _sum_over_chunks(
+        formula, pairs, chunk_size, token_ids=token_ids, weights=weights, **per_token
+    )
     return TokenLoss(*results[:4], results[4:])
 
 
-def _autograd_tile(token_loss, logits, token_ids, weights, **per_token):
-    """Does as `_distill_tile`, and returns TokenLoss's others: (4 or more, n)."""
-    log_p, *log_q = (tile.to(weights.dtype).log_softmax(-1) for tile in logits)  # (n, V)
+def _by_autograd(token_loss, p, log_p, /, *log_q, token_ids, weights, **per_token):
+    """Computes the weighted token_loss and its gradient by autograd, for `_run_tile`."""
 
     def weighted_sum(log_p):
         outputs = token_loss(log_p, *log_q, token_ids=token_ids, **per_token)
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
         for output in outputs:
-            shape = tuple(output.shape)
             _require(
-                shape == weights.shape,
-                f"token_loss returned shape {shape}, but must return {tuple(weights.shape)}.",
+                output.shape == weights.shape,
+                f"token_loss returned shape {tuple(output.shape)}, "
+                f"but must return {tuple(weights.shape)}.",
             )
         return (weights * outputs[0]).sum(), outputs
 
     gradient, (losses, *others) = torch.func.grad(weighted_sum, has_aux=True)(log_p)
-    p = log_p.exp()
-    logits[0].copy_(gradient - p * gradient.sum(-1, keepdim=True))  # through log_softmax
-    entropy = -(p * log_p).sum(-1)
-    logprobs = logprobs_of(log_p, token_ids)
-    return torch.stack([weights * losses, losses, logprobs, entropy, *others])
+    gradient = gradient - p * gradient.sum(-1, keepdim=True)  # through log_softmax
+    return weights * losses, gradient, losses, *others
 
 
 def policy_loss(
@@ -342,11 +332,17 @@ def policy_loss(
         f"clip_low is {clip_low} and clip_high is {clip_high}, but both must be at least 0.",
     )
     _require(clip_dual is None or clip_dual > 1, f"clip_dual is {clip_dual}, but must be above 1.")
-    dual = math.inf if clip_dual is None else clip_dual
+    dual = clip_dual or math.inf
     token_loss = functools.partial(_surrogate, low=1 - clip_low, high=1 + clip_high, dual=dual)
-    per_token = {"advantages": advantages, "old_logprobs": old_logprobs}
     loss, _, logprobs, entropy, outputs = chunked_loss(
-        token_loss, hidden, head, token_ids, weights, chunk_size=chunk_size, **per_token
+        token_loss,
+        hidden,
+        head,
+        token_ids,
+        weights,
+        chunk_size=chunk_size,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
     )
     return PolicyLoss(loss, logprobs, entropy, *outputs)
 
@@ -358,11 +354,12 @@ def _surrogate(log_p, token_ids, advantages, low, high, dual, old_logprobs=None)
     dual clip bounds r there from above, too. Bounds on r keep an infinite r from an A of 0.
     """
     logprobs = logprobs_of(log_p, token_ids)
-    log_ratio = logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)
+    if old_logprobs is None:
+        old_logprobs = logprobs.detach()
+    log_ratio = logprobs - old_logprobs
     ratio = log_ratio.detach().exp()
-    rewarded = advantages >= 0
-    clipped = torch.where(rewarded, ratio > high, (ratio < low) | (ratio > dual))
-    bounded = torch.where(rewarded, ratio.clamp(max=high), ratio.clamp(low, dual))
+    bounded = torch.where(advantages < 0, ratio.clamp(low, dual), ratio.clamp(max=high))
+    clipped = bounded != ratio
     # The 0 keeps an infinite ratio out of the backward pass, where 0 times infinity is NaN.
     free = torch.where(clipped, 0, log_ratio).exp()
     losses = -torch.where(clipped, bounded, free) * advantages
@@ -378,122 +375,140 @@ def score(hidden, head, token_ids, chunk_size=None):
     Returns float32, or float64 for float64 inputs.
     Raises ValueError as `distill_loss`.
     """
-    per_token = {"token_ids": token_ids, "weights": torch.ones_like(token_ids)}
-    return _sum_over_chunks(_score_tile, {"": (hidden, head)}, per_token, chunk_size)[1]
+    pairs = {"": (hidden, head)}
+    weights = torch.ones_like(token_ids)
+    _, logprobs = _sum_over_chunks(None, pairs, chunk_size, token_ids=token_ids, weights=weights)
+    return logprobs
 
 
-def _score_tile(logits, token_ids, weights):
-    student = logits[0].to(weights.dtype)
-    logprobs = logprobs_of(student, token_ids) - student.logsumexp(-1)
-    return torch.stack([weights * logprobs, logprobs])
+def _sum_over_chunks(formula, pairs, chunk_size, /, **per_token):
+    """Sums a formula's terms over the rows whose weight is not 0, and forms their gradient.
 
+    formula: as in `_run_tile`.
+    pairs: (hidden, head) of the student, then of each teacher, by the prefix of their names.
+    per_token: token_ids, weights and whatever else the formula takes, (N,) each. Only old_logprobs
+        may be None.
 
-def _sum_over_chunks(tile_function, pairs, per_token, chunk_size, memory_budget=MEMORY_BUDGET):
-    """Sums the terms of tile_function over the rows whose weight is not 0.
-
-    tile_function(logits, **per_token): sees a few rows. logits are the student's (n, V), then each
-        teacher's. It returns the terms of the loss, then its outputs: (1 or more, n). It may leave
-        the gradient of the terms' sum in the student's logits.
-    pairs: (hidden, head) of the student, then of each teacher, by what precedes their names.
-    per_token: token_ids, weights and what else tile_function takes, (N,) or None each.
-
-    Returns the loss (), then the outputs, (N,) each.
+    Returns the loss (), then each output of `_run_tile` but the terms, (N,).
+    Raises ValueError as `distill_loss`.
     """
     _check(pairs, per_token)
-    student, *_ = pairs.values()
-    vocabulary = len(student[1])
-    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
-    row_bytes = max(2, len(pairs)) * vocabulary * dtype.itemsize
+    hidden, head = next(iter(pairs.values()))
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if chunk_size is None:
+        row_bytes = max(2, len(pairs)) * len(head) * dtype.itemsize
+        chunk_size = min(LARGEST_CHUNK, max(1, MEMORY_BUDGET // row_bytes))
     _require(
-        chunk_size is None or isinstance(chunk_size, int) and chunk_size >= 1,
+        isinstance(chunk_size, int) and chunk_size >= 1,
         f"chunk_size is {chunk_size}, but must be a whole number, at least 1.",
     )
-    _require(
-        chunk_size is not None or memory_budget >= row_bytes,
-        f"memory_budget is {memory_budget} bytes, "
-        f"but one row of a vocabulary of {vocabulary} needs {row_bytes}.",
-    )
-    chunk_size = chunk_size or min(LARGEST_CHUNK, int(memory_budget // row_bytes))
-    weights = per_token["weights"].to(dtype)
-    live = weights.nonzero().squeeze(-1)
+    per_token["weights"] = per_token["weights"].to(dtype)
+    live = per_token["weights"].nonzero().squeeze(-1)
     if len(live):  # only now, because padding may carry any id
-        low, high = (int(end) for end in per_token["token_ids"][live].aminmax())
+        low, high = per_token["token_ids"][live].aminmax()
         _require(
-            0 <= low and high < vocabulary,
-            f"token_ids holds ids from {low} to {high}, but the vocabulary has {vocabulary}.",
+            0 <= low and high < len(head),
+            f"token_ids holds ids from {low} to {high}, but the vocabulary has {len(head)}.",
         )
-    learns = torch.is_grad_enabled()
-    gradients = [
-        torch.zeros_like(x, dtype=dtype) if learns and x.requires_grad else None for x in student
-    ]
-    per_token = per_token | {"weights": weights}
-    outputs = _fill(gradients, tile_function, pairs.values(), per_token, live, chunk_size)
+    gradients = [None, None]
+    for i, tensor in enumerate((hidden, head)):
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            gradients[i] = torch.zeros_like(tensor, dtype=dtype)
+    outputs = _fill(*gradients, formula, pairs.values(), chunk_size, live, per_token)
     loss = outputs[0, live].sum()
-    return _Formed.apply(*student, loss, *gradients), *outputs[1:]
+    return _Formed.apply(hidden, head, loss, *gradients), *outputs[1:]
 
 
 @torch.no_grad()
-def _fill(gradients, tile_function, pairs, per_token, live, chunk_size):
-    """Runs tile_function over the live rows and fills gradients in.
+def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_token):
+    """Runs a formula over the live rows, chunk by chunk, and adds to the gradients.
 
-    gradients: of the student's hidden (N, H) and head (V, H), zeros, or None where it needs none.
+    hidden_gradient (N, H), head_gradient (V, H): zeros, or None where no gradient is needed.
     live: the indices of the rows. The others: as in `_sum_over_chunks`.
 
-    Returns what tile_function returns, (1 or more, N), and 0 in the other rows.
+    Returns the outputs of `_run_tile`, (2 or more, N), with 0 in the other rows.
     """
     dtype = per_token["weights"].dtype
     cast = functools.cache(_under_autocast)  # one copy of a head that several teachers share
     pairs = [(cast(hidden), cast(head)) for hidden, head in pairs]
     hidden, head = pairs[0]
-    hidden_gradient, head_gradient = gradients
-    units = torch.get_num_threads() if head.device.type == "cpu" else 512
-    tile = min(chunk_size, max(1, TILE * units // len(head)))  # rows
+    processors = 512
+    if head.device.type == "cpu":
+        processors = torch.get_num_threads()
+    tile = min(chunk_size, max(1, TILE * processors // len(head)))  # rows
     chunk_size = min(chunk_size, max(1, len(live)))
     run = _run_tile
     if len(live) * len(head) >= COMPILE_FROM:
-        run = _compiler(head.device)
+        run = _compiler()
     else:
         tile = min(tile, chunk_size)
 
-    def of_live_rows(tensor):  # with a tile more, so that each tile is whole and no shape changes
-        tensor = torch.nn.functional.pad(tensor[live], (0, tile))
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    def of_rows(tensor, rows):  # padded to a whole tile, because a new shape compiles anew
+        tensor = torch.nn.functional.pad(tensor[rows], (0, tile - len(rows)))
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        return tensor
 
-    per_token = {name: of_live_rows(x) for name, x in per_token.items() if x is not None}
-    room = math.ceil(chunk_size / tile) * tile
-    buffers = [states.new_empty(room, len(head)) for states, _ in pairs]
+    whole_tiles = math.ceil(chunk_size / tile) * tile  # rows
+    buffers = [states.new_empty(whole_tiles, len(head)) for states, _ in pairs]
     outputs = None
-    for start in range(0, max(1, len(live)), chunk_size):  # once without rows, to count the outputs
-        rows = live[start : start + chunk_size]
+    for chunk in live.split(chunk_size):  # without live rows, one empty chunk gives the outputs
         for (states, weight), logits in zip(pairs, buffers, strict=True):
-            torch.mm(states[rows], weight.T, out=logits[: len(rows)])
-        for i in range(0, max(1, len(rows)), tile):
-            logits = [buffer[i : i + tile] for buffer in buffers]
-            of_tile = {name: x.narrow(0, start + i, tile) for name, x in per_token.items()}
-            result = run(tile_function, logits, of_tile)
+            torch.mm(states[chunk], weight.T, out=logits[: len(chunk)])
+        for start in range(0, max(1, len(chunk)), tile):
+            rows = chunk[start : start + tile]
+            logits = [buffer[start : start + tile] for buffer in buffers]
+            of_tile = {name: of_rows(x, rows) for name, x in per_token.items() if x is not None}
+            result = run(formula, logits, **of_tile)
             if outputs is None:  # one tensor: small ones between large ones fragment the heap
                 outputs = result.new_zeros(len(result), len(hidden))
-            written = rows[i : i + tile]
-            outputs[:, written] = result[:, : len(written)]
-        gradient = buffers[0][: len(rows)]
+            outputs[:, rows] = result[:, : len(rows)]
+        gradient = buffers[0][: len(chunk)]
         if hidden_gradient is not None:
-            hidden_gradient[rows] = (gradient @ head).to(dtype)
+            hidden_gradient[chunk] = (gradient @ head).to(dtype)
         if head_gradient is not None and head.dtype == dtype:
-            head_gradient.addmm_(gradient.T, hidden[rows])
+            head_gradient.addmm_(gradient.T, hidden[chunk])
         elif head_gradient is not None:
-            head_gradient += gradient.T @ hidden[rows]
+            head_gradient += gradient.T @ hidden[chunk]
     return outputs
 
 
-def _run_tile(tile_function, logits, per_token):
-    return tile_function(logits, **per_token)
+def _run_tile(formula, logits, /, token_ids, weights, **per_token):
+    """Replaces the student's logits (n, V) by the gradient of the sum of a formula's terms.
+
+    formula(p, *log_probabilities, token_ids, weights, ...): takes the student's probabilities
+        (n, V), and the log-probabilities (n, V) of the student and of each teacher. It returns the
+        terms (n,), their gradient (n, V) with respect to the student's logits, the losses without
+        weight (n,), and further outputs (n,). None asks for log-probabilities only.
+
+    Returns the terms, the losses, the student's log-probabilities and entropies, and the further
+    outputs: (4 or more, n). Without formula it returns the log-probabilities twice: (2, n).
+    """
+    if formula is None:
+        student = logits[0].to(weights.dtype)
+        logprobs = logprobs_of(student, token_ids) - student.logsumexp(-1)
+        return torch.stack([logprobs, logprobs])
+    log_p, *log_q = (tile.log_softmax(-1, weights.dtype) for tile in logits)  # (n, V)
+    p = log_p.exp()
+    terms, gradient, losses, *others = formula(
+        p, log_p, *log_q, token_ids=token_ids, weights=weights, **per_token
+    )
+    logits[0].copy_(gradient)
+    entropy = -(p * log_p).sum(-1)
+    return torch.stack([terms, losses, logprobs_of(log_p, token_ids), entropy, *others])
 
 
 def _under_autocast(tensor):
+    """Casts a tensor as autocast casts it for its products."""
+    return tensor.to(_product_dtype(tensor))
+
+
+def _product_dtype(tensor):
+    """Chooses the dtype of a tensor's products, which autocast may lower."""
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:  # which it never casts
-        return tensor.to(torch.get_autocast_dtype(kind))
-    return tensor
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
 
 
 class _Formed(torch.autograd.Function):
@@ -507,28 +522,29 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
-        # The product is still in float32. Autograd casts it to the dtype of the input.
-        scaled = (None if saved is None else scale * saved for saved in ctx.saved_tensors)
+        scaled = [None, None]
+        for i, gradient in enumerate(ctx.saved_tensors):
+            if gradient is not None:
+                scaled[i] = scale * gradient  # in float32. Autograd casts it as its input is
         return *scaled, None, None, None
 
 
 @functools.cache
-def _compiler(device):
-    """Returns a `_run_tile` that is compiled until compiling fails, which it warns of once."""
+def _compiler():
+    """Compiles `_run_tile`. Where that fails, it warns once and runs the tile uncompiled."""
     torch._dynamo.config.recompile_limit = 64  # torch 2.11's compile does not take it
     run = torch.compile(_run_tile, dynamic=False)
 
-    def run_compiled(*arguments):
+    def run_compiled(*arguments, **per_token):
         nonlocal run
         try:
-            return run(*arguments)
+            return run(*arguments, **per_token)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).splitlines()[0]
-            warnings.warn(
-                f"kernels.py runs its losses uncompiled, which is slower: {reason}", stacklevel=2
-            )
+            message = f"kernels.py runs its losses uncompiled, which is slower: {reason}"
+            warnings.warn(message, stacklevel=2)
             run = _run_tile
-            return run(*arguments)
+            return run(*arguments, **per_token)
 
     return run_compiled
 
@@ -547,22 +563,16 @@ def _check_divergence(alpha, top_k, vocabulary):
 
 
 def _check(pairs, per_token):
-    """Refuses tensors that do not fit together. pairs, per_token: as in `_sum_over_chunks`."""
+    """Raises ValueError if tensors do not fit together: pairs, per_token of `_sum_over_chunks`."""
     student, *_ = pairs
     rows, vocabulary = (len(tensor) for tensor in pairs[student])
     for role, (hidden, head) in pairs.items():
-        for name, tensor in ((f"{role}hidden", hidden), (f"{role}head", head)):
-            shape = tuple(tensor.shape)
-            _require(len(shape) == 2, f"{name} has shape {shape}, but must have 2 dimensions.")
-            _require(
-                tensor.is_floating_point(), f"{name} is {tensor.dtype}, but must be floating point."
-            )
-            _require(
-                tensor.is_contiguous(),
-                f"{name} of shape {shape} has strides {tensor.stride()}, "
-                "but must be contiguous; call .contiguous() on it.",
-            )
-        _require(len(head) > 0, f"{role}head has shape {shape}, but must have a vocabulary.")
+        _check_matrix(f"{role}hidden", hidden)
+        _check_matrix(f"{role}head", head)
+        _require(
+            len(head) > 0,
+            f"{role}head has shape {tuple(head.shape)}, but must have a vocabulary.",
+        )
         _require(
             len(head) == vocabulary,
             f"{role}head has a vocabulary of {len(head)}, "
@@ -572,24 +582,33 @@ def _check(pairs, per_token):
             len(hidden) == rows,
             f"{role}hidden has {len(hidden)} rows, but {student}hidden has {rows}.",
         )
-        width, head_width = hidden.shape[1], head.shape[1]
         _require(
-            width == head_width,
-            f"{role}hidden has width {width}, but {role}head has width {head_width}.",
+            hidden.shape[1] == head.shape[1],
+            f"{role}hidden has width {hidden.shape[1]}, but {role}head has width {head.shape[1]}.",
         )
-        cast = torch.is_autocast_enabled(hidden.device.type)
         _require(
-            hidden.dtype == head.dtype or cast and torch.float64 not in (hidden.dtype, head.dtype),
+            _product_dtype(hidden) == _product_dtype(head),
             f"{role}hidden is {hidden.dtype}, but {role}head is {head.dtype}.",
         )
     for name, tensor in per_token.items():
-        if isinstance(tensor, Tensor):
-            fits, found = tensor.shape == (rows,), f"has shape {tuple(tensor.shape)}"
-        else:
-            fits, found = tensor is None and name == "old_logprobs", f"is {tensor}"
-        _require(fits, f"{name} {found}, but {student}hidden has {rows} rows.")
+        mismatch = f"but {student}hidden has {rows} rows."
+        if name != "old_logprobs" or tensor is not None:
+            _require(isinstance(tensor, Tensor), f"{name} is {tensor}, {mismatch}")
+            _require(tensor.shape == (rows,), f"{name} has shape {tuple(tensor.shape)}, {mismatch}")
     dtype = per_token["token_ids"].dtype
     _require(
         not (dtype.is_floating_point or dtype == torch.bool),
         f"token_ids is {dtype}, but must be an integer type.",
+    )
+
+
+def _check_matrix(name, tensor):
+    """Raises ValueError if hidden states or a head are no contiguous matrix of numbers."""
+    shape = tuple(tensor.shape)
+    _require(len(shape) == 2, f"{name} has shape {shape}, but must have 2 dimensions.")
+    _require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, but must be floating point.")
+    _require(
+        tensor.is_contiguous(),
+        f"{name} of shape {shape} has strides {tensor.stride()}, "
+        "but must be contiguous; call .contiguous() on it.",
     )

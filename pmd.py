@@ -15,28 +15,28 @@ Shape letters: B rows of a micro-batch, T padded length, N completion tokens of 
 those of one completion, H hidden, V vocabulary, G group.
 
 Deviations from the paper
- 1. The divergence is over the full vocabulary and exact (Eq. 7); Table 11's top-k is `--top_k`.
- 2. The top-k's tail is a logsumexp over the logits outside it; SDPO's expm1 form is wrong where the
+ 1. The divergence is over the full vocabulary and exact (Eq. 7). Table 11's top-k is `--top_k`.
+ 2. The top-k's tail is a logsumexp over the logits outside it. SDPO's expm1 form is wrong where the
     student is confident.
- 3. A dev split is held out of train to select checkpoints on (`--dev 0` trains on all, as Table 10
-    does).
+ 3. A dev split is held out of train to select checkpoints on. `--dev 0` trains on all, as Table 10
+    does.
  4. Behaviors are written by the policy itself, not by GPT-5.4.
- 5. A rollout is supervised whenever its teacher prompt differs from its own (`--supervise all`; the
-    paper does not say).
- 6. Insights are written before the step goes on, not by a server that may lag behind (B.1), by the
-    policy of this step.
- 7. `--ground_insights` (on for nano, off elsewhere): reflection on one attempt at a time, an
-    insight must be contained in its evidence, a contradicting failure ends a strategy, a behavior
-    needs two supports. See memory.Memory.
- 8. A batch without a single supervised token takes no optimizer step (verl would step on Adam's
-    momentum alone).
- 9. nano embeds text by hashing its words; the paper uses Qwen3-Embedding-0.6B.
-10. LiveCodeBench's prompts, and SciKnowEval's system message where it comes from the Hub, are
-    published forms in our words.
-11. Recomputation of activations is on outside nano (`--no_gradient_checkpointing`): without it 8B
+ 5. A rollout is supervised whenever its teacher prompt differs from its own (`--supervise all`).
+    The paper does not say.
+ 6. The policy of a step writes its insights before the step goes on. The paper has a server that
+    may lag behind (B.1).
+ 7. `--ground_insights` is on for nano and off elsewhere. Reflection reads one attempt at a time.
+    An insight must be contained in its evidence. A contradicting failure ends a strategy. A
+    behavior needs two supports. See nano/grounded.py.
+ 8. A batch without a single supervised token takes no optimizer step. verl would step on Adam's
+    momentum alone.
+ 9. nano embeds text by hashing its words. The paper uses Qwen3-Embedding-0.6B.
+10. LiveCodeBench's prompts are published forms in our words. So is SciKnowEval's system message
+    where the data come from the Hub.
+11. Recomputation of activations is on outside nano (`--no_gradient_checkpointing`). Without it 8B
     does not fit on one node.
 12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the
-    mini-batch; Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
+    mini-batch. Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
     SDPO's code too.
 """
 

@@ -78,7 +78,7 @@ ASKING = {
     ),
 }
 LOAD = """import json, sys
-from eval import load_task
+from tasks import load_task
 task = load_task("livecodebench", dev=0, data=sys.argv[1], since="2000-01-01", until="3000-01-01")
 print(json.dumps([task.name, [p.extra for p in task.test]]))"""
 

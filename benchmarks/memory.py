@@ -346,51 +346,48 @@ def main():
         for memory, _ in stores.values():
             memory.close()
         full, empty = peak(Path(folder) / f"{len(sizes) - 1}.db"), peak(Path(folder) / "0.db")
-    times = {
-        key: seconds[2:] if len(seconds) > 10 else seconds for key, seconds in times.items()
-    }  # two to warm up
-    operations = list(dict.fromkeys(operation for _, operation in times))
+    # two to warm up
+    times = {key: spent[2:] if len(spent) > 10 else spent for key, spent in times.items()}
+    names = list(stores)
+    print_medians(times, names)
+    print_ratios(times, names, f"{sizes[-1]:,}", f"1,000 after {epochs} epochs")
+    abstract = "abstract, once an epoch"
+    few, many = (np.median(times[f"{n:,}", abstract]) / (n // BATCH) for n in (100, sizes[-1]))
+    print(
+        f"{abstract}, divided by the steps of an epoch, {sizes[-1]:,} over 100: {many / few:.2f}\n"
+        f"resident memory at its peak, {sizes[-1]:,} over 100 problems: {full - empty:+.0f} MB"
+        f" ({full:.0f}, {empty:.0f})   at most 200"
+    )
+
+
+def print_medians(times, names):
     print(
         f"\nmedian milliseconds, {BATCH} problems x {GROUP} rollouts, sqlite"
         f" {sqlite3.sqlite_version}"
     )
-    print(f"{'':28}" + "".join(f"{name:>22}" for name in stores))
-    for operation in operations:
+    print(f"{'':28}" + "".join(f"{name:>22}" for name in names))
+    for operation in dict.fromkeys(operation for _, operation in times):
         scale = 1 if operation.startswith("rows") else 1000
-        print(
-            f"{operation:28}"
-            + "".join(f"{scale * np.median(times[name, operation]):22.2f}" for name in stores)
-        )
-    largest, smallest, long = f"{sizes[-1]:,}", "100", f"1,000 after {epochs} epochs"
+        medians = [scale * np.median(times[name, operation]) for name in names]
+        print(f"{operation:28}" + "".join(f"{median:22.2f}" for median in medians))
+
+
+def print_ratios(times, names, largest, long):
     print("\nratios: median of the pairs [quartiles]")
-    for operation, bare in (
-        ("contexts and compose", "bare contexts"),
-        ("record, gate, evict", "bare record"),
-    ):
-        for name in stores:
-            print(
-                f"{operation} over {bare}, {name}:"
-                f" {ratio(times[name, operation], times[name, bare])}   at most 3"
-            )
-    for operation in operations:
-        if not operation.startswith(("bare", "rows", "checkpoint")):
-            limit = (
-                "once an epoch; a step of it: see below"
-                if operation.startswith("abstract")
-                else "at most 1.3"
-            )
-            for name, other in ((largest, smallest), (long, "1,000")):
-                found = ratio(times[name, operation], times[other, operation])
-                print(f"{operation}, {name} over {other}: {found}   {limit}")
-    abstract = "abstract, once an epoch"
-    few, many = (np.median(times[f"{n:,}", abstract]) / (n // BATCH) for n in (100, sizes[-1]))
-    print(
-        f"{abstract}, divided by the steps of an epoch, {largest} over {smallest}: {many / few:.2f}"
-    )
-    print(
-        f"resident memory at its peak, {largest} over 100 problems: {full - empty:+.0f} MB"
-        f" ({full:.0f}, {empty:.0f})   at most 200"
-    )
+    bare = {"contexts and compose": "bare contexts", "record, gate, evict": "bare record"}
+    for operation, other in bare.items():
+        for name in names:
+            times_as_long = ratio(times[name, operation], times[name, other])
+            print(f"{operation} over {other}, {name}: {times_as_long}   at most 3")
+    for operation in dict.fromkeys(operation for _, operation in times):
+        if operation.startswith(("bare", "rows", "checkpoint")):
+            continue
+        limit = "at most 1.3"
+        if operation.startswith("abstract"):
+            limit = "once an epoch; a step of it: see below"
+        for name, other in ((largest, "100"), (long, "1,000")):
+            times_as_long = ratio(times[name, operation], times[other, operation])
+            print(f"{operation}, {name} over {other}: {times_as_long}   {limit}")
 
 
 if __name__ == "__main__":

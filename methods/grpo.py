@@ -1,7 +1,7 @@
 """GRPO, as the baseline of SDPO's repository has it: rows with an advantage and without a teacher.
 
 Advantages are group-relative and not divided by their deviation; there is no reference KL. The
-clips are 0.2 and 0.28, with a dual clip of 3 (`--clip_low`, `--clip_high`, `--clip_dual`).
+clips are 0.2 and 0.28, with a dual clip of 3 (CLIP_LOW, CLIP_HIGH and CLIP_DUAL of pmd.py).
 """
 
 import pmd

@@ -112,7 +112,8 @@ class Parts:
         """table: (vocabulary, H), the model's, tied to its output; it is overwritten with sums of parts."""
         import torch
 
-        parts_of = {token: parts(token) for token in tokenizer.get_vocab()}
+        vocabulary = tokenizer.get_vocab()  # in another order in every process
+        parts_of = {token: parts(token) for token in sorted(vocabulary, key=vocabulary.get)}
         number = {part: i for i, part in enumerate(dict.fromkeys(p for found in parts_of.values() for p in found))}
         self.table, self.sums = table, torch.zeros(len(table), len(number))  # (V, parts): which parts each token has
         for token, i in tokenizer.get_vocab().items():

@@ -1,4 +1,5 @@
-"""What is checked before any work is lost: flags, machine, folder, problems, memory, lengths.
+"""Checks flags, machine, folder, problems, memory and lengths, before any work is lost.
+
 Nothing is made here.
 """
 
@@ -13,17 +14,18 @@ from transformers import AutoConfig, AutoTokenizer
 
 from runtime.chat import chat_of, encode_prompt, plain, turn_ends
 from runtime.checkpoint import (
-    checkpoint_of,
     checkpoints,
+    fork_source,
     memory_source,
     refuse_second_writer,
+    starting_point,
     total_steps,
 )
 from runtime.files import read_json
 from runtime.model import MODELS
 from runtime.options import check_numbers
 from runtime.plan import fits
-from runtime.provenance import refuse_changes, refuse_other_problems
+from runtime.provenance import refuse_other_flags, refuse_other_problems
 from runtime.ranks import device_of, rank
 from runtime.services import make_abstractor, make_embedder
 from runtime.store import TIERS, Store
@@ -32,13 +34,13 @@ from tasks import load_task, need_sandbox
 
 
 def check(cfg, method, quiet=False, ranks=0, checked=None, reads=0):
-    """Returns (task, tokenizer). Raises ValueError, in one sentence that names the flag, for what
-    can't work.
+    """Returns (task, tokenizer).
 
-    method: the class of the method; None for eval.py, which trains nothing. quiet: says nothing of
-    what is left out. ranks: of the job that is to be started. checked: what this gave for another
-    method, with the same flags otherwise: it is not loaded again. reads: tokens of a prompt that is
-    longer than --max_prompt, where that is not the teacher's.
+    method: the class of the method; None for eval.py, which trains nothing. quiet: prints nothing.
+    ranks: those of the job that is to be started. checked: the result for another method with the
+    same flags, which is not loaded again. reads: tokens of a prompt that is longer than
+    --max_prompt, if it is not the teacher's.
+    Raises ValueError if the run can't work, in one sentence that names the flag.
     """
     check_numbers(cfg)
     check_words(cfg)
@@ -53,15 +55,17 @@ def check(cfg, method, quiet=False, ranks=0, checked=None, reads=0):
     check_lengths(task, tokenizer, cfg, reads, method)
     check_fits(cfg if method else replace(cfg, method="eval"), ranks, quiet)
     if device_of(cfg).type == "cuda" and not cfg.sampler and not fast_sampler(cfg) and not quiet:
-        held_out = [
-            min(len(split), cfg.eval_problems or len(split)) for split in (task.dev, task.test)
-        ]
-        print(slow_generation(cfg, sum(held_out), ranks, training=method is not None))
+        sizes = [len(task.dev), len(task.test)]
+        held_out = sum(min(size, cfg.eval_problems or size) for size in sizes)
+        print(slow_generation(cfg, held_out, ranks, training=method is not None))
     return task, tokenizer
 
 
 def refuse_launcher():
-    """Raises ValueError for a comparison under torchrun."""
+    """Refuses a comparison under torchrun.
+
+    Raises ValueError if there is a launcher.
+    """
     if "RANK" in os.environ:
         raise ValueError(
             "--compare starts the processes of each method itself, on one machine; under torchrun"
@@ -70,7 +74,10 @@ def refuse_launcher():
 
 
 def need_groups(cfg):
-    """ValueError where a method that compares the answers of a group has groups of one."""
+    """Refuses groups of one for a method that compares the answers of a group.
+
+    Raises ValueError if --group_size is 1.
+    """
     if cfg.group_size == 1:
         raise ValueError(
             f"--group_size 1 leaves {cfg.method} nothing to learn from: it compares the answers of"
@@ -79,9 +86,13 @@ def need_groups(cfg):
 
 
 def check_words(cfg):
-    """The flags whose values are words, as far as the type of the field leaves them open."""
+    """Checks the flags whose values are words, beyond the types of their fields.
+
+    Raises ValueError if a word is none of those that its flag takes.
+    """
     given = cfg.tiers.split(",")
-    if unknown := [tier for tier in given if tier not in TIERS]:
+    unknown = [tier for tier in given if tier not in TIERS]
+    if unknown:
         raise ValueError(
             "--tiers takes experience, insight and behavior, with commas between, not "
             f"{', '.join(map(repr, unknown))}"
@@ -98,29 +109,13 @@ def check_words(cfg):
 
 
 def check_machine(cfg, ranks):
-    """Devices, processes and samplers, as far as this machine has them."""
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {cfg.device}, but torch finds no such device here; leave the flag out to run"
-            " on the CPU"
-        )
-    if (number := cfg.device.partition(":")[2]) not in ("", "0") and (
-        ranks > 1 or fast_sampler(cfg)
-    ):
-        raise ValueError(
-            f"--device {cfg.device} is not for vLLM or several processes, which take GPUs from the"
-            " first one they see on; give --device cuda where the environment says"
-            f" CUDA_VISIBLE_DEVICES={number}"
-        )
-    if cfg.device not in ("", "cpu", "cuda"):
-        try:
-            torch.zeros(1, device=cfg.device).item()
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
-            raise ValueError(
-                f"--device {cfg.device} can't be used here ({str(error).splitlines()[0]}); leave"
-                " the flag out, or give cpu or cuda"
-            ) from error
-    if (gpus := torch.cuda.device_count()) < cfg.nproc and device_of(cfg).type == "cuda":
+    """Checks devices, processes and samplers against this machine.
+
+    Raises ValueError if it lacks one.
+    """
+    check_device(cfg, ranks)
+    gpus = torch.cuda.device_count()
+    if gpus < cfg.nproc and device_of(cfg).type == "cuda":
         raise ValueError(
             f"--nproc {cfg.nproc} is more than the {gpus} GPUs of this machine, and each process"
             " needs its own"
@@ -141,17 +136,46 @@ def check_machine(cfg, ranks):
         )
 
 
+def check_device(cfg, ranks):
+    """Checks --device.
+
+    Raises ValueError if torch has no such device, or if vLLM or several processes would take it.
+    """
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {cfg.device}, but torch finds no such device here; leave the flag out to run"
+            " on the CPU"
+        )
+    number = cfg.device.partition(":")[2]
+    if number not in ("", "0") and (ranks > 1 or fast_sampler(cfg)):
+        raise ValueError(
+            f"--device {cfg.device} is not for vLLM or several processes, which take GPUs from the"
+            " first one they see on; give --device cuda where the environment says"
+            f" CUDA_VISIBLE_DEVICES={number}"
+        )
+    if cfg.device not in ("", "cpu", "cuda"):
+        try:
+            torch.zeros(1, device=cfg.device).item()
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            raise ValueError(
+                f"--device {cfg.device} can't be used here ({str(error).splitlines()[0]}); leave"
+                " the flag out, or give cpu or cuda"
+            ) from error
+
+
 def check_name(cfg):
-    """--name and --out as names of folders."""
+    """Checks --name and --out as names of folders.
+
+    Raises ValueError if a file system can't hold them, or if --name leads out of --out.
+    """
     for flag, text in (("name", cfg.name), ("out", str(cfg.out))):
         if not text.isprintable() or any(len(os.fsencode(part)) > 200 for part in text.split("/")):
             raise ValueError(
                 f"--{flag} {text[:60]!r} is no name for a folder: use up to 200 printable"
                 " characters"
             )
-    if cfg.name and (
-        Path(cfg.name).is_absolute() or ".." in Path(cfg.name).parts or not Path(cfg.name).parts
-    ):
+    name = Path(cfg.name)
+    if cfg.name and (name.is_absolute() or ".." in name.parts or not name.parts):
         raise ValueError(
             f"--name {cfg.name!r} is no folder under --out {cfg.out}; give --out the place and"
             " --name the run"
@@ -159,7 +183,10 @@ def check_name(cfg):
 
 
 def check_folder(cfg, method, quiet):
-    """Where the run is written, and what it goes on from: nothing is made here."""
+    """Checks the place where the run is written, and the run that it goes on from.
+
+    Raises ValueError if the folder can't be written, or is not that of the run that --resume means.
+    """
     check_name(cfg)
     folder = Path(cfg.out) / cfg.name
     if cfg.resume and not cfg.name:
@@ -172,48 +199,56 @@ def check_folder(cfg, method, quiet):
         raise ValueError(f"{folder} exists; add --resume to continue it or choose another --name")
     if cfg.name and folder.exists() and rank() == 0:
         refuse_second_writer(folder)
-    if cfg.resume and (folder / "config.json").exists():
-        cure = "remove it, and the same command writes it anew without comparing its flags"
-        refuse_changes(read_json(folder / "config.json", cure), cfg, quiet)
-    if not cfg.fork_from:
-        return
-    if cfg.resume and checkpoints(folder):
-        # a fork that has a checkpoint of its own needs the other run no more, which may have
-        # dropped that one since
-        return
-    if not (fork := checkpoint_of(cfg)).is_dir():
-        kept = ", ".join(c.name for c in checkpoints(fork.parent.parent)) or "none"
+    if cfg.resume:
+        refuse_other_flags(folder, cfg, quiet)
+    if begins_as_fork(cfg):
+        check_fork(cfg, method)
+
+
+def begins_as_fork(cfg) -> bool:
+    """Whether the run goes on from the checkpoint of --from, not from one of its own."""
+    return bool(cfg.fork_from) and starting_point(cfg) == fork_source(cfg)
+
+
+def check_fork(cfg, method):
+    """Checks the run that --from names.
+
+    Raises ValueError if it has no such checkpoint, no memory of its own, or another model.
+    """
+    fork = fork_source(cfg)
+    folder = fork.parent.parent
+    if not fork.is_dir():
+        kept = ", ".join(c.name for c in checkpoints(folder)) or "none"
         raise ValueError(
             f"--from {cfg.fork_from} is no RUN@STEP with a checkpoint: there is no {fork}; kept"
             f" there: {kept}"
         )
-    forked = read_json(
-        fork.parent.parent / "config.json", "it says which model the checkpoint is of"
-    )
+    forked = read_json(folder / "config.json", "it says which model the checkpoint is of")
     if forked.get("method") == "frozen-memory" and method.remembers:
         raise ValueError(
             f"--from {cfg.fork_from} has the memory of another run, whose steps are not its own, so"
             f" that --method {cfg.method} can't go on writing it; fork the run that wrote it"
         )
-    other = forked.get("model", "")
-    if (
-        len(
-            {
-                MODELS.get(name, Path(name).resolve() if Path(name).is_dir() else name)
-                for name in (other, cfg.model)
-            }
-        )
-        > 1
-    ):
+    model = forked.get("model", "")
+    if weights_of(model) != weights_of(cfg.model):
         raise ValueError(
-            f"--from {cfg.fork_from} has a teacher from --model {other}, which can't teach a"
+            f"--from {cfg.fork_from} has a teacher from --model {model}, which can't teach a"
             f" student from {cfg.model}; give the same"
         )
 
 
+def weights_of(model):
+    """Returns the place of a model's weights: a folder without symbolic links, or a Hub name."""
+    if model in MODELS:
+        return MODELS[model]
+    return Path(model).resolve() if Path(model).is_dir() else model
+
+
 def load_problems(cfg, quiet, asked):
-    """(task, tokenizer): the problems whose prompts are within --max_prompt, and the model's
-    tokenizer. asked: the splits that are looked at.
+    """Returns (task, tokenizer): the problems within --max_prompt, and the model's tokenizer.
+
+    asked: the splits that are looked at.
+    Raises ValueError if there is no such task or model, or if no problem is left.
     """
     task = load_task(
         cfg.task,
@@ -225,114 +260,146 @@ def load_problems(cfg, quiet, asked):
         exclude_flagged=cfg.exclude_flagged,
     )
     need_sandbox(task, cfg.unsafe_exec)
+    tokenizer = load_tokenizer(cfg)
+    splits = {split: within_prompt(task, split, tokenizer, cfg, quiet) for split in asked}
+    has_system = any(p.system for problems in splits.values() for p in problems)
+    if has_system and not chat_of(tokenizer).takes_system:
+        remark = (
+            f"{cfg.model}'s chat template takes no system message: it is put before the user's, in"
+            " the user's message."
+        )
+        task = replace(task, card="\n".join(filter(None, [task.card, remark])))
+    return replace(task, **splits), tokenizer
+
+
+def load_tokenizer(cfg):
+    """Loads the tokenizer of --model.
+
+    Raises ValueError if it can't be loaded, or if it is not that of a chat model.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(MODELS.get(cfg.model, cfg.model))
     except OSError as error:
         raise ValueError(
             f"--model {cfg.model} is neither a Hugging Face folder nor a reachable name on the Hub"
         ) from error
-    for what in ("chat_template", "eos_token_id"):
-        if getattr(tokenizer, what) is None:
+    for need in ("chat_template", "eos_token_id"):
+        if getattr(tokenizer, need) is None:
             raise ValueError(
-                f"the tokenizer of {cfg.model} has no {what}; use a chat model, or add it to the"
+                f"the tokenizer of {cfg.model} has no {need}; use a chat model, or add it to the"
                 " folder's tokenizer_config.json"
             )
-    chat = chat_of(tokenizer)
+    chat_of(tokenizer)  # these two refuse a template that can't be read
     turn_ends(tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = (
-            tokenizer.eos_token_id
-        )  # only fills the left of a batch; masks come from lengths
-    splits = {}
-    for split in asked:
-        problems = getattr(task, split)
-        fits = [
-            len(encode_prompt(tokenizer, p.prompt, p.system)) <= cfg.max_prompt for p in problems
-        ]
-        splits[split] = [p for p, fit in zip(problems, fits, strict=True) if fit]
-        dropped = [p.id for p, fit in zip(problems, fits, strict=True) if not fit]
-        if dropped and not quiet:
-            print(
-                f"{split}: {len(dropped)} problems dropped, longer than {cfg.max_prompt} tokens:"
-                f" {', '.join(dropped)}"
-            )
-        if problems and not splits[split]:
-            raise ValueError(
-                f"no {split} problem of {cfg.task} is left within --max_prompt {cfg.max_prompt}"
-                " tokens"
-            )
-    if not chat.takes_system and any(p.system for problems in splits.values() for p in problems):
-        own = (
-            f"{cfg.model}'s chat template takes no system message: it is put before the user's, in"
-            " the user's message."
+        # it only fills the left of a batch: masks come from lengths
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def within_prompt(task, split, tokenizer, cfg, quiet) -> list:
+    """Returns the problems of a split within --max_prompt, and prints the others.
+
+    Raises ValueError if none is left.
+    """
+    problems = getattr(task, split)
+    kept, dropped = [], []
+    for problem in problems:
+        length = len(encode_prompt(tokenizer, problem.prompt, problem.system))
+        if length <= cfg.max_prompt:
+            kept.append(problem)
+        else:
+            dropped.append(problem.id)
+    if dropped and not quiet:
+        print(
+            f"{split}: {len(dropped)} problems dropped, longer than {cfg.max_prompt} tokens:"
+            f" {', '.join(dropped)}"
         )
-        task = replace(task, card="\n".join(filter(None, [task.card, own])))
-    return replace(task, **splits), tokenizer
+    if problems and not kept:
+        raise ValueError(
+            f"no {split} problem of {cfg.task} is left within --max_prompt {cfg.max_prompt} tokens"
+        )
+    return kept
 
 
 def check_problems(task, cfg):
-    """Flags against the problems."""
+    """Checks flags against the problems.
+
+    Raises ValueError if --mcq is for other problems.
+    """
     if cfg.mcq == "lenient" and task.test[0].verifier != "choice":
         raise ValueError(f"--mcq lenient is for multiple choice, which {cfg.task} is not")
 
 
 def check_training(task, tokenizer, cfg):
-    """Flags against the training problems, and those against what the run was started with."""
+    """Checks the training problems against the flags and the run that is gone on with.
+
+    Raises ValueError if there are too few, if a resumed run had others, or if no step is left.
+    """
     if len(task.train) < cfg.batch_size:
         raise ValueError(
             f"--batch_size {cfg.batch_size} is more than the {len(task.train)} training problems of"
             f" {cfg.task}"
         )
-    folder = Path(cfg.out) / cfg.name
     if cfg.resume:
-        refuse_other_problems(folder, task, tokenizer)
-    saved = checkpoints(folder)[-1:] if cfg.resume else []
-    if cfg.fork_from and not saved:
-        saved = [checkpoint_of(cfg)]
-    if saved and (total := total_steps(task.train, cfg)) < int(saved[0].name):
+        refuse_other_problems(Path(cfg.out) / cfg.name, task, tokenizer)
+    saved = starting_point(cfg)
+    total = total_steps(task.train, cfg)
+    if saved and total < int(saved.name):
         raise ValueError(
             f"--{'steps' if cfg.steps else 'epochs'} {cfg.steps or cfg.epochs} ends at step"
-            f" {total}, before {saved[0]}, which this run goes on from; raise it"
+            f" {total}, before {saved}, which this run goes on from; raise it"
         )
 
 
 def check_memory(task, method, cfg):
-    """The memory that is read or gone on with, its embedder, and who writes behaviors."""
-    resumed = (
-        cfg.resume and (Path(cfg.out) / cfg.name / "memory.db").exists()
-    )  # a run has a copy of what it was lent
-    if cfg.memory_from and not resumed:
-        check_lender(cfg, task)
-    if (
-        cfg.fork_from
-        and not resumed
-        and method.remembers
-        and (checkpoint_of(cfg) / "memory.db").is_file()
-    ):
-        source = checkpoint_of(cfg) / "memory.db"
-        with contextlib.closing(Store(source, embedder=cfg.embedder, frozen=True)) as lent:
-            known = lent.prompts()
-        unknown = [p.id for p in task.train if p.id not in known]
-        if unknown:
-            raise ValueError(
-                f"--from {cfg.fork_from} has a memory that does not know {len(unknown)} of the"
-                f" training problems, such as {unknown[0]}; give the same --task, or start without"
-                " --from"
-            )
-        if others := known_otherwise(task.train, known):
-            raise ValueError(
-                f"--from {cfg.fork_from} has the memory of another task: {len(others)} training"
-                f" problems have other texts in it, such as {others[0]!r}; give the same --task, or"
-                " start without --from"
-            )
+    """Checks the memory that is read or gone on with, its embedder, and the writer of behaviors.
+
+    Raises ValueError if one of them is of no use.
+    """
+    has_memory = cfg.resume and (Path(cfg.out) / cfg.name / "memory.db").exists()
+    if not has_memory:  # a run keeps a copy of the memory that it began with
+        if cfg.memory_from:
+            check_lender(cfg, task)
+        if begins_as_fork(cfg) and method.remembers:
+            check_forked_memory(cfg, task)
     if method.memory_mode and rank() == 0:  # whose memory it is
         make_embedder(cfg)
     if method.remembers:
         make_abstractor(cfg, check=True)
 
 
+def check_forked_memory(cfg, task):
+    """Checks the memory of the checkpoint of --from, if it has one.
+
+    Raises ValueError if it is the memory of other problems.
+    """
+    source = fork_source(cfg) / "memory.db"
+    if not source.is_file():
+        return
+    with contextlib.closing(Store(source, embedder=cfg.embedder, frozen=True)) as lent:
+        known = lent.prompts()
+    unknown = [p.id for p in task.train if p.id not in known]
+    if unknown:
+        raise ValueError(
+            f"--from {cfg.fork_from} has a memory that does not know {len(unknown)} of the"
+            f" training problems, such as {unknown[0]}; give the same --task, or start without"
+            " --from"
+        )
+    others = known_otherwise(task.train, known)
+    if others:
+        raise ValueError(
+            f"--from {cfg.fork_from} has the memory of another task: {len(others)} training"
+            f" problems have other texts in it, such as {others[0]!r}; give the same --task, or"
+            " start without --from"
+        )
+
+
 def check_lengths(task, tokenizer, cfg, reads, method):
-    """Prompts and replies against the model's positions, and --top_k against its vocabulary."""
+    """Checks prompts and replies against the model's positions, and --top_k against its vocabulary.
+
+    Raises ValueError if there are too few of either.
+    """
     shape = AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model))
     vocabulary = getattr(shape.get_text_config(), "vocab_size", None)
     if vocabulary and cfg.top_k > vocabulary:
@@ -353,13 +420,12 @@ def check_lengths(task, tokenizer, cfg, reads, method):
     reads, writes = max(cfg.max_prompt, reads), cfg.max_completion
     if taught:
         reads = max(reads, cfg.max_reprompt)
-        writes = max(writes, cfg.memory_completion if method.remembers else 0)
+        if method.remembers:
+            writes = max(writes, cfg.memory_completion)
     if positions and reads + writes > positions:
-        cure = (
-            f"--max_reprompt {positions - writes}"
-            if cfg.max_prompt + writes <= positions
-            else "a lower --max_completion"
-        )
+        cure = "a lower --max_completion"
+        if cfg.max_prompt + writes <= positions:
+            cure = f"--max_reprompt {positions - writes}"
         raise ValueError(
             f"{cfg.model} has {positions} positions, and a prompt of {reads} tokens with a reply of"
             f" {writes} needs more; give {cure}"
@@ -367,16 +433,18 @@ def check_lengths(task, tokenizer, cfg, reads, method):
 
 
 def check_fits(cfg, ranks, quiet):
-    """Whether the model fits on the GPUs, by runtime/plan.py."""
+    """Checks whether the model fits on the GPUs, by runtime/plan.py.
+
+    Raises ValueError if it does not.
+    """
     if device_of(cfg).type != "cuda":
         return
     card = torch.cuda.get_device_properties(device_of(cfg)).total_memory / 2**30
     share = cfg.gpu_memory_utilization if fast_sampler(cfg) else 0
     try:
         fine, sentence = fits(cfg, MODELS.get(cfg.model, cfg.model), ranks, card, share)
-    except (
-        Exception
-    ) as error:  # of an architecture whose layers it can't trace, which may train all the same
+    except Exception as error:
+        # the layers of some architectures can't be traced, and may train all the same
         fine, sentence = True, ""
         if not quiet:
             print(
@@ -387,15 +455,17 @@ def check_fits(cfg, ranks, quiet):
 
 
 def known_otherwise(problems, prompts) -> list[str]:
-    """The ids of the problems that a memory's prompts ({id: text}) have with another text: ids may
-    be mere numbers.
+    """Returns the ids of problems that a memory has with another text.
+
+    Ids may be mere numbers, which other tasks have, too. prompts: {id: text} of the memory.
     """
     return [p.id for p in problems if plain(prompts[p.id]) != plain(p.prompt)]
 
 
 def check_lender(cfg, task):
-    """ValueError where --memory_from is not a memory of this task that holds something at its
-    step.
+    """Checks the memory that --memory_from names.
+
+    Raises ValueError if it is not of this task, or holds nothing at its step.
     """
     source, step = memory_source(cfg)
     if not source.is_file() or step and not step.isdecimal():
@@ -411,7 +481,8 @@ def check_lender(cfg, task):
         raise ValueError(
             f"{source} is the memory of another task: it knows none of the problems of {cfg.task}"
         )
-    if others := known_otherwise(shared, prompts):
+    others = known_otherwise(shared, prompts)
+    if others:
         raise ValueError(
             f"{source} is the memory of another task: {len(others)} of its problems have ids of"
             f" {cfg.task} with other texts, such as {others[0]!r}"

@@ -1,40 +1,61 @@
-"""The folder of a run: who may write it, and its checkpoints."""
+"""Claims the folder of a run for one writer, and writes, reads and prunes its checkpoints."""
 
 import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 import warnings
 from datetime import datetime
 from pathlib import Path
 
-from runtime.files import reason, writing
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from runtime.files import (
+    RunError,
+    read_json,
+    read_rows,
+    reason,
+    settle,
+    without_log,
+    write,
+    write_lines,
+    writing,
+)
 from runtime.ranks import rank, whole, world
 
-warnings.filterwarnings(
-    "ignore", "torch.distributed is disabled"
-)  # DCP's, where one process is meant
-
-
-def default_name(cfg):
-    return (  # to the microsecond, as jobs of an array start in one second
-        f"{cfg.task.strip('/').replace('/', '-')}-{cfg.compare and 'compare' or cfg.method}-{cfg.seed}-"
-        f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-    )
-
-
+# DCP warns in a single process, which is meant
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 LOCKS = {}  # by folder: the open file whose lock makes this process its only writer
 
 
-def claim(folder, resume) -> str:
-    """Makes this process the only writer of a run's folder, and the folder if need be; or says in a
-    sentence why not.
+# --------------------------------------------------------------------------------------------------
+# The folder of a run, and its one writer
+# --------------------------------------------------------------------------------------------------
 
-    By flock on its file `lock`, which the kernel lets go when the process ends, however it ends.
-    Between nodes that holds where the file system passes it on: NFS does (Linux 2.6.12 on), Lustre
-    if it is mounted with -o flock. One without locks is said, and used.
+
+def default_name(cfg) -> str:
+    """Names a run after its task, method, seed and time."""
+    task = cfg.task.strip("/").replace("/", "-")
+    method = "compare" if cfg.compare else Path(cfg.method).stem
+    now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # microseconds: the jobs of an array start together
+    return f"{task}-{method}-{cfg.seed}-{now}"
+
+
+def claim(folder, resume) -> str:
+    """Makes this process the only writer of a run's folder, which it makes if need be.
+
+    Returns "", or a sentence if the folder can't be claimed. The kernel keeps the lock (flock on
+    the file `lock`) until the process ends, however it ends. Between nodes it holds if the file
+    system passes it on: NFS does (Linux 2.6.12 on), Lustre if it is mounted with -o flock. On a
+    file system without locks it prints so, and goes on.
     """
     with writing(folder, "choose another --out"):
         try:
@@ -61,27 +82,29 @@ def claim(folder, resume) -> str:
 
 
 def release(folder):
-    if file := LOCKS.pop(folder.resolve(), None):
+    """Lets another process write the folder."""
+    file = LOCKS.pop(folder.resolve(), None)
+    if file:
         file.close()
 
 
 def refuse_second_writer(folder):
-    """ValueError where another process writes into `folder` now. Takes no lock: `claim` does, after
-    the model is loaded.
+    """Looks whether another process writes into a folder now.
+
+    It keeps no lock: `claim` takes it, after the model is loaded.
+    Raises ValueError if another process does.
     """
     path = folder / "lock"
     if folder.resolve() in LOCKS or not path.is_file():
         return
-    with (
-        open(path, "rb") as file,
-        contextlib.suppress(OSError),
-    ):  # without locks nothing can be said
+    # without locks (OSError) it can't be known
+    with open(path, "rb") as file, contextlib.suppress(OSError):
         if not try_lock(file, fcntl.LOCK_SH):
             raise ValueError(taken(folder, file))
 
 
 def try_lock(file, kind) -> bool:
-    """For a second, in which another may only have looked."""
+    """Tries to lock a file for a second, since another process may only be looking at it."""
     for _ in range(20):
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -91,7 +114,8 @@ def try_lock(file, kind) -> bool:
     return False
 
 
-def taken(folder, file):
+def taken(folder, file) -> str:
+    """Says which process holds the lock of a folder."""
     file.seek(0)
     holder = file.read().decode(errors="replace") or "another process"
     return (
@@ -100,31 +124,108 @@ def taken(folder, file):
 
 
 def finished(cfg, total) -> dict | None:
-    """The summary of a run that has come to its last step, `total`; None where there is something
-    left to do.
-    """
+    """Returns the summary of a run that has come to its last step, `total`, or else None."""
     folder = Path(cfg.out) / cfg.name
     if not (folder / "final").is_dir():
         return None
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # there is none, or it was cut by something else than us
+    # no summary, or one that was cut by another program: the run is not finished
+    with contextlib.suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if isinstance(summary, dict) and summary.get("steps") == total:
             return summary
     return None
 
 
-def checkpoints(folder):
-    return sorted(
-        (p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal()),
-        key=lambda p: int(p.name),
-    )
+def batches_per_epoch(problems, cfg) -> int:
+    return len(problems) // cfg.batch_size
+
+
+def total_steps(problems, cfg) -> int:
+    return cfg.steps or cfg.epochs * batches_per_epoch(problems, cfg)
+
+
+# --------------------------------------------------------------------------------------------------
+# The places that a run begins from
+# --------------------------------------------------------------------------------------------------
+
+
+def step_of(checkpoint) -> int:
+    return int(checkpoint.name)
+
+
+def checkpoints(folder) -> list[Path]:
+    """Returns the checkpoints of a run's folder, in the order of their steps."""
+    saved = [path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()]
+    return sorted(saved, key=step_of)
+
+
+def run_and_step(text, cfg) -> tuple[Path, str]:
+    """Splits RUN[@STEP] into a folder and a step, or "". RUN: a folder, or a name under --out."""
+    run, _, step = text.partition("@")
+    folder = Path(run)
+    if not folder.is_dir():
+        folder = Path(cfg.out) / run
+    return folder, step
+
+
+def memory_source(cfg) -> tuple[Path, str]:
+    """Returns the file and the step of --memory_from."""
+    folder, step = run_and_step(cfg.memory_from, cfg)
+    return folder / "memory.db", step
+
+
+def fork_source(cfg) -> Path:
+    """Returns the checkpoint of --from, which may not exist."""
+    folder, step = run_and_step(cfg.fork_from, cfg)
+    return folder / "checkpoints" / (step if step.isdecimal() else "?")
+
+
+def starting_point(cfg) -> Path | None:
+    """Returns the checkpoint that a run goes on from: its newest one, or else that of --from.
+
+    A run with a checkpoint of its own needs the other run no more, which may have dropped the
+    checkpoint of --from since.
+    """
+    if cfg.resume:
+        saved = checkpoints(Path(cfg.out) / cfg.name)
+        if saved:
+            return saved[-1]
+    return fork_source(cfg) if cfg.fork_from else None
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing a checkpoint
+# --------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder, method, optimizer, tokenizer, record):
+    """Writes the weights as a Hugging Face folder, trainer/ by torch's DCP, and memory.db.
+
+    It is written elsewhere, flushed to the disk and renamed: a checkpoint is whole or is not there.
+    Any number of ranks can read trainer/. record: the values of trainer.json.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    save_model(method.policy, tokenizer, partial)
+    state = trainer_state(method.policy, method.teacher, optimizer)
+    dcp.save(state, checkpoint_id=partial / "trainer", no_dist=world() == 1)
+    if rank():
+        return
+    write(partial / "trainer.json", json.dumps(record))
+    memory = method.memory
+    if memory.path != ":memory:":
+        memory.copy_to(partial / "memory.db")
+        memory.settle()
+    settle(partial)
+    partial.rename(folder)
+    settle(folder.parent)
 
 
 def save_model(policy, tokenizer, folder):
-    """A Hugging Face folder, written by rank 0; weights are made whole one by one, a tied one
-    once.
+    """Writes a Hugging Face folder, on rank 0.
+
+    Sharded weights are made whole one by one, a tied one once.
     """
     if world() == 1:
         policy.save_pretrained(folder)
@@ -140,40 +241,129 @@ def save_model(policy, tokenizer, folder):
         tokenizer.save_pretrained(folder)
 
 
-def trainer_state(policy, teacher, optimizer):
-    """What DCP saves, and fills in place: Adam's moments by the weight's name, and the teacher's
-    weights where they are its own. No learning rate or the like: those are the flags of the run
-    that goes on.
+def trainer_state(policy, teacher, optimizer) -> dict:
+    """Returns the tensors that DCP saves, and fills in place.
 
-    Not torch's get_optimizer_state_dict: where there is no state yet, it takes a step to make one.
+    They are Adam's moments by the weight's name, and the weights of an averaged teacher. Learning
+    rate and the like are flags of the run that goes on. torch's get_optimizer_state_dict is of no
+    use: without a state it takes a step to make one.
     """
-    state = {
-        "optimizer": {"state": {name: optimizer.state[p] for name, p in policy.named_parameters()}}
-    }
+    moments = {name: optimizer.state[p] for name, p in policy.named_parameters()}
+    state = {"optimizer": {"state": moments}}
     if teacher is not policy:
         state["teacher"] = dict(teacher.named_parameters())
     return state
 
 
-def run_and_step(text, cfg):
-    """(folder, step or "") of RUN[@STEP]; RUN is a folder, or a name under --out."""
-    run, _, step = text.partition("@")
-    return Path(run) if Path(run).is_dir() else Path(cfg.out) / run, step
+def prune(run_folder, keep):
+    """Removes all checkpoints but the last `keep` and the one that was best on dev."""
+    saved = checkpoints(run_folder)
+    rows = read_rows(run_folder / "metrics.jsonl")
+    dev = {row["step"]: row["avg_at_k"] for row in rows if row.get("split") == "dev"}
+
+    def merit(checkpoint):
+        step = step_of(checkpoint)
+        return dev[step], step  # of equal ones the latest
+
+    evaluated = [checkpoint for checkpoint in saved if step_of(checkpoint) in dev]
+    best = max(evaluated, key=merit, default=None)
+    for checkpoint in saved[:-keep]:
+        if checkpoint != best:
+            shutil.rmtree(checkpoint)
 
 
-def memory_source(cfg):
-    folder, step = run_and_step(cfg.memory_from, cfg)
-    return folder / "memory.db", step
+# --------------------------------------------------------------------------------------------------
+# Reading a checkpoint
+# --------------------------------------------------------------------------------------------------
+
+RECORD = {"step": int, "updates": int, "ema": bool, "seconds": (int, float)}  # of trainer.json
 
 
-def checkpoint_of(cfg):
-    folder, step = run_and_step(cfg.fork_from, cfg)
-    return folder / "checkpoints" / (step if step.isdecimal() else "?")
+def read_checkpoint(folder, method, optimizer, cure) -> dict:
+    """Fills the weights and the moments of a run in place; returns the values of trainer.json.
+
+    The host holds one copy of the policy besides. cure: how to go on without the checkpoint.
+    Raises RunError, with the file and the cure, if it can't be read.
+    """
+    policy, teacher = method.policy, method.teacher
+    record = read_record(folder, cure)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
+    weights = read_weights(folder, cure) if rank() == 0 else {}  # rank 0 deals them out
+    set_model_state_dict(policy, weights, options=options)
+    if teacher is not policy and not record["ema"]:
+        set_model_state_dict(teacher, weights, options=options)
+    averaged = teacher if record["ema"] else policy
+    state = trainer_state(policy, averaged, optimizer)
+    path = folder / "trainer"
+    try:
+        with without_log():
+            dcp.load(state, checkpoint_id=path, no_dist=world() == 1)
+    except (OSError, CheckpointException) as error:
+        raise RunError(f"{path} can't be read ({reason(error)}): {cure}") from error
+    return record
 
 
-def batches_per_epoch(problems, cfg):
-    return len(problems) // cfg.batch_size
+def read_record(folder, cure) -> dict:
+    """Reads trainer.json.
+
+    Raises RunError if a value is missing, or if it is of another step.
+    """
+    path = folder / "trainer.json"
+    record = read_json(path, cure)
+    for key, kind in RECORD.items():
+        if not isinstance(record.get(key), kind):
+            raise RunError(f"{path} has no {key} that can be one: {cure}")
+    if record["step"] != step_of(folder):
+        raise RunError(f"{path} is of step {record['step']}: {cure}")
+    return record
 
 
-def total_steps(problems, cfg):
-    return cfg.steps or cfg.epochs * batches_per_epoch(problems, cfg)
+def read_weights(folder, cure) -> dict:
+    """Reads the weights of a checkpoint's policy, on the host.
+
+    Raises RunError if a file can't be read, or if a weight is missing.
+    """
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    try:
+        policy, loading = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = reason(error)
+        raise RunError(f"the weights in {folder} can't be read ({why}): {cure}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise RunError(f"the weights in {folder} have no {missing[0]}: {cure}")
+    return policy.state_dict()
+
+
+def cure_without(checkpoint, run_folder) -> str:
+    """Says how a run goes on if a checkpoint can't be read."""
+    home = checkpoint.parent.parent
+    others = [other for other in checkpoints(home) if other != checkpoint]
+    if home != run_folder:
+        names = ", ".join(other.name for other in others) or "none"
+        return f"give --from another step; kept there: {names}"
+    then = f"goes on from {others[-1]}" if others else "starts over"
+    return f"remove {checkpoint}, and the same command {then}"
+
+
+def cut_records(run_folder, step, origin) -> bool:
+    """Cuts the records of a run after a step; returns whether that step has been evaluated.
+
+    An evaluation counts if its row for test is there, which is written last. A run that starts over
+    at its origin evaluates again.
+    """
+    last = -1 if step == origin else step
+    evaluated = False
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = run_folder / name
+        if not path.exists():
+            continue
+        rows = [row for row in read_rows(path) if row["step"] <= last]
+        if any(row["step"] == step and row.get("split") == "test" for row in rows):
+            evaluated = True
+        else:
+            rows = [row for row in rows if row["step"] < step or "split" not in row]
+        write_lines(path, rows)
+    return evaluated

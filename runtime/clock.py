@@ -1,4 +1,4 @@
-"""Where the seconds of a step go."""
+"""Measures the seconds of a step by phase."""
 
 import contextlib
 import time
@@ -8,12 +8,12 @@ import torch
 
 
 class Clock:
-    """Seconds by name, each second counted once: what runs inside stops the clock of what is around
-    it.
-    """
+    """Counts seconds by name, each second once: an inner clock stops the one around it."""
 
     def __init__(self):
-        self.seconds, self.running, self.peak = Counter(), [], 0
+        self.seconds = Counter()
+        self.running = []  # the names of the clocks, the innermost last
+        self.peak = 0  # bytes of the GPU, over all processes
 
     @contextlib.contextmanager
     def __call__(self, name):
@@ -28,21 +28,20 @@ class Clock:
     def _turn(self):
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # or the next name would pay for this one's kernels
-            free, total = (
-                torch.cuda.mem_get_info()
-            )  # torch's own count would hold what a sleeping vLLM has given back
-            self.peak = max(
-                self.peak, total - free
-            )  # where phases end, when torch still keeps what it took in them
+            # torch's own count would hold the memory that a sleeping vLLM has given back; here,
+            # at the end of a phase, torch still keeps all that it took in it
+            free, total = torch.cuda.mem_get_info()
+            self.peak = max(self.peak, total - free)
         now = time.perf_counter()
         if self.running:
             self.seconds[self.running[-1]] += now - self.since
         self.since = now
 
     def read(self) -> dict:
-        """The seconds since the last reading."""
-        found, self.seconds = dict(self.seconds), Counter()
-        return found
+        """Returns the seconds by name since the last reading."""
+        seconds = dict(self.seconds)
+        self.seconds = Counter()
+        return seconds
 
 
 clock = Clock()

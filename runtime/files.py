@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and errors that name the file and the cure."""
+"""Reads and writes the files of a run: whole or not at all, with errors that name file and cure."""
 
 import contextlib
 import json
@@ -10,29 +10,34 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tasks.files import json_lines
 
+FREE_SPACE = "free some space on the disk; --resume then goes on from the newest checkpoint"
+
 
 class Stopped(Exception):
-    """The run was told to stop, and has saved. name: the --name to go on with. code: the exit
-    status of the program.
+    """Ends a run that was told to stop, and has saved.
+
+    name: the --name to go on with. code: the exit status of the program.
     """
 
-    def __init__(self, what, name, code):
-        super().__init__(what)
-        self.what, self.name, self.code = what, name, code
+    def __init__(self, reason, name, code):
+        super().__init__(reason)
+        self.reason, self.name, self.code = reason, name, code
 
     def __str__(self):
-        return f"{self.what}; the same command with --name {self.name} --resume goes on"
+        return f"{self.reason}; the same command with --name {self.name} --resume goes on"
 
 
 class RunError(ValueError):
-    """What ends a run that is no fault of the program. The message is one sentence, with the file
-    and the cure.
+    """Ends a run for a reason that is no fault of the program.
+
+    The message is one sentence, with the file and the cure.
     """
 
 
 def reason(error) -> str:
-    """Why, in a few words: without a traceback of another process, an error's number or the file
-    that is named anyway.
+    """Describes an error in a few words.
+
+    It leaves out tracebacks of other processes, the error's number, and the file.
     """
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
@@ -42,25 +47,21 @@ def reason(error) -> str:
 
 
 @contextlib.contextmanager
-def writing(
-    path, cure="free some space on the disk; --resume then goes on from the newest checkpoint"
-):
-    """What can't be written inside as a RunError that names `path`."""
+def writing(path, cure=FREE_SPACE):
+    """Turns an error in writing into a RunError that names `path`."""
     try:
         yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        raise RunError(f"{path} can't be written ({reason(error)}): {cure}") from error
-    except Exception as error:
-        if type(error) is not Exception:  # which is what tokenizers raise for a full disk
+    except (Exception, CheckpointException) as error:
+        # tokenizers raise Exception itself for a full disk
+        expected = isinstance(error, (OSError, SafetensorError, CheckpointException))
+        if not expected and type(error) is not Exception:
             raise
         raise RunError(f"{path} can't be written ({reason(error)}): {cure}") from error
 
 
 @contextlib.contextmanager
 def without_log():
-    """Without the tracebacks that torch logs as warnings of what it then raises (its
-    state_dict_loader).
-    """
+    """Silences the tracebacks that torch logs as warnings before it raises (state_dict_loader)."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -70,14 +71,17 @@ def without_log():
 
 
 def read_json(path, cure) -> dict:
-    """The object in a file of JSON; a RunError with `cure` where there is none."""
+    """Reads the object in a file of JSON.
+
+    Raises RunError, with `cure`, if there is none.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} can't be read ({reason(error)}): {cure}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise RunError(f"{path} holds no JSON object: {cure}")
-    return found
+    return value
 
 
 def append(path, row):
@@ -90,11 +94,11 @@ def append_text(path, text):
 
 
 def write(path, text):
-    """Writes aside and renames: whoever reads the file finds the old text or the new one."""
-    aside = path.with_name(path.name + ".partial")
+    """Writes a file aside and renames it: a reader finds the old text or the new one."""
+    partial = path.with_name(path.name + ".partial")
     with writing(path):
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        aside.rename(path)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.rename(path)
 
 
 def write_lines(path, rows):
@@ -102,35 +106,31 @@ def write_lines(path, rows):
 
 
 def read_lines(path):
-    """The rows of a file of JSON lines; a last line without its end was cut by a kill, and is
-    none.
+    """Reads the rows of a file of JSON lines.
+
+    A last line without its end was cut by a kill, and is left out.
     """
     return [row for _, row in json_lines(path, cut=True)]
 
 
 def read_rows(path):
-    """The rows of a run's own metrics.jsonl or samples.jsonl, each of a step; a RunError where one
-    is not.
+    """Reads the rows of a run's metrics.jsonl or samples.jsonl, each of a step.
+
+    Raises RunError if a line is no JSON or has no step.
     """
+    cure = "mend that line, or take it out; the same command then goes on"
     try:
         rows = list(json_lines(path, cut=True))
     except ValueError as error:
-        raise RunError(
-            f"{error}: mend that line, or take it out; the same command then goes on"
-        ) from error
+        raise RunError(f"{error}: {cure}") from error
     for n, row in rows:
         if not isinstance(row.get("step"), int):
-            raise RunError(
-                f"{path}, line {n} has no step: mend that line, or take it out; the same command"
-                " then goes on"
-            )
+            raise RunError(f"{path}, line {n} has no step: {cure}")
     return [row for _, row in rows]
 
 
 def settle(folder):
-    """Has the disk hold a folder and its files, so that a rename after it can't come to stand
-    before them.
-    """
+    """Flushes a folder and its files to the disk, so that a later rename can't come before them."""
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

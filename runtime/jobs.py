@@ -1,6 +1,4 @@
-"""The program around a run: what ends it is said in one sentence, and a comparison is a job for
-each method.
-"""
+"""Ends a program with one sentence, and runs a comparison as a job for each method."""
 
 import contextlib
 import os
@@ -24,21 +22,19 @@ from runtime.tables import plot_curves, table, title
 
 
 def quiet_libraries():
+    """Silences transformers, and lets a terminal that can't show a character end no run."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # a terminal that can't show a character ends no run
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
 def explained(cfg=None, when="", checks=False):
-    """Ends the program with one sentence, and the exit status that goes with it, for what stops its
-    body.
+    """Ends the program with one sentence, and its exit status, if the body is stopped.
 
     when: of an interruption. checks: the body checks flags and data, whose ValueErrors are such
-    sentences; on several ranks one of them says it. A fault of the program goes on as it is, since
-    it needs its traceback.
+    sentences, printed by one rank. A fault of the program is raised as it is: it needs its
+    traceback.
     """
     who = "pmd.py" if os.environ.get("RANK", "0") == "0" else f"pmd.py, rank {os.environ['RANK']}"
     try:
@@ -62,15 +58,12 @@ def explained(cfg=None, when="", checks=False):
 
 
 def failure(error, cfg) -> str:
-    """What a run died of, as one sentence; "" for a fault of the program, which needs its
-    traceback.
-    """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(
-        error
-    ):
-        said = " ".join(str(error).split())[:200] or "the machine has no more"
+    """Returns the reason why a run ended, in a sentence, or "" for a fault of the program."""
+    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if no_memory or "DefaultCPUAllocator" in str(error):
+        text = " ".join(str(error).split())[:200] or "the machine has no more"
         return (
-            f"out of memory: {said}; lower --micro_tokens ({cfg.micro_tokens} now) or, with vLLM, "
+            f"out of memory: {text}; lower --micro_tokens ({cfg.micro_tokens} now) or, with vLLM, "
             "--gpu_memory_utilization; --resume goes on with other values"
         )
     if isinstance(error, SafetensorError):  # those of a checkpoint are told apart where it is read
@@ -83,13 +76,13 @@ def failure(error, cfg) -> str:
 
 
 def at_end(cfg, task) -> bool:
-    """Whether --resume finds the run at its end, which is then said."""
-    summary = broadcast(finished(cfg, total_steps(task.train, cfg))) if cfg.resume else None
+    """Whether --resume finds the run at its end, and prints its results if so."""
+    if not cfg.resume:
+        return False
+    summary = broadcast(finished(cfg, total_steps(task.train, cfg)))
     if summary and rank() == 0:
-        print(
-            f"{Path(cfg.out) / cfg.name} is at its end: nothing is left to"
-            f" do\n\n{table({cfg.method: summary})}"
-        )
+        print(f"{Path(cfg.out) / cfg.name} is at its end: nothing is left to do")
+        print(f"\n{table({cfg.method: summary})}")
     return bool(summary)
 
 
@@ -111,11 +104,8 @@ def compare(folder, runs, totals, cfg):
             code = job([sys.executable, program, *sys.argv[1:], *flags], environment)
         summary = finished(run, total)
         if not summary:
-            print(
-                f"pmd.py: the comparison stopped in {run.method}; the same command with --name"
-                f" {comparison} --resume goes on",
-                file=sys.stderr,
-            )
+            again = f"the same command with --name {comparison} --resume goes on"
+            print(f"pmd.py: the comparison stopped in {run.method}; {again}", file=sys.stderr)
             sys.exit(code)
         summaries[run.method] = summary
     curves = {run.method: read_lines(Path(run.out) / run.name / "metrics.jsonl") for run in runs}
@@ -124,17 +114,17 @@ def compare(folder, runs, totals, cfg):
 
 
 def job(command, environment) -> int:
-    """Runs a command; its exit status. What stops this process is passed on to it, once: hence its
-    own session, where a terminal's Ctrl-C does not come by itself.
+    """Runs a command and returns its exit status. Signals to this process are passed on to it.
+
+    The command has a session of its own, so that a terminal's Ctrl-C reaches it once.
     """
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
 
         def pass_on(number, frame):
             process.send_signal(number)
 
-        handlers = {
-            n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        }
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        handlers = {number: signal.signal(number, pass_on) for number in numbers}
         try:
             code = process.wait()
         finally:

@@ -1,5 +1,6 @@
-"""Finds a method: a file of methods/, or one of your own. A file that exists is a method; there is
-no registry.
+"""Finds a method: a file of methods/, or one of your own.
+
+A file that exists is a method. There is no registry.
 """
 
 import argparse
@@ -16,9 +17,9 @@ FOLDER = HERE / "methods"
 
 
 def method_class(name) -> type:
-    """The class Method of methods/NAME.py, or of the file at the path `name`.
+    """Returns the class Method of methods/NAME.py, or of the file at the path `name`.
 
-    Raises ValueError, with the methods that there are, for a name that is none.
+    Raises ValueError, with the names of all methods, if there is no such file or class.
     """
     stem = name.replace("-", "_")
     if name.endswith(".py") and Path(name).is_file():
@@ -30,19 +31,19 @@ def method_class(name) -> type:
         raise ValueError(
             f"--method {name!r} is none of {known}, and no path of a file that ends in .py"
         )
-    found = getattr(module, "Method", None)
-    if not isinstance(found, type) or not any(base.__name__ == "PMD" for base in found.__mro__):
+    method = getattr(module, "Method", None)
+    if not isinstance(method, type) or not any(base.__name__ == "PMD" for base in method.__mro__):
         raise ValueError(f"--method {name}: the file has no class Method(PMD)")
-    return found
+    return method
 
 
 def method_of(cfg) -> type:
-    """The class that a configuration names."""
+    """Returns the class that a configuration names."""
     return method_class(cfg.method)
 
 
 def method_name(argv) -> str:
-    """What --method says, in the one spelling of records: pmd-transient, also for pmd_transient."""
+    """Returns --method in the spelling of records: pmd-transient, also for pmd_transient."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method", default="pmd")
     return spelled(parser.parse_known_args(argv)[0].method)
@@ -54,7 +55,7 @@ def spelled(name) -> str:
 
 @functools.cache
 def module_at(path):
-    """The module of a method's file outside methods/."""
+    """Imports the file of a method outside methods/."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -1,24 +1,24 @@
 """Opens the memory of a run: a new one, the run's own, a lender's, or that of a checkpoint."""
 
 import contextlib
+import shutil
 from dataclasses import replace
 
 from runtime.chat import encode_prompt
-from runtime.checkpoint import memory_source
+from runtime.checkpoint import cure_without, memory_source
 from runtime.files import RunError
 from runtime.ranks import OnRankZero, rank, world
 from runtime.services import make_abstractor, make_embedder
 from runtime.store import Store
 
-FORMS_OF = {
-    "steps": "nano",
-    "code": "code",
-}  # memory.FORMS by a task's verifier; "question" for all others
+# memory.FORMS by a task's verifier; "question" for all others
+FORMS_OF = {"steps": "nano", "code": "code"}
 
 
 def open_memory(run, method):
-    """The memory of a run; on several ranks, rank 0's behind OnRankZero. run: see runtime/run.py.
-    method: a pmd.PMD.
+    """Opens the memory of a run. On several ranks it is rank 0's, behind OnRankZero.
+
+    run: a runtime.run.Run. method: a pmd.PMD.
     """
     sampler = method.sampler
     if world() == 1:
@@ -28,11 +28,11 @@ def open_memory(run, method):
 
 
 def memory_of(run, method, generate):
+    """Opens the memory of a run in this process. generate: asks the policy; see memory.Memory."""
     cfg, problems = method.cfg, method.task.train
     if not method.memory_mode:  # nothing is remembered, so nothing is embedded
-        return method.memory_class()(
-            ":memory:", make_embedder(replace(cfg, embedder="hashing")), None
-        )
+        embed = make_embedder(replace(cfg, embedder="hashing"))
+        return method.memory_class()(":memory:", embed, None)
     path = run.folder / "memory.db"
     if not path.exists():
         take_memory(path, run, method)
@@ -66,22 +66,27 @@ def memory_of(run, method, generate):
 
 
 def take_memory(path, run, method):
-    """Puts a copy of the memory that a run begins with at `path`: a lender's, or that of a
-    checkpoint; or nothing.
+    """Copies the memory that a run begins with to `path`: a lender's, or that of a checkpoint.
 
-    A copy, for the run resumes when the other is gone.
+    The run keeps its copy when the other is gone.
+    Raises RunError if a checkpoint's file is no memory.
     """
-    aside = path.with_name("memory.partial")
+    partial = path.with_name("memory.partial")
     if method.memory_mode == "frozen":
         source, step = memory_source(method.cfg)
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         with contextlib.closing(Store(source, frozen=True)) as lent:
-            lent.copy_to(aside)
-        with contextlib.closing(Store(aside)) as copied:
+            lent.copy_to(partial)
+        with contextlib.closing(Store(partial)) as copied:
             copied.truncate_after(int(step or 10**9))
-        aside.rename(path)
-    elif (
-        run.saved and (run.saved / "memory.db").exists()
-    ):  # of a fork, or of a run that lost its file
-        run.take_memory(aside)
-        aside.rename(path)
+        partial.rename(path)
+    elif run.saved and (run.saved / "memory.db").exists():
+        # the run is a fork, or has lost its file
+        source = run.saved / "memory.db"
+        shutil.copy(source, partial)
+        try:
+            Store(partial, frozen=True).close()
+        except (OSError, ValueError) as error:
+            cure = cure_without(run.saved, run.folder)
+            raise RunError(f"{source} can't be used as a memory: {cure}") from error
+        partial.rename(path)

@@ -1,5 +1,6 @@
-"""Options as fields of dataclasses: each room declares those that it reads, and pmd.Config inherits
-them all.
+"""Makes options as fields of dataclasses, and checks their numbers.
+
+Each room declares the options that it reads. pmd.Config inherits them all.
 """
 
 import math
@@ -9,16 +10,18 @@ from dataclasses import field, fields
 def option(default, help, *aliases, within=""):
     """Makes a field of Config.
 
-    help: what it does, and in brackets where its default comes from. within: the interval of its
-    values as mathematics writes it, which every number has.
+    help: its meaning, and in brackets the source of its default. within: the interval of its values
+    as mathematics writes it, which every number has.
     """
-    return field(
-        default=default, metadata={"help": help, "aliases": list(aliases), "within": within}
-    )
+    metadata = {"help": help, "aliases": list(aliases), "within": within}
+    return field(default=default, metadata=metadata)
 
 
 def check_numbers(cfg):
-    """Raises ValueError for a number outside the interval of its field."""
+    """Checks the numbers of a Config.
+
+    Raises ValueError if one is outside the interval of its field.
+    """
     for f in fields(cfg):
         if f.type not in (int, float):
             continue
@@ -29,8 +32,9 @@ def check_numbers(cfg):
 
 
 def misfit(value, kind, within) -> str:
-    """What is wrong with a number outside an interval such as [0, 1) or (0, inf); "" for one
-    inside.
+    """Describes the fault of a number outside an interval such as [0, 1) or (0, inf).
+
+    Returns "" for a number inside.
     """
     low, high = map(float, within[1:-1].split(","))
     if kind is int and high == float("inf"):

@@ -1,4 +1,5 @@
-"""What fits: bytes per GPU of a run of pmd.py, phase by phase, computed before anything is loaded.
+"""Computes the bytes per GPU of a run of pmd.py, phase by phase, before anything is loaded.
+
 tools/plan.py prints it.
 
 It follows pmd.py: float32 weights, gradients, AdamW states and EMA teacher, sharded by FSDP2 over
@@ -42,9 +43,7 @@ GIB = 2**30
 # Assumed, not measured:
 CONTEXT = 1.5 * GIB  # CUDA context, NCCL and cuBLAS buffers
 FRAGMENTED = 0.05  # share of PyTorch's own memory that its caching allocator can't use
-ASLEEP = (
-    1.5 * GIB
-)  # what a sleeping vLLM still holds (CUDA graphs, buffers), beside its share when awake
+ASLEEP = 1.5 * GIB  # of a sleeping vLLM (CUDA graphs, buffers), beside its share when awake
 PREFILL = 2 * GIB  # vLLM's activations, inside its share
 MOST_TOKENS = 2**18  # the largest --micro_tokens looked for
 # For where the Hub can't be reached: the public config.json files, as far as memory depends on
@@ -85,9 +84,7 @@ BUILT_IN = {
 
 
 class Track(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside it that are alive, `now`, and the most there ever
-    were, `peak`.
-    """
+    """Counts the bytes of the tensors made inside it: those alive, `now`, and the most, `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -95,9 +92,9 @@ class Track(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for storage in [
-            t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
-        ]:
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
             if storage._cdata not in self.alive:
                 self.alive.add(storage._cdata)
                 self.now += storage.nbytes()
@@ -119,6 +116,7 @@ class PerToken(NamedTuple):
 
 
 def traced(module, hidden) -> PerToken:
+    """Measures a forward and a backward pass of a module."""
     with torch.no_grad(), Track() as forward:
         module(hidden)
     with Track() as track:
@@ -142,23 +140,22 @@ class Model:
 
     @functools.cache  # noqa: B019 (the few models of a program live as long as it does)
     def trace(self, sharded, e) -> tuple[PerToken, PerToken]:
-        """Of a decoder layer and of the last norm, on one row so long that the weights' own bytes
-        vanish in it.
+        """Measures a decoder layer and the last norm, on one row.
+
+        It is so long that the weights' own bytes vanish in it.
         """
         config, length = copy.deepcopy(self.config), 2**20
-        config.num_hidden_layers, config.layer_types = 1, kinds(config)[:1]
+        config.num_hidden_layers = 1
+        config.layer_types = kinds(config)[:1]
         # FSDP2 casts a layer's weights and inputs to bfloat16; autocast alone leaves both in
         # float32
         dtype = torch.bfloat16 if sharded and e == 2 else torch.float32
         with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=e == 2):
             decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).get_decoder()
-            row, angle = (
-                torch.empty(1, length, width, dtype=dtype)
-                for width in (config.hidden_size, head_dim(config))
-            )
-            layer = functools.partial(
-                decoder.layers[0], position_embeddings=(angle, angle), attention_mask=None
-            )
+            row = torch.empty(1, length, config.hidden_size, dtype=dtype)
+            angle = torch.empty(1, length, head_dim(config), dtype=dtype)
+            inputs = {"position_embeddings": (angle, angle), "attention_mask": None}
+            layer = functools.partial(decoder.layers[0], **inputs)
             return traced(layer, row), traced(decoder.norm, row.detach())
 
 
@@ -171,8 +168,9 @@ def kinds(config) -> list[str]:
 
 
 def load(name) -> Model:
-    """A Hub name or a folder, counted on the meta device. ValueError if it is none and has no
-    built-in numbers either.
+    """Counts the parameters of a model, a Hub name or a folder, on the meta device.
+
+    Raises ValueError if it can't be read and has no built-in numbers either.
     """
     source = ""
     try:
@@ -183,22 +181,24 @@ def load(name) -> Model:
                 f"{name} is neither a Hugging Face folder nor a reachable name on the Hub, nor one"
                 f" of those with built-in numbers: {', '.join(BUILT_IN)}"
             ) from error
-        config, source = (
-            AutoConfig.for_model(**BUILT_IN[str(name)]),
-            "the Hub can't be reached: built-in numbers",
-        )
+        config = AutoConfig.for_model(**BUILT_IN[str(name)])
+        source = "the Hub can't be reached: built-in numbers"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     head = model.get_output_embeddings().weight
     return Model(
-        Path(name).name,
-        source,
-        config,
-        sum(p.numel() for p in model.parameters()),
-        max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers),
-        head.numel(),
-        head is model.get_input_embeddings().weight,
+        name=Path(name).name,
+        source=source,
+        config=config,
+        parameters=size_of(model),
+        layer=max(size_of(layer) for layer in model.get_decoder().layers),
+        head=head.numel(),
+        tied=head is model.get_input_embeddings().weight,
     )
+
+
+def size_of(module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def plan(
@@ -358,31 +358,37 @@ def update(z) -> dict[str, dict[str, float]]:
 
 
 def peak(phases) -> tuple[float, str]:
-    """The most bytes, and the phase that takes them."""
+    """Returns the most bytes, and the phase that takes them."""
     return max((sum(components.values()), phase) for phase, components in phases.items())
 
 
 def kv_bytes(config, length) -> float:
-    """Keys and values of one sequence in bfloat16, whose sliding layers hold their window only."""
-    tokens = sum(
-        min(length, config.sliding_window) if kind == "sliding_attention" else length
-        for kind in kinds(config)
-    )
+    """Returns the bytes of keys and values of one sequence in bfloat16.
+
+    Sliding layers hold their window only.
+    """
+    tokens = 0
+    for kind in kinds(config):
+        window = config.sliding_window if kind == "sliding_attention" else length
+        tokens += min(length, window)
     return 2 * 2 * config.num_key_value_heads * head_dim(config) * tokens
 
 
 def kv_room(cfg, model, gpu_memory, utilization) -> float:
-    """What vLLM has for keys and values: its share, less PREFILL and the model in bfloat16 (2 P,
-    whole on each GPU or split over those of an engine).
+    """Returns the bytes that vLLM has for keys and values: its share, less PREFILL and the model.
+
+    The model is in bfloat16 (2 P), whole on each GPU or split over those of an engine.
     """
     return utilization * gpu_memory * GIB - 2 * model.parameters / cfg.tensor_parallel - PREFILL
 
 
 def kv_needed(cfg, model) -> float:
-    """Keys and values of one sequence on one of an engine's GPUs, which share its heads."""
-    return kv_bytes(model.config, cfg.max_prompt + cfg.max_completion) / min(
-        cfg.tensor_parallel, model.config.num_key_value_heads
-    )
+    """Returns the bytes of keys and values of one sequence on one of an engine's GPUs.
+
+    The GPUs share its heads.
+    """
+    sharers = min(cfg.tensor_parallel, model.config.num_key_value_heads)
+    return kv_bytes(model.config, cfg.max_prompt + cfg.max_completion) / sharers
 
 
 def starved(cfg, model, gpu_memory, utilization) -> bool:
@@ -391,61 +397,64 @@ def starved(cfg, model, gpu_memory, utilization) -> bool:
 
 
 def largest(cfg, model, gpus, gpu_memory, utilization=0.5) -> int:
-    """The largest --micro_tokens that fits, in steps of 512; 1 if single rows do but no step; 0 if
-    nothing does.
+    """Returns the largest --micro_tokens that fits, in steps of 512.
+
+    It is 1 if single rows fit but no step does, and 0 if nothing fits.
     """
 
     def too_much(tokens):
-        return (
-            peak(plan(cfg, model, gpus, gpu_memory, tokens or 1, utilization))[0] > gpu_memory * GIB
-        )
+        size, _ = peak(plan(cfg, model, gpus, gpu_memory, tokens or 1, utilization))
+        return size > gpu_memory * GIB
 
     steps = bisect.bisect_left(range(0, MOST_TOKENS + 1, 512), True, key=too_much) - 1
-    return 0 if steps < 0 or starved(cfg, model, gpu_memory, utilization) else max(1, 512 * steps)
+    if steps < 0 or starved(cfg, model, gpu_memory, utilization):
+        return 0
+    return max(1, 512 * steps)
 
 
 def fits(cfg, model, gpus, gpu_memory, utilization=0.5) -> tuple[bool, str]:
-    """Whether a run fits, and one sentence: how much it takes, or what is too much and the mildest
-    cure.
+    """Returns whether a run fits, and a sentence: its size, or the excess and the mildest cure.
 
     cfg, gpus, gpu_memory, utilization: as in `plan`. model: a Hub name, a folder or a Model.
-    ValueError as `load`.
+    Raises ValueError as `load` does.
     """
     model = model if isinstance(model, Model) else load(model)
     size, phase = peak(plan(cfg, model, gpus, gpu_memory, 0, utilization))
-    where, takes = (
-        f"{gpus} x {gpu_memory:g} GiB",
-        f"{size / GIB:.1f} GiB of each ({phase}, computed)",
-    )
-    if size <= gpu_memory * GIB and not starved(cfg, model, gpu_memory, utilization):
+    where = f"{gpus} x {gpu_memory:g} GiB"
+    takes = f"{size / GIB:.1f} GiB of each ({phase}, computed)"
+    is_starved = starved(cfg, model, gpu_memory, utilization)
+    if size <= gpu_memory * GIB and not is_starved:
         return True, f"{model.name} fits on {where}: it takes at most {takes}"
-    if starved(cfg, model, gpu_memory, utilization):
-        takes = (
-            f"{takes}, and vLLM's share of {utilization:g} can't hold the model and one sequence"
-        )
-    frugal = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": True})
-    saving = "" if cfg.gradient_checkpointing else "--gradient_checkpointing "
-    shares = (
-        sorted((u / 100 for u in range(5, 95, 5)), key=lambda u: abs(u - utilization))
-        if utilization
-        else []
-    )
-    splits = [
-        t for t in (2, 4, 8) if utilization and cfg.tensor_parallel < t <= gpus and gpus % t == 0
-    ]
-    settings = [
-        ("", gpus, utilization, {}),
-        *((f"--gpu_memory_utilization {u} ", gpus, u, {}) for u in shares),
-        *((f"--tensor_parallel {t} ", gpus, utilization, {"tensor_parallel": t}) for t in splits),
-        *((f"{n} such GPUs and ", n, utilization, {}) for n in (2, 4, 8, 16, 32, 64) if n > gpus),
-    ]
-    found = (
-        (words + more, largest(SimpleNamespace(**vars(run) | changed), model, n, gpu_memory, u))
-        for words, n, u, changed in settings
-        for more, run in (("", cfg), (saving, frugal))
-    )
-    cure = next(
-        (f"{words}--micro_tokens {min(m, cfg.micro_tokens)}" for words, m in found if m),
-        "a smaller model",
-    )
+    if is_starved:
+        takes += f", and vLLM's share of {utilization:g} can't hold the model and one sequence"
+    cure = mildest_cure(cfg, model, gpus, gpu_memory, utilization)
     return False, f"{model.name} does not fit on {where}: it would take {takes}; use {cure}"
+
+
+def mildest_cure(cfg, model, gpus, gpu_memory, utilization) -> str:
+    """Returns the flags, or the number of GPUs, with which a run fits: the first that do.
+
+    Tried in turn are fewer tokens, another share for vLLM, a split engine and more GPUs, each
+    without and with recomputation.
+    """
+    settings = [("", gpus, utilization, {})]
+    if utilization:
+        shares = sorted((u / 100 for u in range(5, 95, 5)), key=lambda u: abs(u - utilization))
+        settings += [(f"--gpu_memory_utilization {u} ", gpus, u, {}) for u in shares]
+        for t in (2, 4, 8):
+            if cfg.tensor_parallel < t <= gpus and gpus % t == 0:
+                changed = {"tensor_parallel": t}
+                settings.append((f"--tensor_parallel {t} ", gpus, utilization, changed))
+    for n in (2, 4, 8, 16, 32, 64):
+        if n > gpus:
+            settings.append((f"{n} such GPUs and ", n, utilization, {}))
+    savings = [("", {})]
+    if not cfg.gradient_checkpointing:
+        savings.append(("--gradient_checkpointing ", {"gradient_checkpointing": True}))
+    for words, n, share, changed in settings:
+        for more, saved in savings:
+            run = SimpleNamespace(**vars(cfg) | changed | saved)
+            tokens = largest(run, model, n, gpu_memory, share)
+            if tokens:
+                return f"{words}{more}--micro_tokens {min(tokens, cfg.micro_tokens)}"
+    return "a smaller model"

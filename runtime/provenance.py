@@ -1,4 +1,4 @@
-"""What a run was started with: its flags, problems, model, code and packages."""
+"""Writes down and compares what a run was started with: flags, problems, model, code, packages."""
 
 import dataclasses
 import hashlib
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from runtime.files import read_json
+from runtime.files import read_json, write
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent.parent
-# What a resumed run may have otherwise: what only adds steps or output, and knobs of memory, speed
-# and place. `data` is where the problems lie; what they are is compared by their digest.
+# A resumed run may change these flags: they add steps or output, or concern memory, speed and
+# place. `data` is the place of the problems. Their contents are compared by digest.
 FREE = {
     "resume",
     "steps",
@@ -40,43 +40,67 @@ FREE = {
     "data",
     "unsafe_exec",
 }
-FORMERLY = {
-    "loss_mean": "token"
-}  # what was done before there was a field for it, where that is not its default
+# The value of a field before the field was added, if that is not its default.
+FORMERLY = {"loss_mean": "token"}
+
+
+def write_origin(folder, cfg, task, tokenizer) -> dict:
+    """Writes a run's flags and the digests of its problems; returns the digests."""
+    digests = fingerprint(task, tokenizer)
+    write(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+    write(folder / "problems.json", json.dumps(digests, indent=1))
+    return digests
+
+
+def refuse_other_flags(folder, cfg, quiet=False):
+    """Compares the flags of a resumed run with its config.json, if there is one.
+
+    Raises ValueError if a flag has changed that may not.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        cure = "remove it, and the same command writes it anew without comparing its flags"
+        refuse_changes(read_json(path, cure), cfg, quiet)
 
 
 def refuse_changes(before, cfg, quiet=False):
-    """A resumed run keeps its configuration, but for what is FREE; that is noted. before: what
-    config.json holds; a field that it lacks was not there yet, and had its default.
+    """Compares flags with those of a config.json, and prints those that have changed and may.
+
+    before: the contents of the file. A field that it lacks was added to the code later, and counts
+    as its default.
+    Raises ValueError if a flag has changed that may not.
     """
-    said = {}
+    changed = {}
     for f in dataclasses.fields(cfg):
-        now, then = getattr(cfg, f.name), before.get(f.name, FORMERLY.get(f.name, f.default))
+        now = getattr(cfg, f.name)
+        then = before.get(f.name, FORMERLY.get(f.name, f.default))
         if now != then:
-            said[f.name] = f"--{f.name} ({then!r} before, {now!r} now)"
-    if refused := [text for name, text in said.items() if name not in FREE]:
+            changed[f.name] = f"--{f.name} ({then!r} before, {now!r} now)"
+    refused = [text for name, text in changed.items() if name not in FREE]
+    if refused:
         raise ValueError(
             f"the run {cfg.name} was started with other flags: {', '.join(refused)}; use another"
             " --name"
         )
-    noted = [text for name, text in said.items() if name not in ("resume", "out", "name")]
+    noted = [text for name, text in changed.items() if name not in ("resume", "out", "name")]
     if noted and not quiet:
         print(f"changed since the run was started: {', '.join(noted)}")
 
 
 def fingerprint(task, tokenizer) -> dict:
-    """What a run learns from and with: for each split its number of problems and a digest of all
-    that they hold, in order; and of the model its revision on the Hub, or a digest of its folder's
-    files (name, size, first and last MiB).
+    """Returns digests of a run's problems and the identity of its model.
+
+    A split has the number of its problems and a digest of their contents, in order. A model has its
+    revision on the Hub, or a digest of its folder's files (name, size, first and last MiB).
     """
-    found = {}
+    digests = {}
     for split in ("train", "dev", "test"):
         digest = hashlib.sha256()
         for p in getattr(task, split):
             row = [p.id, p.prompt, p.answer, p.verifier, p.system, p.extra]
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        found[split] = {"problems": len(getattr(task, split)), "sha256": digest.hexdigest()}
-    return found | {"model": model_identity(tokenizer.name_or_path)}
+        digests[split] = {"problems": len(getattr(task, split)), "sha256": digest.hexdigest()}
+    return digests | {"model": model_identity(tokenizer.name_or_path)}
 
 
 def model_identity(name) -> str:
@@ -95,7 +119,7 @@ def model_identity(name) -> str:
 
 
 def changes(before, now) -> list[str]:
-    """What differs between two fingerprints, for a reader."""
+    """Names what differs between two fingerprints."""
     parts = {
         "train": "the training problems",
         "dev": "the dev problems",
@@ -106,53 +130,44 @@ def changes(before, now) -> list[str]:
 
 
 def refuse_other_problems(folder, task, tokenizer):
-    """ValueError where the run in `folder` was started with other problems or another model under
-    the same name.
+    """Compares the problems and the model of a resumed run with its problems.json.
+
+    Raises ValueError if they are other ones, under the same names.
     """
     path = folder / "problems.json"
-    if not path.is_file():  # of a run from before there was one
+    if not path.is_file():
         return
-    before = read_json(
-        path, "remove it, and the problems are taken for those that the run was started with"
-    )
-    if changed := changes(before, fingerprint(task, tokenizer)):
+    cure = "remove it, and the problems are taken for those that the run was started with"
+    changed = changes(read_json(path, cure), fingerprint(task, tokenizer))
+    if changed:
         raise ValueError(
             f"{' and '.join(changed)} are not those that {folder} was started with: give it the"
             " same again, or use another --name"
         )
 
 
-def git(*args):
+def git(*args) -> str:
+    """Returns the output of a git command in the checkout; "" if it fails."""
+    text = {"encoding": "utf-8", "errors": "replace"}
     try:
-        return subprocess.run(
-            ["git", *args],
-            cwd=HERE,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=True,
-        ).stdout.strip()
+        done = subprocess.run(["git", *args], cwd=HERE, capture_output=True, check=True, **text)
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return done.stdout.strip()
 
 
-def commit():
-    """The commit this code is at, with a + if the tree was changed since; empty outside a git
-    checkout.
-    """
-    return git("rev-parse", "HEAD") + (
-        "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-    )
+def commit() -> str:
+    """Returns the commit of this code, with a + if files were changed since; "" without git."""
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + ("+" if changed else "")
 
 
-def environment():
-    names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
-    lines = [
-        f"pmd {VERSION}",
-        f"commit {commit()}",
-        f"python {platform.python_version()} on {platform.platform()}",
-        *(f"{n} {importlib.metadata.version(n)}" for n in names),
-        f"devices: {torch.cuda.device_count()} cuda",
-        f"command: {' '.join(sys.argv)}",
-    ]
-    return "\n".join(lines) + "\n\n" + git("diff", "HEAD") + "\n"
+def environment() -> str:
+    """Describes the code, the packages and the devices of a run, with uncommitted changes."""
+    packages = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
+    lines = [f"pmd {VERSION}", f"commit {commit()}"]
+    lines += [f"python {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    lines += [f"devices: {torch.cuda.device_count()} cuda", f"command: {' '.join(sys.argv)}"]
+    lines += ["", git("diff", "HEAD"), ""]
+    return "\n".join(lines)

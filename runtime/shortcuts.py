@@ -6,29 +6,32 @@ import re
 # and a coarse one.
 SHORTCUTS = {
     "attempts": (
-        r"(?i)\b(?:(?:in)?correct|wrong|failed|successful|previous|earlier|past|prior|these|both|all|other|most) "
-        r"(?:attempt|response|rollout|submission)s?\b|\battempt \d|\bthe"
-        r" (?:model|student|assistant|grader|verifier|"
-        r"(?:first|second|third|last)? ?attempt|response)\b"
+        r"(?i)\b(?:(?:in)?correct|wrong|failed|successful|previous|earlier|past|prior|these|both|all"
+        r"|other|most) (?:attempt|response|rollout|submission)s?\b"
+        r"|\battempt \d"
+        r"|\bthe (?:model|student|assistant|grader|verifier"
+        r"|(?:first|second|third|last)? ?attempt|response)\b"
     ),
     "options": (
-        r"\b(?i:options?|choices?|answers?)(?: is| was|:)? \(?[A-J]\b\)?(?!"
-        r" [a-z]+ing\b)|(?<!\w)\([A-J]\)|"
-        r"\b[B-J] (?:is|was) (?:the )?(?:in)?correct\b|(?i:\b(?:first|second|third|fourth|last)"
-        r" (?:option|choice)\b)"
+        r"\b(?i:options?|choices?|answers?)(?: is| was|:)? \(?[A-J]\b\)?(?! [a-z]+ing\b)"
+        r"|(?<!\w)\([A-J]\)"
+        r"|\b[B-J] (?:is|was) (?:the )?(?:in)?correct\b"
+        r"|(?i:\b(?:first|second|third|fourth|last) (?:option|choice)\b)"
     ),
     "tactics": (
-        r"(?i)\bprocess of elimination\b|\b(?:eliminat|rul)\w* (?:out )?(?:\w+"
-        r" ){0,2}(?:options|choices|answers)\b|"
-        r"\bguess(?:es|ing)?\b|\b(?:longest|shortest|most \w+)"
-        r" (?:option|choice|answer)\b|\bdistractors?\b|"
-        r"\b(?:all|none) of the above\b|\b(?:pick|select|choose) the"
-        r" (?:option|choice|answer)\b|\bhard-?cod"
+        r"(?i)\bprocess of elimination\b"
+        r"|\b(?:eliminat|rul)\w* (?:out )?(?:\w+ ){0,2}(?:options|choices|answers)\b"
+        r"|\bguess(?:es|ing)?\b"
+        r"|\b(?:longest|shortest|most \w+) (?:option|choice|answer)\b"
+        r"|\bdistractors?\b"
+        r"|\b(?:all|none) of the above\b"
+        r"|\b(?:pick|select|choose) the (?:option|choice|answer)\b"
+        r"|\bhard-?cod"
     ),
     "problem": (
         r"(?i)\b(?:this|the given|the above|the current|the provided|the present|the following)"
-        r" (?:\w+ )?(?:question|"
-        r"problem|exercise|task|case|example|sample|molecule|compound|reaction|sequence|protein|passage|input)\b"
+        r" (?:\w+ )?(?:question|problem|exercise|task|case|example|sample|molecule|compound"
+        r"|reaction|sequence|protein|passage|input)\b"
     ),
 }
 

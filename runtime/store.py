@@ -35,7 +35,8 @@ CREATE TABLE item (
                           -- behavior's problems
     shortcuts TEXT,       -- families of shortcut-like phrasing found in it, with spaces between
     born INTEGER, ended INTEGER,
-    policy_step INTEGER,  -- steps the policy that wrote it had been trained for; NULL for another model
+    policy_step INTEGER,  -- steps that the policy which wrote it had been trained for; NULL
+                          -- for another model
     embedding BLOB        -- float32; NULL of an experience or insight that ended: nothing needs it
 );
 CREATE INDEX living ON item (tier, problem, kind) WHERE ended IS NULL;

@@ -511,7 +511,7 @@ def read(path):
     return {row["job"]: row for row in read_lines(path)} if path.exists() else {}
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -541,53 +541,56 @@ def main():
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"--workers {args.workers} must be at least 1")
-    if unknown := set(args.parts.split(",")) - {*PARTS, "knobs"}:
-        parser.error(
-            f"--parts takes some of knobs, {', '.join(PARTS)}, not"
-            f" {', '.join(map(repr, sorted(unknown)))}"
-        )
+    unknown = set(args.parts.split(",")) - {*PARTS, "knobs"}
+    if unknown:
+        names = ", ".join(map(repr, sorted(unknown)))
+        parser.error(f"--parts takes some of knobs, {', '.join(PARTS)}, not {names}")
+    if args.quick and args.out == HERE:
+        parser.error("--quick needs an --out of its own: its records are no results")
+    args.parts = args.parts.replace("knobs", ",".join(KNOBS)).split(",")
+    if args.report:
+        args.parts = []
+    return args
+
+
+def main():
+    args = parse_args()
     transformers_logging.set_verbosity_error()
-    names, short = (
-        ([] if args.report else args.parts.replace("knobs", ",".join(KNOBS)).split(",")),
-        {},
-    )
+    short = {}
     if args.quick:
-        if args.out == HERE:
-            parser.error("--quick needs an --out of its own: its records are no results")
         global WORLDS, KNOB_WORLDS, TUNING_WORLDS, RATES
-        WORLDS, KNOB_WORLDS, TUNING_WORLDS, RATES = {200: 0, 208: 1}, {200: 0}, {100: 0}, RATES[2:3]
+        WORLDS, KNOB_WORLDS, TUNING_WORLDS = {200: 0, 208: 1}, {200: 0}, {100: 0}
+        RATES = RATES[2:3]
         short = {"steps": 20, "eval_problems": 24}
         args.work = args.out / "runs"
     args.out.mkdir(parents=True, exist_ok=True)
     records = read(args.out / "records.jsonl")
-    used = {
-        job.model or str(CHECKPOINTS[job.checkpoint]) for name in names for job in grid(name, {})
-    } - {"nano"}
-    if missing := sorted(path for path in used if not Path(path).is_dir()):
-        parser.error(f"no checkpoint at {', '.join(missing)}; see {HERE / 'README.md'}")
+    need_checkpoints(args.parts)
+    worlds = [*TUNING_WORLDS, *WORLDS]
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        for name in names:
+        for part in args.parts:
             # world after world, so that a part which is stopped has whole worlds
-            jobs = sorted(
-                grid(name, tuned(records)),
-                key=lambda job: [*TUNING_WORLDS, *WORLDS].index(job.world),
-            )
+            jobs = sorted(grid(part, tuned(records)), key=lambda job: worlds.index(job.world))
             left = [job for job in jobs if job.name not in records]
+            hours = estimate(left) / args.workers / 3600
             print(
-                f"{name}: {len(jobs)} runs, {len(left)} of them left, about "
-                f"{estimate(left) / args.workers / 3600:.1f} hours with {args.workers} at a time",
+                f"{part}: {len(jobs)} runs, {len(left)} of them left, about {hours:.1f} hours with"
+                f" {args.workers} at a time",
                 flush=True,
             )
             run(jobs, records, args.work.resolve(), args.out, pool, args.workers, short)
-    print(
-        report(
-            records,
-            read(args.out / "timings.jsonl"),
-            tuned(records),
-            args.out,
-            sys.modules[__name__],
-        )
-    )
+    timings = read(args.out / "timings.jsonl")
+    print(report(records, timings, tuned(records), args.out, sys.modules[__name__]))
+
+
+def need_checkpoints(parts):
+    """Ends the program with a sentence if a checkpoint that the parts use is not there."""
+    used = set()
+    for part in parts:
+        used |= {job.model or str(CHECKPOINTS[job.checkpoint]) for job in grid(part, {})}
+    missing = sorted(path for path in used - {"nano"} if not Path(path).is_dir())
+    if missing:
+        sys.exit(f"study.py: no checkpoint at {', '.join(missing)}; see {HERE / 'README.md'}")
 
 
 if __name__ == "__main__":

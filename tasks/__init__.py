@@ -93,14 +93,17 @@ def load_task(
     until=WINDOW[1],
     exclude_flagged=False,
 ) -> Task:
-    """The task `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
+    """Loads `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
 
+    dev: the share of the training split that is held out, by `seed`, to select checkpoints on. The
+    seed is that of SDPO's own splits.
     data: for sciknoweval, the folder that holds DOMAIN/train.json and test.json as SDPO publishes
-    them, or a copy of the Hub's repository; for livecodebench, the official file or a folder of
-    such; empty for the Hub. protocol, since, until: of livecodebench. exclude_flagged: of
-    sciknoweval, leaves out what `defects` finds. dev: the share of the training split that is held
-    out, by `seed`, to select checkpoints on (the default seed is that of SDPO's own splits). Raises
-    ValueError in one sentence for a task or file that can't be used.
+    them, or a copy of the Hub's repository. For livecodebench, the official file or a folder of
+    such. Empty for the Hub.
+    protocol, since, until: of livecodebench.
+    exclude_flagged: of sciknoweval, leaves out what `defects` finds.
+
+    Raises ValueError, in one sentence, if the task or a file can't be used.
     """
     if not 0 <= dev < 1:
         raise ValueError(
@@ -116,22 +119,23 @@ def load_task(
     elif name.startswith("sciknoweval/"):
         name, train, test, card = load_sciknoweval(name, data, exclude_flagged)
     else:
-        train, test = (
-            read_problems(task_folder(name) / f"{split}.jsonl") for split in ("train", "test")
-        )
-    held = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
-    return Task(
-        name,
-        [p for i, p in enumerate(train) if i not in held],
-        [train[i] for i in sorted(held)],
-        test,
-        card,
-    )
+        folder = task_folder(name)
+        train = read_problems(folder / "train.jsonl")
+        test = read_problems(folder / "test.jsonl")
+    chosen = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
+    held_out = [train[i] for i in sorted(chosen)]
+    rest = [p for i, p in enumerate(train) if i not in chosen]
+    return Task(name, rest, held_out, test, card)
 
 
 def need_sandbox(task, unsafe_exec=False):
-    """ValueError, in one sentence, where a task's answers are programs and there is no sandbox to
-    run them in.
+    """Looks for a sandbox where a task's answers are programs.
+
+    Raises ValueError, in one sentence, if there is none.
     """
-    if any(p.verifier == "code" for p in task.test):
-        allow_unsafe_exec() if unsafe_exec else sandbox_command()
+    if not any(p.verifier == "code" for p in task.test):
+        return
+    if unsafe_exec:
+        allow_unsafe_exec()
+    else:
+        sandbox_command()

@@ -7,8 +7,8 @@ from tasks.problem import Verdict
 
 
 def verify_choice(problem, completion) -> Verdict:
-    """Multiple choice, SDPO's rule to the letter: what stands after the last <answer>, up to
-    </answer>, is the key.
+    """Judges multiple choice by SDPO's rule to the letter: the last <answer>...</answer> is the
+    key.
 
     Exact and case-sensitive. A bare `B` and an unclosed `<answer>B` pass, `b`, `B.` and `(B)` do
     not.
@@ -70,22 +70,20 @@ WRONG = re.compile(r"(?i)\b(?:wrong|incorrect|not (?:right|correct|it|that))\b")
 
 
 def letter_said(text) -> str:
-    """The letter that a text says is the answer, or "": the last clear statement of one (`B is the
-    answer`), else the only one that the text opens with (`B, since`), ends with as a sentence of
-    its own, or has as the name of an option (`B:`).
+    """Finds the letter that a text says is the answer, or "".
+
+    That is the last clear statement of one (`B is the answer`). Else it is the only letter that the
+    text opens with (`B, since`), ends with as a sentence of its own, or has as the name of an
+    option (`B:`).
     """
-    stated = [
-        found for found in STATED.finditer(text) if not found["before"] and not found["after"]
-    ]
-    if stated:
-        last = stated[-1]
+    statements = [m for m in STATED.finditer(text) if not m["before"] and not m["after"]]
+    if statements:
+        last = statements[-1]
         return last["named"] or last["small"] or last["meant"] or last["judged"]
+    letters = set()
     opening = OPENING.match(text)
-    letters = (
-        {opening[1], *re.findall(r"[.;:!?] {0,2}\W{0,2}([A-Z])(?=[).:,;])", text)}
-        if opening
-        else set()
-    )
+    if opening:
+        letters = {opening[1], *re.findall(r"[.;:!?] {0,2}\W{0,2}([A-Z])(?=[).:,;])", text)}
     end = len(text)
     while end and not text[end - 1].isalnum():
         end -= 1
@@ -98,8 +96,9 @@ def letter_said(text) -> str:
 
 
 def verify_choice_lenient(problem, completion) -> Verdict:
-    """Multiple choice as a person would read it (`b`, `(B)`, `\\boxed{B}`, `It's B.`, `答案：B`):
-    ours, reported apart.
+    """Judges multiple choice as a person would read it: ours, reported apart.
+
+    `b`, `(B)`, `\\boxed{B}`, `It's B.` and `答案：B` are B.
 
     What comes after a correction counts above all: `A. No wait, B.` is B. What passes the strict
     rule passes here.

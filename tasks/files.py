@@ -7,10 +7,11 @@ from tasks.problem import holdable, shown
 
 
 def json_lines(path, cut=False):
-    """Yields (number, object) of a JSON-lines file. ValueError, with file and line, for a line that
-    is none.
+    """Yields (number, object) of a JSON-lines file.
 
     cut: a last line without its end was cut by a kill, and is left out.
+
+    Raises ValueError, with file and line, if a line is no object.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
@@ -36,46 +37,38 @@ def json_lines(path, cut=False):
 
 
 def load_table(path):
-    """The rows of a file (JSON lines, or Parquet by its ending) by `datasets`, which caches it and
-    shows progress.
+    """Reads a file, JSON lines or Parquet by its ending, by `datasets`: it caches and shows
+    progress.
     """
     import datasets  # here: it takes a second, and nano does without
 
-    datasets.logging.set_verbosity(
-        datasets.logging.CRITICAL
-    )  # what it can't read is said by the callers, in one sentence
-    return datasets.load_dataset(
-        "parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train"
-    )
+    # what it can't read is said by the callers, in one sentence
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    kind = "parquet" if path.suffix == ".parquet" else "json"
+    return datasets.load_dataset(kind, data_files=str(path), split="train")
 
 
 def cause(error) -> str:
-    """What an error of a library says, or the one that caused it; where neither says a word, its
-    name.
-    """
-    said = " ".join(str(error.__cause__ or error).split())
-    return said or type(error.__cause__ or error).__name__
+    """Says what went wrong in a library: its error's text, or its name where there is no text."""
+    error = error.__cause__ or error
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def table_rows(path):
-    """Yields (number of its line or row, object) of a published file, JSON lines or Parquet,
-    through `datasets`.
+    """Yields (number, object) of a published file, JSON lines or Parquet, through `datasets`.
 
-    ValueError with the file, and the line where it is JSON, for what is no table.
+    Raises ValueError, with the file and for JSON the line, if it is no table.
     """
     path = Path(path)
     parquet = path.suffix == ".parquet"
     try:
         table = load_table(path)
         with open(path, "rb") as file:
-            numbers = (
-                range(1, len(table) + 1)
-                if parquet
-                else [n for n, line in enumerate(file, 1) if line.strip()]
-            )
-        if len(numbers) != len(
-            table
-        ):  # an array, or an object on several lines: `datasets` takes them
+            numbers = [n for n, line in enumerate(file, 1) if line.strip()]
+        if parquet:
+            numbers = range(1, len(table) + 1)
+        # an array, or an object on several lines: `datasets` takes them
+        if len(numbers) != len(table):
             raise ValueError(
                 f"{len(table)} objects on {len(numbers)} lines, where each has to have one"
             )
@@ -89,8 +82,9 @@ def table_rows(path):
 
 
 def whole_lines(path) -> int:
-    """How many rows a JSON-lines file has. ValueError, with file and line, for one that is no JSON
-    or can't be held.
+    """Counts the rows of a JSON-lines file.
+
+    Raises ValueError, with file and line, if a row is no JSON or can't be held.
     """
     rows = 0
     for n, row in json_lines(path):
@@ -103,27 +97,25 @@ def whole_lines(path) -> int:
 
 
 def numbered_rows(path):
-    """Yields (number, object) of a JSON-lines file, or of the Parquet file of that name where only
-    that is there.
+    """Yields (number, object) of a JSON-lines file, or of the Parquet file of that name.
 
-    JSON not through `datasets`, which makes dates of texts that look like one, gives each row the
-    keys of all, and names no line; and nano would pay a second for its import.
+    JSON does not go through `datasets`. That makes dates of texts that look like one, gives each
+    row the keys of all, and names no line. Nano would also pay a second for its import.
     """
     parquet = Path(path).with_suffix(".parquet")
     if Path(path).is_file() or not parquet.is_file():
         yield from json_lines(path)
         return
     for n, row in table_rows(parquet):
-        yield (
-            n,
-            {key: value for key, value in row.items() if value is not None},
-        )  # a column that this row does not have
+        # None stands for a column that this row does not have
+        yield n, {key: value for key, value in row.items() if value is not None}
 
 
 def refuse_unholdable(row):
-    """ValueError for half a surrogate pair in any text of a row: UTF-8, and so no file, database or
-    tokenizer, can hold it; and for a NUL in what a model reads. Refused and not cleaned, since two
-    ids could become one.
+    """Refuses text that no file, database or tokenizer can hold. Cleaned, two ids could become one.
+
+    Raises ValueError if any text of a row has half a surrogate pair, which UTF-8 can't hold, or if
+    what a model reads has a NUL.
     """
     for key, value in row.items():
         try:

@@ -71,70 +71,60 @@ PLAIN = [  # (how others and LaTeX write it, how we do), in this order
 ]
 
 
+# before a numeral that is no number of its own: part of a fraction, under a root, digits that
+# recur, or how much a number is uncertain
+INSIDE = tuple("/ }{ frac{ √ sqrt{ sqrt( sqrt ]{ overline{ dot{ ± \\pm +/-".split())
+
+
 def plain_digits(text) -> str:
-    """A text with the digits, signs and separators of numbers written in ASCII, and LaTeX's
-    fractions with a slash.
+    """Writes the digits, signs and separators of numbers in ASCII, and LaTeX's fractions with a
+    slash.
     """
     raised = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True)}
     text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda found: "^" + found[0].translate(raised), text)
-    text = re.sub(
-        r"[^\D0-9]", lambda found: str(unicodedata.decimal(found[0])), text
-    )  # full-width, Arabic, all others
+    # full-width, Arabic, all others
+    text = re.sub(r"[^\D0-9]", lambda found: str(unicodedata.decimal(found[0])), text)
     for theirs, ours in PLAIN:
         text = re.sub(theirs, ours, text)
     return text
 
 
 def read_number(text) -> Fraction | None:
-    """The number that a text in plain_digits is, or None: where it is none, and beyond 400 digits
-    or powers of ten.
+    """Reads a text in plain_digits as a number.
+
+    None if it is no number, or beyond 400 digits or powers of ten.
     """
-    found = NUMBER.fullmatch(text) if len(text) <= 400 else None
-    if not found:
+    match = NUMBER.fullmatch(text) if len(text) <= 400 else None
+    if not match:
         return None
-    sign = -1 if found["sign"] == "-" else 1
-    if found["decimal"]:
-        power = int(found["power"] or 0)
-        return (
-            sign * Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** power
-            if abs(power) <= 400
-            else None
-        )
-    whole, above, below = int(found["whole"] or 0), int(found["above"]), int(found["below"])
-    return sign * (whole + Fraction(above, below)) if below else None
+    sign = -1 if match["sign"] == "-" else 1
+    if match["decimal"]:
+        power = int(match["power"] or 0)
+        if abs(power) > 400:
+            return None
+        return sign * Fraction(match["decimal"].replace(",", "")) * Fraction(10) ** power
+    below = int(match["below"])
+    if not below:
+        return None
+    return sign * (int(match["whole"] or 0) + Fraction(int(match["above"]), below))
 
 
 def last_number(text) -> tuple[Fraction | None, str]:
-    """The last numeral of a text as a number, None where it is none, and as a text, one for each
-    number.
+    """Reads the last numeral of a text: as a number (None if it is none), and as a text.
+
+    Equal numbers have equal texts.
     """
     text = plain_digits(text)
-    numerals = [found for found in NUMERALS.finditer(text) if not found["name"]]
+    numerals = [match for match in NUMERALS.finditer(text) if not match["name"]]
     if not numerals:
         return None, ""
     last = numerals[-1]
     before = text[max(0, last.start() - 10) : last.start()].replace(" ", "")
-    # part of a fraction, under a root, digits that recur, or how much a number is uncertain
-    inside = before.endswith(
-        (
-            "/",
-            "}{",
-            "frac{",
-            "√",
-            "sqrt{",
-            "sqrt(",
-            "sqrt",
-            "]{",
-            "overline{",
-            "dot{",
-            "±",
-            "\\pm",
-            "+/-",
-        )
-    )
-    value = (
-        Fraction(int(last[0], 0)) if last["based"] and len(last[0]) < 400 else read_number(last[0])
-    )
+    inside = before.endswith(INSIDE)
+    if last["based"] and len(last[0]) < 400:
+        value = Fraction(int(last[0], 0))
+    else:
+        value = read_number(last[0])
     if inside or value is None:
         return None, f"{before[-1:]}{last[0]}"[:100] + "..."
     with localcontext(prec=2000) as context:
@@ -144,8 +134,7 @@ def last_number(text) -> tuple[Fraction | None, str]:
 
 
 def verify_last_number(problem, completion) -> Verdict:
-    """The last number of the text equals the answer exactly, as rational numbers: for sums, and for
-    tasks of your own.
+    """Judges an answer by its last number, which has to equal the key as a rational number.
 
     Numbers are 7, -7 (also with a Unicode minus), +7, .5, 1,234 with groups of three, 1.5e-3, 1.5 x
     10^-3, 3/4, 1 3/4, 0x1F (0b1, 0o7), in the digits of any script and as LaTeX has them
@@ -157,6 +146,5 @@ def verify_last_number(problem, completion) -> Verdict:
     is wrong.
     """
     value, answer = last_number(completion)
-    return Verdict(
-        float(value is not None and value == read_number(plain_digits(problem.answer))), answer
-    )
+    right = value is not None and value == read_number(plain_digits(problem.answer))
+    return Verdict(float(right), answer)

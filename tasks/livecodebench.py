@@ -1,4 +1,4 @@
-"""LiveCodeBench v6 from its official files: a window of contests, in SDPO's protocol or others."""
+"""Loads LiveCodeBench v6 from its official files: a window of contests, under three protocols."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from tasks.reading import code_tests
 
 LIVECODEBENCH_HUB = "hf://datasets/livecodebench/code_generation_lite"
 LIVECODEBENCH_FILES = ("test.jsonl", *(f"test{n}.jsonl" for n in range(2, 7)))
-LIVECODEBENCH = (
+LIVECODEBENCH = (  # the keys of a row that are read
     "question_content",
     "question_id",
     "contest_date",
@@ -26,13 +26,11 @@ LIVECODEBENCH = (
     "private_test_cases",
     "metadata",
 )
-WINDOW = (
-    "2025-02-01",
-    "2025-05-01",
-)  # the paper's and SDPO's: contests from the first day on, before the second
+# The paper's window and SDPO's: contests from the first day on, before the second.
+WINDOW = ("2025-02-01", "2025-05-01")
 SDPO_PROMPT = """\
-You write programs for programming contests. Think about the problem, then give the complete Python \
-code in a code block enclosed with ``` ```. The time limit is 1 second.
+You write programs for programming contests. Think about the problem, then give the complete \
+Python code in a code block enclosed with ``` ```. The time limit is 1 second.
 
 {content}"""
 SIGNATURE = """
@@ -59,23 +57,21 @@ OFFICIAL_PROMPT = """### Question:
 
 
 class Strings(pickle.Unpickler):
-    """Downloaded pickles may hold a string. They may not name a class or function, which is how
-    pickles run code.
-    """
+    """Reads pickles of strings. It refuses a class or a function, by which pickles run code."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def decode_tests(text) -> list[dict]:
-    """The tests of a row: JSON, or JSON pickled as a string, compressed and written in base64.
-    ValueError if neither.
+    """Reads the tests of a row: JSON, or JSON pickled as a string, compressed and in base64.
+
+    Raises ValueError if it is neither.
     """
     try:
         if not text.startswith("["):
-            text = Strings(
-                io.BytesIO(zlib.decompress(base64.b64decode(text, validate=True)))
-            ).load()
+            packed = zlib.decompress(base64.b64decode(text, validate=True))
+            text = Strings(io.BytesIO(packed)).load()
         tests = json.loads(text)
         return [{"input": str(t["input"]), "output": str(t["output"])} for t in tests]
     except Exception as error:  # a broken pickle raises whatever it likes
@@ -85,12 +81,12 @@ def decode_tests(text) -> list[dict]:
 
 
 def read_livecodebench(data):
-    """Yields (where, row) of the official files: a JSON-lines file, a folder of them, or the Hub's
-    where data is empty.
+    """Yields (where, row) of the official files.
 
-    The Hub has them beside a loading script, which `datasets` runs no more and refuses, so they are
-    loaded by their names: all six, 4.5 GB, which are release_v6. Not run on the Hub itself, which
-    was out of reach; run on a folder like it.
+    data: a JSON-lines or Parquet file, a folder of them, or "" for the Hub's. The Hub has them
+    beside a loading script, which `datasets` refuses. So they are loaded by their names: all six,
+    4.5 GB, which are release_v6. It ran on a folder like the Hub's, not on the Hub itself.
+    Raises ValueError if they can't be read.
     """
     if not data:
         import datasets  # here: it takes a second, and no other task needs it
@@ -106,11 +102,9 @@ def read_livecodebench(data):
                 ) from error
             yield from ((f"{place}, row {n}", row) for n, row in enumerate(table, 1))
         return
-    files = (
-        sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet"))
-        if Path(data).is_dir()
-        else [Path(data)]
-    )
+    files = [Path(data)]
+    if Path(data).is_dir():
+        files = sorted(f for f in Path(data).glob("*.*") if f.suffix in (".jsonl", ".parquet"))
     if not files or not files[0].is_file():
         raise ValueError(
             "livecodebench needs --data, a JSON-lines or Parquet file in the official schema or a"
@@ -121,23 +115,97 @@ def read_livecodebench(data):
 
 
 def code_problem(tests, id, prompt, system, **extra) -> Problem:
-    return Problem(
-        id,
-        prompt,
-        "its tests",
-        "code",
-        system,
-        {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], **extra},
-    )
+    """Makes a problem that is judged by tests."""
+    inputs, outputs = [t["input"] for t in tests], [t["output"] for t in tests]
+    extra = {"inputs": inputs, "outputs": outputs, **extra}
+    return Problem(id, prompt, "its tests", "code", system, extra)
+
+
+def refuse_row(row, where, seen):
+    """Turns the date and the metadata of a row into text, and checks what is read of it.
+
+    seen: {question_id: where}, which the row joins.
+    Raises ValueError if a text is missing, or if the question_id is that of an earlier row.
+    """
+    # `datasets` reads a time, or an object, if each row of a column holds one
+    if isinstance(row.get("contest_date"), datetime):
+        row["contest_date"] = str(row["contest_date"])
+    if isinstance(row.get("metadata"), dict):
+        row["metadata"] = json.dumps(row["metadata"], default=str)
+    bad = [key for key in LIVECODEBENCH if not isinstance(row.get(key), str)]
+    if bad:
+        raise ValueError(f"{where}: {' and '.join(bad)} must be given, as text")
+    other = seen.setdefault(row["question_id"], where)
+    if other != where:
+        raise ValueError(f"{where} repeats the question_id {row['question_id']!r} of {other}")
+
+
+def day_of(row) -> str:
+    """Returns the day of a row's contest.
+
+    Raises ValueError if it is no day.
+    """
+    day = row["contest_date"][:10]
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
+        raise ValueError(f"its contest_date {row['contest_date']!r} is no day like {WINDOW[0]}")
+    return day
+
+
+def read_tests(row) -> tuple[list, list, str | None]:
+    """Returns the public and the hidden tests of a row, and the name of the function they call.
+
+    Raises ValueError if they can't be read, or can't be run.
+    """
+    public = decode_tests(row["public_test_cases"])
+    hidden = decode_tests(row["private_test_cases"])
+    metadata = json.loads(row["metadata"])
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata is no JSON object")
+    if not hidden:
+        raise ValueError("it has no hidden tests")
+    name = metadata.get("func_name")
+    texts = (row["question_id"], row["question_content"], row["starter_code"])
+    problem = code_problem(public + hidden, *texts, fn_name=name)
+    refuse_unholdable(vars(problem))
+    code_tests(problem.extra)
+    return public, hidden, name
+
+
+def sdpo_prompt(content, starter, name) -> str:
+    """Writes the prompt of SDPO, with the signature of a function if the tests call one."""
+    prompt = SDPO_PROMPT.format(content=content)
+    if name:
+        heads = "".join(line.strip() for line in starter.split("\n") if "def " in line)
+        prompt += SIGNATURE.format(signature=re.sub(r"\(self,?\s*", "(", heads))
+    return prompt
+
+
+def official_prompt(content, starter, name) -> str:
+    """Writes the prompt of LiveCodeBench's own harness."""
+    form = "Read the input from stdin and print the answer to stdout."
+    if name:
+        form = "Fill in this class."
+    return OFFICIAL_PROMPT.format(content=content, form=form, starter=starter or "# YOUR CODE HERE")
+
+
+def question_of(row, name, protocol) -> dict:
+    """Returns what a row's problem for training and its problem for evaluation have in common."""
+    texts = (row["question_content"], row["starter_code"], name)
+    known = {"id": row["question_id"], "fn_name": name, "date": day_of(row)}
+    if protocol == "official":
+        prompt = official_prompt(*texts)
+        return known | {"prompt": prompt, "system": OFFICIAL_SYSTEM, "block": "last"}
+    return known | {"prompt": sdpo_prompt(*texts), "system": "", "block": "longest"}
 
 
 def load_livecodebench(data, protocol, since, until):
-    """(name, train, test): the contests of since <= date < until (YYYY-MM-DD), under a protocol of
-    the table above.
+    """Returns (name, train, test): the contests of since <= date < until, under a protocol.
 
-    The name says protocol, window and number of problems, for reports. SDPO's half of the tests is
-    drawn as its script does: numpy's seed 0, problem by problem in the order of the file, max(1, n
-    // 2) of n tests, which keep their order.
+    since, until: days, YYYY-MM-DD. protocol: see the option. The name has the protocol, the window
+    and the number of problems, for reports. SDPO's half of the tests is drawn as in its script:
+    numpy's seed 0, problem by problem in the order of the file, max(1, n // 2) of n tests, which
+    keep their order.
+    Raises ValueError if a row can't be read, or if there is nothing to train on or to evaluate.
     """
     if protocol not in ("sdpo", "older", "official"):
         raise ValueError(
@@ -149,89 +217,30 @@ def load_livecodebench(data, protocol, since, until):
         raise ValueError(
             f"the window is given in days like {WINDOW[0]}, not as {since} to {until}: {error}"
         ) from error
-    train, test, days, seen, rng = [], [], [], {}, np.random.RandomState(0)
+    train, test, days = [], [], []
+    seen = {}
+    rng = np.random.RandomState(0)
     for where, row in read_livecodebench(data):
-        if isinstance(
-            row.get("contest_date"), datetime
-        ):  # `datasets` knows a time when it sees one
-            row["contest_date"] = str(row["contest_date"])
-        if isinstance(row.get("metadata"), dict):  # and an object, where another row has one
-            row["metadata"] = json.dumps(row["metadata"], default=str)
-        if bad := [k for k in LIVECODEBENCH if not isinstance(row.get(k), str)]:
-            raise ValueError(f"{where}: {' and '.join(bad)} must be given, as text")
-        if (other := seen.setdefault(row["question_id"], where)) != where:
-            raise ValueError(f"{where} repeats the question_id {row['question_id']!r} of {other}")
+        refuse_row(row, where, seen)
         try:
-            day = row["contest_date"][:10]
-            if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
-                raise ValueError(
-                    f"its contest_date {row['contest_date']!r} is no day like {WINDOW[0]}"
-                )
+            day = day_of(row)
             days.append(day)
             if day >= until or day < since and protocol != "older":
                 continue
-            public, hidden = (
-                decode_tests(row["public_test_cases"]),
-                decode_tests(row["private_test_cases"]),
-            )
-            if not isinstance(metadata := json.loads(row["metadata"]), dict):
-                raise ValueError("its metadata is no JSON object")
-            if not hidden:
-                raise ValueError("it has no hidden tests")
-            name = metadata.get("func_name")
-            texts = (row["question_id"], row["question_content"], row["starter_code"])
-            whole = code_problem(public + hidden, *texts, fn_name=name)
-            refuse_unholdable(vars(whole))
-            code_tests(whole.extra)
+            public, hidden, name = read_tests(row)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
-        content, starter, system, block = (
-            row["question_content"],
-            row["starter_code"],
-            "",
-            "longest",
-        )
-        if protocol == "official":
-            form = (
-                "Fill in this class."
-                if name
-                else "Read the input from stdin and print the answer to stdout."
-            )
-            prompt = OFFICIAL_PROMPT.format(
-                content=content, form=form, starter=starter or "# YOUR CODE HERE"
-            )
-            system, block = OFFICIAL_SYSTEM, "last"
-        else:
-            signature = re.sub(
-                r"\(self,?\s*",
-                "(",
-                "".join(line.strip() for line in starter.split("\n") if "def " in line),
-            )
-            prompt = SDPO_PROMPT.format(content=content) + (
-                SIGNATURE.format(signature=signature) if name else ""
-            )
-
-        known = {
-            "id": row["question_id"],
-            "prompt": prompt,
-            "system": system,
-            "fn_name": name,
-            "block": block,
-            "date": day,
-        }
-        if day < since:
-            train.append(code_problem(hidden, feedback=True, **known))
-            continue
-        test.append(
-            code_problem(
-                public + hidden if protocol == "official" else hidden, feedback=False, **known
-            )
-        )
-        if protocol == "sdpo":
-            half = sorted(rng.choice(len(hidden), max(1, len(hidden) // 2), replace=False))
-            train.append(code_problem([hidden[i] for i in half], feedback=True, **known))
-        elif protocol == "official":
-            train.append(code_problem(public, feedback=True, **known))
+        known = question_of(row, name, protocol)
+        judged = public + hidden if protocol == "official" else hidden
+        learned = public if protocol == "official" else hidden
+        if day >= since:
+            test.append(code_problem(judged, feedback=False, **known))
+            if protocol == "sdpo":
+                half = rng.choice(len(hidden), max(1, len(hidden) // 2), replace=False)
+                learned = [hidden[i] for i in sorted(half)]
+            if protocol == "older":  # it trains on the contests before the window
+                continue
+        train.append(code_problem(learned, feedback=True, **known))
     if not test or not train:
         raise ValueError(
             f"{data or 'the Hub'} has contests of {min(days)} to {max(days)}: none to"
@@ -239,8 +248,5 @@ def load_livecodebench(data, protocol, since, until):
             f" {until}"
         )
     expected = " of 131" if (since, until) == WINDOW and len(test) != 131 else ""
-    return (
-        f"livecodebench ({protocol}, {since} to {until}, {len(test)}{expected} problems)",
-        train,
-        test,
-    )
+    name = f"livecodebench ({protocol}, {since} to {until}, {len(test)}{expected} problems)"
+    return name, train, test

@@ -9,8 +9,10 @@ NANO = Path(__file__).resolve().parent.parent / "nano"
 
 
 def task_folder(name) -> Path:
-    """The folder of a task's files: nano/worlds/SEED for nano/SEED, nano/worlds/plain/SEED for
-    nano/plain/SEED.
+    """Finds the folder of a task's files.
+
+    That is nano/worlds/SEED for nano/SEED, nano/worlds/plain/SEED for nano/plain/SEED, and the path
+    itself for any other. Raises ValueError if there is none.
     """
     if name == "nano" or name.startswith("nano/"):
         _, *kind = name.split("/")
@@ -32,41 +34,36 @@ def task_folder(name) -> Path:
 
 
 def verify_steps(problem, completion) -> Verdict:
-    """nano: word by word equal to the answer, in which `vo=*` stands for any operation named for
-    vo. A confidence at the end (`Confidence: 0.50`) is no part of it.
+    """Compares word by word with the answer, in which `vo=*` stands for any operation of vo.
 
-    In a world that speaks (`feedback: true`) the verdict on a failure says which step was the first
-    wrong one, by the operation that was named there: `vo!rev`. Nothing where no operation is to
-    blame: the right one was miscalculated, or the completion lost the form of an answer.
+    A confidence at the end (`Confidence: 0.50`) is no part of an answer. In a world that speaks
+    (`feedback: true`) the verdict on a failure names the first wrong step, by the operation that
+    was named there: `vo!rev`. It names none where no operation is to blame: the right one was
+    miscalculated, or the completion lost the form of an answer.
     """
-    words, wanted = (
-        re.sub(r"\s+Confidence: \d\.\d\d\s*\Z", "", completion).split(),
-        problem.answer.split(),
-    )
-    fits = [
-        w == a or a.endswith("=*") and w.startswith(a[:-1])
-        for w, a in zip(words, wanted, strict=False)
-    ]
+    words = re.sub(r"\s+Confidence: \d\.\d\d\s*\Z", "", completion).split()
+    wanted = problem.answer.split()
+    fits = []
+    for word, want in zip(words, wanted, strict=False):
+        fits.append(word == want or want.endswith("=*") and word.startswith(want[:-1]))
     right = len(words) == len(wanted) and all(fits)
-    feedback = (
-        "" if right or not problem.extra.get("feedback") else first_wrong_step(problem, words, fits)
-    )
+    feedback = ""
+    if not right and problem.extra.get("feedback"):
+        feedback = first_wrong_step(problem, words, fits)
     compared = " ".join(w.partition("=")[0] + "=*" if "=" in w else w for w in words)
     return Verdict(float(right), compared, feedback)
 
 
 def first_wrong_step(problem, words, fits) -> str:
-    """`vo!rev` where the digits after vo=rev are the first words that miss the answer, and vo hides
-    another; else "".
+    """Gives `vo!rev` if the digits after vo=rev are the first wrong words and vo hides another
+    operation, else "".
     """
     first = fits.index(False) if False in fits else len(fits)
     steps = [word for word in words[:first] if "=" in word]
     if first == len(fits) or not words[first].isdigit() or not steps:
         return ""
     syllable, _, operation = steps[-1].partition("=")
-    if (
-        not re.fullmatch("[a-z]+", operation)
-        or steps[-1] in problem.extra.get("hidden", "").split()
-    ):
+    is_right = steps[-1] in problem.extra.get("hidden", "").split()
+    if is_right or not re.fullmatch("[a-z]+", operation):
         return ""
     return f"{syllable}!{operation}"

@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `prompt` is all of it that the student sees, besides the `system` message."""
+    """Is one question. The student sees its `prompt` and its `system` message, and nothing else."""
 
     id: str
     prompt: str
@@ -20,8 +20,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """The splits of a task. dev is held out of the published training split (a deviation; dev=0
-    trains on all of it).
+    """Holds the splits of a task. dev is held out of the published training split (deviation 3).
 
     name: with what a report has to say of it, such as a window. card: what is known to be wrong
     with the data.
@@ -34,20 +33,19 @@ class Task:
     card: str = ""
 
 
-# a reward above this is a success: that of memory.py, which knows nothing of tasks, nor they of it
-SUCCESS = 0.5
+SUCCESS = 0.5  # a reward above this is a success (SDPO code: success_reward_threshold)
 # characters of feedback that are kept: it is tokenised for every teacher and every reflection
 MAX_FEEDBACK = 20_000
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward: a number from 0 to 1. answer: text that the estimators vote on, the same for all
-    answers that the verifier takes for equal. feedback: text for the teacher, empty where there is
-    none.
+    """Says how good one answer is.
 
-    For programs, test_pass_rate is the share of tests passed (never the reward) and status that of
-    Judgement, or no_code.
+    reward: a number from 0 to 1. answer: text that the estimators vote on, the same for all answers
+    that the verifier takes for equal. feedback: text for the teacher, or "". For programs,
+    test_pass_rate is the share of tests passed (never the reward), and status that of Judgement, or
+    no_code.
     """
 
     reward: float
@@ -58,8 +56,10 @@ class Verdict:
 
 
 def checked(verdict) -> Verdict:
-    """The verdict with numbers of Python's own, its feedback cut to MAX_FEEDBACK. ValueError, with
-    what is wrong and what it has to be, for one that estimators, memory and records could not use.
+    """Gives the verdict with numbers of Python's own, its feedback cut to MAX_FEEDBACK.
+
+    Raises ValueError, with what is wrong and what it has to be, if estimators, memory or records
+    could not use it.
     """
     if not isinstance(verdict, Verdict):
         raise ValueError(f"{shown(verdict)}, where it has to return a Verdict")
@@ -93,25 +93,20 @@ def checked(verdict) -> Verdict:
 
 
 def number(value) -> float | None:
-    """A number or truth value of Python or numpy as a float, or None where it is neither."""
+    """Makes a float of a number or truth value of Python or numpy; None of anything else."""
     return float(value) if isinstance(value, (Real, np.bool_)) else None
 
 
 def shown(value) -> str:
-    """A value in an error: on one line, and short."""
+    """Writes a value in an error: on one line, and short."""
     text = " ".join(ascii(value).split())
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def holdable(text) -> bool:
-    """Whether UTF-8 can hold a text: not where it has half a surrogate pair, as JSON's escapes
-    allow.
-    """
+    """Says whether UTF-8 can hold a text: not half a surrogate pair, as JSON's escapes allow."""
     try:
         text.encode()
         return True
     except UnicodeEncodeError:
         return False
-
-
-SUCCESS = 0.5  # a reward above this is a success (SDPO code: success_reward_threshold)

@@ -14,8 +14,9 @@ from tasks.verdicts import VERIFIERS, verify
 
 
 def call_tests(tests, name):
-    """ValueError where a function can't be called on these tests: all values must be JSON, and its
-    name a text.
+    """Checks that a function can be called on these tests.
+
+    Raises ValueError if a value is not JSON, or the name no function's.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"the function's name {name!r} must be a text")
@@ -30,61 +31,70 @@ def call_tests(tests, name):
 
 
 def code_tests(row):
-    """ValueError where a row can't be verified by `code`: it has to have inputs and outputs that
-    fit each other.
+    """Checks the tests of a row that `code` verifies.
+
+    Raises ValueError if it has no inputs and outputs that fit each other.
     """
-    texts = (row.get("inputs"), row.get("outputs"))
-    if not all(
-        isinstance(t, list) and t and all(isinstance(x, str) for x in t) for t in texts
-    ) or len(texts[0]) != len(texts[1]):
+    inputs, outputs = row.get("inputs"), row.get("outputs")
+    if not is_texts(inputs) or not is_texts(outputs) or len(inputs) != len(outputs):
         raise ValueError("code needs inputs and outputs, two lists of texts of one length")
     if row.get("fn_name") is not None:
         call_tests(row, row["fn_name"])
-    elif (largest := max(len(x.encode()) for x in texts[0])) > DISK:
+        return
+    largest = max(len(text.encode()) for text in inputs)
+    if largest > DISK:
         raise ValueError(f"an input of {largest} bytes is too large: the sandbox takes {DISK}")
 
 
-def refuse_unreachable(problem):
-    """ValueError where no reply can be right: verify, asked of the ideal reply to a verifier of
-    ours, does not say 1.
+def is_texts(value) -> bool:
+    """Says whether a value is a list of texts that is not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
 
-    What a verifier of one's own takes is not known. The tests of `code` are checked by code_tests.
+
+def refuse_unreachable(problem):
+    """Judges the ideal reply to a verifier of ours; what a verifier of one's own takes is not
+    known.
+
+    Raises ValueError if the ideal reply is not right, so that no reply can be. The tests of `code`
+    are checked by code_tests.
     """
-    ideal = {
+    ideal_replies = {
         verify_steps: problem.answer,
         verify_last_number: problem.answer,
         verify_choice: f"<answer>{problem.answer}</answer>",
-    }.get(VERIFIERS[problem.verifier])
+    }
+    ideal = ideal_replies.get(VERIFIERS[problem.verifier])
     if ideal is None or verify(problem, ideal).reward == 1:
         return
-    raise ValueError(
-        f"the answer {shown(problem.answer)} "
-        + {
-            "last_number": "is no number that last_number can read, such as 7, -0.5, 1e-3 or 3/4",
-            "choice": (
-                "can't be matched by any reply: what stands between <answer> and </answer> is read"
-                " without white space around it"
-            ),
-        }.get(problem.verifier, "can't be matched by any reply")
-    )
+    reasons = {
+        "last_number": "is no number that last_number can read, such as 7, -0.5, 1e-3 or 3/4",
+        "choice": (
+            "can't be matched by any reply: what stands between <answer> and </answer> is read"
+            " without white space around it"
+        ),
+    }
+    reason = reasons.get(problem.verifier, "can't be matched by any reply")
+    raise ValueError(f"the answer {shown(problem.answer)} {reason}")
 
 
 def read_problem(row) -> Problem:
-    """A row of our schema as a problem. ValueError, in one sentence, where it is none, or no reply
-    to it can be right.
+    """Makes a problem of a row of our schema.
+
+    Raises ValueError, in one sentence, if it is none, or if no reply to it can be right.
     """
     refuse_unholdable(row)
     if row.get("verifier") == "code":
         row.setdefault("answer", "its tests")
         code_tests(row)
     row.setdefault("system", "")
-    bad = [
-        k
-        for k in ("id", "prompt", "answer", "verifier")
-        if not isinstance(row.get(k), str) or not row[k].strip()
-    ]
-    if bad := bad + ["system"] * (not isinstance(row["system"], str)):
-        raise ValueError(f"{' and '.join(bad)} must be given, as text")
+    missing = []
+    for key in ("id", "prompt", "answer", "verifier"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            missing.append(key)
+    if not isinstance(row["system"], str):
+        missing.append("system")
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be given, as text")
     if row["verifier"] not in VERIFIERS:
         raise ValueError(f"no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
     known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier", "system")}
@@ -94,8 +104,9 @@ def read_problem(row) -> Problem:
 
 
 def read_problems(path, convert=dict, rows=numbered_rows) -> list[Problem]:
-    """The problems of a file's `rows`, each through `convert`. ValueError, with file and line, for
-    what is not one.
+    """Makes problems of a file's `rows`, each through `convert`.
+
+    Raises ValueError, with file and line, if a row is no problem.
     """
     if not Path(path).is_file() and not Path(path).with_suffix(".parquet").is_file():
         raise ValueError(

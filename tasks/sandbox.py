@@ -3,36 +3,32 @@
     execute(code, inputs, ...)  -> an Outcome for each input, in order
 
 Expected outputs are no argument of anything in this file: they stay in the caller's process, which
-compares. What comes back is bytes of bounded number, never unpickled, never evaluated. So a program
-can lie about everything except the answer it has to print.
+compares. The sandbox returns bytes of bounded number, never unpickled, never evaluated. So a
+program can lie about everything except the answer it has to print.
 
 The walls, from the outside in:
 - bubblewrap: own user, pid, net, ipc, uts and cgroup namespaces, no further user namespaces, no
-  capabilities, no new
-  privileges, an empty environment; /usr and the interpreter read-only, /tmp and /dev/shm private
-  and of 64 MiB each, a third such place for the tests' streams, nothing else writable. Where we are
-  root, the user `nobody` makes the sandbox, since root's processes know no limit of their number; a
-  mount namespace, made once, shows him the interpreter, which may lie in root's home.
-- `call_filter`, seccomp on every process inside: no kernel keys (the session's keyring is
-  inherited, by any namespace),
-  no SysV memory and no memfd (they belong to no process, so no limit counts them), no sockets but
-  local and IP ones (vsock knows no network namespace), no tracing, io_uring, bpf, perf or mounts;
-  and nobody may ignore SIGCHLD, since the CPU time of children that the kernel reaps is counted
-  nowhere.
+  capabilities, no new privileges, an empty environment. /usr and the interpreter are read-only.
+  /tmp, /dev/shm and a place for the tests' streams are private and bounded, and nothing else can be
+  written. If we are root, the user `nobody` makes the sandbox, since root's processes know no limit
+  of their number. A mount namespace shows him the interpreter, which may lie in root's home.
+- `call_filter`: seccomp on every process inside. It refuses kernel keys, since any namespace
+  inherits the session's keyring. It refuses SysV memory and memfd, which belong to no process, so
+  that no limit counts them. It refuses sockets other than local and IP ones, since vsock knows no
+  network namespace. It refuses tracing, io_uring, bpf, perf and mounts. Nobody may ignore SIGCHLD:
+  the CPU time of children that the kernel reaps is counted nowhere.
 - `runner`, process 1 of the pid namespace: the kernel drops every signal that a process inside
-  sends to it, it is not
-  dumpable, so its memory and descriptors are closed to processes of the same user, and when it goes
-  all go.
-- Each test is a fork of it with limits of its own: CPU time (of all its processes together), a wall
-  limit four times as
-  long against sleepers (who do not get it anew for each test), memory, number of processes, file
-  and output size. When its first process ends, all that it left behind is killed before the output
-  is read.
+  sends to it. It is not dumpable, so that its memory and descriptors are closed to processes of the
+  same user. When it goes, all go.
+- Each test is a fork of it with limits of its own: CPU time of all its processes together, memory,
+  number of processes, file and output size. A wall limit four times as long acts against sleepers,
+  who do not get it anew for each test. When its first process ends, all that it left behind is
+  killed before the output is read.
 
 Not walled off: bugs of the kernel in the calls that are left, and the buffers of sockets and pipes,
-which belong to no process. What handles SIGCHLD itself fails (multiprocessing's forkserver, `wait`
-in a shell). Files in /tmp live as long as the program's sandbox, so a test can see those of an
-earlier test.
+which belong to no process. Programs that handle SIGCHLD themselves fail (multiprocessing's
+forkserver, `wait` in a shell). Files in /tmp live as long as the program's sandbox, so that a test
+can see those of an earlier test.
 """
 
 import builtins
@@ -60,9 +56,8 @@ DISK = 64 << 20  # bytes in /tmp, and again in /dev/shm, and of a test's input
 PROCESSES = 64  # of one test, threads counted
 WALL = 4.0  # the wall limit in units of the CPU limit: a loaded machine must not change a verdict
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-CORES = max(
-    1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-)  # the ranks of one machine share them
+# the ranks of one machine share them
+CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/tmp",
@@ -88,6 +83,17 @@ init_module finit_module delete_module kexec_load kexec_file_load reboot settime
 clock_settime clock_adjtime adjtimex iopl ioperm modify_ldt vmsplice move_pages migrate_pages
 lookup_dcookie vhangup nfsservctl
 """.split()
+# The arguments of bubblewrap: the namespaces and what they show, then the writable places.
+WALLS = """
+--unshare-all --unshare-user --disable-userns --uid 65534 --gid 65534 --cap-drop ALL
+--new-session --die-with-parent --as-pid-1 --hostname sandbox
+--ro-bind /usr /usr --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64 --ro-bind-try /bin /bin
+--proc /proc
+"""
+PLACES = f"""
+--dev /dev --size {DISK} --tmpfs /dev/shm --size {DISK} --tmpfs /tmp
+--size {DISK + 2 * OUTPUT} --tmpfs /streams
+"""
 START = (
     "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); type(lambda: 0)(code,"
     " globals())(*job)"
@@ -97,13 +103,11 @@ slots = threading.BoundedSemaphore(CORES)
 
 
 class Outcome(NamedTuple):
-    """status: ran, runtime_error or time_limit. output: stdout, or the returned value as JSON.
-    error: text for people.
-    """
+    """Holds the result of a test."""
 
-    status: str
-    output: bytes
-    error: str
+    status: str  # ran, runtime_error or time_limit
+    output: bytes  # stdout, or the returned value as JSON
+    error: str  # for people
 
 
 def runner(
@@ -437,8 +441,10 @@ def runner(
 
 @functools.cache
 def call_filter() -> bytes:
-    """The system calls that no program may make, as BPF for bubblewrap: see REFUSED. ValueError
-    where it can't be made.
+    """Makes the filter of the system calls that no program may make, as BPF for bubblewrap.
+
+    See REFUSED.
+    Raises ValueError if it can't be made.
     """
     try:
         import pyseccomp as seccomp
@@ -447,10 +453,10 @@ def call_filter() -> bytes:
             "generated code runs only in a sandbox, which needs libseccomp: install it (apt install"
             " libseccomp2; pip install pyseccomp), or give --unsafe_exec to run code without one"
         ) from error
-    rules, refuse = seccomp.SyscallFilter(seccomp.ALLOW), seccomp.ERRNO(errno.EPERM)
-    rules.set_attr(
-        seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS
-    )  # 32-bit calls have other numbers
+    rules = seccomp.SyscallFilter(seccomp.ALLOW)
+    refuse, no_family = seccomp.ERRNO(errno.EPERM), seccomp.ERRNO(errno.EAFNOSUPPORT)
+    # 32-bit calls have other numbers
+    rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS)
     for name in REFUSED:
         try:
             rules.add_rule(refuse, name)
@@ -458,12 +464,8 @@ def call_filter() -> bytes:
             pass
     for call in ("socket", "socketpair"):
         for family in {*range(socket.AF_INET6)} - {socket.AF_UNIX, socket.AF_INET}:
-            rules.add_rule(
-                seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.EQ, family)
-            )
-        rules.add_rule(
-            seccomp.ERRNO(errno.EAFNOSUPPORT), call, seccomp.Arg(0, seccomp.GT, socket.AF_INET6)
-        )
+            rules.add_rule(no_family, call, seccomp.Arg(0, seccomp.EQ, family))
+        rules.add_rule(no_family, call, seccomp.Arg(0, seccomp.GT, socket.AF_INET6))
     # The kernel reads the low half of the number alone, so that is what is compared. Reading an
     # action sets no new one.
     rules.add_rule(
@@ -480,8 +482,9 @@ def call_filter() -> bytes:
 
 @contextlib.contextmanager
 def filtered(command):
-    """(command, descriptors to pass) of a sandbox with call_filter, in a descriptor of its own,
-    since reading moves it.
+    """Yields (command, descriptors to pass) of a sandbox with call_filter.
+
+    The filter has a descriptor of its own, since reading moves it.
     """
     with os.fdopen(os.memfd_create("filter"), "w+b", buffering=0) as file:
         file.write(call_filter())
@@ -491,125 +494,33 @@ def filtered(command):
 
 @functools.cache
 def sandbox_command() -> list[str]:
-    """The command that the interpreter's own arguments follow, but for the filter, which `filtered`
-    adds. ValueError, in a sentence, where there is no sandbox.
+    """Returns the command in front of the interpreter's own arguments, but for the filter.
+
+    `filtered` adds the filter.
+    Raises ValueError, in a sentence, if there is no sandbox.
     """
-    for tool in ("bwrap", "nsenter")[: 1 if os.getuid() else 2]:
+    tools = ["bwrap"] if os.getuid() else ["bwrap", "nsenter"]
+    for tool in tools:
         if not shutil.which(tool, path=ENVIRONMENT["PATH"]):
             raise ValueError(
                 f"generated code runs only in a sandbox, which needs {tool}: install it (apt"
                 " install bubblewrap util-linux), or give --unsafe_exec to run code without one"
             )
     call_filter()
-    python, base, site = os.path.realpath(sys._base_executable), sys.base_prefix, site_packages()
+    base, site = sys.base_prefix, site_packages()
     outer = []
     if os.getuid() == 0:
-        view = subprocess.Popen(
-            [
-                "bwrap",
-                "--dev-bind",
-                "/",
-                "/",
-                "--tmpfs",
-                "/mnt",
-                "--ro-bind",
-                base,
-                "/mnt/base",
-                "--ro-bind",
-                site,
-                "/mnt/site",
-                "/bin/sh",
-                "-c",
-                "echo $$; read wait",
-            ],
-            env=ENVIRONMENT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        if (
-            pid := view.stdout.readline().strip()
-        ):  # the mount namespace lives as long as our descriptor of it
-            mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
-            outer = [
-                "nsenter",
-                f"--mount=/proc/{os.getpid()}/fd/{mounts}",
-                "--setuid",
-                "65534",
-                "--setgid",
-                "65534",
-            ]
-        if why := view.communicate()[1]:
-            raise ValueError(f"bubblewrap is installed but can't be used here: {why.strip()}")
+        outer = enter_as_nobody(base, site)
         base, site = "/mnt/base", "/mnt/site"
+    command = [*outer, "bwrap", *WALLS.split()]
     # The names of the session's keys, which the filter does not keep from being read.
-    hidden = [
-        part
-        for name in ("/proc/keys", "/proc/key-users")
-        if os.path.exists(name)
-        for part in ("--ro-bind", "/dev/null", name)
-    ]
-    command = [
-        *outer,
-        "bwrap",
-        "--unshare-all",
-        "--unshare-user",
-        "--disable-userns",
-        "--uid",
-        "65534",
-        "--gid",
-        "65534",
-        "--cap-drop",
-        "ALL",
-        "--new-session",
-        "--die-with-parent",
-        "--as-pid-1",
-        "--hostname",
-        "sandbox",
-        "--ro-bind",
-        "/usr",
-        "/usr",
-        "--ro-bind-try",
-        "/lib",
-        "/lib",
-        "--ro-bind-try",
-        "/lib64",
-        "/lib64",
-        "--ro-bind-try",
-        "/bin",
-        "/bin",
-        "--proc",
-        "/proc",
-        *hidden,
-        "--dev",
-        "/dev",
-        "--size",
-        str(DISK),
-        "--tmpfs",
-        "/dev/shm",
-        "--size",
-        str(DISK),
-        "--tmpfs",
-        "/tmp",
-        "--size",
-        str(DISK + 2 * OUTPUT),
-        "--tmpfs",
-        "/streams",
-        "--ro-bind",
-        base,
-        sys.base_prefix,
-        "--ro-bind",
-        site,
-        "/site",
-        "--chdir",
-        "/tmp",
-        "--remount-ro",
-        "/dev",
-        "--remount-ro",
-        "/",
-        python,
-    ]
+    for name in ("/proc/keys", "/proc/key-users"):
+        if os.path.exists(name):
+            command += ["--ro-bind", "/dev/null", name]
+    command += PLACES.split()
+    command += ["--ro-bind", base, sys.base_prefix, "--ro-bind", site, "/site", "--chdir", "/tmp"]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    command += [os.path.realpath(sys._base_executable)]
     with filtered(command) as (whole, passed):
         trial = subprocess.run(
             [*whole, "-S", "-c", "print(1)"],
@@ -626,15 +537,39 @@ def sandbox_command() -> list[str]:
     return command
 
 
+def enter_as_nobody(base, site) -> list[str]:
+    """Makes a mount namespace that shows two folders as /mnt/base and /mnt/site.
+
+    Returns the command that enters it as the user `nobody`. The namespace lives as long as our
+    descriptor of it.
+    Raises ValueError if bubblewrap can't be used.
+    """
+    command = "bwrap --dev-bind / / --tmpfs /mnt".split()
+    command += ["--ro-bind", base, "/mnt/base", "--ro-bind", site, "/mnt/site"]
+    command += ["/bin/sh", "-c", "echo $$; read wait"]
+    pipe = subprocess.PIPE
+    view = subprocess.Popen(
+        command, env=ENVIRONMENT, text=True, stdin=pipe, stdout=pipe, stderr=pipe
+    )
+    pid = view.stdout.readline().strip()
+    enter = []
+    if pid:
+        mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+        enter = ["nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}"]
+        enter += "--setuid 65534 --setgid 65534".split()
+    why = view.communicate()[1].strip()
+    if why:
+        raise ValueError(f"bubblewrap is installed but can't be used here: {why}")
+    return enter
+
+
 def site_packages() -> str:
-    """The folder of installed packages that programs may import: the one with numpy in it."""
+    """Returns the folder of installed packages that programs may import: that of numpy."""
     return os.path.dirname(os.path.dirname(numpy.__file__))
 
 
 def allow_unsafe_exec():
-    """--unsafe_exec: where there is no sandbox, run generated code without one. Says what that
-    means.
-    """
+    """Lets generated code run if there is no sandbox (--unsafe_exec), and prints a warning."""
     global unsafe_exec
     unsafe_exec = True
     try:
@@ -645,32 +580,17 @@ def allow_unsafe_exec():
 
 @functools.cache
 def prelude() -> dict:
-    """The names that the official harness imports before a program runs: {name: (module, attribute
-    or None)}.
+    """Returns the names that the official harness imports before a program runs.
+
+    It is {name: (module, attribute or None)}. Later modules win, builtins win over all modules but
+    typing, and modules win over their contents.
     """
     modules = (
-        "string",
-        "re",
-        "datetime",
-        "collections",
-        "heapq",
-        "bisect",
-        "copy",
-        "math",
-        "random",
-        "statistics",
-        "itertools",
-        "functools",
-        "operator",
-        "io",
-        "sys",
-        "json",
-        "typing",
-    )
+        "string re datetime collections heapq bisect copy math random statistics itertools"
+        " functools operator io sys json typing"
+    ).split()
     table = {}
-    for (
-        module
-    ) in modules:  # later ones win, builtins over all but typing, modules over what they hold
+    for module in modules:
         loaded = __import__(module)
         public = getattr(loaded, "__all__", [n for n in vars(loaded) if not n.startswith("_")])
         table |= {n: (module, n) for n in public if module == "typing" or not hasattr(builtins, n)}
@@ -678,59 +598,31 @@ def prelude() -> dict:
 
 
 def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
-    """Runs a program on each input; yields an Outcome for each, until one runs out of time, which
-    ends the program's run.
+    """Runs a program on each input; yields an Outcome for each.
 
-    fn_name: None for a program that reads stdin and prints; else the function (a method of
-    Solution, or a bare one) to be called with the JSON values on the lines of the input.
-    time_limit: CPU seconds a test; WALL times as much may pass on the clock in a test, and in all
+    A test that runs out of time ends the program's run. No more programs run at once than there are
+    cores. fn_name: None for a program that reads stdin and prints; else the function (a method of
+    Solution, or a bare one) that is called with the JSON values on the lines of the input.
+    time_limit: CPU seconds a test. WALL times as much may pass on the clock in a test, and in all
     tests beside WALL times the CPU seconds they used. memory_mb: MiB of address space of each
-    process, and of resident memory of all together. No more programs run at once than there are
-    cores. ValueError where there is no sandbox, for a line that is no JSON, and for an input of
-    more than DISK.
+    process, and of resident memory of all together.
+    Raises ValueError if there is no sandbox, for a line that is no JSON, and for an input of more
+    than DISK.
     """
-    if fn_name:
-        inputs = [
-            [json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs
-        ]
-    else:
-        inputs = [text.encode("utf-8", "replace") for text in inputs]
-        if (largest := max(map(len, inputs), default=0)) > DISK:
-            raise ValueError(f"an input of {largest} bytes is too large: the sandbox takes {DISK}")
+    arguments = [arguments_of(text, fn_name) for text in inputs]
     site = "/site"
     try:
         sandbox = filtered(sandbox_command())
     except ValueError:
         if not unsafe_exec:
             raise
-        sandbox, site = (
-            contextlib.nullcontext(([os.path.realpath(sys._base_executable)], ())),
-            site_packages(),
-        )
-    words = set(re.findall(r"\w+", code))
-    # What the program names of the prelude, plus modules worth importing once and not in each test.
-    wanted = [(name, *prelude()[name]) for name in words & prelude().keys()]
-    wanted += [
-        ("", name, None)
-        for name in words & {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}
-    ]
+        site = site_packages()
+        sandbox = contextlib.nullcontext(([os.path.realpath(sys._base_executable)], ()))
+    limits = (time_limit, WALL * time_limit, memory_mb << 20, OUTPUT, PROCESSES)
     job = marshal.dumps(
-        (
-            runner.__code__,
-            (
-                code,
-                inputs,
-                fn_name,
-                time_limit,
-                WALL * time_limit,
-                memory_mb << 20,
-                OUTPUT,
-                PROCESSES,
-                wanted,
-                site,
-            ),
-        )
+        (runner.__code__, (code, arguments, fn_name, *limits, modules_of(code), site))
     )
+    pipe = subprocess.PIPE
     with (
         slots,
         tempfile.TemporaryDirectory() as scratch,
@@ -740,56 +632,83 @@ def execute(code, inputs, fn_name=None, time_limit=6.0, memory_mb=1024):
             env=ENVIRONMENT,
             cwd=scratch,
             start_new_session=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
             bufsize=0,
             pass_fds=passed,
         ) as process,
     ):
-        poll = select.poll()
-        poll.register(process.stdout, select.POLLIN)
-
-        def receive(n):
-            """n bytes, or fewer where the runner has ended."""
-            data = bytearray()
-            while len(data) < n:
-                if not poll.poll(
-                    1000 * (WALL * time_limit + 60)
-                ):  # the runner has its own, shorter limit
-                    raise TimeoutError
-                part = process.stdout.read(min(n - len(data), 1 << 20))
-                if not part:
-                    break
-                data += part
-            return bytes(data)
-
         try:
-            try:
-                with process.stdin:
-                    view = memoryview(job)
-                    while view:
-                        view = view[process.stdin.write(view) :]
-            except BrokenPipeError:
-                pass  # it has not started; the next lines say why
-            if receive(5) != b"ready":
-                raise ValueError(
-                    "the sandbox did not start:"
-                    f" {process.stderr.read().decode(errors='replace').strip()}"
-                )
-            for _ in inputs:
-                head = receive(48)
-                if (
-                    len(head) < 48
-                ):  # the runner is gone, or has stopped after a test that ran out of time
-                    break
-                status, size, length = head.split()
-                yield Outcome(
-                    status.decode(),
-                    receive(int(size)),
-                    receive(int(length)).decode(errors="replace"),
-                )
+            # the runner has its own, shorter limit
+            yield from outcomes(process, job, len(arguments), WALL * time_limit + 60)
         except TimeoutError:  # a program can starve the runner of CPU time
             yield Outcome("time_limit", b"", "")
         finally:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def arguments_of(text, fn_name):
+    """Returns an input as the runner takes it: the values for a function, or bytes for stdin.
+
+    Raises ValueError if a line is no JSON, or if there are more bytes than DISK.
+    """
+    if fn_name:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    data = text.encode("utf-8", "replace")
+    if len(data) > DISK:
+        raise ValueError(f"an input of {len(data)} bytes is too large: the sandbox takes {DISK}")
+    return data
+
+
+def modules_of(code) -> list[tuple]:
+    """Returns what the runner imports for a program: (name, module, attribute or None).
+
+    It is what the program names of the prelude, and modules that are imported once, not in each
+    test.
+    """
+    words = set(re.findall(r"\w+", code))
+    slow = {"numpy", "sortedcontainers", "decimal", "fractions", "dataclasses"}
+    wanted = [(name, *prelude()[name]) for name in words & prelude().keys()]
+    return wanted + [("", name, None) for name in words & slow]
+
+
+def outcomes(process, job, tests, patience):
+    """Sends a job to the runner; yields an Outcome for each test, until the runner ends.
+
+    patience: seconds to wait for the runner.
+    Raises ValueError if it does not start, and TimeoutError if it says nothing for so long.
+    """
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+
+    def receive(n):
+        """Returns n bytes, or fewer if the runner has ended."""
+        data = bytearray()
+        while len(data) < n:
+            if not poll.poll(1000 * patience):
+                raise TimeoutError
+            part = process.stdout.read(min(n - len(data), 1 << 20))
+            if not part:
+                break
+            data += part
+        return bytes(data)
+
+    try:
+        with process.stdin:
+            view = memoryview(job)
+            while view:
+                view = view[process.stdin.write(view) :]
+    except BrokenPipeError:
+        pass  # it has not started; the next lines say why
+    if receive(5) != b"ready":
+        why = process.stderr.read().decode(errors="replace").strip()
+        raise ValueError(f"the sandbox did not start: {why}")
+    for _ in range(tests):
+        head = receive(48)
+        if len(head) < 48:
+            return  # the runner is gone, or has stopped after a test that ran out of time
+        status, size, length = head.split()
+        output = receive(int(size))
+        error = receive(int(length)).decode(errors="replace")
+        yield Outcome(status.decode(), output, error)

@@ -35,19 +35,24 @@ You see a question and its options, one of which is right. Write your reply in t
 ...
 </answer>
 
-The answer is the letter of the right option (A, B, C, or D) alone, without its text. If you choose "A", it is:
+The answer is the letter of the right option (A, B, C, or D) alone, without its text. If you \
+choose "A", it is:
 <answer>
 A
 </answer>
 """
 REASON = "\nPlease reason step by step."
+HUB_COLUMNS = {"question", "choices", "answerKey", "type", "domain", "details"}
 
 
 def from_sciknoweval(row) -> dict:
-    """An item of SDPO's SciKnowEval files in our schema; its prompt ends in lines `A: text` and
-    holds the published form.
+    """Turns an item of SDPO's SciKnowEval files into a row of our schema.
+
+    Its prompt ends in lines `A: text` and holds the published form.
+    Raises ValueError if a key is missing, or if the answer is none of the options.
     """
-    if missing := [k for k in ("idx", "prompt", "answer", "system") if row.get(k) is None]:
+    missing = [key for key in ("idx", "prompt", "answer", "system") if row.get(key) is None]
+    if missing:
         raise ValueError(f"{' and '.join(missing)} must be given")
     letters = re.findall(r"^([A-Z]): ", str(row["prompt"]), re.MULTILINE)
     if row["answer"] not in letters:
@@ -64,22 +69,23 @@ def from_sciknoweval(row) -> dict:
 
 
 def sciknoweval_from_hub(domain, source="") -> list[list[Problem]]:
-    """Train and test of a domain, rebuilt as SDPO built its files: L3, multiple choice, 90/10 by
-    `datasets` with seed 42.
+    """Rebuilds train and test of a domain as SDPO built them: L3, multiple choice, a split of 90/10
+    by `datasets` with seed 42.
 
     source: the Hub's name of the data set, or a folder in its layout: a card (README.md) that names
     the files, and those. As in SDPO's loader no configuration is named, since the card has one with
-    all domains, v2. Not run on the Hub itself, which was out of reach; run on such a folder, with
-    the card's front matter and the published columns.
+    all domains, v2. It ran on such a folder with the card's front matter and the published columns,
+    not on the Hub itself.
+    Raises ValueError if they can't be loaded, or lack a column or items.
     """
     import datasets  # here: it takes a second, and no other task needs it
 
     folder, source = source, str(source or SCIKNOWEVAL_HUB)
     try:
-        with (
-            tempfile.TemporaryDirectory() as scratch
-        ):  # the cache takes two folders with one card for the same data
-            cache = {"cache_dir": scratch, "keep_in_memory": True} if folder else {}
+        with tempfile.TemporaryDirectory() as scratch:
+            cache = {}
+            if folder:  # the common cache takes two folders with one card for the same data
+                cache = {"cache_dir": scratch, "keep_in_memory": True}
             table = datasets.load_dataset(source, split="test", **cache)
     except Exception as error:
         raise ValueError(
@@ -87,16 +93,16 @@ def sciknoweval_from_hub(domain, source="") -> list[list[Problem]]:
             f" (SDPO's repository has it as datasets/sciknoweval), or the Hub's {source}, which"
             f" can't be loaded: {cause(error)}"
         ) from error
-    if missing := {"question", "choices", "answerKey", "type", "domain", "details"} - set(
-        table.column_names
-    ):
+    missing = HUB_COLUMNS - set(table.column_names)
+    if missing:
         raise ValueError(f"{source} has no column {', '.join(sorted(missing))}")
 
     def wanted(row):
-        level = row["details"].get("level") if isinstance(row["details"], dict) else None
+        details = row["details"]
         return (
             str(row["domain"]).lower() in (domain, f"{domain}s")
-            and level == "L3"
+            and isinstance(details, dict)
+            and details.get("level") == "L3"
             and row["type"] in ("mcq-4-choices", "mcq-2-choices")
         )
 
@@ -106,23 +112,14 @@ def sciknoweval_from_hub(domain, source="") -> list[list[Problem]]:
             f"{source} has {len(table)} multiple-choice items of level L3 in {domain}: too few for"
             " two splits"
         )
-    parts = table.add_column("idx", list(range(len(table)))).train_test_split(
-        test_size=0.1, seed=42
-    )
+    numbered = table.add_column("idx", list(range(len(table))))
+    parts = numbered.train_test_split(test_size=0.1, seed=42)
 
     def problem(row):
+        item = {"idx": row["idx"], "answer": row["answerKey"], "system": HUB_SYSTEM}
         try:
-            prompt = f"{question_with_options(row)}{REASON}"
-            return read_problem(
-                from_sciknoweval(
-                    {
-                        "idx": row["idx"],
-                        "prompt": prompt,
-                        "answer": row["answerKey"],
-                        "system": HUB_SYSTEM,
-                    }
-                )
-            )
+            item["prompt"] = f"{question_with_options(row)}{REASON}"
+            return read_problem(from_sciknoweval(item))
         except ValueError as error:
             raise ValueError(
                 f"{source}, item {row['idx']} of {domain} (L3, multiple choice): {error}"
@@ -132,22 +129,20 @@ def sciknoweval_from_hub(domain, source="") -> list[list[Problem]]:
 
 
 def question_with_options(row) -> str:
-    """An item of the Hub's as SDPO writes it, `A: text` on a line. ValueError where it has no
-    question or whole options.
+    """Writes an item of the Hub as SDPO does, with `A: text` on a line.
+
+    Raises ValueError if it has no question, or an option is not whole.
     """
     choices = row["choices"] if isinstance(row["choices"], dict) else {}
     labels, texts = choices.get("label") or [], choices.get("text") or []
     if not row["question"] or not labels or len(labels) != len(texts) or None in (*labels, *texts):
         raise ValueError("it has to have a question, and choices with as many texts as labels")
-    return f"{row['question']}\n\n" + "\n".join(
-        f"{label}: {text}" for label, text in zip(labels, texts, strict=True)
-    )
+    options = [f"{label}: {text}" for label, text in zip(labels, texts, strict=True)]
+    return "\n".join([row["question"], "", *options])
 
 
 def defects(train, test) -> list[list[str]]:
-    """For train and for test: what is known to be wrong with each item of SciKnowEval, or "", found
-    in the items alone.
-    """
+    """Returns the known defect of each item of train and of test, or "", from the items alone."""
 
     def parts(p):
         stem, *options = re.split(r"^[A-Z]: ", p.prompt.removesuffix(REASON), flags=re.MULTILINE)
@@ -155,40 +150,34 @@ def defects(train, test) -> list[list[str]]:
 
     def defect(p, prompts, stems):
         stem, options = parts(p)
-        noisy = re.search("(?i)val[ae]nce.(comp|elec)", p.prompt)
-        return (
-            "noisy subtask: valence electrons (many keys don't fit the numbers given)"
-            if noisy
-            else (
-                "repeated options"
-                if len(set(options)) < len(options)
-                else (
-                    "leaked: the very item is in train"
-                    if p.prompt in prompts
-                    else (
-                        "near-duplicate: a stem of train, with other numbers or options"
-                        if stem in stems
-                        else ""
-                    )
-                )
-            )
-        )
+        if re.search("(?i)val[ae]nce.(comp|elec)", p.prompt):
+            return "noisy subtask: valence electrons (many keys don't fit the numbers given)"
+        if len(set(options)) < len(options):
+            return "repeated options"
+        if p.prompt in prompts:
+            return "leaked: the very item is in train"
+        if stem in stems:
+            return "near-duplicate: a stem of train, with other numbers or options"
+        return ""
 
     prompts, stems = {p.prompt for p in train}, {parts(p)[0] for p in train}
     return [[defect(p, (), ()) for p in train], [defect(p, prompts, stems) for p in test]]
 
 
 def digest(splits) -> str:
-    """Of the ids, prompts and answers of splits, in their order; the system messages may be in our
-    words.
+    """Returns a digest of the ids, prompts and answers of splits, in their order.
+
+    The system messages are left out: they may be in our words.
     """
     items = [[[p.id, p.prompt, p.answer] for p in split] for split in splits]
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
 def load_sciknoweval(name, data, exclude_flagged):
-    """(name, train, test, card) of a domain, from SDPO's files in the folder `data` or from the
-    Hub.
+    """Returns (name, train, test, card) of a domain.
+
+    data: a folder with SDPO's files, or one like the Hub's, or "" for the Hub.
+    Raises ValueError if there is no such domain, or if its items are not as many as published.
     """
     domain = name.partition("/")[2]
     if domain not in SCIKNOWEVAL:
@@ -206,33 +195,33 @@ def load_sciknoweval(name, data, exclude_flagged):
             f"{name} needs --data, a folder with {domain}/train.json and test.json; {folder} is"
             " none"
         )
-    if (sizes := tuple(map(len, splits))) != SCIKNOWEVAL[domain]:
+    sizes = tuple(len(split) for split in splits)
+    if sizes != SCIKNOWEVAL[domain]:
         raise ValueError(
             f"{name} has {sizes[0]} train and {sizes[1]} test items, but {SCIKNOWEVAL[domain][0]}"
             f" and {SCIKNOWEVAL[domain][1]} were published; for items of your own, give --task a"
             " folder"
         )
-    found = defects(*splits)
+    flagged = defects(*splits)
     lines = [
         f"{name}: {sizes[0]} train and {sizes[1]} test items of HICAI-ZJU/SciKnowEval (L3), as"
         " split by SDPO"
     ]
-    for split, flags in zip(("train", "test"), found, strict=True):
-        lines += [
-            f"  {split}: {n} {kind}" for kind, n in sorted(Counter(filter(None, flags)).items())
-        ]
+    for split, flags in zip(("train", "test"), flagged, strict=True):
+        counts = Counter(flag for flag in flags if flag)
+        lines += [f"  {split}: {n} {kind}" for kind, n in sorted(counts.items())]
     if digest(splits) != SDPO_SPLITS[domain]:
         lines += [
             "  NOT to the letter the items, or not in the splits, that SDPO and the paper used"
         ]
-    lines += [
-        "  flagged items are"
-        f" {'excluded' if exclude_flagged else 'used; --exclude_flagged leaves them out'}"
-    ]
-    if exclude_flagged:
-        splits = [
-            [p for p, flag in zip(split, flags, strict=True) if not flag]
-            for split, flags in zip(splits, found, strict=True)
-        ]
-        name = f"{name} (without flagged items, {len(splits[1])} test problems)"
-    return name, *splits, "\n".join(lines)
+    if not exclude_flagged:
+        lines += ["  flagged items are used; --exclude_flagged leaves them out"]
+        return name, *splits, "\n".join(lines)
+    lines += ["  flagged items are excluded"]
+
+    def unflagged(problems, flags):
+        return [p for p, flag in zip(problems, flags, strict=True) if not flag]
+
+    train, test = map(unflagged, splits, flagged)
+    name = f"{name} (without flagged items, {len(test)} test problems)"
+    return name, train, test, "\n".join(lines)

@@ -20,11 +20,10 @@ VERIFIERS = {
 
 
 def verify(problem, completion, lenient=False) -> Verdict:
-    """The verdict on one completion (text): a pure function of both. lenient concerns multiple
-    choice alone.
+    """Judges one completion (text): a pure function of both. lenient concerns multiple choice.
 
-    ValueError, which names verifier and problem, for a verifier that fails or returns what is no
-    verdict: see checked.
+    Raises ValueError, with verifier and problem, if the verifier fails or returns no verdict: see
+    `checked`.
     """
     verifier = VERIFIERS[problem.verifier]
     if lenient and problem.verifier == "choice":
@@ -34,9 +33,7 @@ def verify(problem, completion, lenient=False) -> Verdict:
     try:
         verdict = verifier(problem, completion)
     except Exception as error:  # whatever a verifier of one's own raises
-        if verifier is verify_code and isinstance(
-            error, ValueError
-        ):  # there is no sandbox, in a sentence
+        if verifier is verify_code and isinstance(error, ValueError):  # there is no sandbox
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
@@ -53,7 +50,7 @@ def verify(problem, completion, lenient=False) -> Verdict:
 
 
 def verify_all(problems, completions, lenient=False) -> list[Verdict]:
-    """verify on each pair, in order; programs run side by side, as many as there are cores."""
+    """Judges each pair, in order. Programs run side by side, as many as there are cores."""
     if not any(p.verifier == "code" for p in problems):
         return [verify(p, text, lenient) for p, text in zip(problems, completions, strict=True)]
     with ThreadPoolExecutor(CORES) as pool:

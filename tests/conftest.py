@@ -3,15 +3,17 @@ embedder.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the tests themselves share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: no test waits for a network
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # before anything imports datasets
 
@@ -62,6 +64,14 @@ def words(texts):
     return table / np.linalg.norm(table, axis=1, keepdims=True)
 
 
+class Here:
+    """A pool of processes that is this process."""
+
+    @staticmethod
+    def submit(function, *args):
+        return types.SimpleNamespace(result=lambda: function(*args))
+
+
 class Script:
     """A model that answers by rule and remembers what it was asked."""
 
@@ -98,34 +108,33 @@ def make_memory(tmp_path):
         memory.db.close()
 
 
+def small_config(out, *flags, **changes):
+    """The nano preset, cut down to seconds, for runs under `out`."""
+    small = dict(
+        steps=2,
+        batch_size=3,
+        mini_batch_size=3,
+        group_size=4,
+        eval_problems=3,
+        eval_k=2,
+        eval_every=0,
+        save_every=0,
+        log_every=1,
+        out=str(out),
+    )
+    method = (
+        ["--method", changes["method"]] if "method" in changes else []
+    )  # whose flags are its own
+    return dataclasses.replace(pmd.parse_flags([*flags, *method]), **(small | changes))
+
+
 @pytest.fixture
 def make_config(tmp_path):
-    """The nano preset, cut down to seconds."""
-
-    def make(*flags, **changes):
-        small = dict(
-            steps=2,
-            batch_size=3,
-            mini_batch_size=3,
-            group_size=4,
-            eval_problems=3,
-            eval_k=2,
-            eval_every=0,
-            save_every=0,
-            log_every=1,
-            out=str(tmp_path),
-        )
-        method = (
-            ["--method", changes["method"]] if "method" in changes else []
-        )  # whose flags are its own
-        return dataclasses.replace(pmd.parse_flags([*flags, *method]), **(small | changes))
-
-    return make
+    return functools.partial(small_config, tmp_path)
 
 
 @pytest.fixture
 def policy(make_config):
-    torch.set_num_threads(1)
     return load_policy(make_config())
 
 

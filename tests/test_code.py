@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sandbox import reason
 
-from tasks import livecodebench as tasks_livecodebench
-from tasks import load_task
+from tasks import livecodebench, load_task
 from tasks.code import extract_code, judge, same_text, same_value
 from tasks.livecodebench import LIVECODEBENCH_FILES, LIVECODEBENCH_HUB, code_problem, decode_tests
 from tasks.problem import Problem
@@ -456,7 +455,7 @@ def test_the_hubs_files_are_loaded_by_their_names(write, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("---\nlicense: cc\n---\n")
     assert LIVECODEBENCH_FILES == tuple(f"test{n}.jsonl" for n in ("", 2, 3, 4, 5, 6))
     assert LIVECODEBENCH_HUB == "hf://datasets/livecodebench/code_generation_lite"
-    monkeypatch.setattr(tasks_livecodebench, "LIVECODEBENCH_HUB", str(tmp_path))
+    monkeypatch.setattr(livecodebench, "LIVECODEBENCH_HUB", str(tmp_path))
     hub, local = (
         load_task("livecodebench", dev=0),
         load_task("livecodebench", dev=0, data=str(tmp_path)),

@@ -668,15 +668,16 @@ def test_products_are_made_only_for_live_rows_and_inputs_that_learn():
     assert watch.products == both and not result.loss.requires_grad
 
 
-def test_the_memory_budget_sets_the_chunk():
+def test_the_memory_budget_sets_the_chunk(monkeypatch):
     inputs = make()
     row = 2 * V * 8
-    with Watch() as watch:
-        small = distill_loss(**inputs, alpha=0.5, memory_budget=3 * row + 1)
-    assert max(shape[0] for shape in watch.products if shape[1] == V) == 3
-    assert_near(small.loss, distill_loss(**inputs, alpha=0.5).loss)
-    with pytest.raises(ValueError, match=f"memory_budget is {row - 1} .* needs {row}"):
-        distill_loss(**inputs, alpha=0.5, memory_budget=row - 1)
+    whole = distill_loss(**inputs, alpha=0.5)
+    for budget, rows in ((3 * row + 1, 3), (row - 1, 1)):
+        monkeypatch.setattr(kernels, "MEMORY_BUDGET", budget)
+        with Watch() as watch:
+            small = distill_loss(**inputs, alpha=0.5)
+        assert max(shape[0] for shape in watch.products if shape[1] == V) == rows
+        assert_near(small.loss, whole.loss)
 
 
 def test_no_chunk_is_larger_than_the_largest_unless_asked_for(monkeypatch):
@@ -687,11 +688,16 @@ def test_no_chunk_is_larger_than_the_largest_unless_asked_for(monkeypatch):
     inputs, ones = make(), torch.ones(N)
     hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
     for chunk_size, largest in ((None, 4), (6, 6)):
-        for call in (
-            lambda: distill_loss(**inputs | {"weights": ones}, alpha=0.5, chunk_size=chunk_size),  # noqa: B023
-            lambda: policy_loss(hidden, head, ids, ones, ones, None, LOW, HIGH, None, chunk_size),  # noqa: B023
-            lambda: score(hidden, head, ids, chunk_size),
-        ):  # noqa: B023
+        calls = (
+            functools.partial(
+                distill_loss, **inputs | {"weights": ones}, alpha=0.5, chunk_size=chunk_size
+            ),
+            functools.partial(
+                policy_loss, hidden, head, ids, ones, ones, None, LOW, HIGH, None, chunk_size
+            ),
+            functools.partial(score, hidden, head, ids, chunk_size),
+        )
+        for call in calls:
             with Watch() as watch:
                 call()
             assert max(rows for rows, width in watch.products if width == V) == largest
@@ -1209,9 +1215,7 @@ def test_a_formula_makes_no_tensor_of_all_rows_by_vocabulary(monkeypatch):
                 chunk_size=2,
             ).loss.backward()
         assert watch.largest == max(rows * H, vocabulary * H) < rows * vocabulary / 10
-    monkeypatch.setattr(
-        kernels._sum_over_chunks, "__defaults__", (12 * vocabulary * 8,)
-    )  # 12 rows of logits in all
+    monkeypatch.setattr(kernels, "MEMORY_BUDGET", 12 * vocabulary * 8)  # 12 rows of logits in all
     given = [inputs[name] for name in ("student_hidden", "student_head", "token_ids", "weights")]
     for teachers, rows in ((0, 6), (1, 6), (2, 4), (3, 3)):
         with Watch() as watch:
@@ -1456,10 +1460,6 @@ def test_chunked_loss_refuses(change, message):
         ({"top_k": V + 1}, "top_k is 14.*1 to the vocabulary of 13"),
         ({"is_clip": 0.0}, "is_clip is 0.0"),
         ({"chunk_size": 0}, "chunk_size is 0"),
-        (
-            {"memory_budget": 207},
-            "memory_budget is 207 bytes, but one row of a vocabulary of 13 needs 208",
-        ),
         (
             {"student_hidden": torch.zeros(H, N).double().T},
             r"student_hidden of shape \(11, 6\) has strides \(1, 11\)",

@@ -17,10 +17,8 @@ from conftest import method_of
 
 import pmd
 from kernels import chunked_loss, logprobs_of, oracle
-from runtime import ranks as runtime_ranks
-from runtime import rows as runtime_rows
-from runtime.ranks import end_ranks, reshard, shard, whole
-from runtime.rows import completion_hidden
+from runtime.ranks import end_ranks, forward, rank, reshard, shard, whole
+from runtime.rows import completion_hidden, token_ids
 
 H, V, TOTAL = 6, 14, 4  # TOTAL: rollouts of the mini-batch, one of which supervises nothing
 CASES = tuple(product(("untied", "tied"), ("live", "ema", "grpo", "own")))
@@ -100,7 +98,7 @@ def ratio_times_divergence(log_p, log_q, token_ids, sampled):
 def own_loss(batch, student, teacher):
     """As pmd.loss_of, by chunked_loss."""
     with torch.no_grad():
-        states = runtime_ranks.forward(
+        states = forward(
             teacher, lambda: completion_hidden(teacher, [r.teacher_ids for r in batch], batch)
         )
     hidden, head = (
@@ -116,7 +114,7 @@ def own_loss(batch, student, teacher):
         ratio_times_divergence,
         hidden,
         head,
-        runtime_rows.token_ids(batch, head),
+        token_ids(batch, head),
         weights,
         [(states, teacher.lm_head.weight)],
         sampled=sampled,
@@ -131,7 +129,7 @@ def one_case(tied, kind):
     teacher = shard(teacher, cfg)
     student = shard(student, cfg)
     total = torch.zeros((), dtype=torch.float64)
-    for batch in (([first], [second]), ([third], []))[runtime_ranks.rank()]:
+    for batch in (([first], [second]), ([third], []))[rank()]:
         method, mean = (
             method_of(cfg, student, teacher),
             pmd.Total(TOTAL, kind != "grpo", kind == "grpo"),
@@ -139,7 +137,7 @@ def one_case(tied, kind):
         formed = functools.partial(method.loss, batch, mean)
         if kind == "own":
             formed = functools.partial(own_loss, batch, student, teacher)
-        found = runtime_ranks.forward(student, formed)
+        found = forward(student, formed)
         loss = found.loss if kind == "own" else found["loss"]
         loss.backward()
         reshard(teacher)

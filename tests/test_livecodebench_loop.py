@@ -14,8 +14,8 @@ from test_sandbox import reason
 
 import memory as mem
 import pmd
-from runtime import methods as runtime_methods
-from runtime import vllm_sampler as runtime_vllm_sampler
+import tasks
+from runtime import methods
 from runtime.chat import encode_prompt
 from runtime.sampler import Sample, Sampler
 from tasks import load_task, sandbox
@@ -144,7 +144,7 @@ def test_one_step_on_programs(config, monkeypatch):
         [],
         [],
     )
-    monkeypatch.setattr(runtime_vllm_sampler, "make_sampler", Scripted)
+    monkeypatch.setattr(pmd, "make_sampler", Scripted)
     conditioned = []
 
     class Watched(pmd.PMD):
@@ -152,7 +152,7 @@ def test_one_step_on_programs(config, monkeypatch):
             conditioned.extend(rollouts)
             return super().condition(step, rollouts)
 
-    monkeypatch.setattr(runtime_methods, "method_class", lambda name: Watched)
+    monkeypatch.setattr(methods, "method_class", lambda name: Watched)
     summary = pmd.train(config)
 
     wanted = {p.id: (set(p.extra["inputs"]), set(p.extra["outputs"])) for p in Scripted.training}
@@ -227,8 +227,8 @@ def test_without_a_sandbox_nothing_starts(config, monkeypatch, capsys):
     def missing():
         raise ValueError("generated code runs only in a sandbox, which needs bwrap")
 
-    monkeypatch.setattr("eval.sandbox_command", missing)
-    monkeypatch.setattr(sandbox, "sandbox_command", missing)
+    for room in (tasks, sandbox):
+        monkeypatch.setattr(room, "sandbox_command", missing)
     monkeypatch.setattr(sandbox, "unsafe_exec", False)
     with pytest.raises(ValueError, match="needs bwrap"):
         pmd.check(config)

@@ -27,7 +27,7 @@ from runtime.chat import neutralise
 from runtime.replies import MAX_CONTENT, MAX_ITEMS, parse, was_cut
 from runtime.services import unit_rows
 from runtime.store import Item, describe, nearest
-from tools import show_memory as tools_show_memory
+from tools import show_memory
 
 P, Q = Question("p", "Apply zo ki to 3 1 7 4"), Question("q", "Apply zo to 5 6 7 8")
 
@@ -2177,7 +2177,7 @@ def test_show_and_stats(make_memory, capsys, tmp_path):
     memory.close()
 
     def printed(*args):
-        tools_show_memory.main([*map(str, args)])
+        show_memory.main([*map(str, args)])
         return capsys.readouterr().out
 
     everything = printed("show", memory.path)
@@ -2210,7 +2210,7 @@ def test_show_and_stats(make_memory, capsys, tmp_path):
         (("show", memory.path, "--problem", "zzz"), "'zzz'"),
     ):
         with pytest.raises(SystemExit, match=said):
-            tools_show_memory.main([*map(str, args)])
+            show_memory.main([*map(str, args)])
 
 
 def test_it_is_readable(make_memory):
@@ -2251,5 +2251,5 @@ def test_a_file_that_does_not_say_what_it_is_is_no_memory(tmp_path, key):
 @pytest.mark.parametrize("step", ["-1", "1" + "0" * 30, "1" + "0" * 400])
 def test_a_step_that_no_run_has_is_a_sentence(tmp_path, capsys, step):
     with pytest.raises(SystemExit) as end:
-        tools_show_memory.main(["show", str(tmp_path / "m.db"), "--step", step])
+        show_memory.main(["show", str(tmp_path / "m.db"), "--step", step])
     assert end.value.code == 2 and "is no step of a run" in capsys.readouterr().err

@@ -14,11 +14,11 @@ from transformers import AutoConfig
 
 from pmd import Config
 from runtime import plan
-from tools import plan as tools_plan
+from tools.plan import report
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Two updates, so that gradients and AdamW's states are there in the second, of two full
+# Two updates, so that gradients and AdamW's states are there in the second, which has two full
 # micro-batches a process. Prints the peak of resident memory during them, over that before the
 # model was made. Large blocks are mapped one by one (see `environment`) and go back to the system
 # when freed, so what is resident is what is alive.
@@ -49,9 +49,9 @@ def measure(architecture, flags, rows):
                 for _ in range(rows * pmd.world())]
     resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    for step in range(2):
-        pmd.update(method, optimizer, rollouts, step)
-        method.follow(step)
+    for rows in (rollouts[: pmd.world()], rollouts):  # the first is there for AdamW's states
+        pmd.update(method, optimizer, rows, 1)
+        method.follow(1)
     return resident("VmHWM") - before
 
 ranks.start_ranks(pmd.Config(nproc=1, device="cpu"))
@@ -256,7 +256,7 @@ def test_an_engine_over_several_gpus_holds_a_part_of_the_model_on_each(monkeypat
 
 def test_the_report_says_each_component_and_phase(qwen, capsys):
     """And what it says adds up, fits or not, for micro-batches of several lengths."""
-    tools_plan.report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)
+    report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)
     said = capsys.readouterr().out
     lines = {line[:24].strip(): line[24:].split() for line in said.splitlines()}
     assert lines["GiB per GPU, computed"] == [

@@ -21,7 +21,7 @@ import eval as ev
 import pmd
 from eval import verdicts
 from memory import EXAMPLES, Memory
-from runtime import tables as runtime_tables
+from runtime import tables
 from runtime.sampler import Sample, Sampler
 from runtime.services import make_embedder
 from runtime.tables import evaluated
@@ -29,7 +29,7 @@ from tasks import load_task
 from tasks.problem import Problem
 from tasks.sciknoweval import SCIKNOWEVAL, defects
 from tasks.verdicts import verify
-from tools import report
+from tools import figures, report
 
 HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared" / "data" / "sciknoweval"
@@ -66,7 +66,7 @@ def test_coverage_by_sets(table):
         name: {p for p, right in of.items() if right and p.startswith("p")}
         for name, of in solved.items()
     }
-    for name, (found, alone) in ev.coverage(solved).items():
+    for name, (found, alone) in figures.coverage(solved).items():
         others = set().union(*(s for other, s in sets.items() if other != name))
         assert (found.sum(), alone.sum()) == (len(sets[name]), len(sets[name] - others))
 
@@ -447,6 +447,7 @@ def test_variants_have_rows_of_their_own(make_run):
             make_run("e", "frozen-policy"),
             make_run("f", exclude_flagged=True),
             make_run("g", "frozen-policy", tiers="experience"),
+            make_run("h", "srpo"),
         ]
     )
     two, four = (
@@ -469,6 +470,7 @@ def test_variants_have_rows_of_their_own(make_run):
     assert line(four, "Evolving memory + frozen policy (experience)")[-1] == "42.3"
     assert line(text.split("Table 3")[1], "frozen policy")[-1] == "34.3"
     assert line(text.split("Not in the paper's tables")[1], "PMD, lenient")
+    assert line(text.split("Not in the paper's tables")[1], "srpo")[-1] == "75.0 (of 3)"
     assert line(two, "Base", "32.4") and "dev-selected is in part selected on test" in " ".join(
         text.split()
     )
@@ -557,13 +559,13 @@ def test_the_last_words_of_a_run_say_of_what_they_speak():
         "test_best": {**row, "interval": None},
     }
     said = f"avg@4 on 131 held-out problems of {data}, no memory in the prompt"
-    assert said in runtime_tables.table({"pmd": summary}).split("\n")[0]
-    assert "memory in the prompt of frozen-policy alone" in runtime_tables.table(
+    assert said in tables.table({"pmd": summary}).split("\n")[0]
+    assert "memory in the prompt of frozen-policy alone" in tables.table(
         {"pmd": summary, "frozen-policy": summary}
     )
     assert (
         f"{data}, read leniently, no memory in"
-        in runtime_tables.table({"pmd": {**summary, "mcq": "lenient"}}).split("\n")[0]
+        in tables.table({"pmd": {**summary, "mcq": "lenient"}}).split("\n")[0]
     )
 
 
@@ -593,17 +595,17 @@ def test_figures_and_their_data(make_run, tmp_path, capsys):
 
 def test_figures_show_all_of_their_data(tmp_path, monkeypatch):
     """No series is cut off because an earlier one was lower, nor lost because a panel lacks it."""
-    monkeypatch.setattr(report.plt, "close", lambda figure: None)
+    monkeypatch.setattr(figures.plt, "close", lambda figure: None)
     for bars in (False, True):
         rows = [("one", x, "low", 0.1, np.nan, np.nan) for x in (1, 2)]
         rows += [("one", 1, "high", 0.8, 0.5, 0.9), ("two", 2, "elsewhere", 3, np.nan, np.nan)]
-        report.draw(tmp_path / "drawn", "title", rows, bars)
-        figure = report.plt.gcf()
+        figures.draw(tmp_path / "drawn", "title", rows, bars)
+        figure = figures.plt.gcf()
         tops = [axes.get_ylim()[1] for axes in figure.axes]
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
         assert tops[0] >= 0.9 and tops[1] >= 3 and labels == ["low", "high", "elsewhere"]
     monkeypatch.undo()
-    report.plt.close("all")
+    figures.plt.close("all")
 
 
 # -- the command line ----------------------------------------------------------------------------

@@ -13,10 +13,11 @@ import types
 from pathlib import Path
 
 import pytest
+from conftest import small_config
 
 import memory as mem
 import pmd
-from runtime import run as records
+from runtime import checkpoint
 from runtime.checkpoint import checkpoints
 from runtime.files import Stopped, append, read_lines
 
@@ -44,7 +45,7 @@ def state(folder):
 def test_resume_equals_never_having_stopped(make_config, method, monkeypatch):
     cfg = make_config(
         method=method,
-        steps=5,
+        steps=4,
         batch_size=8,
         mini_batch_size=8,
         behavior_every=2,
@@ -131,23 +132,30 @@ def test_a_failing_update_names_the_last_good_checkpoint(make_config, monkeypatc
         pmd.train(make_config(steps=4, save_every=1, name="r"))
 
 
-def small(make_config, **changes):
+def small(out, **changes):
     flags = dict(
         steps=4, batch_size=8, mini_batch_size=8, behavior_every=2, eval_every=2, save_every=1
     )
-    return make_config(**(flags | changes))
+    return small_config(out, **(flags | changes))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that is left alone, with all of its checkpoints."""
+    cfg = small(tmp_path_factory.mktemp("resume"), name="whole", keep=9)
+    pmd.train(cfg)
+    return cfg
 
 
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_signal_saves_after_the_step_and_the_rest_is_as_if_nothing_had_happened(
-    make_config, monkeypatch, at
+    whole, monkeypatch, at
 ):
     """An evaluation that is due then is made when the run goes on, at its last step too, and again
     after a kill in it.
     """
-    whole = small(make_config, name="whole", save_every=0)
-    pmd.train(whole)
-    cfg = dataclasses.replace(whole, name="told", resume=True)
+    name = f"told{at}"
+    cfg = dataclasses.replace(whole, name=name, resume=True, save_every=0)
     record = mem.Memory.record
 
     def told(self, step, rollouts):
@@ -157,23 +165,23 @@ def test_a_signal_saves_after_the_step_and_the_rest_is_as_if_nothing_had_happene
 
     monkeypatch.setattr(mem.Memory, "record", told)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    said = f"SIGTERM: stopped after step {at} of 4; the same command with --name told --resume"
+    said = f"SIGTERM: stopped after step {at} of 4; the same command with --name {name} --resume"
     with pytest.raises(Stopped, match=said):
         pmd.train(cfg)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     monkeypatch.setattr(mem.Memory, "record", record)
-    assert [c.name for c in checkpoints(Path(cfg.out, "told"))] == [
+    assert [c.name for c in checkpoints(Path(cfg.out, name))] == [
         str(at)
     ]  # although --save_every is 0
-    metrics = Path(cfg.out, "told", "metrics.jsonl")
+    metrics = Path(cfg.out, name, "metrics.jsonl")
     rows = read_lines(metrics)
     assert max(row["step"] for row in rows if "split" in row) == at - 2
     append(metrics, rows[0] | {"step": at, "split": "dev"})  # a kill between dev and test
     pmd.train(cfg)
-    assert state(Path(cfg.out, "whole")) == state(Path(cfg.out, "told"))
+    assert state(Path(cfg.out, "whole")) == state(Path(cfg.out, name))
 
 
-def test_the_second_signal_ends_it_at_once(make_config, monkeypatch):
+def test_the_second_signal_ends_it_at_once(tmp_path, monkeypatch):
     record = mem.Memory.record
 
     def told_twice(self, step, rollouts):
@@ -189,13 +197,13 @@ def test_the_second_signal_ends_it_at_once(make_config, monkeypatch):
     )  # a shell's background job is born deaf to it
     try:
         with pytest.raises(KeyboardInterrupt):
-            pmd.train(small(make_config, name="x"))
+            pmd.train(small(tmp_path, name="x"))
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_time_limit_and_the_exit_status(make_config):
-    cfg = small(make_config, name="late", max_minutes=1e-6)
+def test_a_time_limit_and_the_exit_status(tmp_path):
+    cfg = small(tmp_path, name="late", max_minutes=1e-6)
     with pytest.raises(Stopped, match="--max_minutes: stopped after step 1 of 4") as stopped:
         pmd.train(cfg)
     assert stopped.value.code == 0 and Stopped("", "", 143).code == 143
@@ -205,8 +213,8 @@ def test_a_time_limit_and_the_exit_status(make_config):
     assert (Path(cfg.out, "late", "final")).is_dir()
 
 
-def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
-    cfg = small(make_config, name="r", steps=6, eval_every=1, keep=2)
+def test_the_last_ones_and_the_best_on_dev_are_kept(tmp_path):
+    cfg = small(tmp_path, name="r", steps=6, eval_every=1, keep=2)
     pmd.train(cfg)
     rows = [
         json.loads(line) for line in Path(cfg.out, "r", "metrics.jsonl").read_text().splitlines()
@@ -218,9 +226,9 @@ def test_the_last_ones_and_the_best_on_dev_are_kept(make_config):
     assert saved >= {5, 6} and len(saved) <= 3 and max(dev[s] for s in saved) == max(dev.values())
 
 
-def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config, monkeypatch):
-    cfg = small(make_config, name="r", resume=True)
-    save = records.dcp.save
+def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(whole, monkeypatch):
+    cfg = dataclasses.replace(whole, name="killed", resume=True)
+    save = checkpoint.dcp.save
 
     def torn(state, checkpoint_id, **kwargs):
         if "3.partial" in str(checkpoint_id):
@@ -228,36 +236,32 @@ def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(make_config
             raise KeyboardInterrupt
         save(state, checkpoint_id=checkpoint_id, **kwargs)
 
-    monkeypatch.setattr(records.dcp, "save", torn)
+    monkeypatch.setattr(checkpoint.dcp, "save", torn)
     with pytest.raises(KeyboardInterrupt):
         pmd.train(cfg)
-    monkeypatch.setattr(records.dcp, "save", save)
-    folder = Path(cfg.out, "r")
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    folder = Path(cfg.out, cfg.name)
     assert [c.name for c in checkpoints(folder)] == ["1", "2"] and (
         folder / "checkpoints" / "3.partial"
     ).is_dir()
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "reward": 0.')
     pmd.train(cfg)
-    pmd.train(small(make_config, name="whole"))
     assert state(folder) == state(Path(cfg.out, "whole"))
     assert not list(folder.rglob("*.partial"))
 
 
-def test_a_memory_that_is_gone_comes_back_from_the_checkpoint(make_config):
-    cfg = small(make_config, name="r", steps=2, eval_every=0)
+def test_a_memory_that_is_gone_comes_back_from_the_checkpoint(whole):
+    cfg = dataclasses.replace(whole, name="forgetful", steps=2, eval_every=0)
     pmd.train(cfg)
-    folder = Path(cfg.out, "r")
+    folder = Path(cfg.out, cfg.name)
     (folder / "memory.db").unlink()
     more = dataclasses.replace(cfg, resume=True, steps=4)
     pmd.train(more)
-    pmd.train(small(make_config, name="whole", eval_every=0))
     assert state(folder)[:3] == state(Path(cfg.out, "whole"))[:3]
 
 
-def test_a_fork_goes_on_from_a_kept_step_policy_and_memory_together(make_config):
-    whole = small(make_config, name="whole", keep=9)
-    pmd.train(whole)
+def test_a_fork_goes_on_from_a_kept_step_policy_and_memory_together(whole):
     fork = dataclasses.replace(whole, name="fork", fork_from="whole@2")
     pmd.train(fork)
     before, after = state(Path(fork.out, "whole")), state(Path(fork.out, "fork"))
@@ -329,8 +333,8 @@ def test_a_run_can_be_rerun_from_its_own_records(make_config, tmp_path):
     assert state(tmp_path / "first") == state(tmp_path / "second")
 
 
-def test_safe_changes_are_noted(make_config, capsys):
-    cfg = small(make_config, name="r", steps=2)
+def test_safe_changes_are_noted(tmp_path, capsys):
+    cfg = small(tmp_path, name="r", steps=2)
     pmd.train(cfg)
     pmd.train(dataclasses.replace(cfg, resume=True, steps=3, keep=5))
     said = capsys.readouterr().out
@@ -341,7 +345,7 @@ def test_safe_changes_are_noted(make_config, capsys):
     assert "going on from" in said
 
 
-def test_metrics_also_go_where_log_says(make_config, monkeypatch):
+def test_metrics_also_go_where_log_says(tmp_path, monkeypatch):
     sent = []
     session = types.SimpleNamespace(log=lambda row, step: sent.append((step, row)))
     started = {}
@@ -349,7 +353,7 @@ def test_metrics_also_go_where_log_says(make_config, monkeypatch):
     fake.init = lambda **kwargs: started.update(kwargs) or session
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(pmd.importlib.util, "find_spec", lambda name: fake)
-    pmd.train(small(make_config, name="r", steps=2, log="wandb"))
+    pmd.train(small(tmp_path, name="r", steps=2, log="wandb"))
     assert started["id"] == "r" and started["resume"] == "allow" and started["config"]["steps"] == 2
     assert [step for step, _ in sent] == [0, 0, 1, 2, 2, 2]
     row = next(row for step, row in sent if "train/reward" in row)
@@ -360,4 +364,4 @@ def test_metrics_also_go_where_log_says(make_config, monkeypatch):
     with pytest.raises(
         ValueError, match="--log tensorboard needs its library: pip install tensorboard"
     ):
-        pmd.check(small(make_config, log="tensorboard"))
+        pmd.check(small(tmp_path, log="tensorboard"))

@@ -12,20 +12,17 @@ import runpy
 import shutil
 import signal
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Here
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-import eval
 import eval as ev
 import pmd
-from runtime import check
-from runtime import files as runtime_files
-from runtime import provenance as runtime_provenance
+from runtime import check, files, provenance
 from runtime.check import check_folder
 from runtime.checkpoint import (
     LOCKS,
@@ -319,7 +316,7 @@ def test_a_verifier_that_refuses_ends_the_run_by_its_sentence(make_config, monke
     def refuses(*args):
         raise ValueError("the verifier 'mine' gave nan for p3")
 
-    monkeypatch.setattr(eval, "verify_all", refuses)
+    monkeypatch.setattr(ev, "verify_all", refuses)
     with pytest.raises(RunError, match="^the verifier 'mine' gave nan for p3$"):
         pmd.train(make_config(name="r"))
 
@@ -334,7 +331,7 @@ def test_records_hold_any_text(tmp_path):
         append(tmp_path / "a.jsonl", row)
     write_lines(tmp_path / "b.jsonl", rows)
     assert read_lines(tmp_path / "a.jsonl") == read_lines(tmp_path / "b.jsonl") == rows
-    runtime_files.write(tmp_path / "c.json", json.dumps(rows, ensure_ascii=False))
+    files.write(tmp_path / "c.json", json.dumps(rows, ensure_ascii=False))
     assert json.loads((tmp_path / "c.json").read_text()) == rows
 
 
@@ -431,7 +428,7 @@ def test_a_fingerprint_sees_every_change(tokenizer, split):
     plain = Task("t", *([problem(), problem(id="o")] for _ in range(3)))
     same = Task("renamed", *([problem(), problem(id="o")] for _ in range(3)))
     before = fingerprint(plain, tokenizer)
-    assert runtime_provenance.changes(before, fingerprint(same, tokenizer)) == []
+    assert provenance.changes(before, fingerprint(same, tokenizer)) == []
     others = [
         dict(id="x"),
         dict(prompt="x"),
@@ -446,7 +443,7 @@ def test_a_fingerprint_sees_every_change(tokenizer, split):
         *([problem(**o), problem(id="o")] for o in others),
     ):
         now = fingerprint(dataclasses.replace(plain, **{split: rows}), tokenizer)
-        assert runtime_provenance.changes(before, now) == [
+        assert provenance.changes(before, now) == [
             f"the {split if split != 'train' else 'training'} problems"
         ]
 
@@ -722,14 +719,6 @@ def test_the_checks_end_by_a_sentence(command, monkeypatch, error, code, last):
     monkeypatch.setattr(pmd, "ProcessPoolExecutor", lambda *args: contextlib.nullcontext(Here))
     found, _, said = command("--name", "a", "--compare", "sdpo,grpo")
     assert found == code and re.fullmatch(last, said.splitlines()[-1])
-
-
-class Here:
-    """A pool of this process."""
-
-    @staticmethod
-    def submit(function, *args):
-        return types.SimpleNamespace(result=lambda: function(*args))
 
 
 EVALUATION = "--model nano --n 1 --eval_problems 2 --name e".split()

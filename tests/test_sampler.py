@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import memory as mem
 import pmd
-from runtime import check
-from runtime import vllm_sampler as runtime_vllm_sampler
+from runtime import check, vllm_sampler
 from runtime.chat import encode_prompt
 from runtime.check import check_machine
 from runtime.sampler import Sampler
@@ -211,9 +210,9 @@ def test_the_cost_of_generation_without_vllm_is_said():
 def test_it_is_said_on_a_gpu_where_nobody_chose_it(
     flags, installed, said, monkeypatch, capsys, tmp_path
 ):
-    for room in (check, runtime_vllm_sampler):
+    for room in (check, vllm_sampler):
         monkeypatch.setattr(room, "device_of", lambda cfg: SimpleNamespace(type="cuda", index=0))
-    for room in (check, runtime_vllm_sampler):
+    for room in (check, vllm_sampler):
         monkeypatch.setattr(room, "vllm_version", lambda: installed)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30)
@@ -237,9 +236,7 @@ def test_it_is_said_on_a_gpu_where_nobody_chose_it(
 def test_trainer_and_engine_are_on_one_device(flags, ranks, refused, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(
-        runtime_vllm_sampler, "vllm_version", lambda: "0"
-    )  # the next thing that is refused
+    monkeypatch.setattr(vllm_sampler, "vllm_version", lambda: "0")  # the next thing that is refused
     cfg = pmd.parse_flags([*flags, "--batch_size", "1", "--method", "grpo", "--out", str(tmp_path)])
     with pytest.raises(ValueError) as error:
         check_machine(cfg, ranks)

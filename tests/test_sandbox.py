@@ -20,6 +20,8 @@ from tasks import sandbox
 from tasks.code import judge
 from tasks.sandbox import execute
 
+ROOT = Path(__file__).resolve().parent.parent
+
 try:
     sandbox.sandbox_command()
     reason = ""
@@ -415,7 +417,7 @@ def test_the_keys_of_the_session_stay_outside():
     another.
     """
     code = """import ctypes, os, sys
-from eval import judge
+from tasks.code import judge
 numbers, i = ctypes.CDLL(None), ctypes.c_int
 n = 217 if "aarch64" in os.uname() else 248
 if numbers.syscall(n + 2, 1, b"red-team") < 0 or numbers.syscall(n, b"user", b"TOKEN", b"secret-key", 10, i(-3)) < 0:
@@ -426,7 +428,7 @@ print(numbers.syscall(n + 2, 10, i(-3), b"user", b"TOKEN", 0) > 0, numbers.sysca
 """
     done = subprocess.run(
         [sys.executable, "-c", code, HOSTILE["reads the session's keys"], HOSTILE["plants a key"]],
-        cwd=Path(sandbox.__file__).parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -869,9 +871,7 @@ def test_a_trainer_that_is_killed_leaves_nothing(outside):
         f"from tasks import sandbox; sandbox.ENVIRONMENT['RED_TEAM'] = '{token}'; "
         "from tasks.code import judge; judge('while 1: pass', [''], ['1'])"
     )
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=Path(sandbox.__file__).parent.parent
-    )
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 30
     while not any(
         b"marshal" in p.read_bytes()

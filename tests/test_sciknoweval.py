@@ -13,8 +13,7 @@ from conftest import Script, method_of, words
 
 import memory as mem
 import pmd
-from tasks import load_task
-from tasks import sciknoweval as tasks_sciknoweval
+from tasks import load_task, sciknoweval
 from tasks.problem import Problem
 from tasks.sciknoweval import HUB_SYSTEM, SCIKNOWEVAL, SCIKNOWEVAL_HUB
 from tasks.verdicts import verify
@@ -109,7 +108,7 @@ def test_a_domain_from_a_folder_like_the_hubs(hub, monkeypatch, domain):
     """
     assert SCIKNOWEVAL_HUB == "hicai-zju/SciKnowEval"
     hub = hub.rename(hub.parent / f"{domain}_hub")  # `datasets` caches by the folder's name
-    monkeypatch.setattr(tasks_sciknoweval, "SCIKNOWEVAL_HUB", str(hub))
+    monkeypatch.setattr(sciknoweval, "SCIKNOWEVAL_HUB", str(hub))
     monkeypatch.setitem(SCIKNOWEVAL, domain, (36, 4))
     task, copy = (
         load_task(f"sciknoweval/{domain}", dev=0),

@@ -1,5 +1,6 @@
-"""What fits: bytes per GPU of a run of pmd.py, phase by phase, computed before anything is loaded
-(runtime/plan.py).
+"""Prints the bytes per GPU of a run of pmd.py, phase by phase, before anything is loaded.
+
+runtime/plan.py has the formulas.
 
 python tools/plan.py --model Qwen3-8B --gpus 8 --gpu_memory 80
 python tools/plan.py --what_fits                       the table of docs/running.md
@@ -28,23 +29,46 @@ from runtime.plan import (
     plan,
 )
 
+# The options of pmd.py that the plan depends on, beside the model and the GPUs.
+OPTIONS = (
+    "max_prompt max_completion max_reprompt micro_tokens method teacher dtype embedder"
+    " tensor_parallel"
+).split()
+POSITIVE = (
+    "gpus gpu_memory max_prompt max_completion max_reprompt micro_tokens tensor_parallel"
+).split()
+
+
+def on_off(value) -> str:
+    return "on" if value else "off"
+
+
+def line(name, cells):
+    print(f"{name:24}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+def gib(size) -> str:
+    return f"{size / GIB:.2f}" if size else ""
+
 
 def report(cfg, model, gpus, gpu_memory, utilization):
+    """Prints the components of each phase, what vLLM and the host hold, and other settings."""
     phases = plan(cfg, model, gpus, gpu_memory, 0, utilization)
+    source = f" ({model.source})" if model.source else ""
     print(
-        f"{model.name}, {model.parameters / 1e9:.2f}e9"
-        f" parameters{model.source and f' ({model.source})'}; {gpus} x {gpu_memory:g} GiB;"
-        f" --micro_tokens {cfg.micro_tokens}; gradient checkpointing"
-        f" {'on' if cfg.gradient_checkpointing else 'off'}\n\n{'GiB per GPU, computed':24}"
-        + "".join(f"{phase:>10}" for phase in phases)
+        f"{model.name}, {model.parameters / 1e9:.2f}e9 parameters{source}; {gpus} x"
+        f" {gpu_memory:g} GiB; --micro_tokens {cfg.micro_tokens}; gradient checkpointing"
+        f" {on_off(cfg.gradient_checkpointing)}\n"
     )
-    for name in dict.fromkeys(name for components in phases.values() for name in components):
+    line("GiB per GPU, computed", phases)
+    names = dict.fromkeys(name for components in phases.values() for name in components)
+    for name in names:
         sizes = [components.get(name, 0) for components in phases.values()]
         if any(sizes):
-            print(f"{name:24}" + "".join(f"{s / GIB:10.2f}" if s else " " * 10 for s in sizes))
+            line(name, map(gib, sizes))
     sums = [sum(components.values()) for components in phases.values()]
-    print(f"{'total':24}" + "".join(f"{s / GIB:10.2f}" for s in sums))
-    print(f"{'fits':24}" + "".join(f"{'yes' if s <= gpu_memory * GIB else 'NO':>10}" for s in sums))
+    line("total", map(gib, sums))
+    line("fits", ["yes" if size <= gpu_memory * GIB else "NO" for size in sums])
     if utilization:
         room = kv_room(cfg, model, gpu_memory, utilization)
         sequences = max(0, room // kv_needed(cfg, model))
@@ -54,9 +78,10 @@ def report(cfg, model, gpus, gpu_memory, utilization):
             f" {sequences:.0f} sequences of {cfg.max_prompt + cfg.max_completion} an engine\nvLLM"
             " asleep (level 2): it keeps no weights, and gets them anew when it wakes"
         )
+    deals = " and deals them out" if gpus > 1 else ""
     print(
         f"the host's memory: {4 * model.parameters / GIB:.0f} in the first process of the job,"
-        " which reads the weights" + (" and deals them out" if gpus > 1 else "")
+        f" which reads the weights{deals}"
     )
     if "AdamW, float32" in phases["sample"]:
         copies = 3 + ("EMA teacher, float32" in phases["sample"])  # the policy, Adam's two moments
@@ -68,32 +93,37 @@ def report(cfg, model, gpus, gpu_memory, utilization):
     for on in (False, True):
         run = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": on})
         most = largest(run, model, gpus, gpu_memory, utilization)
-        for m in sorted({1, 8192, 16384, 32768, 65536, max(1, most)}):
-            of_m = plan(run, model, gpus, gpu_memory, m, utilization)
-            print(
-                f"{m if m > 1 else 'one row':>14}{'on' if on else 'off':>15}{of_m['backward']['activations'] / GIB:13.1f}{peak(of_m)[0] / GIB:8.1f}"
-                f"  {'largest' if m == most else 'yes' if m < most else 'NO'}"
-            )
-    print(f"\n{fits(cfg, model, gpus, gpu_memory, utilization)[1]}.")
+        for tokens in sorted({1, 8192, 16384, 32768, 65536, max(1, most)}):
+            phases = plan(run, model, gpus, gpu_memory, tokens, utilization)
+            activations, size = phases["backward"]["activations"], peak(phases)[0]
+            rows = tokens if tokens > 1 else "one row"
+            verdict = "yes" if tokens < most else "NO"
+            if tokens == most:
+                verdict = "largest"
+            numbers = f"{activations / GIB:13.1f}{size / GIB:8.1f}"
+            print(f"{rows:>14}{on_off(on):>15}{numbers}  {verdict}")
+    _, sentence = fits(cfg, model, gpus, gpu_memory, utilization)
+    print(f"\n{sentence}.")
+
+
+def tokens_cell(tokens) -> str:
+    if tokens > 1:
+        return f"{tokens / 1024:.0f}k"
+    return "one row" if tokens else "no"
 
 
 def what_fits(cfg, utilization):
-    """The table of docs/running.md."""
+    """Prints the table of docs/running.md."""
     cards = [(1, 80), (8, 80), (1, 141), (8, 141)]
-    print(
-        "| model | completion | "
-        + " | ".join(f"{g} x {c} GB" for g, c in cards)
-        + " |\n|---|---|"
-        + "---|" * len(cards)
-    )
+    heads = ["model", "completion", *(f"{gpus} x {memory} GB" for gpus, memory in cards)]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for model in map(load, BUILT_IN):
         for completion in (8192, 32768):
-            run = SimpleNamespace(
-                **vars(cfg) | {"gradient_checkpointing": True, "max_completion": completion}
-            )
-            found = [largest(run, model, g, c, utilization) for g, c in cards]
-            cells = ["no" if not m else "one row" if m == 1 else f"{m / 1024:.0f}k" for m in found]
-            print(f"| {model.name} | {completion} | " + " | ".join(cells) + " |")
+            changed = {"gradient_checkpointing": True, "max_completion": completion}
+            run = SimpleNamespace(**vars(cfg) | changed)
+            tokens = [largest(run, model, *card, utilization) for card in cards]
+            cells = [model.name, str(completion), *map(tokens_cell, tokens)]
+            print(f"| {' | '.join(cells)} |")
     print(
         "\nComputed by `python tools/plan.py --what_fits`, not run: the largest `--micro_tokens`"
         f" with `--gradient_checkpointing`, {cfg.method},\nprompts of {cfg.max_prompt} and"
@@ -103,6 +133,7 @@ def what_fits(cfg, utilization):
 
 
 def main():
+    """Runs the command line."""
     defaults = Config()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,45 +152,22 @@ def main():
     parser.add_argument(
         "--what_fits", action="store_true", help="only the table of models, lengths and cards"
     )
-    for name in (
-        "max_prompt",
-        "max_completion",
-        "max_reprompt",
-        "micro_tokens",
-        "method",
-        "teacher",
-        "dtype",
-        "embedder",
-        "tensor_parallel",
-    ):
-        parser.add_argument(
-            f"--{name}", type=type(getattr(defaults, name)), default=getattr(defaults, name)
-        )
+    for name in OPTIONS:
+        default = getattr(defaults, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
-    for name in (
-        "gpus",
-        "gpu_memory",
-        "max_prompt",
-        "max_completion",
-        "max_reprompt",
-        "micro_tokens",
-        "tensor_parallel",
-    ):
+    for name in POSITIVE:
         if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name} {getattr(args, name)} must be above 0")
-    if not 0 <= args.gpu_memory_utilization <= 1:
-        parser.error(f"--gpu_memory_utilization {args.gpu_memory_utilization} must be from 0 to 1")
+    share = args.gpu_memory_utilization
+    if not 0 <= share <= 1:
+        parser.error(f"--gpu_memory_utilization {share} must be from 0 to 1")
     try:
         if args.what_fits:
-            what_fits(args, args.gpu_memory_utilization)
+            what_fits(args, share)
         else:
-            report(
-                args,
-                load(MODELS.get(args.model, args.model)),
-                args.gpus,
-                args.gpu_memory,
-                args.gpu_memory_utilization,
-            )
+            model = load(MODELS.get(args.model, args.model))
+            report(args, model, args.gpus, args.gpu_memory, share)
     except ValueError as error:
         sys.exit(f"plan.py: {error}")
 

@@ -1,5 +1,4 @@
-"""Whether this checkout computes what another commit did: six methods, some steps each, equal but
-for times.
+"""Compares this checkout with another commit: six methods, some steps each, equal but for times.
 
     python tools/same.py HEAD              what is changed but not committed, against the last
                                            commit
@@ -26,14 +25,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent.parent
 TIMES = ("seconds", "share", "tokens_per_second", "peak_gb")  # of a row of metrics.jsonl
-METHODS = (
-    "frozen-policy",
-    "frozen-memory",
-    "pmd",
-    "pmd-transient",
-    "sdpo",
-    "grpo",
-)  # the first lends the second its memory
+# The first lends the second its memory.
+METHODS = ("frozen-policy", "frozen-memory", "pmd", "pmd-transient", "sdpo", "grpo")
 FLAGS = (
     "--batch_size 8 --mini_batch_size 4 --group_size 8 --behavior_every 2 --eval_problems 6"
     " --eval_k 2 --eval_every 2 --save_every 0 --device cpu --nproc 1"
@@ -45,29 +38,18 @@ def worktree(commit):
     """A temporary checkout of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "other")
-        subprocess.run(
-            ["git", "worktree", "add", "--quiet", "--detach", path, commit], cwd=HERE, check=True
-        )
+        git = ["git", "-C", HERE, "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", path, commit], check=True)
         try:
             yield path
         finally:
-            subprocess.run(["git", "worktree", "remove", "--force", path], cwd=HERE, check=True)
+            subprocess.run([*git, "remove", "--force", path], check=True)
 
 
 def rows_of(checkout, method, steps, out) -> list[dict]:
-    """The rows of metrics.jsonl of a run by the code in a checkout, without their times."""
-    command = [
-        sys.executable,
-        "pmd.py",
-        "--method",
-        method,
-        "--name",
-        method,
-        "--out",
-        str(out),
-        *FLAGS,
-    ]
-    command += ["--steps", str(steps)]
+    """Runs a method by the code in a checkout; returns the rows of metrics.jsonl without times."""
+    command = [sys.executable, "pmd.py", *FLAGS, "--method", method, "--name", method]
+    command += ["--out", str(out), "--steps", str(steps)]
     if method == "frozen-memory":
         command += ["--memory_from", "frozen-policy"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -79,19 +61,19 @@ def rows_of(checkout, method, steps, out) -> list[dict]:
 
 
 def difference(ours, theirs) -> str:
-    """The first difference between two lists of rows, in words; empty if there is none."""
+    """Describes the first difference between two lists of rows; "" if there is none."""
     for mine, other in zip(ours, theirs, strict=False):
         for key in sorted({*mine, *other}):
-            if mine.get(key) != other.get(key):
-                return (
-                    f"step {other.get('step')}, {key}: {other.get(key)} there, {mine.get(key)} here"
-                )
+            here, there = mine.get(key), other.get(key)
+            if here != there:
+                return f"step {other.get('step')}, {key}: {there} there, {here} here"
     if len(ours) != len(theirs):
         return f"{len(theirs)} rows there, {len(ours)} here"
     return ""
 
 
 def main():
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -101,36 +83,29 @@ def main():
         "--methods", default=",".join(METHODS), help="with commas between (default: all six)"
     )
     args = parser.parse_args()
-    methods, known = (
-        args.methods.split(","),
-        subprocess.run(
-            ["git", "rev-parse", "--verify", "--quiet", args.commit + "^{commit}"],
-            cwd=HERE,
-            capture_output=True,
-        ),
-    )
-    if unknown := [method for method in methods if method not in METHODS]:
+    methods = args.methods.split(",")
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
         parser.error(
             f"--methods takes some of {', '.join(METHODS)}, not {', '.join(map(repr, unknown))}"
         )
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
-    if known.returncode:
+    verify = ["git", "-C", HERE, "rev-parse", "--verify", "--quiet", args.commit + "^{commit}"]
+    if subprocess.run(verify, capture_output=True).returncode:
         parser.error(f"{args.commit} is no commit of {HERE}")
     different = False
     with worktree(args.commit) as other, tempfile.TemporaryDirectory() as folder:
         for method in tqdm(methods, unit="method"):
             theirs = rows_of(other, method, args.steps, Path(folder, "theirs"))
             ours = rows_of(HERE, method, args.steps, Path(folder, "ours"))
-            found = difference(ours, theirs)
+            sentence = difference(ours, theirs)
             updates = sum(row.get("updates", 0) for row in ours)
-            if not updates and method != "frozen-policy":
-                found = (
-                    found
-                    or "the same, but no update was made, which says nothing: give more --steps"
-                )
-            tqdm.write(f"{method}: {found or f'the same {len(ours)} rows, {updates} updates'}")
-            different = different or bool(found)
+            if not sentence and not updates and method != "frozen-policy":
+                sentence = "the same, but no update was made: give more --steps"
+            if sentence:
+                different = True
+            tqdm.write(f"{method}: {sentence or f'the same {len(ours)} rows, {updates} updates'}")
     sys.exit(1 if different else 0)
 
 

@@ -21,31 +21,31 @@ from runtime.store import Store, describe, line_of, printable
 
 
 def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
-    """Readable tiers: one problem's, or the items of one tier or of all, at the end of `step` or
-    now, that hold `grep`.
+    """Lays out the memory of one problem, or the items of one tier or of all.
+
+    step: shows the memory at its end, instead of now. grep: a text that items have to hold.
     """
     if problem is not None:
         return describe(memory, problem, step)
     at = 10**9 if step is None else step
-    items = {
-        t: memory.as_of(at, t) for t in ([tier] if tier else ["experience", "insight", "behavior"])
-    }
+    tiers = [tier] if tier else ["experience", "insight", "behavior"]
+    held = f" that hold {grep!r}" if grep else ""
     lines = []
-    for name, found in items.items():
+    for name in tiers:
+        items = memory.as_of(at, name)
         if grep:
-            found = [
-                i
-                for i in found
-                if grep.lower() in f"{i.problem} {i.title} {i.text} {i.feedback}".lower()
-            ]
-        lines.append(f"{name}: {len(found)} items" + (f" that hold {grep!r}" if grep else ""))
+            items = [item for item in items if holds(item, grep)]
+        lines.append(f"{name}: {len(items)} items{held}")
         groups = defaultdict(list)
-        for item in found:
+        for item in items:
             groups[item.problem].append(item)
-        whole = tier or grep or name == "behavior"
-        for pid, group in groups.items() if whole else list(groups.items())[:3]:
-            lines += [f"  problem {pid}"] * bool(pid) + [f"    {line_of(i)}" for i in group]
-        if not whole and len(groups) > 3:
+        is_whole = tier or grep or name == "behavior"
+        shown = len(groups) if is_whole else 3
+        for id, group in list(groups.items())[:shown]:
+            if id:  # a behavior has no problem
+                lines.append(f"  problem {id}")
+            lines += [f"    {line_of(item)}" for item in group]
+        if len(groups) > shown:
             lines.append(
                 f"  ... and {len(groups) - 3} more problems: --tier {name} shows all, --problem ID"
                 " one of them"
@@ -53,18 +53,19 @@ def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
     return printable("\n".join(lines))
 
 
+def holds(item, text) -> bool:
+    """Whether an item holds a text, in capital letters or not."""
+    return text.lower() in f"{item.problem} {item.title} {item.text} {item.feedback}".lower()
+
+
 def growth(memory) -> dict[str, np.ndarray]:
-    """Living items at the end of each step, 0 to the last with an event or a birth: {kind: (steps +
-    1,)}.
+    """Counts the living items at the end of each step: {kind: (steps + 1,)}.
+
+    The steps are 0 to the last one with an event or a birth.
     """
     rows = memory.query("SELECT kind, born, ended, shortcuts != '' FROM item")
-    last = max(
-        [
-            0,
-            *(born for _, born, *_ in rows),
-            *memory.query("SELECT COALESCE(MAX(step), 0) FROM event")[0],
-        ]
-    )
+    ((last,),) = memory.query("SELECT COALESCE(MAX(step), 0) FROM event")
+    last = max([last, *(born for _, born, *_ in rows)])
     kinds = ("success", "failure", "strategy", "lesson", "behavior", "shortcut")
     changes = {kind: np.zeros(last + 2, int) for kind in kinds}
     for kind, born, ended, flagged in rows:
@@ -75,34 +76,26 @@ def growth(memory) -> dict[str, np.ndarray]:
 
 
 def stats(memory, png) -> str:
-    """The growth curves of the paper's Figure 6, as a table, and as a picture in the file `png`."""
+    """Draws the growth curves of the paper's Figure 6 into the file `png`; returns their table."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves, problems = growth(memory), memory.query("SELECT COUNT(*) FROM problem")[0][0]
+    curves = growth(memory)
+    ((problems,),) = memory.query("SELECT COUNT(*) FROM problem")
     last = len(curves["behavior"]) - 1
-    at = sorted({round(x) for x in np.linspace(0, last, 13)})
     lines = [f"{'step':>6} " + " ".join(f"{kind:>9}" for kind in curves)]
-    lines += [
-        f"{step:>6} " + " ".join(f"{curve[step]:>9}" for curve in curves.values()) for step in at
-    ]
+    for step in sorted({round(x) for x in np.linspace(0, last, 13)}):
+        lines += [f"{step:>6} " + " ".join(f"{curve[step]:>9}" for curve in curves.values())]
     cap = json.loads(memory.meta["caps"])["strategy"] * problems
+    highest = max(curves["strategy"].max(), curves["lesson"].max(), 1)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for kind in ("strategy", "lesson"):
-        left.plot(curves[kind], label={"strategy": "strategies", "lesson": "lessons"}[kind])
+    left.plot(curves["strategy"], label="strategies")
+    left.plot(curves["lesson"], label="lessons")
     left.axhline(cap, linestyle=":", color="gray", label=f"cap of each, {cap}")
-    left.set(
-        title="insight",
-        xlabel="step",
-        ylabel="living items",
-        yscale=(
-            "symlog"
-            if cap > 20 * max(curves["strategy"].max(), curves["lesson"].max(), 1)
-            else "linear"
-        ),
-    )
+    left.set(title="insight", xlabel="step", ylabel="living items")
+    left.set_yscale("symlog" if cap > 20 * highest else "linear")
     left.legend()
     right.plot(curves["behavior"], color="tab:green")
     right.set(title="behavior", xlabel="step", ylabel="living items")
@@ -112,16 +105,18 @@ def stats(memory, png) -> str:
 
 
 def main(argv=None):
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         prog="python tools/show_memory.py",
         description="Look at the memory of a run; nothing is changed.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (
-        ("show", "print what is remembered"),
-        ("stats", "how each tier grew: a table and a picture"),
-    ):
-        command = commands.add_parser(name, help=about, description=about)
+    helps = {
+        "show": "print what is remembered",
+        "stats": "how each tier grew: a table and a picture",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text, description=text)
         command.add_argument("path", help="a run's memory.db")
         if name == "show":
             command.add_argument(
