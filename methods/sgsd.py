@@ -14,7 +14,8 @@ question, paired by rank; a pair's weight is a softmax over the mean cosines.
 On failures a wrong teacher also draws the student, because any other claim finds the text of a
 failure unlikely, too. There polarity validates no teacher.
 
-Ours: the bank is the memory's strategies and lessons of all problems, which grows with every step.
+Ours: the bank is the memory's strategies and lessons of all problems, which grows with every step,
+and nobody reads its behaviors.
 The authors make it before training, and add to it every 25 steps. A pair may lack one of the two.
 All methods share one sampling budget, where the authors have `--group_size 1`. Left out: LoRA,
 gradient clipping at 0.1, masks of think tags and newlines, and the variant with a gated forward KL.
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
 
-import numpy as np
 import torch
 
 import pmd
@@ -54,28 +54,29 @@ class Config(pmd.Config):
 class Method(pmd.PMD):
     Config = Config
 
-    def remember(self, step, problems, rollouts):
-        """Writes experience and insight. Nobody reads behaviors."""
-        self.memory.record(step, rollouts)
-        self.memory.reflect(step, problems)
-
     def condition(self, step, rollouts):
-        problems = {r.problem.id: r.problem for r in rollouts}
-        questions = self.memory.question_vectors(problems.values())
-        bank = {"strategy": {}, "lesson": {}}
-        for item in self.memory.living("insight"):
-            bank[item.kind][item.text] = item  # each text once
-        ranked = [
-            nearest(questions, list(of.values()), self.cfg.sgsd_pairs) for of in bank.values()
-        ]
-        contexts, self.pair_weights = {}, {}
-        for id, question, skills, mistakes in zip(problems, questions, *ranked, strict=True):
-            pairs = [list(filter(None, pair)) for pair in zip_longest(skills, mistakes)]
-            contexts[id] = [as_context(pair, []) for pair in pairs]
-            cosines = [np.mean([item.embedding @ question for item in pair]) for pair in pairs]
-            self.pair_weights[id] = torch.tensor(cosines).softmax(0)
+        pairs = None
+        if pmd.rank() == 0:  # whose memory it is
+            pairs = self.pairs({r.problem.id: r.problem for r in rollouts})
+        contexts, self.pair_weights = pmd.broadcast(pairs)
         give_teachers(self, rollouts, [contexts[r.problem.id] for r in rollouts])
         return rollouts
+
+    def pairs(self, problems) -> tuple:
+        """Gives contexts and weights of each problem's pairs: two {id: one a pair}."""
+        questions = self.memory.question_vectors(problems.values())
+        bank = {item.text: item for item in self.memory.living("insight")}  # each text once
+        ranked = []
+        for kind in ("strategy", "lesson"):
+            items = [item for item in bank.values() if item.kind == kind]
+            ranked.append(nearest(questions, items, self.cfg.sgsd_pairs))
+        contexts, weights = {}, {}
+        for id, question, *nearby in zip(problems, questions, *ranked, strict=True):
+            pairs = [list(filter(None, pair)) for pair in zip_longest(*nearby)]
+            contexts[id] = [as_context(pair, []) for pair in pairs]
+            cosines = [sum(i.embedding @ question for i in pair) / len(pair) for pair in pairs]
+            weights[id] = torch.tensor(cosines).softmax(0)
+        return contexts, weights
 
     def weigh(self, step, rows):
         student = pmd.scored(self.policy, rows, lambda r: r.prompt_ids, self.cfg)
@@ -85,15 +86,14 @@ class Method(pmd.PMD):
             taught = [r for r in rows if number < len(r.teachers)]
             scores = pmd.scored(self.teacher, taught, lambda r, k=number: r.teachers[k], self.cfg)
             for r in taught:
-                gain = scores[r.id][0] - student[r.id][0]
-                weight = self.pair_weights[r.problem.id][number]
-                r.advantage += weight * self.pull(r, gain)
+                pull = self.pull(r, scores[r.id][0] - student[r.id][0])
+                r.advantage += self.pair_weights[r.problem.id][number] * pull
 
     def pull(self, row, gain) -> torch.Tensor:
         """Says how one teacher pulls on each token (C,). gain: d_t (C,)."""
         content = torch.tensor([id not in self.tokenizer.all_special_ids for id in row.ids])
-        support = (gain.clamp(-CLIP, CLIP) * content).sum() / content.sum().clamp(min=1)
+        gain = gain * content
+        support = gain.clamp(-CLIP, CLIP).sum() / content.sum().clamp(min=1)
         polarity = support.sign() * (support.abs() > LEAST_SUPPORT)
-        if row.reward <= pmd.SUCCESS:
-            polarity = -polarity
-        return polarity * content * torch.sigmoid(-(gain**2) / 2) * gain
+        outcome = 1 if row.reward > pmd.SUCCESS else -1
+        return outcome * polarity * torch.sigmoid(-(gain**2) / 2) * gain
