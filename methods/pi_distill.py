@@ -8,8 +8,8 @@ R - beta mean_t(log q - log p), relative to the group. The plain row has the rat
 Of the paper the abstract and the authors' blog were read, and the code of a third party, which puts
 the KL into the reward and recommends beta 0.25. Ours: the ratio is at most 2, as every ratio to the
 sampler is here; no deviation in the advantage; the information is the reference solution, or its
-first steps. Nano follows a whole reference always, which leaves no advantage but the KL's, so its
-preset shows half of the steps. `reward` in the records is that of the privileged prompt.
+first steps. Nano's model follows a whole reference, which leaves no advantage but the KL's, so
+its preset shows half of the steps. `reward` in the records is that of the privileged prompt.
 
 A mini-batch counts rows, of which a problem has twice as many here: --mini_batch_size is doubled.
 """

@@ -99,7 +99,8 @@ def trained(method, rollouts, step=1):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_runs_by_name(make_config, name):
-    cfg = make_config(method=name, name="run")
+    size = 1 if name == "lightning-opd" else 4
+    cfg = make_config(method=name, name="run", group_size=size, eval_problems=1, eval_k=1)
     summary = pmd.train(cfg)
     rows = Path(cfg.out, "run", "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, rows) if "reward" in row]
@@ -108,37 +109,28 @@ def test_each_runs_by_name(make_config, name):
     assert any(row["updates"] and math.isfinite(row["loss"]) for row in steps)
 
 
-@pytest.fixture(scope="module")
-def grpo():
-    return {}  # its one run
-
-
 @pytest.mark.parametrize("name", ADDED)
-def test_without_lambda_each_is_grpo(make_config, tmp_path, grpo, name):
-    """Bit for bit: weights and metrics."""
+def test_without_lambda_each_is_grpo(make_method, problems, name):
+    """Bit for bit, its gradient and what is logged."""
+    found = []
+    for method in (make_method(name, plus_lambda=0.0), make_method("grpo")):
+        rollouts = with_rewards(method.attempt(1, problems[:3]), REWARDS)
+        found.append(gradient_of(method, trained(method, rollouts)))
+    (gradient, sums), (wanted, others) = found
+    assert torch.equal(gradient, wanted) and gradient.abs().max() > 0
+    assert sums == others and sums["reinforced_tokens"] == sums["tokens"]
+
+
+def test_without_lambda_a_run_is_grpos(make_config, tmp_path):
+    """Bit for bit, its weights and metrics."""
     ends = []
-    for method, changes in (("grpo", {}), (name, dict(plus_lambda=0.0))):
-        if method in grpo:
-            ends.append(grpo[method])
-            continue
-        cfg = make_config(
-            method=method, batch_size=6, mini_batch_size=3, group_size=8, name=method, **changes
-        )
-        pmd.train(cfg)
+    for method, changes in (("grpo", {}), ("advantage-plus", dict(plus_lambda=0.0))):
+        small = dict(group_size=8, mini_batch_size=1, eval_problems=1, eval_k=1)
+        pmd.train(make_config(method=method, name=method, **small, **changes))
         rows = [json.loads(row) for row in (tmp_path / method / "metrics.jsonl").open()]
-        learned = (
-            "loss",
-            "grad_norm",
-            "reward",
-            "entropy",
-            "clipped",
-            "updates",
-            "supervised_tokens",
-        )
+        learned = ("loss", "grad_norm", "reward", "entropy", "clipped", "updates")
         found = [{k: row.get(k) for k in learned} for row in rows if "reward" in row]
         ends.append((found, load_file(tmp_path / method / "final" / "model.safetensors")))
-        if method == "grpo":
-            grpo[method] = ends[-1]
     (metrics, weights), (others, other_weights) = ends
     assert sum(row["updates"] for row in metrics) >= 2 and metrics == others
     assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
@@ -258,7 +250,7 @@ class Bank:
 
     def living_of(self, tier, ids):
         assert tier == "insight"
-        return {i.problem: [i] * 0 + self.items for i in self.items if i.problem in ids}
+        return {i.problem: self.items for i in self.items if i.problem in ids}
 
     def record(self, step, rollouts):
         pass
@@ -362,10 +354,11 @@ def test_the_weight_falls_at_a_wrong_step(make_method, problems):
     row.ids = method.tokenizer.encode(solution.replace(middle, f"{middle.split('=')[0]}={other}"))
     told = encode_prompt(method.tokenizer, mem.compose(problem.prompt, solution=solution))
     d = of_tokens(method.policy, told, row.ids) - of_tokens(method.policy, row.prompt_ids, row.ids)
-    weights = method.shaped(row, d) / d
-    first, second = weights[9], weights[10]
-    assert first == 1 and second < 0.7
-    method.weigh(1, [dataclasses.replace(row, advantage=0.5, teachers=[told])])
+    shaped = method.shaped(row, d)
+    assert torch.equal(shaped[:10], d[:10])
+    weight = shaped[11] / d[11]  # of the wrong operation
+    assert d[11] < -2 and 0 < weight < 0.7
+    assert torch.allclose(shaped[10:16], weight * d[10:16])
 
 
 def test_elsewhere_a_turn_is_a_line(make_method, problems):
@@ -507,14 +500,8 @@ def test_the_plain_row_leaves_what_grpo_cannot(make_method, problems):
     assert gradient.abs().max() > 0
     grpo = make_method("grpo")
     failed = trained(grpo, with_rewards(grpo.attempt(1, problems[:3]), [0] * 12))
-    grpo.policy.zero_grad()
-    _, sums = gradient_of_none(grpo, failed)
-    assert sums["updates_skipped"] == 1
-
-
-def gradient_of_none(method, rows):
-    (batch,) = pmd.mini_batches(rows, method.policy, method.cfg)
-    return None, pmd.update(method, None, batch, 1)
+    (batch,) = pmd.mini_batches(failed, grpo.policy, grpo.cfg)
+    assert pmd.update(grpo, None, batch, 1)["updates_skipped"] == 1
 
 
 def test_what_the_privileged_prompt_shows(problems):
@@ -549,13 +536,15 @@ def test_it_samples_and_asks_its_teacher_once(make_config, monkeypatch):
 
     monkeypatch.setattr(pmd, "attempt", counted)
     monkeypatch.setattr(pmd, "scored", also_counted)
-    cfg = make_config(method="lightning-opd", steps=3, group_size=1, batch_size=4, name="run")
+    cfg = make_config(
+        method="lightning-opd", group_size=1, batch_size=4, eval_problems=1, eval_k=1, name="run"
+    )
     pmd.train(cfg)
     everything = len(load_task("nano").train)
     assert calls[:2] == [("attempt", everything), ("scored", everything)]
-    assert calls[2:] == [("scored", 4)] * 3
+    assert calls[2:] == [("scored", 4)] * 2
     rows = [json.loads(row) for row in Path(cfg.out, "run", "metrics.jsonl").open()]
-    assert [row["updates"] for row in rows if "reward" in row] == [2, 2, 2]
+    assert [row["updates"] for row in rows if "reward" in row] == [2, 2]
 
 
 def test_the_teacher_stays_the_policy_that_began(make_method, problems, tokenizer):
