@@ -61,22 +61,3 @@ class Method(sdpo.Method):
             d = teacher[r.id][0] - student[r.id][0]
             r.advantage = r.advantage + self.strength(step) * self.shaped(r, d)
             r.teachers = []  # no pass of the update reads it
-
-
-def reference(problem) -> str:
-    """Gives the worked solution of a problem: nano's answer with its hidden operations filled in,
-    elsewhere the key `reference` of the problem's row.
-
-    Raises ValueError if the problem has none.
-    """
-    text = problem.extra.get("reference", "")
-    if problem.verifier == "steps":
-        pairs = iter(problem.extra.get("hidden", "").split())
-        words = [next(pairs, "") if w.endswith("=*") else w for w in problem.answer.split()]
-        text = " ".join(words) if all(words) else text
-    if not text:
-        raise ValueError(
-            f"problem {problem.id} has no reference solution, which this method's teacher reads;"
-            " give each row of the task's train.jsonl a text `reference`, or use another method"
-        )
-    return text

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import pmd
-from methods import advantage_plus, sdpo
+from methods import opsd, sdpo
 
 KEPT = "id prompt_ids ids text finished reward feedback test_pass_rate".split()
 
@@ -66,7 +66,7 @@ class Method(sdpo.Method):
     def score_all(self):
         """Scores all rollouts under the teacher's prompts, while the policy is the initial one."""
         problems = self.task.train
-        contexts = [{"solution": advantage_plus.reference(p)} for p in problems]
+        contexts = [{"solution": opsd.reference(p)} for p in problems]
         prompts = pmd.teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
         ids = {p.id: ids for p, (_, ids) in zip(problems, prompts, strict=True)}
         rollouts = [r for group in self.rollouts.values() for r in group]

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass, replace
 
 import pmd
-from methods import advantage_plus, sdpo
+from methods import opsd, sdpo
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Method(sdpo.Method):
 
 def privileged(problem, shown) -> dict:
     """Says what the privileged prompt adds: the reference, or its first steps or lines."""
-    text = advantage_plus.reference(problem)
+    text = opsd.reference(problem)
     if shown == 1:
         return {"solution": text}
     step = r".*?=\S+(?: \d)+" if problem.verifier == "steps" else r".+\n*"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pmd
-from methods import advantage_plus
+from methods import advantage_plus, opsd
 
 
 @dataclass
@@ -30,4 +30,4 @@ class Method(advantage_plus.Method):
     Config = Config
 
     def contexts(self, step, rollouts):
-        return [{"solution": advantage_plus.reference(r.problem)} for r in rollouts]
+        return [{"solution": opsd.reference(r.problem)} for r in rollouts]
