@@ -45,7 +45,8 @@ class Method(opsd.ReferenceTaught):
         taught = [r for r in rows if r.teacher_ids]
         give_teachers(self, taught, [views(r.problem) for r in taught])
         for r in taught:
-            r.teacher_ids = []  # reinforced, not distilled
+            r.teacher_ids = []  # not distilled
+            r.advantage = 0.0  # but reinforced, by what weigh finds
         return rows
 
     def weigh(self, step, rows):

@@ -19,6 +19,7 @@ class Method(avsd.Method):
         rows = super().condition(step, rollouts)
         for r in rows:
             r.teacher_ids = r.teachers[0] if r.teachers else []  # distilled, by all of r.teachers
+            r.advantage = None
         return rows
 
     def weigh(self, step, rows):

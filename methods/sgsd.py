@@ -14,11 +14,11 @@ question, paired by rank; a pair's weight is a softmax over the mean cosines.
 On failures a wrong teacher also draws the student, because any other claim finds the text of a
 failure unlikely, too. There polarity validates no teacher.
 
-Ours: the bank is the memory's strategies and lessons of all problems, which grows with every step,
-and nobody reads its behaviors.
-The authors make it before training, and add to it every 25 steps. A pair may lack one of the two.
-All methods share one sampling budget, where the authors have `--group_size 1`. Left out: LoRA,
-gradient clipping at 0.1, masks of think tags and newlines, and the variant with a gated forward KL.
+Ours: the bank is the memory's strategies and lessons of all problems, which grows with every step.
+Nobody reads its behaviors. The authors make it before training, and add to it every 25 steps. A
+pair may lack one of the two. All methods share one sampling budget, where the authors have
+`--group_size 1`. Left out: LoRA, gradient clipping at 0.1, masks of think tags and newlines, and
+the variant with a gated forward KL.
 """
 
 from dataclasses import dataclass
@@ -60,6 +60,8 @@ class Method(pmd.PMD):
             pairs = self.pairs({r.problem.id: r.problem for r in rollouts})
         contexts, self.pair_weights = pmd.broadcast(pairs)
         give_teachers(self, rollouts, [contexts[r.problem.id] for r in rollouts])
+        for r in rollouts:
+            r.advantage = 0.0 if r.teachers else None  # reinforced, by what weigh finds
         return rollouts
 
     def pairs(self, problems) -> tuple:
@@ -80,14 +82,12 @@ class Method(pmd.PMD):
 
     def weigh(self, step, rows):
         student = pmd.scored(self.policy, rows, lambda r: r.prompt_ids, self.cfg)
-        for r in rows:
-            r.advantage = torch.zeros(len(r.ids)) if r.teachers else None
         for number in range(max(len(r.teachers) for r in rows)):
             taught = [r for r in rows if number < len(r.teachers)]
             scores = pmd.scored(self.teacher, taught, lambda r, k=number: r.teachers[k], self.cfg)
             for r in taught:
                 pull = self.pull(r, scores[r.id][0] - student[r.id][0])
-                r.advantage += self.pair_weights[r.problem.id][number] * pull
+                r.advantage = r.advantage + self.pair_weights[r.problem.id][number] * pull
 
     def pull(self, row, gain) -> torch.Tensor:
         """Says how one teacher pulls on each token (C,). gain: d_t (C,)."""
