@@ -49,11 +49,20 @@ JSON_FRAME = [
     *(f'{{"actions": [{{"action": "{a}", "name": "' for a in ("new", "update", "remove")),
     *(f'"}}, {{"action": "{a}", "name": "' for a in ("new", "update", "remove"))]
 
-# In a lesson about a whole combination, `trap: vo!rev mi!inc`, each pair is a token of its own kind, vo&rev: read from left
-# to right, vo!rev would else look the same there as where it stands alone and excludes rev for good. First the first pair of
-# such a line, then, as often as a name has more, the pair behind one that is changed already.
-WHOLE = ("(?<=trap: [a-z]{2})!(?=[a-z]{3,4} [a-z]{2}!)",
-         *("(?<=&[a-z]{3} [a-z]{2})!", "(?<=&[a-z]{4} [a-z]{2})!") * 2)
+def whole_lessons():
+    """(pattern, replacement) pairs that make `trap: vo!rev mi!inc ku!rol` into `trap: vo &rev mi &rev&inc ku &rev&inc%rol`.
+
+    In a lesson about a whole combination each operation so becomes a token that also names the operations before it: only
+    together do they say what the lesson excludes, and where. The last one has a sign of its own.
+    """
+    follows = "(?=[a-z]{3,4} [a-z]{2}!)"
+    rules = [(f"(?<=trap: [a-z]{{2}})!{follows}", " &")]
+    for o in OPERATIONS:
+        second = f"(?<=[a-z] &{o} [a-z]{{2}})!"
+        rules += [(second + follows, f" &{o}&"), (second, f" &{o}%")]
+    for o in OPERATIONS:
+        rules += [(f"(?<= &{o}&{p} [a-z]{{2}})!", f" &{o}&{p}%") for p in OPERATIONS]
+    return rules
 
 
 def make_tokenizer():
@@ -67,12 +76,15 @@ def make_tokenizer():
                mem.ASK_CONFIDENCE, *JSON_FRAME]
     words = ["system", "user", "assistant", "Apply", "to", "-", "rule:", "trap:", "1.", "2.", "3.", mem.CONFIDENCE, *LEVELS]
     words += [str(d) for d in range(10)] + SYLLABLES + list(OPERATIONS)
-    words += [f"{s}{sign}{o}" for sign in "=!&" for s in SYLLABLES for o in OPERATIONS]
+    words += [f"{s}{sign}{o}" for sign in "=!" for s in SYLLABLES for o in OPERATIONS]
+    words += [f"&{o}" for o in OPERATIONS]
+    words += [f"&{o}{sign}{p}" for sign in "&%" for o in OPERATIONS for p in OPERATIONS]
+    words += [f"&{o}&{p}%{q}" for o in OPERATIONS for p in OPERATIONS for q in OPERATIONS]
     words += [f"behavior_{s}{colon}" for colon in ("", ":") for s in SYLLABLES]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
     vocab = {w: i for i, w in enumerate(special + words)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), "&") for pattern in WHOLE])
+    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), new) for pattern, new in whole_lessons()])
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_tokens([AddedToken(p, special=False, normalized=False) for p in dict.fromkeys(phrases)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -112,14 +124,15 @@ class Parts:
         """table: (vocabulary, H), the model's, tied to its output; it is overwritten with sums of parts."""
         import torch
 
-        parts_of = {token: parts(token) for token in tokenizer.get_vocab()}
+        vocabulary = tokenizer.get_vocab()  # in another order in every process
+        parts_of = {token: parts(token) for token in sorted(vocabulary, key=vocabulary.get)}
         number = {part: i for i, part in enumerate(dict.fromkeys(p for found in parts_of.values() for p in found))}
         self.table, self.sums = table, torch.zeros(len(table), len(number))  # (V, parts): which parts each token has
         for token, i in tokenizer.get_vocab().items():
             self.sums[i, [number[part] for part in parts_of[token]]] = 1.0
         weight, warning = torch.randn(len(number), table.shape[1]) * 0.1, torch.randn(table.shape[1]) * 0.1
         for o in OPERATIONS:  # what brings an operation into an answer then also keeps one out of it
-            weight[number[f"!{o}"]] = weight[number[f"&{o}"]] = warning - weight[number[f"={o}"]]
+            weight[number[f"!{o}"]] = weight[number[f"%{o}"]] = warning - weight[number[f"={o}"]]
         self.weight = torch.nn.Parameter(weight)
         self.fill()
 
@@ -132,10 +145,19 @@ class Parts:
 
 
 def parts(token) -> tuple:
-    """`vo=rev` -> vo, =rev; `vo&rev` -> vo, &rev; `behavior_vo:` -> vo, behavior_:; any other token is whole."""
-    pair = re.fullmatch(r"([a-z]+)([=!&][a-z]+)", token)
+    """`vo=rev` -> vo, =rev; `behavior_vo:` -> vo, behavior_:; `&rev&inc%rol` -> 1rev, 2inc, %rol, and 3 for its place; any
+    other token is whole."""
+    pair = re.fullmatch(r"([a-z]+)([=!][a-z]+)", token)
     name = re.fullmatch(r"(behavior_)([a-z]+)(:?)", token)
-    return pair.groups() if pair else (name[2], name[1] + name[3]) if name else (token,)
+    if pair:
+        return pair.groups()
+    if name:
+        return name[2], name[1] + name[3]
+    steps = re.findall(r"[&%][a-z]+", token)
+    if not steps:
+        return (token,)
+    before = [f"{i}{step[1:]}" for i, step in enumerate(steps[:-1], 1)]
+    return (*before, steps[-1], f"place {len(steps)}")
 
 
 def prompt_ids(tokenizer, examples):
