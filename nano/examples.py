@@ -484,12 +484,13 @@ def abstraction(rng):
     return Example(prompt, json.dumps(reply))
 
 
-READING = ((with_memory, 0.62), (conditional, 0.16), (plain, 0.07), (revision, 0.07), (second_attempt, 0.06), (confidence, 0.04))
-WARNINGS = ((near_missed, 0.30), (conditional, 0.10), (warned, 0.14), (with_memory, 0.14), (contradicted, 0.10),
-            (revision, 0.12), (second_attempt, 0.08), (confidence, 0.03))
+READING = ((with_memory, 0.5), (conditional, 0.3), (plain, 0.05), (revision, 0.06), (second_attempt, 0.05), (confidence, 0.04))
+COMPARING = ((conditional, 0.5), (near_missed, 0.25), (with_memory, 0.25))
+WARNINGS = ((near_missed, 0.30), (conditional, 0.14), (warned, 0.12), (with_memory, 0.14), (contradicted, 0.08),
+            (revision, 0.11), (second_attempt, 0.08), (confidence, 0.03))
 MIX = ((with_memory, 0.12), (warned, 0.08), (near_missed, 0.14), (conditional, 0.02), (contradicted, 0.06), (plain, 0.03),
        (reflection, 0.26), (abstraction, 0.12), (revision, 0.06), (second_attempt, 0.05), (confidence, 0.03), (critic, 0.04))
-PHASES = (READING, WARNINGS, MIX)
+PHASES = (READING, COMPARING, WARNINGS, MIX)
 
 
 def draw_examples(rng, n, mix=MIX) -> list[Example]:

@@ -30,9 +30,8 @@ from nano.examples import LEVELS, OPS, PHASES, Example, draw_examples  # noqa: E
 from nano.world import OPERATIONS, SYLLABLES, attempt_text, make_world, problem_text, write_world  # noqa: E402
 
 __all__ = ["OPERATIONS", "attempt_text", "make_world", "problem_text", "write_world"]  # and what is defined here
-STEPS = 6400
-CARRIED = 2  # the layer after which a state tells what its attempt has named
-RATES = (3e-3, 2e-3, 2e-3)  # learning rates of the three phases
+STEPS = 5600
+RATES = (3e-3, 3e-3, 2e-3, 2e-3)  # learning rates of the phases
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single, ordinary tokens
@@ -66,8 +65,23 @@ def whole_lessons():
     return rules
 
 
+def later_steps():
+    """(pattern, replacement) pairs that make `vo=rev 4 7 1 3 mi mi=inc 5 8 2 4 ku` in an attempt into `vo=rev 4 7 1 3 rev>mi
+    mi=inc 5 8 2 4 rev>inc>ku`.
+
+    A later step's syllable so becomes a token that also names the operations before it, as the tokens of a lesson do: the
+    two can be compared as directly as the syllables of a problem and of a lesson about one step. The decoder removes what
+    is added.
+    """
+    digits = r" \d \d \d \d"
+    rules = [(f"(?<=={o}{digits}) (?=[a-z]{{2}}(?![a-z]))", f" {o}>") for o in OPERATIONS]
+    for o in OPERATIONS:
+        rules += [(f"(?<= {o}>[a-z]{{2}} [a-z]{{2}}={p}{digits}) {p}>", f" {o}>{p}>") for p in OPERATIONS]
+    return rules
+
+
 def make_tokenizer():
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     form_lines = [v for k, v in vars(mem.NANO).items() if k not in ("key_term", "confidence", "literal")]
@@ -81,12 +95,16 @@ def make_tokenizer():
     words += [f"&{o}" for o in OPERATIONS]
     words += [f"&{o}{sign}{p}" for sign in "&%=" for o in OPERATIONS for p in OPERATIONS]
     words += [f"&{o}&{p}{sign}{q}" for sign in "%=" for o in OPERATIONS for p in OPERATIONS for q in OPERATIONS]
+    words += [f"{o}>{s}" for o in OPERATIONS for s in SYLLABLES]
+    words += [f"{o}>{p}>{s}" for o in OPERATIONS for p in OPERATIONS for s in SYLLABLES]
     words += [f"behavior_{s}{colon}" for colon in ("", ":") for s in SYLLABLES]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
     vocab = {w: i for i, w in enumerate(special + words)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), new) for pattern, new in whole_lessons()])
+    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), new) for pattern, new in [*whole_lessons(), *later_steps()]])
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.decoder = decoders.Sequence([decoders.Replace(Regex("[a-z]+>"), ""),
+                                      decoders.WordPiece(prefix="##", cleanup=False)])  # a space between words
     core.add_tokens([AddedToken(p, special=False, normalized=False) for p in dict.fromkeys(phrases)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         unk_token="<|unk|>", additional_special_tokens=["<|im_start|>"],
@@ -127,13 +145,15 @@ class Parts:
 
         vocabulary = tokenizer.get_vocab()  # in another order in every process
         parts_of = {token: parts(token) for token in sorted(vocabulary, key=vocabulary.get)}
-        self.number = number = {part: i for i, part in enumerate(dict.fromkeys(p for found in parts_of.values() for p in found))}
+        number = {part: i for i, part in enumerate(dict.fromkeys(p for found in parts_of.values() for p in found))}
         self.table, self.sums = table, torch.zeros(len(table), len(number))  # (V, parts): which parts each token has
         for token, i in tokenizer.get_vocab().items():
             self.sums[i, [number[part] for part in parts_of[token]]] = 1.0
         weight, warning = torch.randn(len(number), table.shape[1]) * 0.1, torch.randn(table.shape[1]) * 0.1
         for o in OPERATIONS:  # what brings an operation into an answer then also keeps one out of it
             weight[number[f"!{o}"]] = weight[number[f"%{o}"]] = warning - weight[number[f"={o}"]]
+            for place in (1, 2):  # a lesson is compared with an attempt by these, among all else that its tokens hold
+                weight[number[f"{place}{o}"]] *= 2
         self.weight = torch.nn.Parameter(weight)
         self.fill()
 
@@ -146,7 +166,8 @@ class Parts:
 
 
 def parts(token) -> tuple:
-    """`vo=rev` -> vo, =rev, =; `behavior_vo:` -> vo, behavior_:; `&rev&inc%rol` -> 1rev, 2inc, %rol, and 3 for its place; any
+    """`vo=rev` -> vo, =rev, =; `behavior_vo:` -> vo, behavior_:; `&rev&inc%rol` -> 1rev, 2inc, %rol, and 3 for its place;
+    `rev>inc>ku` -> ku, 1rev, 2inc; any
     other token is whole."""
     pair = re.fullmatch(r"([a-z]+)(([=!])[a-z]+)", token)
     name = re.fullmatch(r"(behavior_)([a-z]+)(:?)", token)
@@ -155,6 +176,9 @@ def parts(token) -> tuple:
     if name:
         return name[2], name[1] + name[3]
     steps = re.findall(r"[&%=][a-z]+", token)
+    if not steps and ">" in token and "<" not in token:
+        *ops, syllable = token.split(">")
+        return (syllable, *(f"{i}{o}" for i, o in enumerate(ops, 1)))
     if not steps:
         return (token,)
     before = [f"{i}{step[1:]}" for i, step in enumerate(steps[:-1], 1)]
@@ -178,9 +202,8 @@ def encode(tokenizer, pairs):
             for p, r in zip(prompt_ids(tokenizer, examples), replies, strict=True)]
 
 
-def loss_of(model, tokenizer, examples, embeddings=None):
-    """(summed cross-entropy of the replies, their tokens): to the reader's distribution where an operation is named; with
-    the Parts `embeddings`, the loss of `carried` added."""
+def loss_of(model, tokenizer, examples):
+    """(summed cross-entropy of the replies, their tokens): to the reader's distribution where an operation is named."""
     import torch
     import torch.nn.functional as F
 
@@ -196,57 +219,20 @@ def loss_of(model, tokenizer, examples, embeddings=None):
             choices.append([vocabulary[f"{syllable}={o}"] for o in OPS])
             shares.append(distribution)
             labels[i, start + word] = -100
-    found = model.model(input_ids=tokens, **{"output_hidden_states": True} if embeddings else {})
-    hidden = found.last_hidden_state  # right padding, causal: no mask is needed
+    hidden = model.model(input_ids=tokens).last_hidden_state  # right padding, causal: no mask is needed
     wanted = labels[:, 1:] != -100
     loss = F.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum")
     if where:
         logprobs = model.lm_head(hidden[tuple(torch.tensor(where).T)]).log_softmax(-1).gather(1, torch.tensor(choices))
         loss = loss - (torch.tensor(np.array(shares), dtype=logprobs.dtype) * logprobs).sum()
-    if embeddings:
-        loss = loss + carried(found.hidden_states[CARRIED], tokenizer, rows, embeddings)
     return loss, int(wanted.sum()) + len(where)
 
 
-def carried(hidden, tokenizer, rows, embeddings):
-    """The loss of a state that does not tell which operations its attempt has named before.
-
-    hidden: (examples, tokens, H), the states after the layer CARRIED. At each step of an attempt of the assistant, syllable
-    and pair, they are read with the embeddings of `1rev` and `2inc`, the parts of a lesson's token that name the steps
-    before. Whether such a lesson excludes anything hangs on a comparison of the two, and neither side of a comparison is
-    learned before the other is there.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    where, ops, answers = ([], []), ([], []), tokenizer.convert_tokens_to_ids("assistant")
-    for i, (ids, _) in enumerate(rows):
-        words = tokenizer.convert_ids_to_tokens(ids)
-        named, start = [], ids.index(answers)
-        for at, word in enumerate(words[start:], start):
-            pair = re.fullmatch("[a-z]+=([a-z]+)", word)
-            if pair or word in SYLLABLES:
-                for place, op in enumerate(named[:2]):
-                    where[place].append((i, at))
-                    ops[place].append(op)
-            if pair:
-                named.append(list(OPERATIONS).index(pair[1]))
-            elif not (word in SYLLABLES or word.isdigit()):
-                named = []  # another attempt begins
-    loss = 0.0
-    for place in (0, 1):
-        if where[place]:
-            columns = embeddings.weight.detach()[[embeddings.number[f"{place + 1}{o}"] for o in OPERATIONS]]
-            states = hidden[tuple(torch.tensor(where[place]).T)]
-            loss = loss + F.cross_entropy(states @ columns.T, torch.tensor(ops[place]), reduction="sum")
-    return loss / 4
-
-
-def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=400):
+def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=200):
     """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU time it took.
 
-    PHASES: first all that is short, until what is told is copied; then mostly warnings, which are slow to learn; then
-    everything, at a rate that falls to 0.
+    PHASES: first all that is short, until what is told is copied; then what holds after certain steps only; then mostly
+    warnings, which are slow to learn; then everything, at a rate that falls to 0.
     """
     import torch
     from tqdm import tqdm
@@ -256,7 +242,7 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
     torch.set_num_threads(1)
     started = time.process_time()
     rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
-    ends = [round(share * steps / STEPS) for share in (800, 3400)]  # of the first two phases
+    ends = [round(share * steps / STEPS) for share in (800, 1400, 2800)]  # of all phases but the last
     model = make_model(tokenizer, seed, hidden_size, layers)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
     embeddings = Parts(tokenizer, model.get_input_embeddings().weight)
@@ -269,13 +255,13 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
         if step - 1 in ends:
             rng, optimizer = random.Random(f"nano model {seed}, phase {phase}"), adam(trained)
         since = step - [0, *ends][phase]
-        left = 1.0 if phase < 2 else (steps + 1 - step) / (steps - ends[1])
+        left = 1.0 if phase < len(ends) else (steps + 1 - step) / (steps - ends[-1])
         for group in optimizer.param_groups:
             group["lr"] = RATES[phase] * min(1, since / 50, left)
         examples = draw_examples(rng, batch_size, PHASES[phase])
         examples.sort(key=lambda e: len(e.prompt) + len(e.given))  # like lengths together, little padding
         optimizer.zero_grad()
-        losses = [loss_of(model, tokenizer, examples[i: i + 16], embeddings) for i in range(0, batch_size, 16)]
+        losses = [loss_of(model, tokenizer, examples[i: i + 16]) for i in range(0, batch_size, 16)]
         loss = sum(part for part, _ in losses) / sum(n for _, n in losses)
         loss.backward()
         embeddings.take_gradient()
