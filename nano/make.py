@@ -118,7 +118,7 @@ def make_tokenizer():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def make_model(tokenizer, seed, hidden_size=96, layers=4):
-    """A Qwen3 decoder of about 0.55M parameters, its weights drawn at random."""
+    """A Qwen3 decoder of about 0.86M parameters, its weights drawn at random."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -401,6 +403,15 @@ def test_embeddings_are_sums_of_parts_and_learn_as_such(tokenizer):
         embeddings.weight.data[part, column] += 1e-2
         slope = (values[0] - values[1]) / 2e-2
         assert embeddings.weight.grad[part, column].item() == pytest.approx(slope, rel=0.05, abs=0.5)
+
+
+def test_embeddings_of_one_seed_are_the_same_in_every_process():
+    """The vocabulary of a tokenizer comes in another order each time, and what is drawn at random must not follow it."""
+    code = ("import torch\nfrom nano import make\ntokenizer, _ = make.make_tokenizer(), torch.manual_seed(0)\n"
+            "table = torch.zeros(len(tokenizer), 3)\nmake.Parts(tokenizer, table)\nprint(table.tolist())")
+    runs = [subprocess.run([sys.executable, "-c", code], cwd=make.HERE.parent, capture_output=True, text=True, check=True)
+            for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout != ""
 
 
 def test_every_syllable_is_hidden_or_known():
