@@ -484,7 +484,8 @@ def abstraction(rng):
     return Example(prompt, json.dumps(reply))
 
 
-READING = ((with_memory, 0.5), (conditional, 0.3), (plain, 0.05), (revision, 0.06), (second_attempt, 0.05), (confidence, 0.04))
+READING = ((with_memory, 0.5), (conditional, 0.3), (plain, 0.05), (revision, 0.06), (second_attempt, 0.05),
+           (confidence, 0.04))
 COMPARING = ((conditional, 0.5), (near_missed, 0.25), (with_memory, 0.25))
 WARNINGS = ((near_missed, 0.30), (conditional, 0.14), (warned, 0.12), (with_memory, 0.14), (contradicted, 0.08),
             (revision, 0.11), (second_attempt, 0.08), (confidence, 0.03))

@@ -101,7 +101,8 @@ def make_tokenizer():
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
     vocab = {w: i for i, w in enumerate(special + words)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), new) for pattern, new in [*whole_lessons(), *later_steps()]])
+    rules = [*whole_lessons(), *later_steps()]
+    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), new) for pattern, new in rules])
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.decoder = decoders.Sequence([decoders.Replace(Regex("[a-z]+>"), ""),
                                       decoders.WordPiece(prefix="##", cleanup=False)])  # a space between words
