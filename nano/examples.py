@@ -5,6 +5,7 @@ distribution of `Reader`: the exact posterior over the eight, given all that the
 named so far. The model so learns to believe a block as far as it should be believed, without the noise of single draws.
 """
 
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -146,6 +147,19 @@ def near_misses(rng, name, secret, n):
     return found[:n]
 
 
+def crossed(rng, name, secret, n):
+    """Up to n different failed attempts (operations) that differ in one step, mostly the last, while each of the others is
+    one of two operations: some of them agree with the steps before, and most do not."""
+    varied, found = rng.choice((len(name) - 1, len(name) - 1, rng.randrange(len(name)))), []
+    pairs = [[secret[s], secret[s] if s in KNOWN else rng.choice(OPS)] for s in name]
+    for _ in range(2 * n):
+        operations = [rng.choice(pair) for pair in pairs]
+        operations[varied] = rng.choice(OPS)
+        if operations != [secret[s] for s in name] and operations not in found:
+            found.append(operations)
+    return found[:n] if found or not n else crossed(rng, name, secret, n)
+
+
 def traps(rng, name, secret):
     """Lessons of one problem, up to ten: about one step each, about whole combinations, or both."""
     n = rng.choice((1, 2, 3, 4, 5, 6, 8, 10))
@@ -154,7 +168,8 @@ def traps(rng, name, secret):
     if form == "both":
         lines = lines[: n // 2]
     if form != "one":
-        attempts = (near_misses if rng.random() < 0.6 else failed)(rng, name, secret, n - len(lines))
+        draws = rng.choice((near_misses, crossed, crossed, failed, failed)) if len(name) > 1 else failed
+        attempts = draws(rng, name, secret, n - len(lines))
         lines += [trap(name, f) for f in attempts]
     if rng.random() < 0.1:  # a neighbour's
         other = rng.choice([s for s in HIDDEN if s not in name])
@@ -227,8 +242,11 @@ def plain(rng):
 def with_memory(rng, shown=None):
     name, secret, digits = draw(rng)
     found, reader = context(rng, name, secret, digits, shown) if shown else some_context(rng, name, secret, digits)
-    return Example(mem.compose(problem_text(name, digits), **found),
-                   attempt_text(name, [secret[s] for s in name], digits), reader)
+    operations = [secret[s] for s in name]
+    failures = [text for _, text in found.get("lessons", []) if " " in text]
+    if failures and rng.random() < 0.5:
+        operations = follow(rng, reader, [pair.split("!")[1] for pair in rng.choice(failures).split()])
+    return Example(mem.compose(problem_text(name, digits), **found), attempt_text(name, operations, digits), reader)
 
 
 def warned(rng):
@@ -237,18 +255,66 @@ def warned(rng):
 
 
 def near_missed(rng):
-    """Whole combinations that agree in all steps but one, alone or beside strategies about the others."""
+    """Whole combinations and an attempt that agrees with the other steps of some of them, and only those exclude anything;
+    alone, or beside strategies about the other steps."""
     name, secret, digits = draw(rng, (2, 2, 3))
-    lines = [trap(name, f) for f in near_misses(rng, name, secret, rng.choice((1, 2, 3, 4, 5, 6, 8)))]
-    rules = [f"{s}={secret[s]}" for s in name if rng.random() < 0.6] if rng.random() < 0.25 else []
+    lines = crossed(rng, name, secret, rng.choice((2, 4, 6, 8, 10, 10)))
+    rules = [f"{s}={secret[s]}" for s in name if rng.random() < 0.6] if rng.random() < 0.3 else []
     reader = Reader(name)
     for rule in rules:
         reader.believe(rule, WRONG)
     for line in lines:
-        reader.believe(line)
+        reader.believe(trap(name, line))
     prompt = mem.compose(problem_text(name, digits), strategies=[("rule", rule) for rule in rules],
-                         lessons=[("trap", line) for line in lines])
-    return Example(prompt, attempt_text(name, [secret[s] for s in name], digits), reader)
+                         lessons=[("trap", trap(name, line)) for line in lines])
+    start = [secret[s] for s in name] if rules or rng.random() < 0.3 else rng.choice(lines)
+    return Example(prompt, attempt_text(name, follow(rng, reader, start), digits), reader)
+
+
+class ConditionalReader(Reader):
+    """One who knows nothing but rules: {operations of all steps but the last: that of the last}."""
+
+    def __init__(self, name, rules):
+        super().__init__(name)
+        self.rules = rules
+
+    def next(self, operations):
+        told = self.rules.get(tuple(operations))
+        return np.eye(len(OPS))[OPS.index(told)] if told else super().next(operations)
+
+
+def conditional(rng):
+    """Rules for the last step that hold after certain steps only: `vo &rev mi &rev=inc`, after vo=rev, mi is inc.
+
+    No prompt of memory.py shows such a line. It is to a lesson about a whole combination what a strategy is to a lesson
+    about one step: what tells an operation is learned within hundreds of steps, and the lesson, whose tokens are made of
+    the same parts, is then found the same way.
+    """
+    name, secret, digits = draw(rng, (2, 3, 3))
+    pairs = [[secret[s], secret[s] if s in KNOWN else rng.choice(OPS)] for s in name[:-1]]
+    rules, lines = {}, []
+    for start in rng.sample(list(itertools.product(*pairs)), min(rng.randint(1, 4), 2 ** len(pairs))):
+        if start in rules:
+            continue
+        last = secret[name[-1]] if name[-1] in KNOWN else rng.choice(OPS)
+        rules[start] = last
+        words = [f"{s} {''.join(f'&{o}' for o in start[: i + 1])}" for i, s in enumerate(name[:-1])]
+        lines.append(" ".join([*words, name[-1], "".join(f"&{o}" for o in start) + f"={last}"]))
+    reader = ConditionalReader(name, rules)
+    start = rng.choice(list(rules)) if rng.random() < 0.85 else [secret[s] for s in name[:-1]]
+    prompt = mem.compose(problem_text(name, digits), strategies=[("rule", line) for line in lines])
+    return Example(prompt, attempt_text(name, follow(rng, reader, [*start, OPS[0]]), digits), reader)
+
+
+def follow(rng, reader, start):
+    """The operations of an attempt that goes like `start` up to its last step, as far as the reader finds that possible,
+    and on as the reader draws."""
+    found = []
+    for i in range(len(start)):
+        row = reader.next(found)
+        likely = row[OPS.index(start[i])] > 0.01
+        found.append(start[i] if likely and i < len(start) - 1 else rng.choices(OPS, row)[0])
+    return found
 
 
 def contradicted(rng):
@@ -288,13 +354,16 @@ def revision(rng):
     name, secret, digits = draw(rng)
     found, reader = maybe_context(rng, name, secret, digits)
     truth = [secret[s] for s in name]
-    if rng.random() < 0.55:
+    operations = truth
+    if rng.random() < 0.7:
         first, cue = failed(rng, name, secret)[0], mem.REVISE_WRONG
         reader.believe(trap(name, first))
+        if rng.random() < 0.6:  # the steps before the last again, which so must be the wrong one
+            operations = follow(rng, reader, first)
     else:
         first, cue = truth, mem.REVISE_RIGHT
         reader.believe(attempt_text(name, truth, digits))
-    return Example(mem.compose(problem_text(name, digits), **found), attempt_text(name, truth, digits), reader,
+    return Example(mem.compose(problem_text(name, digits), **found), attempt_text(name, operations, digits), reader,
                    given=f"{attempt_text(name, first, digits)} {cue}")
 
 
@@ -415,12 +484,14 @@ def abstraction(rng):
     return Example(prompt, json.dumps(reply))
 
 
-READING = ((with_memory, 0.74), (plain, 0.09), (revision, 0.07), (second_attempt, 0.06), (confidence, 0.04))
-WARNINGS = ((near_missed, 0.45), (warned, 0.2), (with_memory, 0.14), (contradicted, 0.04), (revision, 0.1),
-            (second_attempt, 0.04), (confidence, 0.03))
-MIX = ((with_memory, 0.17), (warned, 0.09), (near_missed, 0.10), (contradicted, 0.04), (plain, 0.04), (reflection, 0.28),
-       (abstraction, 0.13), (revision, 0.06), (second_attempt, 0.04), (confidence, 0.02), (critic, 0.03))
-PHASES = (READING, WARNINGS, MIX)
+READING = ((with_memory, 0.5), (conditional, 0.3), (plain, 0.05), (revision, 0.06), (second_attempt, 0.05),
+           (confidence, 0.04))
+COMPARING = ((conditional, 0.5), (near_missed, 0.25), (with_memory, 0.25))
+WARNINGS = ((near_missed, 0.30), (conditional, 0.14), (warned, 0.12), (with_memory, 0.14), (contradicted, 0.08),
+            (revision, 0.11), (second_attempt, 0.08), (confidence, 0.03))
+MIX = ((with_memory, 0.12), (warned, 0.08), (near_missed, 0.14), (conditional, 0.02), (contradicted, 0.06), (plain, 0.03),
+       (reflection, 0.26), (abstraction, 0.12), (revision, 0.06), (second_attempt, 0.05), (confidence, 0.03), (critic, 0.04))
+PHASES = (READING, COMPARING, WARNINGS, MIX)
 
 
 def draw_examples(rng, n, mix=MIX) -> list[Example]:

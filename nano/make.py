@@ -30,8 +30,8 @@ from nano.examples import LEVELS, OPS, PHASES, Example, draw_examples  # noqa: E
 from nano.world import OPERATIONS, SYLLABLES, attempt_text, make_world, problem_text, write_world  # noqa: E402
 
 __all__ = ["OPERATIONS", "attempt_text", "make_world", "problem_text", "write_world"]  # and what is defined here
-STEPS = 5800
-RATES = (3e-3, 1.5e-3, 2e-3)  # learning rates of the three phases
+STEPS = 5600
+RATES = (3e-3, 3e-3, 2e-3, 2e-3)  # learning rates of the phases
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single, ordinary tokens
@@ -49,15 +49,39 @@ JSON_FRAME = [
     *(f'{{"actions": [{{"action": "{a}", "name": "' for a in ("new", "update", "remove")),
     *(f'"}}, {{"action": "{a}", "name": "' for a in ("new", "update", "remove"))]
 
-# In a lesson about a whole combination, `trap: vo!rev mi!inc`, each pair is a token of its own kind, vo&rev: read from left
-# to right, vo!rev would else look the same there as where it stands alone and excludes rev for good. First the first pair of
-# such a line, then, as often as a name has more, the pair behind one that is changed already.
-WHOLE = ("(?<=trap: [a-z]{2})!(?=[a-z]{3,4} [a-z]{2}!)",
-         *("(?<=&[a-z]{3} [a-z]{2})!", "(?<=&[a-z]{4} [a-z]{2})!") * 2)
+def whole_lessons():
+    """(pattern, replacement) pairs that make `trap: vo!rev mi!inc ku!rol` into `trap: vo &rev mi &rev&inc ku &rev&inc%rol`.
+
+    In a lesson about a whole combination each operation so becomes a token that also names the operations before it: only
+    together do they say what the lesson excludes, and where. The last one has a sign of its own.
+    """
+    follows = "(?=[a-z]{3,4} [a-z]{2}!)"
+    rules = [(f"(?<=trap: [a-z]{{2}})!{follows}", " &")]
+    for o in OPERATIONS:
+        second = f"(?<=[a-z] &{o} [a-z]{{2}})!"
+        rules += [(second + follows, f" &{o}&"), (second, f" &{o}%")]
+    for o in OPERATIONS:
+        rules += [(f"(?<= &{o}&{p} [a-z]{{2}})!", f" &{o}&{p}%") for p in OPERATIONS]
+    return rules
+
+
+def later_steps():
+    """(pattern, replacement) pairs that make `vo=rev 4 7 1 3 mi mi=inc 5 8 2 4 ku` in an attempt into `vo=rev 4 7 1 3 rev>mi
+    mi=inc 5 8 2 4 rev>inc>ku`.
+
+    A later step's syllable so becomes a token that also names the operations before it, as the tokens of a lesson do: the
+    two can be compared as directly as the syllables of a problem and of a lesson about one step. The decoder removes what
+    is added.
+    """
+    digits = r" \d \d \d \d"
+    rules = [(f"(?<=={o}{digits}) (?=[a-z]{{2}}(?![a-z]))", f" {o}>") for o in OPERATIONS]
+    for o in OPERATIONS:
+        rules += [(f"(?<= {o}>[a-z]{{2}} [a-z]{{2}}={p}{digits}) {p}>", f" {o}>{p}>") for p in OPERATIONS]
+    return rules
 
 
 def make_tokenizer():
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     form_lines = [v for k, v in vars(mem.NANO).items() if k not in ("key_term", "confidence", "literal")]
@@ -67,13 +91,21 @@ def make_tokenizer():
                mem.ASK_CONFIDENCE, *JSON_FRAME]
     words = ["system", "user", "assistant", "Apply", "to", "-", "rule:", "trap:", "1.", "2.", "3.", mem.CONFIDENCE, *LEVELS]
     words += [str(d) for d in range(10)] + SYLLABLES + list(OPERATIONS)
-    words += [f"{s}{sign}{o}" for sign in "=!&" for s in SYLLABLES for o in OPERATIONS]
+    words += [f"{s}{sign}{o}" for sign in "=!" for s in SYLLABLES for o in OPERATIONS]
+    words += [f"&{o}" for o in OPERATIONS]
+    words += [f"&{o}{sign}{p}" for sign in "&%=" for o in OPERATIONS for p in OPERATIONS]
+    words += [f"&{o}&{p}{sign}{q}" for sign in "%=" for o in OPERATIONS for p in OPERATIONS for q in OPERATIONS]
+    words += [f"{o}>{s}" for o in OPERATIONS for s in SYLLABLES]
+    words += [f"{o}>{p}>{s}" for o in OPERATIONS for p in OPERATIONS for s in SYLLABLES]
     words += [f"behavior_{s}{colon}" for colon in ("", ":") for s in SYLLABLES]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
     vocab = {w: i for i, w in enumerate(special + words)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), "&") for pattern in WHOLE])
+    rules = [*whole_lessons(), *later_steps()]
+    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), new) for pattern, new in rules])
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.decoder = decoders.Sequence([decoders.Replace(Regex("[a-z]+>"), ""),
+                                      decoders.WordPiece(prefix="##", cleanup=False)])  # a space between words
     core.add_tokens([AddedToken(p, special=False, normalized=False) for p in dict.fromkeys(phrases)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         unk_token="<|unk|>", additional_special_tokens=["<|im_start|>"],
@@ -87,7 +119,7 @@ def make_tokenizer():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def make_model(tokenizer, seed, hidden_size=96, layers=4):
-    """A Qwen3 decoder of about 0.55M parameters, its weights drawn at random."""
+    """A Qwen3 decoder of about 0.86M parameters, its weights drawn at random."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -120,7 +152,9 @@ class Parts:
             self.sums[i, [number[part] for part in parts_of[token]]] = 1.0
         weight, warning = torch.randn(len(number), table.shape[1]) * 0.1, torch.randn(table.shape[1]) * 0.1
         for o in OPERATIONS:  # what brings an operation into an answer then also keeps one out of it
-            weight[number[f"!{o}"]] = weight[number[f"&{o}"]] = warning - weight[number[f"={o}"]]
+            weight[number[f"!{o}"]] = weight[number[f"%{o}"]] = warning - weight[number[f"={o}"]]
+            for place in (1, 2):  # a lesson is compared with an attempt by these, among all else that its tokens hold
+                weight[number[f"{place}{o}"]] *= 2
         self.weight = torch.nn.Parameter(weight)
         self.fill()
 
@@ -133,10 +167,23 @@ class Parts:
 
 
 def parts(token) -> tuple:
-    """`vo=rev` -> vo, =rev; `vo&rev` -> vo, &rev; `behavior_vo:` -> vo, behavior_:; any other token is whole."""
-    pair = re.fullmatch(r"([a-z]+)([=!&][a-z]+)", token)
+    """`vo=rev` -> vo, =rev, =; `behavior_vo:` -> vo, behavior_:; `&rev&inc%rol` -> 1rev, 2inc, %rol, and 3 for its place;
+    `rev>inc>ku` -> ku, 1rev, 2inc; any
+    other token is whole."""
+    pair = re.fullmatch(r"([a-z]+)(([=!])[a-z]+)", token)
     name = re.fullmatch(r"(behavior_)([a-z]+)(:?)", token)
-    return pair.groups() if pair else (name[2], name[1] + name[3]) if name else (token,)
+    if pair:
+        return pair.groups()
+    if name:
+        return name[2], name[1] + name[3]
+    steps = re.findall(r"[&%=][a-z]+", token)
+    if not steps and ">" in token and "<" not in token:
+        *ops, syllable = token.split(">")
+        return (syllable, *(f"{i}{o}" for i, o in enumerate(ops, 1)))
+    if not steps:
+        return (token,)
+    before = [f"{i}{step[1:]}" for i, step in enumerate(steps[:-1], 1)]
+    return (*before, steps[-1], f"place {len(steps)}")
 
 
 def prompt_ids(tokenizer, examples):
@@ -185,8 +232,8 @@ def loss_of(model, tokenizer, examples):
 def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=200):
     """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU time it took.
 
-    PHASES: first all that is short, until what is told is copied; then mostly warnings, which are slow to learn; then
-    everything, at a rate that falls to 0.
+    PHASES: first all that is short, until what is told is copied; then what holds after certain steps only; then mostly
+    warnings, which are slow to learn; then everything, at a rate that falls to 0.
     """
     import torch
     from tqdm import tqdm
@@ -196,7 +243,7 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
     torch.set_num_threads(1)
     started = time.process_time()
     rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
-    ends = [round(share * steps / STEPS) for share in (800, 3000)]  # of the first two phases
+    ends = [round(share * steps / STEPS) for share in (800, 1400, 2800)]  # of all phases but the last
     model = make_model(tokenizer, seed, hidden_size, layers)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
     embeddings = Parts(tokenizer, model.get_input_embeddings().weight)
@@ -209,7 +256,7 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
         if step - 1 in ends:
             rng, optimizer = random.Random(f"nano model {seed}, phase {phase}"), adam(trained)
         since = step - [0, *ends][phase]
-        left = 1.0 if phase < 2 else (steps + 1 - step) / (steps - ends[1])
+        left = 1.0 if phase < len(ends) else (steps + 1 - step) / (steps - ends[-1])
         for group in optimizer.param_groups:
             group["lr"] = RATES[phase] * min(1, since / 50, left)
         examples = draw_examples(rng, batch_size, PHASES[phase])

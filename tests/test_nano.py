@@ -290,20 +290,76 @@ def test_prompts_for_other_methods_are_what_the_model_was_trained_on(tokenizer):
     assert make.prompt_ids(tokenizer, [one]) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def test_pairs_of_a_whole_combination_are_tokens_of_their_own_kind_in_a_lesson_and_nowhere_else(tokenizer):
-    for op in OPS:  # of three letters and of four
-        for n in (1, 2, 3):
-            name = ["vo", "mi", "ku"][:n]
-            line = trap(name, [op] * n)
-            marked = [w.replace("!", "&") if n > 1 else w for w in line.split()]
-            for prompt, before in ((mem.compose("vo", lessons=[("trap", line), ("trap", "ro!inc")]), "trap:"),
-                                   (mem.abstraction_prompt(mem.NANO, [("vo", [f"- trap: {line}"])], []), "trap:")):
-                words = tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, prompt))
-                at = words.index(before) + 1
-                assert words[at: at + n] == marked and tokenizer.unk_token not in words
-            assert "ro!inc" in tokenizer.convert_ids_to_tokens(tokenizer(f"trap: {line}\n- trap: ro!inc")["input_ids"])
-            reply = examples.items_json([], [line])
-            assert parse(tokenizer.decode(tokenizer(reply)["input_ids"]))["lessons"][0]["content"].strip() == line
+def test_a_whole_combination_is_read_as_tokens_that_name_the_steps_before(tokenizer):
+    """In lessons of prompts and nowhere else, for operations of three letters and of four."""
+    rng = random.Random(4)
+    for n, ops in ((n, [rng.choice(OPS) for _ in range(n)]) for n in (1, 2, 3) for _ in range(30)):
+        name = ["vo", "mi", "ku"][:n]
+        line = trap(name, ops)
+        signs = ["&"] * (n - 1) + ["%"]
+        marked = [line] if n == 1 else []
+        for i in range(n if n > 1 else 0):
+            before = "".join(f"&{o}" for o in ops[:i])
+            marked += [name[i], f"{before}{signs[i]}{ops[i]}"]
+        for prompt in (mem.compose("vo", lessons=[("trap", line), ("trap", "ro!inc")]),
+                       mem.abstraction_prompt(mem.NANO, [("vo", [f"- trap: {line}"])], [])):
+            words = tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, prompt))
+            at = words.index("trap:") + 1
+            assert words[at: at + len(marked)] == marked and tokenizer.unk_token not in words
+        assert "ro!inc" in tokenizer.convert_ids_to_tokens(tokenizer(f"trap: {line}\n- trap: ro!inc")["input_ids"])
+        reply = examples.items_json([], [line])
+        assert mem.parse(tokenizer.decode(tokenizer(reply)["input_ids"]))["lessons"][0]["content"].strip() == line
+
+
+def test_parts_name_the_steps_before_and_the_place():
+    assert make.parts("vo=rev") == ("vo", "=rev", "=") and make.parts("vo!rev") == ("vo", "!rev", "!")
+    assert make.parts("behavior_vo:") == ("vo", "behavior_:") and make.parts("trap:") == ("trap:",)
+    assert make.parts("&rev") == ("&rev", "place 1")
+    assert make.parts("&rev&inc%rol") == ("1rev", "2inc", "%rol", "place 3")
+    assert make.parts("&rev=inc") == ("1rev", "=inc", "place 2")
+    assert make.parts("rev>inc>ku") == ("ku", "1rev", "2inc") and make.parts("<|im_end|>") == ("<|im_end|>",)
+
+
+def test_rules_for_the_last_step_hold_after_their_steps_alone(tokenizer):
+    rng, followed = random.Random(6), 0
+    for example in (examples.conditional(rng) for _ in range(200)):
+        *before, last = example.targets()
+        told = example.reader.rules.get(tuple(w.split("=")[1] for w in example.reply.split() if "=" in w)[:-1])
+        followed += told is not None
+        assert last[2].max() == (1 if told or last[1] in KNOWN else 1 / 8)
+        assert all(row.max() == (1 if s in KNOWN else 1 / 8) for _, s, row in before)
+        if told:
+            assert last[2][OPS.index(told)] == 1
+    assert 150 < followed < 200
+
+
+def test_near_misses_agree_with_the_attempt_and_disagree(tokenizer):
+    """What a whole combination excludes has to be told from what it names: half of them, roughly, exclude nothing."""
+    rng, agree = random.Random(7), []
+    for example in (examples.near_missed(rng) for _ in range(400)):
+        named = [w.split("=")[1] for w in example.reply.split() if "=" in w]
+        lessons = [line.split(": ")[1] for line in example.prompt.splitlines() if line.startswith("- trap: ")]
+        agree += [[pair.split("!")[1] for pair in line.split()][:-1] == named[:-1] for line in lessons]
+    assert 0.25 < np.mean(agree) < 0.75
+
+
+def test_a_later_syllable_of_an_attempt_is_a_token_that_names_the_steps_before(tokenizer):
+    """Wherever an attempt stands, and in its text never."""
+    rng = random.Random(8)
+    for _ in range(60):
+        name = rng.sample(SYLLABLES, 3)
+        ops = [rng.choice(OPS) for _ in name]
+        text = attempt_text(name, ops, rng.sample(range(10), 4))
+        marked = text.split()
+        marked[10], marked[16] = f"{ops[0]}>{name[1]}", f"{ops[0]}>{ops[1]}>{name[2]}"
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids) == marked and tokenizer.decode(ids) == text
+        begun = tokenizer(" ".join(text.split()[:17]))["input_ids"]
+        assert begun == ids[:17]
+        again = tokenizer(f"{text} {mem.REVISE_WRONG} {text}")["input_ids"]
+        assert again[:22] == again[23:] == ids
+        sure = tokenizer(f"{text} {mem.CONFIDENCE} 0.50")["input_ids"]
+        assert sure[:22] == ids and tokenizer.decode(sure) == f"{text} {mem.CONFIDENCE} 0.50"
 
 
 def test_targets_are_the_readers_and_stand_at_the_operations(tokenizer):
@@ -330,7 +386,7 @@ def test_embeddings_are_sums_of_parts_and_learn_as_such(tokenizer):
     table = torch.nn.Parameter(torch.zeros(len(tokenizer), 3))
     embeddings = make.Parts(tokenizer, table)
     ids, rows = tokenizer.get_vocab(), table.detach().double()
-    for sign, o in itertools.product("=!&", OPS):
+    for sign, o in itertools.product("=!", OPS):
         shared = [rows[ids[f"{s}{sign}{o}"]] - rows[ids[s]] for s in SYLLABLES]
         assert all(torch.allclose(row, shared[0], atol=1e-6) for row in shared)
     wanted = torch.randn(len(tokenizer), 3)
