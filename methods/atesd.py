@@ -1,0 +1,91 @@
+"""ATESD (arXiv 2605.11458): OPSD whose teacher reads as much of the reference as a controller says.
+
+Exposure is the share of the reference that a teacher reads, see atesd_scheduled.py. A controller
+draws it from a Beta distribution, for some steps and the whole batch. A decision earns the drops of
+the divergence in its steps, and the log-probability of the reference under the exposed teacher; the
+controller learns by REINFORCE. The student follows the frozen teacher by forward KL.
+
+Read in notes by others; no code was found, nor any number of the controller. Ours are therefore all
+constants below, and rewards normalised over all decisions so far. Left out: the controller's hidden
+layer, four of its six inputs, and the penalty on the distribution's entropy. A run of 80 steps
+makes 16 decisions.
+"""
+
+import random
+from dataclasses import replace
+
+import torch
+
+import pmd
+from methods import atesd_scheduled, opsd
+
+PERIOD, GAMMA = 5, 0.9  # steps of a decision, and the discount of what they earn [ours]
+LIKELIHOOD = 0.1  # weight of the reference's log-probability in it [ours]
+RATE = 0.05  # the controller's learning rate [ours]
+
+
+class Method(atesd_scheduled.Method):
+    Config = atesd_scheduled.Taught
+
+    def __init__(self, cfg, task, tokenizer, policy):
+        super().__init__(cfg, task, tokenizer, policy)
+        # the controller's weights, its decisions, and the divergence of a token in the last step
+        self.memo = {"weights": [[0.0] * 3] * 2, "decisions": [], "divergence": 0.0}
+        self.seen = []  # this step's divergences, on this rank
+
+    def exposure(self, step):
+        decisions = self.memo["decisions"]
+        if step % PERIOD == 1 or not decisions:
+            if decisions:
+                self.learn(decisions)
+            progress = step / pmd.total_steps(self.task.train, self.cfg)
+            inputs = [1.0, progress, self.memo["divergence"]]
+            shape, _ = self.controller(inputs)
+            drawn = random.Random(f"{self.cfg.seed} exposure {step}").betavariate(*shape.tolist())
+            decisions.append({"inputs": inputs, "exposure": drawn, "earned": 0.0})
+        return decisions[-1]["exposure"]
+
+    def controller(self, inputs):
+        """Gives the two parameters of the Beta distribution, and the controller's weights."""
+        weights = torch.tensor(self.memo["weights"], requires_grad=True)
+        return 1 + torch.nn.functional.softplus(weights @ torch.tensor(inputs)), weights
+
+    def learn(self, decisions):
+        """Takes a step of REINFORCE on the last decision."""
+        rewards = torch.tensor([decision["earned"] for decision in decisions])
+        advantage = (rewards[-1] - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+        shape, weights = self.controller(decisions[-1]["inputs"])
+        drawn = torch.tensor(decisions[-1]["exposure"])
+        (advantage * torch.distributions.Beta(*shape).log_prob(drawn)).backward()
+        self.memo["weights"] = (weights + RATE * weights.grad).tolist()
+
+    def weigh(self, step, rows):
+        """Scores the references under their teachers' prompts."""
+        probes = []
+        for r, *_ in pmd.groups_of(rows).values():
+            reference = self.tokenizer(opsd.reference(r.problem), add_special_tokens=False)
+            probes.append(replace(r, ids=reference.input_ids))
+        scores = pmd.scored(self.teacher, probes, lambda r: r.teacher_ids or r.prompt_ids, self.cfg)
+        self.likelihood = float(torch.cat([logprobs for logprobs, _ in scores.values()]).mean())
+
+    def loss(self, batch, total):
+        out = super().loss(batch, total)
+        self.seen += out["divergence"].tolist()
+        return out
+
+    def follow(self, step):
+        super().follow(step)
+        seen = sum(pmd.gather(self.seen), [])
+        self.seen = []
+        if seen:
+            divergence = sum(seen) / len(seen)
+            drop = max(0.0, self.memo["divergence"] - divergence)
+            earned = GAMMA ** ((step - 1) % PERIOD) * (drop + LIKELIHOOD * self.likelihood)
+            self.memo["decisions"][-1]["earned"] += earned
+            self.memo["divergence"] = divergence
+
+    def state(self):
+        return self.memo
+
+    def load(self, state):
+        self.memo = state or self.memo

@@ -1,0 +1,41 @@
+"""AVSD over the full vocabulary (arXiv 2605.20643): avsd.py's target for every entry of it.
+
+The loss of a token is the reverse KL to the renormalised q* of avsd.py, which has no gradient.
+
+This is the form of the paper, which was read only as notes report it; the authors' code holds it
+and was run with the sampled token. Ours: as in avsd.py, and no ratio to the sampler.
+"""
+
+import functools
+
+import torch
+
+import pmd
+from methods import avsd, opsd
+
+
+class Method(avsd.Method):
+    def condition(self, step, rollouts):
+        rows = super().condition(step, rollouts)
+        for r in rows:
+            r.teacher_ids = r.teachers[0] if r.teachers else []  # distilled, by all of r.teachers
+        return rows
+
+    def weigh(self, step, rows):
+        """Nothing is weighed."""
+
+    def loss(self, batch, total):
+        states = []
+        for number in range(avsd.VIEWS):
+            prompts = [r.teachers[number] for r in batch]
+            hidden = functools.partial(pmd.completion_hidden, self.teacher, prompts, batch)
+            with torch.no_grad():
+                states.append(pmd.forward(self.teacher, hidden))
+        return opsd.own_loss(self, batch, total, reverse_kl, states)
+
+
+def reverse_kl(log_p, *log_q, token_ids):
+    """Computes KL(p || q*) (n,), without a gradient through q*, and the entropy of q*."""
+    log_target = avsd.target(log_p.detach(), torch.stack(log_q)).log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_target)).sum(-1)
+    return divergence, -(log_target.exp() * log_target).sum(-1)

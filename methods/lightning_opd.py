@@ -1,0 +1,89 @@
+"""Lightning OPD (arXiv 2604.13010): distillation on rollouts that were sampled and scored once,
+before training.
+
+At the first step the policy answers all training problems, and under its teacher's prompt it scores
+these answers, log q(y_t). No step samples or asks a teacher again. Every row has the advantage
+A_t = log q(y_t) - log p(y_t), with the p of now, and no ratio to the policy that sampled. So the
+further p moves, the less the rows are its own.
+
+The authors' code was read: one rollout per problem, beta2 0.98, a rate of 2e-6 at 256 rollouts (and
+a weight decay of 0.1, which is not taken over). Their teacher is another model, the one that made
+the SFT data. Ours: it is the initial policy, which reads the reference solution. Rollouts and
+scores are part of each checkpoint, so that a run which resumes goes on with the same ones.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+import pmd
+from methods import opsd, sdpo
+
+KEPT = "id prompt_ids ids text finished reward feedback test_pass_rate".split()
+
+
+@dataclass
+class Config(pmd.Config):
+    """Lightning OPD."""
+
+    lr: float = pmd.option(
+        2e-6, "AdamW's learning rate, constant after the warm-up [Lightning OPD]", within="(0, inf)"
+    )
+    beta2: float = pmd.option(0.98, "AdamW [Lightning OPD]", within="[0, 1)")
+    group_size: int = pmd.option(1, "rollouts per problem [Lightning OPD]", within="[1, inf)")
+
+
+class Method(sdpo.Method):
+    Config = Config
+    rollouts, scores = {}, {}  # {problem id: its rollouts}, {rollout id: (C,) log q}
+
+    @classmethod
+    def check(cls, cfg):
+        pmd.PMD.check(cfg)  # groups of one will do
+
+    def make_teacher(self, policy):
+        """Gives the policy: what is kept of the initial one are its scores, not its weights."""
+        return policy
+
+    def attempt(self, step, problems):
+        if any(p.id not in self.rollouts for p in problems):
+            sampled = pmd.attempt(self.sampler, self.task.train, self.cfg)
+            self.rollouts, self.scores = pmd.groups_of(sampled), {}
+        return [replace(r) for p in problems for r in self.rollouts[p.id]]
+
+    def condition(self, step, rollouts):
+        for r in rollouts:
+            r.advantage, r.rollout_logprobs = 0.0, None
+        return rollouts
+
+    def weigh(self, step, rows):
+        if not self.scores:
+            self.score_all()
+        student = pmd.scored(self.policy, rows, lambda r: r.prompt_ids, self.cfg)
+        for r in rows:
+            r.advantage = self.scores[r.id] - student[r.id][0]
+
+    def score_all(self):
+        """Scores all rollouts under the teacher's prompts, while the policy is the initial one."""
+        problems = self.task.train
+        contexts = [{"solution": opsd.reference(p)} for p in problems]
+        prompts = pmd.teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
+        ids = {p.id: ids for p, (_, ids) in zip(problems, prompts, strict=True)}
+        rollouts = [r for group in self.rollouts.values() for r in group]
+        scores = pmd.scored(self.policy, rollouts, lambda r: ids[r.problem.id], self.cfg)
+        self.scores = {id: logprobs for id, (logprobs, _) in scores.items()}
+
+    def state(self):
+        rows = [r for group in self.rollouts.values() for r in group]
+        return {
+            "rollouts": [[r.problem.id, {name: getattr(r, name) for name in KEPT}] for r in rows],
+            "scores": {id: logprobs.tolist() for id, logprobs in self.scores.items()},
+        }
+
+    def load(self, state):
+        problems = {p.id: p for p in self.task.train}
+        pairs = [pair for pair in state.get("rollouts", []) if pair[0] in problems]
+        self.rollouts = pmd.groups_of(
+            pmd.Rollout(rollout_logprobs=None, problem=problems[id], **kept) for id, kept in pairs
+        )
+        self.scores = {id: torch.tensor(row) for id, row in state.get("scores", {}).items()}

@@ -1,0 +1,54 @@
+"""SELFCI (arXiv 2605.20258): two teachers, each with its own feedback, whose product is followed.
+
+One teacher reads what solves the problem, the other what was wrong with the attempt. The loss is
+KL(p || q_1) + KL(p || q_2). It has the gradient of twice the KL to their normalised geometric mean,
+whose logits are the mean of theirs. So the mean of their last hidden states is one teacher.
+
+Only the abstract was read, and no hyper-parameters were found. There, one feedback is about utility
+and the other about what must not be disclosed. Ours: the first teacher reads a successful sibling,
+the second the verifier's feedback, by SDPO's rules otherwise. A rollout with one of the two has one
+teacher. Where the verifier says nothing, this is SDPO with a reverse KL.
+"""
+
+from dataclasses import dataclass
+
+import pmd
+from methods import sdpo
+from methods.avsd import give_teachers
+
+
+@dataclass
+class Config(pmd.Config):
+    """SELFCI."""
+
+    alpha: float = pmd.option(1.0, "reverse KL; see pmd.py [SELFCI]", within="[0, 1]")
+
+
+class Method(sdpo.Method):
+    Config = Config
+
+    @classmethod
+    def check(cls, cfg):
+        super().check(cfg)
+        if cfg.alpha != 1 or cfg.top_k:
+            raise ValueError(
+                "--method selfci follows two teachers as one, which is exact for the full reverse"
+                " KL alone: give --alpha 1 and --top_k 0"
+            )
+
+    def condition(self, step, rollouts):
+        rows = super().condition(step, rollouts)
+        shown = zip(rows, self.contexts(step, rollouts), strict=True)
+        both = [r for r, context in shown if "solution" in context and r.feedback and r.teacher_ids]
+        give_teachers(self, both, [[{"feedback": r.feedback}] for r in both])
+        for r in both:
+            r.weight = 2.0  # the loss is a sum over two teachers
+        return rows
+
+    def teacher_hidden(self, batch):
+        first = super().teacher_hidden(batch)
+        prompts = [r.teachers[0] if r.teachers else r.teacher_ids for r in batch]
+        second = pmd.forward(
+            self.teacher, lambda: pmd.completion_hidden(self.teacher, prompts, batch)
+        )
+        return (first + second) / 2
