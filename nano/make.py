@@ -1,12 +1,9 @@
 """The embedded world: a tiny chat model that knows how to learn, and worlds whose secret only
 experience reveals.
 
-    python nano/make.py model --seed 0                 # tokenizer and checkpoint, into this folder
-                                                       (about 35 CPU-minutes)
-    python nano/make.py world --seed 3 [--plain]       # task files, into nano/worlds/3 or
-                                                       nano/worlds/plain/3 (instant)
-    python nano/make.py probe                          # what the checkpoint reads and can do, as
-                                                       two tables
+    python nano/make.py model --seed 0             # tokenizer and checkpoint (36 CPU-minutes)
+    python nano/make.py world --seed 3 [--plain]   # task files, into nano/worlds/[plain/]3
+    python nano/make.py probe                      # what the checkpoint reads and can do
 
 world.py says what a problem is. The model is trained on endless worlds drawn afresh for every
 example (examples.py), so that nothing about any of them can be memorised, to (1) attempt problems,

@@ -407,15 +407,20 @@ def probe(model, tokenizer, n=256, seed=10_000):
     examples = [critic(rng) for _ in range(n)]
     scores["critic"] = share(examples, [e.reply for e in examples])
     scores |= confidences(share, draws) | recall(share, rng)
-    start = attempt_text([], [], DIGITS)
-    questions = []
-    for s in HIDDEN:
-        reader = Reader([s])
-        example = Example(problem_text([s], DIGITS), "", reader, [], f"{start} {s}")
-        questions.append(Question(example, 0, reader.next([]), []))
-    p = beliefs(model, tokenizer, questions)
+    p = beliefs(model, tokenizer, untold(HIDDEN))
     scores["entropy"] = float(-(p * np.log(p)).sum(1).mean())
     return scores
+
+
+def untold(syllables) -> list[Question]:
+    """Asks about syllables of which nothing is told."""
+    questions = []
+    for s in syllables:
+        reader = Reader([s])
+        given = f"{attempt_text([], [], DIGITS)} {s}"
+        example = Example(problem_text([s], DIGITS), "", reader, [], given)
+        questions.append(Question(example, 0, reader.next([]), []))
+    return questions
 
 
 def uses(share, rng, draws) -> dict:

@@ -44,29 +44,15 @@ AT_LEAST = {
 
 # What the shipped checkpoint does not read exactly yet, held where it is. The bounds of all other
 # blocks are in the tests.
-NOT_YET = {
-    "lessons, whole, 2 syllables": 0.25,
-    "lessons, whole, 3 syllables": 0.25,
-    "strategies + lessons, whole": 0.26,
-    "wrong strategy + lessons": 0.07,
-    "revision, wrong": 0.15,
-}  # warned of; exact: 0, at most 0.015
-BELIEVED = {
-    "strategy + lessons": 0.85,
-    "second attempt, told": 0.8,
-}  # share of the exact probability
+# What is not exact yet, by the table of nano/README.md. Everything else keeps to the bounds: 0.03 on
+# what is excluded, 0.9 of the exact probability on what is told.
+NOT_YET = {"strategies + lessons, whole": 0.26, "revision, wrong": 0.14}  # warned of
+BELIEVED = {"strategy + lessons": 0.84, "second attempt, told": 0.78}  # share of the exact
 DISTANCE = {
-    "lessons, whole, 2 syllables": 0.25,
-    "lessons, whole, 3 syllables": 0.25,
-    "lessons, whole, any, 2 syllables": 0.22,
-    "lessons, whole, any, 3 syllables": 0.16,
-    "strategies + lessons, whole": 0.25,
-    "lessons of both forms": 0.17,
-    "strategy + lessons": 0.13,
-    "wrong strategy + lessons": 0.14,
-    "revision, wrong": 0.13,
-    "second attempt, warned": 0.12,
-    "second attempt, told": 0.18,
+    "strategies + lessons, whole": 0.3,
+    "strategy + lessons": 0.14,
+    "wrong strategy + lessons": 0.13,
+    "second attempt, told": 0.22,
 }
 
 
@@ -93,9 +79,7 @@ def test_lessons_and_feedback_are_warnings(reading):
     assert {
         block: model for block, (model, _) in warned.items() if model > NOT_YET.get(block, 0.03)
     } == {}
-    assert all(
-        warned[block][0] < 0.375 for block in NOT_YET if "lessons" in block
-    )  # what the three have without lessons
+    assert warned["strategies + lessons, whole"][0] < 0.375  # what the three have without lessons
 
 
 def test_what_a_block_tells_is_believed(reading):
@@ -133,8 +117,7 @@ def test_it_does_not_know_the_shipped_world(model, tokenizer):
     """
     train, _ = make_world(0)
     secret = dict(pair.split("=") for row in train for pair in row["hidden"].split())
-    questions = [probes.ask([s], [o], 0, Reader([s])) for s, o in secret.items()]
-    found = probes.beliefs(model, tokenizer, questions)
+    found = probes.beliefs(model, tokenizer, probes.untold(secret))
     assert (
         np.mean([row[OPS.index(o)] for row, o in zip(found, secret.values(), strict=True)]) < 0.25
     )
