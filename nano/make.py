@@ -1,15 +1,18 @@
-"""The embedded world: a tiny chat model that knows how to learn, and worlds whose secret only experience reveals.
+"""The embedded world: a tiny chat model that knows how to learn, and worlds whose secret only
+experience reveals.
 
-    python nano/make.py model --seed 0                 # tokenizer and checkpoint, into this folder (about 35 CPU-minutes)
-    python nano/make.py world --seed 3 [--plain]       # task files, into nano/worlds/3 or nano/worlds/plain/3 (instant)
-    python nano/make.py probe                          # what the checkpoint reads and can do, as two tables
+    python nano/make.py model --seed 0             # tokenizer and checkpoint (36 CPU-minutes)
+    python nano/make.py world --seed 3 [--plain]   # task files, into nano/worlds/[plain/]3
+    python nano/make.py probe                      # what the checkpoint reads and can do
 
-world.py says what a problem is. The model is trained on endless worlds drawn afresh for every example (examples.py), so
-that nothing about any of them can be memorised, to (1) attempt problems, guessing operations it was not told; (2) use
-memory in its prompt, in the words of memory.compose, lessons of both forms included; (3) write strategies and lessons from
-attempts, and (4) behaviors from insights, in the words and the JSON of memory.py; (5) read what other methods show: a
-critique, the beginning of a solution, a cue to revise, a second message, and say how sure it is. It is a Qwen3 decoder and
-an ordinary Hugging Face folder. probes.py compares what it believes with what an exact reader would.
+world.py says what a problem is. The model is trained on endless worlds drawn afresh for every
+example (examples.py), so that nothing about any of them can be memorised, to (1) attempt problems,
+guessing operations it was not told; (2) use memory in its prompt, in the words of memory.compose,
+lessons of both forms included; (3) write strategies and lessons from attempts, and (4) behaviors
+from insights, in the words and the JSON of memory.py; (5) read what other methods show: a critique,
+the beginning of a solution, a cue to revise, a second message, and say how sure it is. It is a
+Qwen3 decoder and an ordinary Hugging Face folder. probes.py compares what it believes with what an
+exact reader would.
 """
 
 import argparse
@@ -26,101 +29,246 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import memory as mem  # noqa: E402
-from nano.examples import LEVELS, OPS, PHASES, Example, draw_examples  # noqa: E402
-from nano.world import OPERATIONS, SYLLABLES, attempt_text, make_world, problem_text, write_world  # noqa: E402
+from nano.examples import LEVELS, OPS, PHASES, Example, draw_examples, prompt_ids  # noqa: E402
+from nano.probes import probe, reading, table  # noqa: E402
+from nano.world import (
+    OPERATIONS,
+    SYLLABLES,
+    attempt_text,
+    make_world,
+    problem_text,
+    write_world,
+)  # noqa: E402
 
-__all__ = ["OPERATIONS", "attempt_text", "make_world", "problem_text", "write_world"]  # and what is defined here
-STEPS = 5800
-RATES = (3e-3, 1.5e-3, 2e-3)  # learning rates of the three phases
+__all__ = [
+    "OPERATIONS",
+    "attempt_text",
+    "make_world",
+    "problem_text",
+    "write_world",
+]  # and what is defined here
+STEPS = 5600
+RATES = (3e-3, 3e-3, 2e-3, 2e-3)  # learning rates of the phases
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single, ordinary tokens
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single tokens
+# --------------------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}")
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
 
 JSON_FRAME = [
-    '{"strategies": [{"title": "rule", "content": "', '"}, {"title": "rule", "content": "',
-    '"}], "lessons": [{"title": "trap", "content": "', '{"strategies": [], "lessons": [{"title": "trap", "content": "',
-    '"}, {"title": "trap", "content": "', '"}], "lessons": []}', '{"strategies": [], "lessons": []}', '"}]}',
-    '{"behaviors": [{"name": "', '", "instruction": "', '"}, {"name": "', '{"behaviors": []}', '{"actions": []}',
+    '{"strategies": [{"title": "rule", "content": "',
+    '"}, {"title": "rule", "content": "',
+    '"}], "lessons": [{"title": "trap", "content": "',
+    '{"strategies": [], "lessons": [{"title": "trap", "content": "',
+    '"}, {"title": "trap", "content": "',
+    '"}], "lessons": []}',
+    '{"strategies": [], "lessons": []}',
+    '"}]}',
+    '{"behaviors": [{"name": "',
+    '", "instruction": "',
+    '"}, {"name": "',
+    '{"behaviors": []}',
+    '{"actions": []}',
     *(f'{{"actions": [{{"action": "{a}", "name": "' for a in ("new", "update", "remove")),
-    *(f'"}}, {{"action": "{a}", "name": "' for a in ("new", "update", "remove"))]
+    *(f'"}}, {{"action": "{a}", "name": "' for a in ("new", "update", "remove")),
+]
 
-# In a lesson about a whole combination, `trap: vo!rev mi!inc`, each pair is a token of its own kind, vo&rev: read from left
-# to right, vo!rev would else look the same there as where it stands alone and excludes rev for good. First the first pair of
-# such a line, then, as often as a name has more, the pair behind one that is changed already.
-WHOLE = ("(?<=trap: [a-z]{2})!(?=[a-z]{3,4} [a-z]{2}!)",
-         *("(?<=&[a-z]{3} [a-z]{2})!", "(?<=&[a-z]{4} [a-z]{2})!") * 2)
+
+def whole_lessons():
+    """(pattern, replacement) pairs that make `trap: vo!rev mi!inc ku!rol` into `trap: vo &rev mi
+    &rev&inc ku &rev&inc%rol`.
+
+    In a lesson about a whole combination each operation so becomes a token that also names the
+    operations before it: only together do they say what the lesson excludes, and where. The last
+    one has a sign of its own.
+    """
+    follows = "(?=[a-z]{3,4} [a-z]{2}!)"
+    rules = [(f"(?<=trap: [a-z]{{2}})!{follows}", " &")]
+    for o in OPERATIONS:
+        second = f"(?<=[a-z] &{o} [a-z]{{2}})!"
+        rules += [(second + follows, f" &{o}&"), (second, f" &{o}%")]
+    for o in OPERATIONS:
+        rules += [(f"(?<= &{o}&{p} [a-z]{{2}})!", f" &{o}&{p}%") for p in OPERATIONS]
+    return rules
+
+
+def later_steps():
+    """(pattern, replacement) pairs that make `vo=rev 4 7 1 3 mi mi=inc 5 8 2 4 ku` in an attempt
+    into `vo=rev 4 7 1 3 rev>mi mi=inc 5 8 2 4 rev>inc>ku`.
+
+    A later step's syllable so becomes a token that also names the operations before it, as the
+    tokens of a lesson do: the two can be compared as directly as the syllables of a problem and of
+    a lesson about one step. The decoder removes what is added.
+    """
+    digits = r" \d \d \d \d"
+    rules = [(f"(?<=={o}{digits}) (?=[a-z]{{2}}(?![a-z]))", f" {o}>") for o in OPERATIONS]
+    for o in OPERATIONS:
+        rules += [
+            (f"(?<= {o}>[a-z]{{2}} [a-z]{{2}}={p}{digits}) {p}>", f" {o}>{p}>") for p in OPERATIONS
+        ]
+    return rules
+
+
+def phrases() -> list[str]:
+    """The prompts' fixed lines and the pieces of the JSON frame: each is one token."""
+    form_lines = [
+        v for k, v in vars(mem.NANO).items() if k not in ("key_term", "confidence", "literal")
+    ]
+    form_lines += [mem.NANO.confidence.format(label=label) for label in ("low", "medium", "high")]
+    return [
+        *form_lines,
+        mem.STRATEGIES,
+        mem.LESSONS,
+        mem.BEHAVIORS,
+        mem.EXAMPLES,
+        mem.SOLUTION,
+        mem.FEEDBACK,
+        mem.CLOSING,
+        mem.CRITIQUE,
+        mem.BEGINNING,
+        mem.REVISE_WRONG,
+        mem.REVISE_RIGHT,
+        mem.AGAIN,
+        mem.CRITIC,
+        mem.ASK_CONFIDENCE,
+        *JSON_FRAME,
+    ]
+
+
+def words() -> list[str]:
+    """All other tokens but the special ones."""
+    words = "system user assistant Apply to - rule: trap: 1. 2. 3.".split()
+    words += [mem.CONFIDENCE, *LEVELS]
+    words += [str(d) for d in range(10)] + SYLLABLES + list(OPERATIONS)
+    words += [f"{s}{sign}{o}" for sign in "=!" for s in SYLLABLES for o in OPERATIONS]
+    words += [f"&{o}" for o in OPERATIONS]
+    words += [f"&{o}{sign}{p}" for sign in "&%=" for o in OPERATIONS for p in OPERATIONS]
+    words += [
+        f"&{o}&{p}{sign}{q}"
+        for sign in "%="
+        for o in OPERATIONS
+        for p in OPERATIONS
+        for q in OPERATIONS
+    ]
+    words += [f"{o}>{s}" for o in OPERATIONS for s in SYLLABLES]
+    words += [f"{o}>{p}>{s}" for o in OPERATIONS for p in OPERATIONS for s in SYLLABLES]
+    words += [f"behavior_{s}{colon}" for colon in ("", ":") for s in SYLLABLES]
+    return words
 
 
 def make_tokenizer():
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
     from transformers import PreTrainedTokenizerFast
 
-    form_lines = [v for k, v in vars(mem.NANO).items() if k not in ("key_term", "confidence", "literal")]
-    form_lines += [mem.NANO.confidence.format(label=label) for label in ("low", "medium", "high")]
-    phrases = [*form_lines, mem.STRATEGIES, mem.LESSONS, mem.BEHAVIORS, mem.EXAMPLES, mem.SOLUTION, mem.FEEDBACK,
-               mem.CLOSING, mem.CRITIQUE, mem.BEGINNING, mem.REVISE_WRONG, mem.REVISE_RIGHT, mem.AGAIN, mem.CRITIC,
-               mem.ASK_CONFIDENCE, *JSON_FRAME]
-    words = ["system", "user", "assistant", "Apply", "to", "-", "rule:", "trap:", "1.", "2.", "3.", mem.CONFIDENCE, *LEVELS]
-    words += [str(d) for d in range(10)] + SYLLABLES + list(OPERATIONS)
-    words += [f"{s}{sign}{o}" for sign in "=!&" for s in SYLLABLES for o in OPERATIONS]
-    words += [f"behavior_{s}{colon}" for colon in ("", ":") for s in SYLLABLES]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
-    vocab = {w: i for i, w in enumerate(special + words)}
+    vocab = {w: i for i, w in enumerate(special + words())}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex(pattern), "&") for pattern in WHOLE])
+    rules = [*whole_lessons(), *later_steps()]
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(pattern), new) for pattern, new in rules]
+    )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_tokens([AddedToken(p, special=False, normalized=False) for p in dict.fromkeys(phrases)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        unk_token="<|unk|>", additional_special_tokens=["<|im_start|>"],
-                                        clean_up_tokenization_spaces=False, model_max_length=1024)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace(Regex("[a-z]+>"), ""), decoders.WordPiece(prefix="##", cleanup=False)]
+    )  # a space between words
+    core.add_tokens(
+        [AddedToken(p, special=False, normalized=False) for p in dict.fromkeys(phrases())]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def make_model(tokenizer, seed, hidden_size=96, layers=4):
-    """A Qwen3 decoder of about 0.55M parameters, its weights drawn at random."""
+    """A Qwen3 decoder of about 0.86M parameters, its weights drawn at random."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, head_dim=32,  # 32: vLLM's least on a CPU
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1, use_cache=True)
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,  # 32: vLLM's least on a CPU
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,
+        use_cache=True,
+    )
     model = Qwen3ForCausalLM(config)
     return model
 
 
 class Parts:
-    """The embeddings of pre-training: those of words with parts are sums, of vo and =rev for vo=rev, of vo and !rev for
-    vo!rev, of vo and "behavior" for behavior_vo. So what is learned of one pair holds for all 224, and using memory in
-    context forms within hundreds of steps; with rows of their own that start at random, not within thousands. The
-    checkpoint holds the sums as an ordinary table.
+    """The embeddings of pre-training: those of words with parts are sums, of vo and =rev for
+    vo=rev, of vo and !rev for vo!rev, of vo and "behavior" for behavior_vo. So what is learned of
+    one pair holds for all 224, and using memory in context forms within hundreds of steps; with
+    rows of their own that start at random, not within thousands. The checkpoint holds the sums as
+    an ordinary table.
     """
 
     def __init__(self, tokenizer, table):
-        """table: (vocabulary, H), the model's, tied to its output; it is overwritten with sums of parts."""
+        """table: (vocabulary, H), the model's, tied to its output; it is overwritten with sums of
+        parts.
+        """
         import torch
 
         vocabulary = tokenizer.get_vocab()  # in another order in every process
         parts_of = {token: parts(token) for token in sorted(vocabulary, key=vocabulary.get)}
-        number = {part: i for i, part in enumerate(dict.fromkeys(p for found in parts_of.values() for p in found))}
-        self.table, self.sums = table, torch.zeros(len(table), len(number))  # (V, parts): which parts each token has
+        number = {
+            part: i
+            for i, part in enumerate(dict.fromkeys(p for found in parts_of.values() for p in found))
+        }
+        self.table, self.sums = (
+            table,
+            torch.zeros(len(table), len(number)),
+        )  # (V, parts): which parts each token has
         for token, i in tokenizer.get_vocab().items():
             self.sums[i, [number[part] for part in parts_of[token]]] = 1.0
-        weight, warning = torch.randn(len(number), table.shape[1]) * 0.1, torch.randn(table.shape[1]) * 0.1
-        for o in OPERATIONS:  # what brings an operation into an answer then also keeps one out of it
-            weight[number[f"!{o}"]] = weight[number[f"&{o}"]] = warning - weight[number[f"={o}"]]
+        weight, warning = (
+            torch.randn(len(number), table.shape[1]) * 0.1,
+            torch.randn(table.shape[1]) * 0.1,
+        )
+        for (
+            o
+        ) in OPERATIONS:  # what brings an operation into an answer then also keeps one out of it
+            weight[number[f"!{o}"]] = weight[number[f"%{o}"]] = warning - weight[number[f"={o}"]]
+            for place in (
+                1,
+                2,
+            ):  # a lesson is compared with an attempt by these, among all else that its tokens hold
+                weight[number[f"{place}{o}"]] *= 2
         self.weight = torch.nn.Parameter(weight)
         self.fill()
 
@@ -133,31 +281,41 @@ class Parts:
 
 
 def parts(token) -> tuple:
-    """`vo=rev` -> vo, =rev; `vo&rev` -> vo, &rev; `behavior_vo:` -> vo, behavior_:; any other token is whole."""
-    pair = re.fullmatch(r"([a-z]+)([=!&][a-z]+)", token)
+    """`vo=rev` -> vo, =rev, =; `behavior_vo:` -> vo, behavior_:; `&rev&inc%rol` -> 1rev, 2inc,
+    %rol, and 3 for its place; `rev>inc>ku` -> ku, 1rev, 2inc; any other token is whole.
+    """
+    pair = re.fullmatch(r"([a-z]+)(([=!])[a-z]+)", token)
     name = re.fullmatch(r"(behavior_)([a-z]+)(:?)", token)
-    return pair.groups() if pair else (name[2], name[1] + name[3]) if name else (token,)
-
-
-def prompt_ids(tokenizer, examples):
-    """Token ids of all before the reply: the conversation in the chat template, and how the assistant's turn begins."""
-    texts = []
-    for e in examples:
-        turns = [{"role": role, "content": text} for role, text in [*e.turns, ("user", e.prompt)]]
-        texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + e.given)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if pair:
+        return pair.groups()
+    if name:
+        return name[2], name[1] + name[3]
+    steps = re.findall(r"[&%=][a-z]+", token)
+    if not steps and ">" in token and "<" not in token:
+        *ops, syllable = token.split(">")
+        return (syllable, *(f"{i}{o}" for i, o in enumerate(ops, 1)))
+    if not steps:
+        return (token,)
+    before = [f"{i}{step[1:]}" for i, step in enumerate(steps[:-1], 1)]
+    return (*before, steps[-1], f"place {len(steps)}")
 
 
 def encode(tokenizer, pairs):
-    """(ids, length of the prompt) of each Example or (prompt, reply) pair, the reply closed by EOS."""
+    """(ids, length of the prompt) of each Example or (prompt, reply) pair, the reply closed by
+    EOS.
+    """
     examples = [e if isinstance(e, Example) else Example(*e) for e in pairs]
     replies = tokenizer([e.reply for e in examples], add_special_tokens=False)["input_ids"]
-    return [(p + r + [tokenizer.eos_token_id], len(p))
-            for p, r in zip(prompt_ids(tokenizer, examples), replies, strict=True)]
+    return [
+        (p + r + [tokenizer.eos_token_id], len(p))
+        for p, r in zip(prompt_ids(tokenizer, examples), replies, strict=True)
+    ]
 
 
 def loss_of(model, tokenizer, examples):
-    """(summed cross-entropy of the replies, their tokens): to the reader's distribution where an operation is named."""
+    """(summed cross-entropy of the replies, their tokens): to the reader's distribution where an
+    operation is named.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -167,38 +325,55 @@ def loss_of(model, tokenizer, examples):
     where, choices, shares = [], [], []
     for i, (example, (ids, start)) in enumerate(zip(examples, rows, strict=True)):
         tokens[i, : len(ids)] = torch.tensor(ids)
-        labels[i, start: len(ids)] = torch.tensor(ids[start:])
-        for word, syllable, distribution in example.targets():  # a reply with operations is one token a word
+        labels[i, start : len(ids)] = torch.tensor(ids[start:])
+        for (
+            word,
+            syllable,
+            distribution,
+        ) in example.targets():  # a reply with operations is one token a word
             where.append((i, start + word - 1))
             choices.append([vocabulary[f"{syllable}={o}"] for o in OPS])
             shares.append(distribution)
             labels[i, start + word] = -100
-    hidden = model.model(input_ids=tokens).last_hidden_state  # right padding, causal: no mask is needed
+    hidden = model.model(
+        input_ids=tokens
+    ).last_hidden_state  # right padding, causal: no mask is needed
     wanted = labels[:, 1:] != -100
-    loss = F.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum")
+    loss = F.cross_entropy(
+        model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum"
+    )
     if where:
-        logprobs = model.lm_head(hidden[tuple(torch.tensor(where).T)]).log_softmax(-1).gather(1, torch.tensor(choices))
+        logprobs = (
+            model.lm_head(hidden[tuple(torch.tensor(where).T)])
+            .log_softmax(-1)
+            .gather(1, torch.tensor(choices))
+        )
         loss = loss - (torch.tensor(np.array(shares), dtype=logprobs.dtype) * logprobs).sum()
     return loss, int(wanted.sum()) + len(where)
 
 
 def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=200):
-    """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU time it took.
+    """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU
+    time it took.
 
-    PHASES: first all that is short, until what is told is copied; then mostly warnings, which are slow to learn; then
-    everything, at a rate that falls to 0.
+    PHASES: first all that is short, until what is told is copied; then what holds after certain
+    steps only; then mostly warnings, which are slow to learn; then everything, at a rate that falls
+    to 0.
     """
     import torch
     from tqdm import tqdm
 
-    from nano.probes import probe, reading
-
     torch.set_num_threads(1)
     started = time.process_time()
     rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
-    ends = [round(share * steps / STEPS) for share in (800, 3000)]  # of the first two phases
+    ends = [
+        round(share * steps / STEPS) for share in (800, 1400, 2800)
+    ]  # of all phases but the last
     model = make_model(tokenizer, seed, hidden_size, layers)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)}"
+        " tokens"
+    )
     embeddings = Parts(tokenizer, model.get_input_embeddings().weight)
     trained = [embeddings.weight, *(p for p in model.parameters() if p is not embeddings.table)]
     adam = partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.01)
@@ -209,13 +384,15 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
         if step - 1 in ends:
             rng, optimizer = random.Random(f"nano model {seed}, phase {phase}"), adam(trained)
         since = step - [0, *ends][phase]
-        left = 1.0 if phase < 2 else (steps + 1 - step) / (steps - ends[1])
+        left = 1.0 if phase < len(ends) else (steps + 1 - step) / (steps - ends[-1])
         for group in optimizer.param_groups:
             group["lr"] = RATES[phase] * min(1, since / 50, left)
         examples = draw_examples(rng, batch_size, PHASES[phase])
-        examples.sort(key=lambda e: len(e.prompt) + len(e.given))  # like lengths together, little padding
+        examples.sort(
+            key=lambda e: len(e.prompt) + len(e.given)
+        )  # like lengths together, little padding
         optimizer.zero_grad()
-        losses = [loss_of(model, tokenizer, examples[i: i + 16]) for i in range(0, batch_size, 16)]
+        losses = [loss_of(model, tokenizer, examples[i : i + 16]) for i in range(0, batch_size, 16)]
         loss = sum(part for part, _ in losses) / sum(n for _, n in losses)
         loss.backward()
         embeddings.take_gradient()
@@ -225,10 +402,14 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
         if step % probe_every == 0 or step == steps:
             found = reading(model, tokenizer, n=32)
             scores = probe(model, tokenizer, n=32)
-            bar.write(f"{step} loss {loss.item():.3f} CPU {time.process_time() - started:.0f} s, warned "
-                      + " ".join(f"{k} {v['warned'][0]:.3f}" for k, v in found.items() if "warned" in v) + "; distance "
-                      + " ".join(f"{k} {v['distance']:.3f}" for k, v in found.items()) + "; "
-                      + " ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+            bar.write(
+                f"{step} loss {loss.item():.3f} CPU {time.process_time() - started:.0f} s, warned "
+                + " ".join(f"{k} {v['warned'][0]:.3f}" for k, v in found.items() if "warned" in v)
+                + "; distance "
+                + " ".join(f"{k} {v['distance']:.3f}" for k, v in found.items())
+                + "; "
+                + " ".join(f"{k} {v:.2f}" for k, v in scores.items())
+            )
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     print(f"{time.process_time() - started:.0f} seconds of one core")
@@ -236,14 +417,22 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("model", "world", "probe"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="a world whose verifier says nothing")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: nano/, nano/worlds/SEED or .../plain/SEED)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder to write to (default: nano/, nano/worlds/SEED or .../plain/SEED)",
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--hidden_size", type=int, default=96, help="with --layers: the study's other sizes")
+    parser.add_argument(
+        "--hidden_size", type=int, default=96, help="with --layers: the study's other sizes"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("-n", type=int, default=256, help="problems for each probe")
     args = parser.parse_args()
@@ -251,11 +440,17 @@ if __name__ == "__main__":
         kind = HERE / "worlds" / "plain" if args.plain else HERE / "worlds"
         write_world(args.seed, args.out or kind / str(args.seed), speaks=not args.plain)
     elif args.what == "model":
-        pretrain(args.seed, args.steps, args.batch_size, args.out or HERE, args.hidden_size, args.layers)
+        pretrain(
+            args.seed, args.steps, args.batch_size, args.out or HERE, args.hidden_size, args.layers
+        )
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from nano.probes import table
-
         folder = args.out or HERE
-        print(table(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), args.n))
+        print(
+            table(
+                AutoModelForCausalLM.from_pretrained(folder),
+                AutoTokenizer.from_pretrained(folder),
+                args.n,
+            )
+        )

@@ -1,14 +1,17 @@
-"""The embedded worlds: syllables that hide operations on digits, the texts about them, and task files.
+"""The embedded worlds: syllables that hide operations on digits, the texts about them, and task
+files.
 
-A problem is a name of one to three syllables and four distinct digits: `Apply vo mi to 3 1 7 4`. Each syllable hides one
-of eight operations on the digits. An answer repeats the digits, then names the operation it uses for each syllable and
-writes the digits after it: `3 1 7 4 vo vo=rev 4 7 1 3 mi mi=inc 5 8 2 4`. Which syllable hides which operation is drawn
-per WORLD, after the model has been trained, so that only experience can reveal it; names share syllables, so what one
-problem teaches holds for others.
+A problem is a name of one to three syllables and four distinct digits: `Apply vo mi to 3 1 7 4`.
+Each syllable hides one of eight operations on the digits. An answer repeats the digits, then names
+the operation it uses for each syllable and writes the digits after it: `3 1 7 4 vo vo=rev 4 7 1 3
+mi mi=inc 5 8 2 4`. Which syllable hides which operation is drawn per WORLD, after the model has
+been trained, so that only experience can reveal it; names share syllables, so what one problem
+teaches holds for others.
 
-The verifier compares the digits after EVERY step: with the final digits alone most successes of long names would be
-accidents, and a memory turns accidents into rules. In a world that speaks it also says which step was the first wrong
-one, by the operation that was named there: `mi!inc`. In a plain world it says nothing.
+The verifier compares the digits after EVERY step: with the final digits alone most successes of
+long names would be accidents, and a memory turns accidents into rules. In a world that speaks it
+also says which step was the first wrong one, by the operation that was named there: `mi!inc`. In a
+plain world it says nothing.
 """
 
 import json
@@ -16,8 +19,15 @@ import random
 from collections import Counter
 
 HIDDEN = "ba de fi go ha ju ka le mi no pu ra se ti vo wu xa ye zi lo ku ma ne ro".split()
-KNOWN = {"ki": "rev", "zo": "inc", "du": "flip", "pa": "dec"}  # in the weights after pre-training, and in no world: so
-SYLLABLES = HIDDEN + list(KNOWN)  # the model learns to hold facts in its weights and to keep them beside a memory
+KNOWN = {
+    "ki": "rev",
+    "zo": "inc",
+    "du": "flip",
+    "pa": "dec",
+}  # in the weights after pre-training, and in no world: so
+SYLLABLES = HIDDEN + list(
+    KNOWN
+)  # the model learns to hold facts in its weights and to keep them beside a memory
 OPERATIONS = {
     "rev": lambda d: d[::-1],
     "rol": lambda d: d[1:] + d[:1],
@@ -37,7 +47,9 @@ def problem_text(name, digits):
 
 
 def attempt_text(name, operations, digits, slip=None):
-    """The completion that applies `operations` in turn; with `slip` a rng that miscalculates one step."""
+    """The completion that applies `operations` in turn; with `slip` a rng that miscalculates one
+    step.
+    """
     words, wrong_at = list(map(str, digits)), slip.randrange(len(name)) if slip else -1
     for i, (syllable, op) in enumerate(zip(name, operations, strict=True)):
         digits = OPERATIONS[op](digits)
@@ -49,23 +61,31 @@ def attempt_text(name, operations, digits, slip=None):
 
 def answer_text(name, operations, digits):
     """What the verifier compares: the completion with the names of the operations left open."""
-    return " ".join(w.split("=")[0] + "=*" if "=" in w else w for w in attempt_text(name, operations, digits).split())
+    return " ".join(
+        w.split("=")[0] + "=*" if "=" in w else w
+        for w in attempt_text(name, operations, digits).split()
+    )
 
 
 def trap(name, operations):
-    """A lesson on a failed attempt: of a whole combination (at least one of its steps is wrong), or of one step."""
+    """A lesson on a failed attempt: of a whole combination (at least one of its steps is wrong), or
+    of one step.
+    """
     return " ".join(f"{s}!{o}" for s, o in zip(name, operations, strict=True))
 
 
 def make_world(seed, names=NAMES, inputs=INPUTS, shared=True, speaks=True):
-    """(train rows, test rows): 40 names, each with 4 train and 4 other test inputs, and the secret map behind them.
+    """(train rows, test rows): 40 names, each with 4 train and 4 other test inputs, and the secret
+    map behind them.
 
-    Syllables come in three tiers of eight; the first alone forms the one-syllable names, the second appears only in
-    longer names, the third only in the longest: a natural curriculum. A row's `hidden` is read by diagnostics, and by a
-    verifier that speaks. Worlds of one seed that speak and that do not differ in nothing else.
+    Syllables come in three tiers of eight; the first alone forms the one-syllable names, the second
+    appears only in longer names, the third only in the longest: a natural curriculum. A row's
+    `hidden` is read by diagnostics, and by a verifier that speaks. Worlds of one seed that speak
+    and that do not differ in nothing else.
 
-    The study turns these knobs: names, (length, how many) pairs by length; inputs, per name and split; shared, whether
-    names share syllables (if not, there have to be enough of them); speaks, whether the verifier gives feedback.
+    The study turns these knobs: names, (length, how many) pairs by length; inputs, per name and
+    split; shared, whether names share syllables (if not, there have to be enough of them); speaks,
+    whether the verifier gives feedback.
     """
     rng = random.Random(f"nano world {seed}")
     order = rng.sample(HIDDEN, len(HIDDEN))
@@ -78,8 +98,12 @@ def make_world(seed, names=NAMES, inputs=INPUTS, shared=True, speaks=True):
             if not shared:
                 names.append([next(unused) for _ in range(length)])
                 continue
-            newest = tiers[length - 1][len(names) % 8]  # every syllable of the tier in turn, so that each is shared
-            used = Counter(sum(names, []))  # partners: those used least so far, so that each is shared
+            newest = tiers[length - 1][
+                len(names) % 8
+            ]  # every syllable of the tier in turn, so that each is shared
+            used = Counter(
+                sum(names, [])
+            )  # partners: those used least so far, so that each is shared
             name = sorted(pool, key=lambda s: (used[s], rng.random()))[: length - 1] + [newest]
             rng.shuffle(name)
             if name not in names:
@@ -91,9 +115,13 @@ def make_world(seed, names=NAMES, inputs=INPUTS, shared=True, speaks=True):
             drawn.add(tuple(rng.sample(range(10), 4)))
         for i, digits in enumerate(sorted(drawn, key=lambda d: rng.random())):
             operations = [secret[s] for s in name]
-            row = {"id": f"{'-'.join(name)}-{''.join(map(str, digits))}", "prompt": problem_text(name, list(digits)),
-                   "answer": answer_text(name, operations, list(digits)), "verifier": "steps",
-                   "hidden": " ".join(f"{s}={o}" for s, o in zip(name, operations, strict=True))}
+            row = {
+                "id": f"{'-'.join(name)}-{''.join(map(str, digits))}",
+                "prompt": problem_text(name, list(digits)),
+                "answer": answer_text(name, operations, list(digits)),
+                "verifier": "steps",
+                "hidden": " ".join(f"{s}={o}" for s, o in zip(name, operations, strict=True)),
+            }
             if speaks:
                 row["feedback"] = True
             (train if i < inputs else test).append(row)
