@@ -127,9 +127,8 @@ class Config(TaskOptions, ModelOptions, SamplerOptions, MemoryOptions, EvalOptio
 
     method: str = option(
         "pmd",
-        "pmd; a file of methods/: sdpo, grpo, pmd-transient, frozen-memory, frozen-policy, srpo (it"
-        " begins with what it does); or the path of a file of your own. --method NAME --help shows"
-        " its flags",
+        "pmd; a file of methods/, such as sdpo, grpo or srpo (it begins with what it does); or the"
+        " path of a file of your own. --method NAME --help shows its flags",
     )
     compare: str = option("", "methods to run in turn on equal budgets, such as grpo,sdpo,pmd")
     epochs: int = option(20, "passes over the training problems [Tab. 11]", within="[1, inf)")
@@ -360,7 +359,11 @@ class PMD:
         return rollouts
 
     def weigh(self, step, rows):
-        """Changes rows by what models say of them, before the first update: see `scored`."""
+        """Changes rows by what models say of them, before the first update: see `scored`.
+
+        A row that gets its advantage here has one before, if only 0.0. Where no row is trained, the
+        sampler keeps the device and gets no new weights.
+        """
 
     def teacher_hidden(self, batch) -> torch.Tensor:
         """Gives the states (N, H) that teach the tokens of rows with teacher_ids (Eq. 6).
