@@ -108,8 +108,8 @@ def make_memory(tmp_path):
         memory.db.close()
 
 
-def small_config(out, *flags, **changes):
-    """The nano preset, cut down to seconds, for runs under `out`."""
+def small_config(folder, *flags, **changes):
+    """The nano preset, cut down to seconds, for runs under `folder`."""
     small = dict(
         steps=2,
         batch_size=3,
@@ -120,7 +120,7 @@ def small_config(out, *flags, **changes):
         eval_every=0,
         save_every=0,
         log_every=1,
-        out=str(out),
+        out=str(folder),
     )
     method = (
         ["--method", changes["method"]] if "method" in changes else []

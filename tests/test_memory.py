@@ -13,6 +13,7 @@ import shutil
 import signal
 import sqlite3
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1992,8 +1993,14 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path):
         mem.Memory(tmp_path / "none.db", None, None, mode="frozen")
 
 
-def as_nobody(call):
-    """call() in a child without privileges; the text of what it raised."""
+def as_nobody(call, folder):
+    """call() in a child without privileges; the text of what it raised.
+
+    folder: it may come there, through whatever folders pytest made.
+    """
+    for path in [folder, *folder.parents][:5]:
+        if path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o555)
     parent, child = multiprocessing.Pipe()
 
     def run():
@@ -2037,19 +2044,17 @@ def test_a_locked_file_and_a_read_only_folder_say_so(make_memory, tmp_path):
     shut.mkdir()
     shutil.copy(memory.path, shut / "m.db")
     shut.chmod(0o555), (shut / "m.db").chmod(0o444)
-    for path in [tmp_path, *tmp_path.parents][:3]:
-        path.chmod(path.stat().st_mode | 0o555)
     assert "m.db can't be used as a memory" in (
-        said := as_nobody(lambda: mem.Memory(shut / "m.db", words, Script()))
+        said := as_nobody(lambda: mem.Memory(shut / "m.db", words, Script()), tmp_path)
     ), said
     assert "make" in said and said.startswith("OSError")
-    assert as_nobody(lambda: mem.Memory(shut / "new.db", words, Script())).startswith("OSError")
-    assert (
-        as_nobody(lambda: rows_of(shut / "m.db")) == "nothing was raised"
-    )  # reading needs no writable folder
+    refusal = as_nobody(lambda: mem.Memory(shut / "new.db", words, Script()), tmp_path)
+    assert refusal.startswith("OSError")
+    # reading needs no writable folder
+    assert as_nobody(lambda: rows_of(shut / "m.db"), tmp_path) == "nothing was raised"
 
 
-def test_a_full_disk_says_so_and_what_was_committed_is_safe(make_memory):
+def test_a_full_disk_says_so_and_what_was_committed_is_safe(make_memory, tmp_path):
     memory = make_memory()
     memory.record(1, attempts(["first"], [1]))
     (pages,) = memory.db.execute("PRAGMA page_count").fetchone()
@@ -2068,7 +2073,7 @@ def test_a_full_disk_says_so_and_what_was_committed_is_safe(make_memory):
         full.record(3, attempts([f"{i}" * 50_000 for i in range(5)], [1] * 5, step=3))
 
     os.chmod(memory.path, 0o666), os.chmod(os.path.dirname(memory.path), 0o777)
-    assert "all that was committed before is safe" in as_nobody(with_a_quota)
+    assert "all that was committed before is safe" in as_nobody(with_a_quota, tmp_path)
     assert rows_of(memory.path) == [("first", 1), ("later", 2)]
 
 

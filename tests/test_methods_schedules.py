@@ -448,9 +448,9 @@ def test_uni_opd_leaves_a_group_with_its_margin_alone(
     rows = attempts(cfg, task.train[:1], [0])
     prompt = tokenizer(task.train[1].prompt).input_ids
     scores = differences(policy, method.teacher, rows, {r.id: prompt for r in rows})
-    best = sorted(rows, key=lambda r: float(scores[r.id].mean()))[2:]
+    best = {r.id for r in sorted(rows, key=lambda r: float(scores[r.id].mean()))[2:]}
     for r in rows:
-        r.reward, r.teacher_ids = float(r in best), list(prompt)
+        r.reward, r.teacher_ids = float(r.id in best), list(prompt)
     method.weigh(1, rows)
     (found,), _ = gradient(method, rows)
     policy.zero_grad()

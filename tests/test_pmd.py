@@ -426,7 +426,7 @@ def test_update_equals_one_written_from_scratch(
     wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert len(supervised) == 8 and sums["tokens"] == tokens
     assert sums["loss"] == pytest.approx(loss, rel=1e-5)
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-6 * wanted.abs().max()), (
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-5 * wanted.abs().max()), (
         (found - wanted).abs().max()
     )
 
@@ -1855,7 +1855,7 @@ def command(*flags, **kwargs):
         (["--stepz", "3"], "unrecognized arguments: --stepz"),
         (["--method", "ppo"], "pmd.py: --method 'ppo' is none of"),
         (["--task", "nano/987654"], "pmd.py: there is no task 'nano/987654'"),
-        (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of frozen-memory,"),
+        (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of advantage-plus,"),
         (["--compare", "pmd,pmd"], "--compare takes different methods"),
         (["--method", "README.md"], "'README.md' is none of"),
         (["--method", "nowhere.py"], "no path of a file that ends in .py"),
