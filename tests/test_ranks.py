@@ -139,6 +139,7 @@ def untied(out):
     return out / "untied"
 
 
+@pytest.mark.slow  # a job of two processes each
 @pytest.mark.parametrize(
     "ranks, flags",
     [
@@ -317,7 +318,7 @@ def test_only_one_process_reads_the_weights(tmp_path):
             assert {3, 77} <= eos and parameters == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_some_ranks_resumes_on_others(out, two, first, then, capsys):
     name = f"from{first}to{then}"
     folder = shutil.copytree(out / ("one" if first == 1 else "r2"), out / name)
@@ -418,6 +419,7 @@ WAITS
     assert time.time() - float((out / "failed at").read_text()) < 40
 
 
+@pytest.mark.slow  # a job of two processes each
 def test_bfloat16_shards_compute_nearly_what_one_process_does(out):
     """Sharded, weights and layers' inputs are cast to bfloat16; in one process autocast leaves the
     residual in float32.
@@ -474,6 +476,7 @@ def test_more_ranks_than_problems_are_refused(out):
     assert len(said) == 1 and "2 processes are more than the 1 problems of a batch" in said[0]
 
 
+@pytest.mark.slow  # a job of two processes each
 def test_an_evaluation_is_the_same_file_on_two_ranks(out, capsys):
     """With a memory in the prompt; the ranks go on from a stop within the second problem."""
     flags = [
@@ -530,6 +533,7 @@ def comparison(out, *flags):
     ]
 
 
+@pytest.mark.slow  # a job of two processes each
 def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch, capfd):
     """Each method is a job of its own. One signal to the comparison is one to the job, which ends
     its step and saves.
