@@ -585,7 +585,7 @@ def test_the_product_knows_what_each_teacher_knows_alone(policy, tokenizer, prob
         assert torch.allclose(product, ((q[0] + q[1]) / 2).log_softmax(-1), atol=1e-4)
         for i, at in enumerate(where_named(tokenizer, r)):
             chances = [float(x[at, r.ids[at]].exp()) for x in (q[i], q[1 - i], product)]
-            assert chances[0] > 0.8 and chances[1] < 0.3 and chances[2] > 0.5
+            assert chances[0] > 0.8 and chances[1] < 0.3 and chances[2] > 0.4
 
 
 def test_where_the_verifier_is_silent_selfci_is_sdpo(policy, tokenizer, make_config):
