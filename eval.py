@@ -42,6 +42,7 @@ from runtime.ranks import (
 from runtime.services import make_embedder
 from runtime.tables import evaluated
 from runtime.vllm_sampler import make_sampler
+from tasks import VERIFIERS, Problem, Verdict, load_task, verify  # noqa: F401  for those who import eval
 from tasks.problem import SUCCESS
 from tasks.verdicts import verify_all
 

@@ -103,6 +103,7 @@ from runtime.rows import (
 )
 from runtime.run import Run, RunOptions
 from runtime.sampler import Sample, SamplerOptions
+from runtime.services import make_embedder  # noqa: F401  for those who import pmd
 from runtime.vllm_sampler import make_sampler
 from tasks import TaskOptions
 from tasks.problem import SUCCESS, Problem
