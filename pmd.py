@@ -291,7 +291,8 @@ class PMD:
     presets = {}  # {task: {flag: default}}, over PRESETS and under what is given
     remembers = True  # phase 2 writes a memory
     memory_mode = "evolving"  # of memory.Memory; None: there is none
-    reprompts = True  # a teacher reads prompts of up to --max_reprompt tokens
+    reprompts = True  # prompts of up to --max_reprompt tokens are read
+    teaches = True  # an update has a teacher's pass
 
     def __init__(self, cfg, task, tokenizer, policy):
         self.cfg, self.task, self.tokenizer, self.policy = cfg, task, tokenizer, policy

@@ -10,6 +10,8 @@ import pmd
 
 
 class Method(pmd.PMD):
+    teaches = False
+
     def make_teacher(self, policy):
         """Nobody is taught."""
         return policy

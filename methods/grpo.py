@@ -12,7 +12,7 @@ class Method(sdpo.Method):
     presets = {
         "livecodebench": dict(mini_batch_size=8)
     }  # experiments/rich_feedback/run_baseline_grpo.sh; SDPO has 1
-    reprompts = False
+    reprompts = teaches = False
 
     def make_teacher(self, policy):
         """Nobody is taught."""

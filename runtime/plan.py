@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kernels import LARGEST_CHUNK, MEMORY_BUDGET
+from runtime.methods import method_of
 
 GIB = 2**30
 # Assumed, not measured:
@@ -241,7 +242,9 @@ def sizes(cfg, model, gpus, micro_tokens) -> SimpleNamespace:
     z.h = z.e if z.sharded else 4
     z.cast = 0 if z.sharded else z.e % 4  # bytes of autocast's copy of a number
     z.layer, z.norm = model.trace(z.sharded, z.e)
-    z.distills = cfg.method not in ("grpo", "frozen-policy", "eval")
+    trained = None if cfg.method == "eval" else method_of(cfg)
+    z.distills = trained is not None and trained.teaches
+    z.embeds = trained is None or trained.memory_mode is not None
     z.averaged = z.distills and cfg.teacher == "ema"  # a second model; a live teacher is the policy
     z.row = cfg.max_prompt + cfg.max_completion
     z.teacher_row = cfg.max_reprompt + cfg.max_completion
@@ -260,7 +263,7 @@ def held(cfg, z, share) -> dict[str, float]:
         state |= {"gradients, float32": 4 * z.P / z.g, "AdamW, float32": 8 * z.P / z.g}
     if z.averaged:
         state["EMA teacher, float32"] = 4 * z.P / z.g
-    if cfg.embedder != "hashing" and cfg.method not in ("grpo", "sdpo"):
+    if cfg.embedder != "hashing" and z.embeds:
         # Qwen3-Embedding-0.6B as float32; its activations are left out
         state["embedder, first GPU"] = 4 * 0.6e9
     if share:

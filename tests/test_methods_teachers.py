@@ -584,8 +584,9 @@ def test_the_product_knows_what_each_teacher_knows_alone(policy, tokenizer, prob
             q = [distributions(policy, prompt, r.ids) for prompt in (r.teacher_ids, other)]
         assert torch.allclose(product, ((q[0] + q[1]) / 2).log_softmax(-1), atol=1e-4)
         for i, at in enumerate(where_named(tokenizer, r)):
-            chances = [float(x[at, r.ids[at]].exp()) for x in (q[i], q[1 - i], product)]
-            assert chances[0] > 0.8 and chances[1] < 0.3 and chances[2] > 0.4
+            told_it, not_told = (float(x[at, r.ids[at]].exp()) for x in (q[i], q[1 - i]))
+            assert told_it > 0.8 and not_told < 0.3
+            assert product[at].argmax() == r.ids[at]
 
 
 def test_where_the_verifier_is_silent_selfci_is_sdpo(policy, tokenizer, make_config):

@@ -392,6 +392,7 @@ def test_update_equals_one_written_from_scratch(
     of_lengths(rollouts, LENGTHS, policy, cfg)
     for r in rollouts[::3]:
         r.teacher_ids = []
+    policy = policy.double()  # both sides, so that nothing is left to the order of sums
     found, sums = gradients(policy, copy.deepcopy(policy), rollouts, cfg)
     policy.zero_grad()
     loss, supervised = 0.0, [r for r in rollouts if r.teacher_ids]
@@ -426,7 +427,7 @@ def test_update_equals_one_written_from_scratch(
     wanted = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert len(supervised) == 8 and sums["tokens"] == tokens
     assert sums["loss"] == pytest.approx(loss, rel=1e-5)
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-5 * wanted.abs().max()), (
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-6 * wanted.abs().max()), (
         (found - wanted).abs().max()
     )
 

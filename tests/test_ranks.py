@@ -87,7 +87,7 @@ def assert_same(one, other):
             if key in ("sampler_gap", "sampler_gap_max"):  # itself only rounding
                 assert max(value, other_row[key]) < 1e-4
             elif isinstance(value, float):
-                assert other_row[key] == pytest.approx(value, rel=3e-4, abs=1e-7), (
+                assert other_row[key] == pytest.approx(value, rel=1e-4, abs=1e-7), (
                     row["step"],
                     key,
                 )

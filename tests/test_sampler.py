@@ -114,24 +114,24 @@ def test_an_engine_that_listens_passes_and_the_weights_are_as_before(start, poli
 
 
 @pytest.mark.parametrize(
-    "hears",
+    "hears, which",
     [
-        lambda push, name: False,
-        lambda push, name: push != 2,
-        lambda push, name: name != "lm_head.weight",
-        lambda push, name: name != "model.embed_tokens.weight",
-        lambda push, name: "layers" not in name,
+        (lambda push, name: False, "changed|true"),
+        (lambda push, name: push != 2, "true"),
+        (lambda push, name: name != "lm_head.weight", "changed|true"),
+        (lambda push, name: name != "model.embed_tokens.weight", "changed|true"),
+        (lambda push, name: "layers" not in name, "changed|true"),
     ],
     ids=["nothing", "once", "no head", "no embedding", "no layers"],
 )
-def test_an_engine_that_ignores_a_push_is_refused(hears, start, untied):
-    """At the first push or at the second: its weights can't be five times nearer to either of the
-    two than to the other.
+def test_an_engine_that_ignores_a_push_is_refused(hears, which, start, untied):
+    """An engine that misses both pushes is found out at one of them, by chance at which: its own
+    weights may lie five times nearer to one of the two, and never to each.
     """
     before = [p.clone() for p in untied.parameters()]
     with pytest.raises(
         FloatingPointError,
-        match="vLLM does not run the (changed|true) weights .* use --sampler transformers",
+        match=f"vLLM does not run the ({which}) weights .* use --sampler transformers",
     ):
         start(untied, hears)
     assert all(torch.equal(a, b) for a, b in zip(before, untied.parameters(), strict=True))
