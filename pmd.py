@@ -262,6 +262,7 @@ def train(cfg: Config, checked=None) -> dict:
             if learns:
                 sampler.sleep()  # the device is the trainer's
             method.weigh(step, rows)
+            learns = learns or any(map(is_trained, rows))
             sums = Counter()
             for minibatch in mini_batches(rows, policy, cfg):
                 sums = add(sums, update(method, optimizer, minibatch, step))
@@ -363,8 +364,8 @@ class PMD:
     def weigh(self, step, rows):
         """Changes rows by what models say of them, before the first update: see `scored`.
 
-        A row that gets its advantage here has one before, if only 0.0. Where no row is trained, the
-        sampler keeps the device and gets no new weights.
+        Give a row that gets its advantage here one before, if only 0.0. Where no row is trained by
+        then, the sampler keeps the device.
         """
 
     def teacher_hidden(self, batch) -> torch.Tensor:

@@ -7,6 +7,7 @@ the nearest behaviors (ours: the paper does not say how these rows feed memory a
 """
 
 import pmd
+from eval import prompts_with
 
 
 class Method(pmd.PMD):
@@ -20,8 +21,4 @@ class Method(pmd.PMD):
         return rollouts
 
     def asked(self, problems):
-        cfg = self.cfg
-        contexts = self.memory.inference_contexts(problems, cfg.tiers.split(","))
-        return [
-            pmd.reprompt(p, c, self.tokenizer, cfg) for p, c in zip(problems, contexts, strict=True)
-        ]
+        return prompts_with(self.memory, problems, self.tokenizer, self.cfg)

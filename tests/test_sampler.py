@@ -185,6 +185,31 @@ def test_weights_that_do_not_change_are_pushed_once(method, pushes, monkeypatch,
     assert said == ["sleep", "restore", "wake"] + ["sleep", "wake"] * (pushes - 1)
 
 
+LATE = """
+import pmd
+from methods import grpo
+
+
+class Method(grpo.Method):
+    def condition(self, step, rollouts):
+        return rollouts
+
+    def weigh(self, step, rows):
+        for row in rows:
+            row.advantage = row.reward
+"""
+
+
+def test_weights_are_pushed_where_rows_get_their_advantage_late(tmp_path, monkeypatch, make_config):
+    path = tmp_path / "late.py"
+    path.write_text(LATE)
+    calls = []
+    for name in ("sleep", "wake"):
+        monkeypatch.setattr(Sampler, name, lambda self, name=name: calls.append(name))
+    pmd.train(make_config(method=str(path), name="run"))
+    assert calls == ["sleep", "wake", "wake", "wake"]  # restored, then two steps
+
+
 # ------------------------------------------------------------------ without vLLM
 
 
