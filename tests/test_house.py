@@ -29,9 +29,11 @@ ROOMS = [  # each may import those before it
     {"methods"},
     {"tools", "study", "benchmarks", "examples"},
 ]
-FILES = [
-    p for p in sorted(HERE.rglob("*.py")) if p.parent != HERE / "tests" and "runs" not in p.parts
-]
+FOLDERS = "tasks runtime nano methods tools study benchmarks examples".split()
+FILES = sorted(HERE.glob("*.py"))
+for folder in FOLDERS:  # and not what else may lie here, such as an environment
+    FILES += sorted((HERE / folder).glob("*.py"))
+
 # one token, as before Python 3.12
 F_STRING = (getattr(tokenize, "FSTRING_START", -1), getattr(tokenize, "FSTRING_END", -1))
 LONG = {"runner"}  # of tasks/sandbox.py, which is sent into the sandbox whole
