@@ -6,7 +6,16 @@ from transformers import HfArgumentParser
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults where there are any, and the description as it is written."""
+    """Shows each flag in one spelling, its default where there is one, and the text as written."""
+
+    def _format_action_invocation(self, action):
+        """Leaves out the spellings with hyphens, which HfArgumentParser takes too."""
+        spellings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        if len(spellings) == len(action.option_strings):
+            return super()._format_action_invocation(action)
+        shown = argparse.Action(spellings, action.dest, nargs=action.nargs, metavar=action.metavar)
+        shown.choices = action.choices
+        return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action):
         if action.default in ("", None):

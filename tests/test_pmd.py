@@ -1933,6 +1933,15 @@ def test_a_package_named_kernels_is_refused(tmp_path):
     assert command("--help").returncode == 0
 
 
+def test_help_shows_each_flag_once_and_both_spellings_are_read(capsys):
+    with pytest.raises(SystemExit):
+        pmd.parse_flags(["--help"])
+    text = capsys.readouterr().out
+    assert "--batch_size BATCH_SIZE" in text and "--no_supervise_mastered" in text
+    assert "--batch-size" not in text and "--no-supervise-mastered" not in text
+    assert pmd.parse_flags(["--batch-size", "3", "--no-supervise-mastered"]).batch_size == 3
+
+
 @pytest.mark.parametrize(
     "room, foreign",
     [
