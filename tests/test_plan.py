@@ -161,6 +161,7 @@ def test_one_process(tmp_path):
     assert "backward" in compare(ALONE, measured, 1, 0.1, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_sharded_by_fsdp2(tmp_path):
     """gloo overlaps less than CUDA streams do, so a peak in the backward pass is lower here than
     planned.
