@@ -38,6 +38,8 @@ Deviations from the paper
 12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the
     mini-batch. Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
     SDPO's code too.
+13. `--lora_rank` trains adapters of a frozen base. Off by default. The paper trains all weights. An
+    averaged teacher averages the two factors of each adapter, not their product.
 """
 
 import functools

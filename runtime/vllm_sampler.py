@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
+from runtime.lora import STUDENT, adapted_layers, merged
 from runtime.model import MODELS
 from runtime.ranks import compute_dtype, device_of, gather, local, reshard, whole, world
 from runtime.rows import own_logprobs
@@ -150,7 +151,7 @@ class VLLM(Sampler):
         torch.cuda.empty_cache()
         if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
-        weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
+        weights = ((name, whole(p)) for name, p in merged(self.trained))
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.trained.config.tie_word_embeddings:
             self.llm.apply_model(self._tie)
@@ -191,7 +192,9 @@ class VLLM(Sampler):
 
     @contextlib.contextmanager
     def _changed(self):
-        """Other weights inside: head and embedding, which a push may forget, and a norm."""
+        """Other weights inside: head and embedding, which a push may forget, a norm, and what the
+        adapters add, which is 0 at the start.
+        """
         model = self.trained
         norm = local(next(p for p in model.parameters() if p.dim() == 1))  # a bias would do as well
         ends = {
@@ -206,13 +209,20 @@ class VLLM(Sampler):
                 p.copy_(p.flip(0))
 
         scale = norm.clone()
+        added = [layer.lora_B[STUDENT].weight for layer in adapted_layers(model)]
+        before = [b.clone() for b in added]
         flip()
         norm.mul_(1.5)
+        for b in added:  # B A then has entries of the size of a layer's own
+            bound = b.shape[1] ** -0.5
+            b.copy_(torch.linspace(-bound, bound, b.numel()).view_as(b))
         try:
             yield
         finally:
             flip()
             norm.copy_(scale)
+            for b, values in zip(added, before, strict=True):
+                b.copy_(values)
 
     def _told(self, which, given, other) -> float:
         """Pushes; the engine's gap to the trainer's log-probabilities of the weights it was
