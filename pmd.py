@@ -102,6 +102,7 @@ from runtime.rows import (
     scored,  # noqa: F401  for methods
     token_ids,
     tokens_of,
+    totals,
 )
 from runtime.run import Run, RunOptions
 from runtime.sampler import Sample, SamplerOptions
@@ -273,7 +274,7 @@ def train(cfg: Config, checked=None) -> dict:
             if learns:
                 sampler.wake()  # with the new weights
 
-        run.log(step, rollouts, sums, method.memory)
+        run.log(step, rollouts, rows, sums, method.memory)
         if run.must_evaluate(step):
             evaluate_held_out(step, run, method)
         method.end_step(step)
@@ -426,6 +427,8 @@ class Rollout(Sample):
     # None: it is not reinforced. 0.0 is reinforced, and counts in the mean
     advantage: float | torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None  # (C,) the trainer's, before the batch's first update
+    # (C,) nats, for the log alone: what pulled its tokens, on the rank that distilled it
+    divergence: torch.Tensor | None = None
 
 
 def attempt(sampler, problems, cfg) -> list[Rollout]:
@@ -574,7 +577,7 @@ def update(method, optimizer, rows, step) -> Counter:
         loss.backward()
         reshard(method.teacher)
         gaps.append(sampler_gap(batch, logprobs))
-        sums = add(sums, {name: float(value.detach().sum()) for name, value in out.items()})
+        sums = add(sums, totals(batch, out))
     policy.eval()
     gap = require_small_gap(gaps, step, cfg)
     with clock("optimizer"):
