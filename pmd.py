@@ -38,6 +38,8 @@ Deviations from the paper
 12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the
     mini-batch. Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
     SDPO's code too.
+13. `--memory_format` asks for reflections and abstractions in another form than B.3's free JSON.
+    guided: the sampler can write no other JSON. lines: plain lines, for small models.
 """
 
 import functools
