@@ -40,6 +40,8 @@ Deviations from the paper
     SDPO's code too.
 13. `--lora_rank` trains adapters of a frozen base. Off by default. The paper trains all weights. An
     averaged teacher averages the two factors of each adapter, not their product.
+14. `--memory_format` asks for reflections and abstractions in another form than B.3's free JSON.
+    guided: the sampler can write no other JSON. lines: plain lines, for small models.
 """
 
 import functools

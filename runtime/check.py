@@ -22,6 +22,7 @@ from runtime.checkpoint import (
     total_steps,
 )
 from runtime.files import read_json
+from runtime.guide import reader_of
 from runtime.model import MODELS
 from runtime.options import check_numbers
 from runtime.plan import fits
@@ -53,6 +54,8 @@ def check(cfg, method, quiet=False, ranks=0, checked=None, reads=0):
     if method:
         check_training(task, tokenizer, cfg)
         check_memory(task, method, cfg)
+        if method.remembers:
+            check_format(task, tokenizer, cfg)
     check_lengths(task, tokenizer, cfg, reads, method)
     check_fits(cfg if method else replace(cfg, method="eval"), ranks, quiet)
     if device_of(cfg).type == "cuda" and not cfg.sampler and not fast_sampler(cfg) and not quiet:
@@ -395,6 +398,26 @@ def check_memory(task, method, cfg):
         make_embedder(cfg)
     if method.remembers:
         make_abstractor(cfg, check=True)
+
+
+def check_format(task, tokenizer, cfg):
+    """Checks --memory_format against the model.
+
+    Raises ValueError if the model can't be asked in that form.
+    """
+    if cfg.memory_format == "lines" and task.train[0].verifier == "steps":
+        raise ValueError(
+            "--memory_format lines is for models that read plain language, and nano reads its own"
+            " sentences; leave the flag out"
+        )
+    if cfg.memory_format == "guided":
+        try:
+            reader_of(tokenizer, len(tokenizer))
+        except ValueError as error:
+            raise ValueError(
+                f"--memory_format guided can't follow the tokenizer of {cfg.model}"
+                f" ({str(error)[:100]}); use json or lines"
+            ) from error
 
 
 def check_forked_memory(cfg, task):

@@ -90,6 +90,7 @@ class VLLM(Sampler):
             generation_config="vllm",
             logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
             enable_prefix_caching=True,
+            structured_outputs_config={"backend": "guidance"},  # the library of runtime/guide.py
             disable_log_stats=True,
             seed=cfg.seed,
             **memory,
@@ -239,7 +240,7 @@ class VLLM(Sampler):
             )
         return near / float(given.abs().mean())
 
-    def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
+    def draw(self, prompts, keys, max_new_tokens, temperature, top_p, schemas=None) -> list[Sample]:
         params = [
             self.params(
                 temperature=temperature,
@@ -249,8 +250,9 @@ class VLLM(Sampler):
                 detokenize=False,
                 seed=self._number(key) % 2**63,
                 stop_token_ids=sorted(self.eos),
+                structured_outputs=guided_by(schema),
             )
-            for key in keys
+            for key, schema in zip(keys, schemas or [None] * len(keys), strict=True)
         ]
         found = (
             self.llm.generate(
@@ -273,6 +275,13 @@ class VLLM(Sampler):
                 Sample(prompt, new, logprobs, self.text_of(new), out.finish_reason == "stop")
             )
         return samples
+
+
+def guided_by(schema):
+    """Returns vLLM's parameter for a JSON schema; None for a free reply."""
+    from vllm.sampling_params import StructuredOutputsParams  # a GPU's library, and slow to import
+
+    return StructuredOutputsParams(json=schema) if schema else None
 
 
 def make_sampler(policy, tokenizer, cfg):
