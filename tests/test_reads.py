@@ -5,15 +5,19 @@ ways.
 import dataclasses
 import json
 import random
+import types
 
 import pytest
 import torch
-from conftest import words
+from conftest import method_of, words
 
-from memory import Memory
+import pmd
+from memory import Memory, compose_within
 from nano.world import OPERATIONS, attempt_text
+from runtime import run as records
 from runtime.chat import encode_prompt
 from runtime.store import Store
+from runtime.watch import Pull, lesson_pull
 from tasks import load_task
 from tools import reads
 
@@ -111,3 +115,41 @@ def test_the_numbers_are_the_model_s_own(make_run, policy, tokenizer):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="is no run: it has no config.json"):
         reads.main(["--model", "nano", "--memory", str(tmp_path)])
+
+
+def test_lessons_that_are_misread_are_noticed(make_run, make_config, policy, tokenizer):
+    """The same lessons, shown as strategies, are advice."""
+    memory = Memory(make_run("{}={}") / "memory.db", words, None, mode="frozen")
+    method = method_of(
+        make_config(), policy, policy, memory, tokenizer, task=load_task("nano", dev=0.0)
+    )
+    method.sampler = types.SimpleNamespace(sleep=lambda: None, wake=lambda: None)
+    pull = lesson_pull(method, 1)
+    assert pull.problems == 12 and pull.mean < -1 and not pull.warning
+
+    def as_advice(budget, count, problem, lessons):
+        told = [("rule", text.replace("!", "=")) for _, text in lessons]
+        return compose_within(budget, count, problem, strategies=told)
+
+    memory.compose_within = as_advice
+    pull = lesson_pull(method, 1)
+    assert pull.mean > 1 and "likelier in the teacher's eyes" in pull.warning
+    method.memory_mode = None  # nothing is remembered
+    assert lesson_pull(method, 1) is None
+    memory.close()
+
+
+def test_a_run_warns_once(make_config, monkeypatch, capsys):
+    pulls = iter([None, Pull(0.5, 0.2, 9), Pull(0.6, 0.2, 9)])
+    monkeypatch.setattr(records, "lesson_pull", lambda method, step: next(pulls))
+    cfg = make_config(eval_every=1, dev=0.0, name="warned")
+    pmd.train(cfg)
+    assert capsys.readouterr().out.count("WARNING: lessons make failed attempts likelier") == 1
+    rows = records.read_rows(records.Path(cfg.out) / "warned" / "metrics.jsonl")
+    pulls = [row.get("lesson_pull") for row in rows if row.get("split") == "test"]
+    assert pulls == [None, 0.5, 0.6]
+
+
+def test_a_pull_within_its_error_is_no_warning():
+    assert not Pull(0.3, 0.2, 32).warning and not Pull(-3.0, 0.1, 32).warning
+    assert "0.30 +- 0.10" in Pull(0.3, 0.1, 32).warning
