@@ -53,6 +53,7 @@ from runtime.ranks import broadcast, gather, rank
 from runtime.samples import sample_of
 from runtime.store import describe
 from runtime.tables import plot_curves, table, title
+from runtime.watch import lesson_pull
 
 # The environment of a run that --compare started: the --name of the comparison.
 COMPARISON = "PMD_COMPARISON"
@@ -119,6 +120,8 @@ class Run:
         bar = {"total": self.total, "desc": cfg.method, "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(**bar, disable=rank() > 0 or None)
         self.learned = ""  # the last reward, for the bar
+        self.method = None  # `restore` sets it
+        self.warned = False  # of lessons that are misread, once
         self.send = lambda row: None
         if rank() == 0:
             self._open()
@@ -266,9 +269,18 @@ class Run:
         append(self.folder / "samples.jsonl", sample)
 
     def note_answers(self, step, split, rows, estimates):
-        """Writes the samples of an evaluation, and the estimates from them."""
+        """Writes the samples of an evaluation, and the estimates from them.
+
+        With those on test comes what lessons do to failed attempts: see runtime/watch.py.
+        """
+        pull = lesson_pull(self.method, step) if split == "test" else None
         if rank():
             return
+        if pull:
+            estimates = {**estimates, "lesson_pull": pull.mean}
+            if pull.warning and not self.warned:
+                self.bar.write(pull.warning)
+                self.warned = True
         cfg = self.cfg
         write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", rows)
         rollouts = step * cfg.batch_size * cfg.group_size
@@ -323,7 +335,7 @@ class Run:
         Memory and records return to its step.
         Raises RunError if it can't be read, with the checkpoint to go on from instead.
         """
-        step = 0
+        step, self.method = 0, method
         if self.saved:
             cure = cure_without(self.saved, self.folder)
             record = read_checkpoint(self.saved, method, optimizer, cure)
