@@ -204,8 +204,7 @@ def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Fo
         f" {exercise}s of this kind.\n"
         f"- Do not refer to this particular {exercise}, to {particulars}.\n"
         f"- Do not mention attempts, {solution}s, verdicts, a model or a student.\n"
-        f"- Give no advice about {about}.\n"
-        f"{JSON_REPLY}"
+        f"- Give no advice about {about}.\n{JSON_REPLY}"
     )
     return Forms(
         role=role,
@@ -221,16 +220,15 @@ def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Fo
             f"Compare what separates the correct from the incorrect {solution}s. Write two or three"
             " strategies that "
             f"lead to correct {solution}s and two or three lessons that prevent the"
-            f" mistakes.\n{rules}"
-            f"{BOTH}"
+            f" mistakes.\n{rules}{BOTH}"
         ),
         strategies_only=(
-            f"Write two or three strategies that make {solution}s like these correct.\n{rules}"
-            f"{ONLY_STRATEGIES}"
+            f"Write two or three strategies that make {solution}s like these correct.\n"
+            f"{rules}{ONLY_STRATEGIES}"
         ),
         lessons_only=(
-            f"Work out what went wrong and write two or three lessons that prevent it.\n{rules}"
-            f"{ONLY_LESSONS}"
+            "Work out what went wrong and write two or three lessons that prevent it.\n"
+            f"{rules}{ONLY_LESSONS}"
         ),
         abstract_role=(
             f"Below are {exercise}s of one kind with what was learned from each. Find the patterns"
@@ -245,8 +243,7 @@ def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Fo
         decide=(
             "Decide which behaviors to add, which known ones to rewrite and which known ones to"
             " remove because they are "
-            f"wrong or covered by others.\n{rules}"
-            f"{DECISIONS}"
+            f"wrong or covered by others.\n{rules}{DECISIONS}"
         ),
     )
 

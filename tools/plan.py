@@ -101,6 +101,13 @@ def report(cfg, model, gpus, gpu_memory, utilization):
             f"a checkpoint on the disk: {4 * copies * trained / GIB:.0f}; a run has --keep"
             " of them, the best on dev, and the one that is being written"
         )
+    print_settings(cfg, model, gpus, gpu_memory, utilization)
+    _, sentence = fits(cfg, model, gpus, gpu_memory, utilization)
+    print(f"\n{sentence}.")
+
+
+def print_settings(cfg, model, gpus, gpu_memory, utilization):
+    """Prints which --micro_tokens fit, with gradient checkpointing and without it."""
     print(f"\n{'--micro_tokens':>14}{'checkpointing':>15}{'activations':>13}{'most':>8}  fits")
     for on in (False, True):
         run = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": on})
@@ -114,8 +121,6 @@ def report(cfg, model, gpus, gpu_memory, utilization):
                 verdict = "largest"
             numbers = f"{activations / GIB:13.1f}{size / GIB:8.1f}"
             print(f"{rows:>14}{on_off(on):>15}{numbers}  {verdict}")
-    _, sentence = fits(cfg, model, gpus, gpu_memory, utilization)
-    print(f"\n{sentence}.")
 
 
 def tokens_cell(tokens) -> str:
