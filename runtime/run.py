@@ -6,6 +6,7 @@ computes the numbers of a step. cfg is pmd.Config throughout.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -50,6 +51,7 @@ from runtime.metrics import reporter, step_metrics
 from runtime.options import option
 from runtime.provenance import VERSION, changes, commit, environment, write_origin
 from runtime.ranks import broadcast, gather, rank
+from runtime.rows import add
 from runtime.store import describe
 from runtime.tables import plot_curves, table, title
 
@@ -106,6 +108,7 @@ class Run:
         self.spent = 0.0  # seconds of earlier processes
         self.total = total_steps(task.train, cfg)
         clock.read()  # the seconds so far are not those of a step
+        clock.passed()
         self.name = cfg.name or broadcast(default_name(cfg))
         self.folder = Path(cfg.out) / self.name
         refusal = broadcast(claim(self.folder, cfg.resume) if rank() == 0 else "")
@@ -237,10 +240,11 @@ class Run:
 
     def log(self, step, rollouts, sums, memory):
         """Writes a line of metrics.jsonl, and every `log_every` steps prints one with a sample."""
+        passed = functools.reduce(add, gather(clock.passed()))
         if rank():
             return
         cfg = self.cfg
-        metrics = step_metrics(step, rollouts, sums, memory, self.task.train, cfg)
+        metrics = step_metrics(step, rollouts, sums, passed, memory, self.task.train, cfg)
         self.note(metrics)
         sizes = "/".join(map(str, metrics["memory"].values()))
         self.learned = f", reward {metrics['reward']:.2f}, memory {sizes}"
