@@ -21,14 +21,22 @@ MEANS = {
 }
 
 
-def step_metrics(step, rollouts, sums, memory, problems, cfg) -> dict:
-    """Returns the row of a step. problems: those of the training set. sums: of pmd.update."""
+FORWARD = ("sample", "reflect", "student", "teacher")  # the clocks whose tokens a method pays for
+
+
+def step_metrics(step, rollouts, sums, passed, memory, problems, cfg) -> dict:
+    """Returns the row of a step.
+
+    sums: of pmd.update. passed: of clock.passed, over all ranks. problems: those of the training
+    set.
+    """
     metrics = {
         "step": step,
         "epoch": (step - 1) // batches_per_epoch(problems, cfg),
         "rollouts": step * len(rollouts),
     }
     metrics |= attempt_metrics(rollouts) | update_metrics(sums)
+    metrics["forward_tokens"] = {name: passed[name] for name in FORWARD if passed[name]}
     metrics |= memory_metrics(memory, step, problems)
     return metrics | time_metrics(sum(len(r.ids) for r in rollouts))
 
@@ -43,7 +51,7 @@ def attempt_metrics(rollouts) -> dict:
         "groups_solved": len(solved) / len(problems),
         "truncated": sum(not r.finished for r in rollouts) / n,
         "completion_tokens": sum(len(r.ids) for r in rollouts) / n,
-        "teacher_active": sum(bool(r.teacher_ids) for r in rollouts) / n,
+        "teacher_active": sum(bool(r.teacher_prompt) for r in rollouts) / n,
     }
     rates = [r.test_pass_rate for r in rollouts if r.test_pass_rate is not None]
     if rates:

@@ -6,6 +6,7 @@ computes the numbers of a step. cfg is pmd.Config throughout.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -50,6 +51,7 @@ from runtime.metrics import reporter, step_metrics
 from runtime.options import option
 from runtime.provenance import VERSION, changes, commit, environment, write_origin
 from runtime.ranks import broadcast, gather, rank
+from runtime.rows import add
 from runtime.samples import sample_of
 from runtime.store import describe
 from runtime.tables import plot_curves, table, title
@@ -108,6 +110,7 @@ class Run:
         self.spent = 0.0  # seconds of earlier processes
         self.total = total_steps(task.train, cfg)
         clock.read()  # the seconds so far are not those of a step
+        clock.passed()
         self.name = cfg.name or broadcast(default_name(cfg))
         self.folder = Path(cfg.out) / self.name
         refusal = broadcast(claim(self.folder, cfg.resume) if rank() == 0 else "")
@@ -248,9 +251,10 @@ class Run:
         sample = {}
         if self.due(step, cfg.log_every):  # on every rank: one of them holds its divergences
             sample = sample_of(step, rows or rollouts, self.tokenizer)
+        passed = functools.reduce(add, gather(clock.passed()))
         if rank():
             return
-        metrics = step_metrics(step, rollouts, sums, memory, self.task.train, cfg)
+        metrics = step_metrics(step, rollouts, sums, passed, memory, self.task.train, cfg)
         self.note(metrics)
         sizes = "/".join(map(str, metrics["memory"].values()))
         self.learned = f", reward {metrics['reward']:.2f}, memory {sizes}"

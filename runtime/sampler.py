@@ -174,6 +174,8 @@ class Sampler:
             top_p,
             [schemas[i] for i in own],
         )
+        if rank() % self.cfg.tensor_parallel == 0:  # one of a team, which draws the same
+            clock.count(sum(len(s.prompt_ids) + len(s.ids) for s in drawn))
         samples = dict(pair for part in gather(list(zip(own, drawn, strict=True))) for pair in part)
         return [samples[i] for i in range(len(prompts))]
 

@@ -1986,3 +1986,48 @@ def test_the_clock_counts_every_second_once(monkeypatch):
         # 10
     # 15
     assert phases.read() == {"outer": 1 + 3 + 5, "inner": 2 + 4} and phases.read() == {}
+
+
+def test_all_rows_of_a_problem_are_in_one_update(policy, make_config):
+    cfg = make_config(mini_batch_size=2)
+    problems = load_task("nano").train[::40][:3]
+    rows = [
+        pmd.Rollout([1], [2, 3], torch.zeros(2), "", True, f"{p.id}/{n}", p, 0.0)
+        for p in problems
+        for n in (0, 1)
+    ]
+    rows += [dataclasses.replace(r, id=f"{r.id}/again") for r in rows[::2]]  # behind the others
+    parts = list(pmd.mini_batches(rows, policy, cfg))
+    assert [sorted({r.problem.id for r in part}) for part in parts] == [
+        sorted(p.id for p in problems[:2]),
+        [problems[2].id],
+    ]
+    assert [len(part) for part in parts] == [6, 3]
+    assert all(r.old_logprobs is not None for r in rows)
+
+
+@pytest.mark.parametrize("method", ["sdpo", "grpo"])
+def test_tokens_that_models_pass_forward_are_counted(make_config, monkeypatch, method):
+    """By the rows of phase 4: SDPO's student and teacher pass them once, GRPO's student twice."""
+    update, seen = pmd.update, []
+
+    def watched(method, optimizer, rows, step):
+        seen.append((step, [dataclasses.replace(r) for r in rows]))
+        assert method.folder == Path(cfg.out, "run")
+        return update(method, optimizer, rows, step)
+
+    monkeypatch.setattr(pmd, "update", watched)
+    cfg = make_config(method=method, steps=3, group_size=8, eval_every=1, name="run")
+    pmd.train(cfg)
+    lines = Path(cfg.out, "run", "metrics.jsonl").read_text().splitlines()
+    logged = {row["step"]: row for row in map(json.loads, lines) if "reward" in row}
+    for step, rows in seen:
+        own = sum(len(r.prompt_ids) + len(r.ids) for r in rows)
+        wanted = {"sample": own, "student": 2 * own}
+        if method == "sdpo":
+            taught = [r for r in rows if r.teacher_ids]
+            wanted["student"] = sum(len(r.prompt_ids) + len(r.ids) for r in taught)
+            wanted["teacher"] = sum(len(r.teacher_ids) + len(r.ids) for r in taught)
+        if logged[step]["updates"]:
+            assert logged[step]["forward_tokens"] == wanted
+    assert any(row["updates"] for row in logged.values())
