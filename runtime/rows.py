@@ -10,7 +10,8 @@ from collections import Counter
 
 import torch
 
-from kernels import policy_loss, score
+from kernels import score
+from runtime.policy_gradient import policy_loss
 from runtime.ranks import compute, forward, gather, rank, reshard, world
 
 
