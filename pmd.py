@@ -64,7 +64,7 @@ if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metada
 import torch
 
 from eval import Answers, EvalOptions, evaluate, some_of, verdicts
-from kernels import distill_loss, policy_loss
+from kernels import distill_loss
 from memory import Memory, MemoryOptions, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
@@ -78,6 +78,7 @@ from runtime.methods import listed, method_class, method_name, method_of
 from runtime.model import ModelOptions, copy_of, follow, load_policy, make_optimizer
 from runtime.open_memory import open_memory
 from runtime.options import option
+from runtime.policy_gradient import policy_loss
 from runtime.ranks import (
     broadcast,
     compute,

@@ -46,6 +46,7 @@ def check(cfg, method, quiet=False, ranks=0, checked=None, reads=0):
     check_numbers(cfg)
     check_words(cfg)
     check_machine(cfg, ranks)
+    check_compiled(cfg, ranks)
     check_adapters(cfg, ranks, method)
     check_folder(cfg, method, quiet)
     splits = ("train", "dev", "test") if method else ("test",)
@@ -137,6 +138,18 @@ def check_machine(cfg, ranks):
         raise ValueError(
             f"{ranks} processes are more than the {cfg.batch_size} problems of a batch; raise"
             " --batch_size or lower --nproc"
+        )
+
+
+def check_compiled(cfg, ranks):
+    """Checks --compile_layers.
+
+    Raises ValueError for several processes, or if transformers would generate with those layers.
+    """
+    if cfg.compile_layers and (ranks > 1 or not fast_sampler(cfg)):
+        raise ValueError(
+            "--compile_layers is for one process with --sampler vllm, since the layers would be"
+            " compiled anew for each length that transformers generates at; leave the flag out"
         )
 
 

@@ -54,6 +54,11 @@ class ModelOptions:
         "padded tokens per forward pass: a memory knob that changes no result [ours]",
         within="[1, inf)",
     )
+    compile_layers: bool = option(
+        False,
+        "compile each decoder layer, by torch.compile: fewer passes over memory on a GPU, minutes"
+        " at the start; needs --sampler vllm; not run on GPU [ours]",
+    )
     lora_rank: int = option(
         0,
         "train adapters of this rank on a frozen base in the type of the computation, in place of"
@@ -81,15 +86,30 @@ def make_optimizer(policy, cfg):
     (torch.distributed.checkpoint.state_dict, `_init_optim_state`).
     """
     weights = trained(policy)
-    optimizer = torch.optim.AdamW(weights, betas=(BETA1, cfg.beta2), weight_decay=WEIGHT_DECAY)
+    fused = is_fused(policy.device)  # one pass over weights and states
+    optimizer = torch.optim.AdamW(
+        weights, betas=(BETA1, cfg.beta2), weight_decay=WEIGHT_DECAY, fused=fused
+    )
     for p in weights:
         optimizer.state[p] = {
-            "step": torch.tensor(0.0, dtype=torch.float32),
+            # where torch wants it: beside a weight, or on the host
+            "step": torch.zeros((), device=p.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(p),
             "exp_avg_sq": torch.zeros_like(p),
         }
     optimizer.updates = 0  # so far: `update` sets the learning rate by it
     return optimizer
+
+
+def is_fused(device) -> bool:
+    """Whether AdamW runs as one kernel. On a CPU it would round otherwise than it did so far."""
+    return device.type == "cuda"
+
+
+def compile_layers(model):
+    """Compiles each decoder layer for all lengths, in place. Weights and their names stay."""
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 def trained(policy) -> list:
@@ -105,7 +125,10 @@ def copy_of(policy, cfg):
         return AdapterTeacher(policy)
     if is_sharded(policy):
         return shard(outline(policy.config), cfg, twin=policy)
-    return copy.deepcopy(policy)
+    twin = copy.deepcopy(policy)  # which leaves out what was compiled
+    if cfg.compile_layers:
+        compile_layers(twin)
+    return twin
 
 
 @torch.no_grad()
@@ -151,6 +174,8 @@ def load_policy(cfg):
             or policy.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
+    if cfg.compile_layers:
+        compile_layers(policy)
     if device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
         torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
     return policy

@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kernels import LARGEST_CHUNK, MEMORY_BUDGET
+from kernels import rows_of_chunk
 from runtime.lora import SCALE, TARGETS
 from runtime.methods import method_of
 
@@ -53,6 +53,7 @@ FRAGMENTED = 0.03
 # CUDA context, NCCL and cuBLAS buffers; and what a sleeping vLLM keeps (CUDA graphs, buffers). On
 # one H200 both together, with the 2.2 GiB of Qwen3-0.6B's weights, were 5 of 47 GiB
 CONTEXT = 1.5 * GIB
+TILES = GIB / 2  # of kernels.py on a GPU: 512 times kernels.TILE logits, of both, in float32
 ASLEEP = 1.5 * GIB
 # Assumed, not measured:
 PREFILL = 2 * GIB  # vLLM's activations, inside its share
@@ -261,7 +262,7 @@ def plan(
     PyTorch's own, 0 on a CPU. at_limits: every prompt and completion is as long as it may be, so
     that the longer rows of the teacher decide how many are in a micro-batch.
     """
-    z = sizes(cfg, model, gpus, micro_tokens or cfg.micro_tokens, at_limits)
+    z = sizes(cfg, model, gpus, micro_tokens or cfg.micro_tokens, context > 0, at_limits)
     share = utilization * gpu_memory * GIB
     state = held(cfg, z, share)
     without_gradients = {k: size for k, size in state.items() if not k.startswith("gradients")}
@@ -276,7 +277,7 @@ def plan(
     return phases
 
 
-def sizes(cfg, model, gpus, micro_tokens, at_limits=False) -> SimpleNamespace:
+def sizes(cfg, model, gpus, micro_tokens, on_gpu=True, at_limits=False) -> SimpleNamespace:
     """The quantities that the formulas share, by the symbols of this file's docstring."""
     z = SimpleNamespace(g=gpus, sharded=gpus > 1, config=model.config, tied=model.tied)
     z.checkpointed = cfg.gradient_checkpointing
@@ -306,6 +307,8 @@ def sizes(cfg, model, gpus, micro_tokens, at_limits=False) -> SimpleNamespace:
     z.S = max(micro_tokens, z.row)
     z.T = max(micro_tokens, z.teacher_row)
     z.N = z.S  # completion tokens: at most all of them
+    z.on_gpu = on_gpu
+    z.chunk = rows_of_chunk(2 * 4 * z.V, "cuda" if on_gpu else "cpu")
     if at_limits:
         rows = max(1, micro_tokens // max(z.row, z.distills * z.teacher_row))
         z.S, z.T, z.N = rows * z.row, rows * z.teacher_row, rows * cfg.max_completion
@@ -377,7 +380,8 @@ def update(z) -> dict[str, dict[str, float]]:
     else:
         kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.layer.kept) + masks(z, z.S, z.row, z.L)
         again = z.S * (z.layer.backward - z.layer.kept)
-    chunk = 2 * min(z.N, LARGEST_CHUNK) * z.V * 4
+    logits = 2 * min(z.N, z.chunk) * z.V
+    chunk = z.e * logits + min(TILES, 4 * logits) if z.on_gpu else 4 * logits
     return {
         "teacher": {
             "whole root": root,
@@ -386,22 +390,22 @@ def update(z) -> dict[str, dict[str, float]]:
             "activations": z.T * z.layer.forward + masks(z, z.T, z.teacher_row, 1),
         },
         # hidden states twice (picked from the rows, then where the weight is not 0), their gradient
-        # in float32; the head's gradient in float32, a chunk's part of it in e bytes, under
-        # autocast beside a copy of the head
+        # in float32; logits of both; the head's gradient in float32, a chunk's part of it in e
+        # bytes, under autocast beside a copy of the head
         "loss": roots
         | {
             "autocast's weights": (1 + z.averaged) * z.cast * z.A,
             "activations": kept,
-            "loss chunk": min(MEMORY_BUDGET, chunk),
+            "loss chunk": chunk,
             "hidden states": (2 * (1 + z.distills) * z.h + 4) * z.N * z.H,
             "head's gradient": (4 + z.e + z.cast) * z.trained_head,
         },
-        # backward begins: the saved gradients, beside them scaled, then cast to e bytes
+        # backward begins: the saved gradients, beside them scaled, in the type of what they are of
         "scale": back
         | {
             "activations": kept,
-            "hidden states": (8 + z.h % 4) * z.N * z.H,
-            "head's gradient": (8 + z.e % 4) * z.trained_head,
+            "hidden states": (4 + z.h) * z.N * z.H,
+            "head's gradient": (4 + (z.e if z.sharded else 4)) * z.trained_head,
         },
         # the top layer; the head's gradient waits for the embedding's where they share a group or
         # are one weight

@@ -34,6 +34,7 @@ FREE = {
     "nproc",
     "micro_tokens",
     "gradient_checkpointing",
+    "compile_layers",
     "sampler",
     "gpu_memory_utilization",
     "tensor_parallel",

@@ -10,8 +10,9 @@ from collections import Counter
 
 import torch
 
-from kernels import policy_loss, score
+from kernels import score
 from runtime.clock import clock
+from runtime.policy_gradient import policy_loss
 from runtime.ranks import compute, forward, gather, rank, reshard, world
 
 

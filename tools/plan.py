@@ -61,9 +61,9 @@ def report(cfg, model, gpus, gpu_memory, utilization):
         f" {gpu_memory:g} GiB; --micro_tokens {cfg.micro_tokens}; gradient checkpointing"
         f" {on_off(cfg.gradient_checkpointing)}"
     )
-    trained = cfg.lora_rank * model.widths or model.parameters
     if cfg.lora_rank:
-        print(f"--lora_rank {cfg.lora_rank}: {trained / 1e6:.0f}e6 parameters are trained")
+        trained = count_trained(cfg, model) / 1e6
+        print(f"--lora_rank {cfg.lora_rank}: {trained:.0f}e6 parameters are trained")
     print()
     line("GiB per GPU, computed", phases)
     names = dict.fromkeys(name for components in phases.values() for name in components)
@@ -89,18 +89,7 @@ def report(cfg, model, gpus, gpu_memory, utilization):
         f"with every prompt and completion at its limit at most {size / GIB:.1f} ({phase}): the"
         " teacher's longer rows leave fewer of the student's tokens in a micro-batch"
     )
-    deals = " and deals them out" if gpus > 1 else ""
-    stored = 2 if cfg.lora_rank and cfg.dtype != "float32" else 4  # bytes of a weight
-    print(
-        f"the host's memory: {stored * model.parameters / GIB:.0f} in the first process of the job,"
-        f" which reads the weights{deals}"
-    )
-    if "AdamW, float32" in phases["sample"]:
-        copies = 3 + ("EMA teacher, float32" in phases["sample"])  # the policy, Adam's two moments
-        print(
-            f"a checkpoint on the disk: {4 * copies * trained / GIB:.0f}; a run has --keep"
-            " of them, the best on dev, and the one that is being written"
-        )
+    report_host(cfg, model, gpus, phases)
     print_settings(cfg, model, gpus, gpu_memory, utilization)
     _, sentence = fits(cfg, model, gpus, gpu_memory, utilization)
     print(f"\n{sentence}.")
@@ -121,6 +110,27 @@ def print_settings(cfg, model, gpus, gpu_memory, utilization):
                 verdict = "largest"
             numbers = f"{activations / GIB:13.1f}{size / GIB:8.1f}"
             print(f"{rows:>14}{on_off(on):>15}{numbers}  {verdict}")
+
+
+def report_host(cfg, model, gpus, phases):
+    """Prints what the host and the disk hold."""
+    deals = " and deals them out" if gpus > 1 else ""
+    stored = 2 if cfg.lora_rank and cfg.dtype != "float32" else 4  # bytes of a weight
+    print(
+        f"the host's memory: {stored * model.parameters / GIB:.0f} in the first process of the job,"
+        f" which reads the weights{deals}"
+    )
+    if "AdamW, float32" in phases["sample"]:
+        copies = 3 + ("EMA teacher, float32" in phases["sample"])  # the policy, Adam's two moments
+        size = 4 * copies * count_trained(cfg, model) / GIB
+        print(
+            f"a checkpoint on the disk: {size:.0f}; a run has --keep"
+            " of them, the best on dev, and the one that is being written"
+        )
+
+
+def count_trained(cfg, model) -> int:
+    return cfg.lora_rank * model.widths or model.parameters
 
 
 def tokens_cell(tokens) -> str:
