@@ -45,21 +45,13 @@ Deviations from the paper
 """
 
 import functools
-import importlib.metadata
 import multiprocessing
 import random
-import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metadata.distributions()):
-    sys.exit(
-        "pmd.py: an installed package is named `kernels` like our kernels.py, and transformers"
-        " would load the wrong one; run `pip uninstall kernels` or use a fresh virtual environment"
-    )
 
 import torch
 
@@ -72,7 +64,7 @@ from runtime.chat import encode_prompt, encode_turns  # noqa: F401  the second f
 from runtime.check import need_groups  # noqa: F401  for methods
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
-from runtime.flags import Flags
+from runtime.flags import Flags, given_flags
 from runtime.jobs import at_end, compare, explained, quiet_libraries
 from runtime.methods import listed, method_class, method_name, method_of
 from runtime.model import ModelOptions, copy_of, follow, load_policy, make_optimizer
@@ -729,7 +721,7 @@ def parse_flags(argv=None) -> Config:
 
     Raises ValueError if there is no such --method.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = given_flags(argv)
     method = method_class(method_name(argv))
     parser = Flags(
         method.Config,
@@ -752,7 +744,7 @@ def parse_flags(argv=None) -> Config:
 def compared(cfg, argv=None):
     """Gives the folder of a comparison and its runs: several methods, same flags, same budget."""
     checks.refuse_launcher()
-    argv = sys.argv[1:] if argv is None else argv
+    argv = given_flags(argv)
     methods = [name.strip() for name in cfg.compare.split(",")]
     if len({method_class(name) for name in methods}) < len(methods):
         raise ValueError(f"--compare takes different methods, not {cfg.compare!r}")

@@ -96,7 +96,7 @@ class RunOptions:
         "and Ctrl-C; --resume goes on; 0 for no limit [ours]",
         within="[0, inf)",
     )
-    log: Literal["", "tensorboard", "wandb"] = option(
+    log: Literal["", "tensorboard", "wandb", "trackio"] = option(
         "", "send the metrics there too, through its own library [ours]"
     )
 

@@ -226,6 +226,7 @@ def test_the_engine_follows_a_schema(tmp_path_factory, make_config):
     )
     folder = tmp_path_factory.mktemp("bytes")
     AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     changes = dict(sampler="vllm", memory_format="guided", memory_completion=400)
     cfg = make_config(model=str(folder), max_reprompt=1500, **changes)
