@@ -1,9 +1,62 @@
 """The study: does PMD beat SDPO, where, and why? In the embedded world, with seeds.
 
-python study/study.py                 # all runs that have no record yet: about 8 core-hours
-python study/study.py --parts main    # or some of tuning,main,scale,mastered
-python study/study.py --report        # study/results.md and the figures, from the records
-python study/study.py --quick --out X # a world a kind, 10 steps: the machinery, no result
+    python study/study.py                 # all runs that have no record yet: about 8 core-hours
+    python study/study.py --parts main    # or some of tuning,main,scale,mastered
+    python study/study.py --report        # study/results.md and the figures, from the records
+    python study/study.py --quick --out X # a world a kind, 10 steps: the machinery, no result
+
+DECLARATION. This text, the grid below and tables.py were committed before the first run.
+
+Worlds. 24 a kind: 500 to 523, whose verifier names the first wrong step (feedback), and 524 to
+547, whose verifier says nothing (plain). 548 to 553 are those of part `mastered`. No draft and no
+table has used any of them. A world's number is the seed of its run. Checkpoints go round three,
+which differ in the seed of their pre-training and pass the reading probes of nano/README.md.
+
+Score. avg@4 on 80 held-out problems, without memory in the prompt. AUC is its mean over steps 10,
+20, ..., 80. A run is 80 steps of 8 problems and 4 rollouts each, one update a step, for every arm.
+
+Primary comparisons, in AUC, paired by world, two-sided t tests, Holm's correction over the five:
+    P1  PMD minus SDPO, feedback (24 worlds)
+    P2  PMD minus SDPO, plain (24 worlds)
+    P3  PMD minus PMD with a transient memory, both kinds (48 worlds)
+    P4  PMD minus a frozen memory, both kinds (48 worlds). The memory is that of a frozen policy
+        that ran in the same world, and all of it is read from the first step on
+    P5  PMD minus PMD whose teacher reads no lessons, plain (24 worlds)
+A comparison is won or lost if its corrected p is below 0.05, and else open. All else is
+exploratory. Wilcoxon's p and the mean of each checkpoint stand beside it: worlds of one checkpoint
+share its pre-training, and three checkpoints say little about a fourth.
+
+Rates. Each arm has its own: the best mean AUC of 3e-4, 6e-4, 1e-3 and 2e-3 over the tuning worlds
+411 to 416, three a kind, the same for all arms. PMD with --supervise solved takes PMD's. No other
+world tunes anything.
+
+Scale (part `scale`). PMD and SDPO in the eight feedback worlds of the shipped checkpoint, with
+checkpoints of 0.2, 0.7 and 6 million parameters that pass the probes, and with one that fails the
+lesson probe (0.6 million, the shipped one until 2026-11-26). The shipped one, 0.9 million, has its
+runs in `main`. Rates are the tuned ones times 96 / hidden size, at most 2e-3.
+
+Mastered problems (part `mastered`). --supervise_mastered or not, times --loss_mean sequence or
+token, for SDPO, PMD and transient memory, in 6 worlds of 160 steps. Leaving mastered problems out
+becomes the default if for each of the three, under `sequence`, the final score is higher (the 95%
+interval of the paired difference is above 0) and the mean over steps 20 to 160 is not lower (the
+interval's lower end is above -0.02). Else it stays off.
+
+What else becomes the default. `--supervise solved`, if PMD with it is above PMD in plain worlds
+and not below it in feedback worlds, by the 95% intervals of the differences in AUC. Else `all`.
+
+Compute. AUC at equal CPU seconds, and at equal forward tokens of student and teacher with
+reflection: the mean score over the budget, linear between evaluations, where the budget of a world
+is the smaller total of its SDPO and PMD runs. Evaluating, watching and a frozen memory's lender are
+left out.
+
+Why. Every ten steps the quality of the teacher is measured, exactly: see variants.py.
+
+No run is dropped: one that fails has a record that says so, and is named in results.md. One thread
+a run, one run a core. A record is a line of records.jsonl, written when its run ends, and the same
+command goes on with the runs that have none.
+
+Estimate, in core-hours: tuning 1.5, main 4.0, scale 1.1, mastered 1.6, together 8.2. The
+checkpoints are made before: study/README.md.
 """
 
 import argparse

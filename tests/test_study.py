@@ -77,6 +77,14 @@ def test_no_arm_gets_a_knob_that_another_does_not():
     assert own == {"method", "lessons", "supervise"}
 
 
+def test_the_estimate_is_the_declared_one():
+    for part, make in study.PARTS.items():
+        hours = sum(job.seconds for job in make(RATES)) / 3600
+        assert f"{part} {hours:.1f}" in study.__doc__
+    total = sum(job.seconds for make in study.PARTS.values() for job in make(RATES)) / 3600
+    assert f"together {total:.1f}" in study.__doc__ and total <= 8.5
+
+
 def test_the_rate_of_an_arm_is_its_best_by_auc():
     rows = []
     for world in study.TUNING:
