@@ -57,7 +57,7 @@ def test_the_grid_is_the_declared_one():
     names = [job.name for of in jobs.values() for job in of]
     assert len(set(names)) == len(names)
     worlds = {part: {job.world for job in of} for part, of in jobs.items()}
-    assert worlds["main"] == set(range(500, 548)) and worlds["mastered"] == set(range(548, 554))
+    assert worlds["main"] == set(range(510, 558)) and worlds["mastered"] == set(range(558, 564))
     assert worlds["tuning"] <= set(range(411, 461)) and worlds["scale"] <= worlds["main"]
     for part, arms in (("tuning", 6), ("main", 7)):
         cells = Counter((job.arm, job.kind, job.checkpoint) for job in jobs[part])
@@ -276,3 +276,13 @@ def test_watching_changes_nothing(name, make_config, monkeypatch):
     assert 0 < looks[0]["cpu"] < looks[1]["cpu"]
     readers = set(looks[1]["teacher"]["unsolved"])
     assert readers == {"student"} if name == "grpo" else {"student", "weights", "all"} <= readers
+
+
+def test_a_quick_look_leaves_the_worlds_of_the_study_alone(monkeypatch):
+    declared = {world for world, *_ in study.TUNING + study.MAIN + study.MASTERED}
+    for name in ("TUNING", "MAIN", "MASTERED", "RATES", "CHECKPOINTS", "SIZES"):
+        monkeypatch.setattr(study, name, getattr(study, name))
+    assert study.shortened() == {"steps": 10, "eval_problems": 20}
+    jobs = [job for make in study.PARTS.values() for job in make(RATES)]
+    assert jobs and not declared & {job.world for job in jobs}
+    assert {job.model for job in jobs} == {"nano"}
