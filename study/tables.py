@@ -32,6 +32,7 @@ PRIMARIES = {
 EXPLORED = [("sdpo", "grpo"), ("pmd", "grpo"), ("pmd-solved", "pmd"), ("pmd-nolessons", "pmd")]
 # Qwen3-8B, average of the four SciKnowEval domains (Tables 2 and 3), in percent
 PAPER = {"grpo": 69.4, "sdpo": 74.4, "pmd": 77.2, "pmd-transient": 75.7, "frozen-memory": 65.0}
+COLORS = {arm: f"C{i}" for i, arm in enumerate(NAMES)}
 BLOCKS = ("weights", "solution", "strategies", "lessons", "behaviors", "feedback", "all")
 COSTS = {"cpu": "CPU seconds", "tokens": "forward tokens"}
 BUDGET_OF = ["sdpo", "pmd"]  # the cheaper of them sets the budget of equal compute
@@ -352,26 +353,26 @@ def save(figure, path):
     plt.close(figure)
 
 
-def band(axis, x, values, label):
+def band(axis, x, values, arm):
     """Draws the mean of values (worlds, x) with its 95% interval."""
     low, high = zip(*(ends(values[column].dropna()) for column in values), strict=True)
-    (line,) = axis.plot(x, values.mean(), label=label)
-    axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+    axis.plot(x, values.mean(), color=COLORS[arm], label=NAMES[arm])
+    axis.fill_between(x, low, high, alpha=0.15, color=COLORS[arm])
 
 
 def learning_curves(runs, path):
     """Scores by step and by CPU seconds, a column a kind."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharey=True, layout="constrained")
     for column, kind in zip(axes.T, ("feedback", "plain"), strict=True):
-        for arm, name in NAMES.items():
+        for arm in NAMES:
             found = cell(runs, "main", arm, [kind])
             if found.empty:
                 continue
             scores = pd.DataFrame([[row["avg"] for row in test] for test in found.test])
             steps = [row["step"] for row in found.test.iloc[0]]
-            band(column[0], steps, scores, name)
+            band(column[0], steps, scores, arm)
             costs = pd.DataFrame([[row["cpu"] or 0 for row in test] for test in found.test])
-            column[1].plot(costs.mean(), scores.mean(), label=name)
+            column[1].plot(costs.mean(), scores.mean(), color=COLORS[arm])
         column[0].set(title=f"worlds with {kind}" if kind == "feedback" else "plain worlds")
         column[0].set(xlabel="step", ylabel="avg@4")
         column[1].set(xlabel="CPU seconds", ylabel="avg@4")
@@ -384,25 +385,26 @@ def teacher_curves(runs, path):
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True, layout="constrained")
     for arm, name in NAMES.items():
         found = cell(runs, "main", arm, ["feedback"])
-        for group, style in (("unsolved", "-"), ("solved", ":")):
+        for group, style in (("unsolved", ".-"), ("solved", ".:")):
             values = quality(found, group, "all").mean()
             if len(values.dropna()):
                 label = name if group == "unsolved" else None
-                axes[0].plot(values.index, values, style, label=label)
+                axes[0].plot(values.index, values, style, color=COLORS[arm], label=label)
     axes[0].set(title="all that it reads; dotted: solved problems", xlabel="step")
     axes[0].set(ylabel="probability of the right operation, less the student's")
     misreads = cell(runs, "scale", "pmd", label="misreads")
     shown = {"PMD, unsolved problems": cell(runs, "main", "pmd", ["feedback"])}
     shown["the checkpoint that misreads lessons"] = misreads
     for axis, (title, found) in zip(axes[1:], shown.items(), strict=True):
-        for block in BLOCKS:
+        for number, block in enumerate(BLOCKS):
             values = quality(found, "unsolved", block).mean()
             if len(values.dropna()):
-                axis.plot(values.index, values, label=block)
+                axis.plot(values.index, values, ".-", color=f"C{number}", label=block)
         axis.set(title=title, xlabel="step")
     for axis in axes:
         axis.axhline(0, color="gray", linewidth=0.8)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     save(figure, path)
 
 
