@@ -38,6 +38,10 @@ Deviations from the paper
 12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the
     mini-batch. Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
     SDPO's code too.
+13. `--lora_rank` trains adapters of a frozen base. Off by default. The paper trains all weights. An
+    averaged teacher averages the two factors of each adapter, not their product.
+14. `--memory_format` asks for reflections and abstractions in another form than B.3's free JSON.
+    guided: the sampler can write no other JSON. lines: plain lines, for small models.
 """
 
 import functools
@@ -100,6 +104,7 @@ from runtime.rows import (
     scored,  # noqa: F401  for methods
     token_ids,
     tokens_of,
+    totals,
 )
 from runtime.run import Run, RunOptions
 from runtime.sampler import Sample, SamplerOptions
@@ -271,7 +276,7 @@ def train(cfg: Config, checked=None) -> dict:
             if learns:
                 sampler.wake()  # with the new weights
 
-        run.log(step, rollouts, sums, method.memory)
+        run.log(step, rollouts, rows, sums, method.memory)
         if run.must_evaluate(step):
             evaluate_held_out(step, run, method)
         method.end_step(step)
@@ -424,6 +429,8 @@ class Rollout(Sample):
     # None: it is not reinforced. 0.0 is reinforced, and counts in the mean
     advantage: float | torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None  # (C,) the trainer's, before the batch's first update
+    # (C,) nats, for the log alone: what pulled its tokens, on the rank that distilled it
+    divergence: torch.Tensor | None = None
 
 
 def attempt(sampler, problems, cfg) -> list[Rollout]:
@@ -572,7 +579,7 @@ def update(method, optimizer, rows, step) -> Counter:
         loss.backward()
         reshard(method.teacher)
         gaps.append(sampler_gap(batch, logprobs))
-        sums = add(sums, {name: float(value.detach().sum()) for name, value in out.items()})
+        sums = add(sums, totals(batch, out))
     policy.eval()
     gap = require_small_gap(gaps, step, cfg)
     with clock("optimizer"):

@@ -149,6 +149,18 @@ def require_small_gap(gaps, step, cfg) -> Counter:
     return gap
 
 
+def totals(batch, out) -> dict:
+    """Sums the per-token values (N,) of a micro-batch's loss: {name: number}.
+
+    Each distilled row keeps its divergences, which a sample shows token by token.
+    """
+    if "divergence" in out:
+        parts = out["divergence"].detach().cpu().split([len(r.ids) for r in batch])
+        for row, part in zip(batch, parts, strict=True):
+            row.divergence = part if row.teacher_ids else None
+    return {name: float(value.detach().sum()) for name, value in out.items()}
+
+
 def tokens_of(batch, chosen) -> torch.Tensor:
     """(N,) bool on the host: whether a token is of a row for which chosen(row) is true."""
     return torch.tensor([chosen(r) for r in batch for _ in r.ids], dtype=torch.bool)

@@ -50,6 +50,7 @@ from runtime.metrics import reporter, step_metrics
 from runtime.options import option
 from runtime.provenance import VERSION, changes, commit, environment, write_origin
 from runtime.ranks import broadcast, gather, rank
+from runtime.samples import sample_of
 from runtime.store import describe
 from runtime.tables import plot_curves, table, title
 from runtime.watch import lesson_pull
@@ -238,17 +239,23 @@ class Run:
             if sys.exc_info()[0]:  # the program's own handlers again, whatever ended the run
                 self._restore_handlers()
 
-    def log(self, step, rollouts, sums, memory):
-        """Writes a line of metrics.jsonl, and every `log_every` steps prints one with a sample."""
+    def log(self, step, rollouts, rows, sums, memory):
+        """Writes a line of metrics.jsonl, and every `log_every` steps prints one with a sample.
+
+        rows: what phase 4 trained on, mostly the rollouts themselves.
+        """
+        cfg = self.cfg
+        sample = {}
+        if self.due(step, cfg.log_every):  # on every rank: one of them holds its divergences
+            sample = sample_of(step, rows or rollouts, self.tokenizer)
         if rank():
             return
-        cfg = self.cfg
         metrics = step_metrics(step, rollouts, sums, memory, self.task.train, cfg)
         self.note(metrics)
         sizes = "/".join(map(str, metrics["memory"].values()))
         self.learned = f", reward {metrics['reward']:.2f}, memory {sizes}"
         self.bar.update()
-        if not self.due(step, cfg.log_every):
+        if not sample:
             return
         line = (
             f"step {step:4d}  reward {metrics['reward']:.3f}  teacher active"
@@ -257,18 +264,8 @@ class Run:
         if any(metrics["memory"].values()):
             line += f"  memory {sizes}"
         self.bar.write(line)
-        rollout = next((r for r in rollouts if r.teacher_prompt), rollouts[0])
-        problem = rollout.problem
-        insight = memory.living("insight", problem.id)
-        sample = {
-            "step": step,
-            "problem": problem.id,
-            "student_prompt": problem.prompt,
-            "teacher_prompt": rollout.teacher_prompt,
-            "completion": rollout.text,
-            "reward": rollout.reward,
-            "insight": [f"{i.kind} {i.title}: {i.text}" for i in insight],
-        }
+        insight = memory.living("insight", sample["problem"])
+        sample["insight"] = [f"{i.kind} {i.title}: {i.text}" for i in insight]
         append(self.folder / "samples.jsonl", sample)
 
     def note_answers(self, step, split, rows, estimates):
