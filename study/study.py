@@ -33,7 +33,8 @@ world tunes anything.
 Scale (part `scale`). PMD and SDPO in the eight feedback worlds of the shipped checkpoint, with
 checkpoints of 0.2, 0.7 and 6 million parameters that pass the probes, and with one that fails the
 lesson probe (0.6 million, the shipped one until 2026-11-26). The shipped one, 0.9 million, has its
-runs in `main`. Rates are the tuned ones times 96 / hidden size, at most 2e-3.
+runs in `main`. Rates are the tuned ones times 96 / hidden size, at most 2e-3. A size that does not
+pass after its training stays in the table, named as one that fails.
 
 Mastered problems (part `mastered`). --supervise_mastered or not, times --loss_mean sequence or
 token, for SDPO, PMD and transient memory, in 6 worlds of 160 steps. Leaving mastered problems out
