@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Attempt, Question
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import kernels
 import pmd
+from memory import compose
 from runtime import run, samples
 from runtime.files import read_lines
 from runtime.samples import token_texts
@@ -230,6 +232,34 @@ def test_a_memorys_page_goes_through_time(folder, browser):
     browser.execute_script(search)
     time.sleep(0.5)
     assert browser.find_element("id", "count").text.startswith("1 of 3 problems")
+
+
+def test_a_story_shows_the_prompt_that_a_teacher_was_offered(make_memory, tmp_path, browser):
+    """Against memory.compose of what the memory itself says, step by step."""
+    reply = {
+        "strategies": [{"title": "a", "content": "think"}],
+        "lessons": [{"title": "b", "content": "try"}],
+    }
+    memory = make_memory(lambda prompt: json.dumps(reply))
+    problem = Question("p", "Why?")
+    memory.add_problems([problem])
+    wanted = {}
+    for step, texts in enumerate((["no"], ["yes"], ["perhaps"]), 1):
+        tries = [
+            Attempt(f"{step}/p/{i}", problem, text, float(text == "yes"))
+            for i, text in enumerate(texts)
+        ]
+        memory.record(step, tries)
+        memory.reflect(step, [problem])
+        (context,) = memory.contexts([Attempt(f"{step}/p/9", problem, "no")], step)
+        wanted[step] = compose(problem.prompt, **context)
+    memory.settle()
+    path = show_memory.write_memory_page(memory.path).rename(tmp_path / "story.html")
+    opened(browser, path)
+    for step, text in wanted.items():
+        script = "const p = problems[0]; return recomposed(p, p.visits.find((v) => v.step === arguments[0]))"
+        assert browser.execute_script(script, step) == text
+    assert "yes" in wanted[3] and "Lessons" in wanted[1]
 
 
 @pytest.mark.slow

@@ -19,12 +19,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from memory import BEHAVIORS, CLOSING, LESSONS, SOLUTION, STRATEGIES
 from runtime.files import RunError, read_rows
 from runtime.store import Store, describe, line_of, nearest, printable
 from tools.page import write_page
 
 KINDS = ("success", "failure", "strategy", "lesson", "behavior")
-CUT = 2000  # characters of a text in the page: 10,000 problems have to stay usable
+CUT = 2000  # characters of a text in the page
+ROOM = 60e6  # of all attempts in it: a memory of 10,000 problems has to stay usable
 SHOWN = 3  # behaviors that a teacher was offered [paper]; a run's config.json says otherwise
 
 
@@ -112,10 +114,10 @@ def stats(memory, png) -> str:
     return "\n".join([*lines, f"{problems} problems; picture: {png}"])
 
 
-def items_of(memory, place) -> list[tuple]:
+def items_of(memory, place, cut) -> list[tuple]:
     """Gives all items, oldest first, as pages/memory.js reads them.
 
-    place: {problem id: its number}. A behavior's is -1.
+    place: {problem id: its number}. A behavior's is -1. cut: characters of an attempt.
     """
     rows = memory.query(
         "SELECT id, kind, problem, title, text, feedback, evidence, born, ended, policy_step,"
@@ -124,7 +126,8 @@ def items_of(memory, place) -> list[tuple]:
     items = []
     for id, kind, problem, title, text, feedback, evidence, *times in rows:
         number = place[problem] if problem else -1
-        texts = (title, text[:CUT], feedback and feedback[:CUT])
+        longest = cut if kind in ("success", "failure") else CUT
+        texts = (title, text[:longest], feedback and feedback[:longest])
         items.append((id, KINDS.index(kind), number, *texts, json.loads(evidence), *times))
     return items
 
@@ -159,17 +162,21 @@ def memory_data(memory, samples, shown) -> dict:
     """Gathers what pages/memory.js draws."""
     problems = memory.query("SELECT id, substr(text, 1, ?), cluster FROM problem ORDER BY id", CUT)
     place = {id: number for number, (id, *_) in enumerate(problems)}
-    items = items_of(memory, place)
-    ((longest,),) = memory.query("SELECT MAX(MAX(length(text)), MAX(length(feedback))) FROM item")
+    attempts, longest = memory.query(
+        "SELECT COUNT(*), COALESCE(MAX(length(text)), 0) FROM item WHERE tier = 'experience'"
+    )[0]
+    cut = int(min(CUT, max(200, ROOM / max(1, attempts))))
     curves = growth(memory)
     return {
         "problems": problems,
-        "items": items,
+        "items": items_of(memory, place, cut),
         "visits": visits_of(memory, place, shown),
         "growth": np.stack([curves[kind] for kind in KINDS], axis=1).tolist(),
         "kinds": KINDS,
         "last": memory.last_step(),
-        "cut": CUT if (longest or 0) > CUT else 0,
+        "cut": cut if longest > cut else 0,
+        "headings": (STRATEGIES, LESSONS, BEHAVIORS, SOLUTION),
+        "closing": CLOSING,
         "samples": samples,
     }
 
@@ -211,9 +218,17 @@ def main(argv=None):
     """Runs the command line."""
     argv = sys.argv[1:] if argv is None else argv
     if "--html" in argv:
-        paths = [word for word in argv if word not in ("--html", "show")]
+        parser = argparse.ArgumentParser(
+            prog="python tools/show_memory.py",
+            description="Writes RUN/memory.html: see docs/looking.md.",
+        )
+        parser.add_argument("--html", action="store_true", help="as a page")
+        parser.add_argument(
+            "runs", nargs="+", metavar="RUN", help="a run's folder, or its memory.db"
+        )
+        args = parser.parse_args([word for word in argv if word != "show"])
         try:
-            return write_memory_pages(paths)
+            return write_memory_pages(args.runs)
         except (RunError, ValueError, OSError) as error:
             sys.exit(f"show_memory.py: {error}")
     parser = argparse.ArgumentParser(

@@ -137,10 +137,25 @@ function story(p) {
   const offered = (visit?.offered ?? []).map((id) => itemOf.get(id));
   box.append(...offered.map((item) => showItem(item, bank)));
   if (!offered.length) box.append(make("p", { class: "faint small" }, "none"));
+  if (visit) {
+    box.append(make("h3", {}, `What the teacher of a failed attempt was offered at step ${visit.step}, beside its feedback`),
+      make("pre", {}, recomposed(p, visit)));
+  }
   box.append(make("h3", {}, `What its teachers had read, in the samples that were kept: ${p.samples.length}`));
   if (!p.samples.length) box.append(make("p", { class: "faint small" }, "No sample of this problem was kept. A run with --log_every 1 keeps one of every step."));
   for (const sample of p.samples) box.append(showSample(sample));
   return box;
+}
+
+// The teacher's prompt as memory.compose writes it, from what lived at the end of a step.
+function recomposed(p, visit) {
+  const of = (kind) => p.items.filter((item) => item.kind === kind && lives(item, visit.step));
+  const lines = (found) => found.map((item) => `- ${item.title}: ${item.text}`);
+  const offered = visit.offered.map((id, i) => `${i + 1}. ${itemOf.get(id).title}: ${itemOf.get(id).text}`);
+  const solution = of("success").slice(-1).map((item) => item.text);
+  const blocks = [lines(of("strategy")), lines(of("lesson")), offered, solution];
+  const parts = blocks.flatMap((block, i) => block.length ? [data.headings[i], ...block] : []);
+  return [p.text, ...parts, ...(parts.length ? [data.closing] : [])].join("\n");
 }
 
 function growth() {
@@ -188,6 +203,6 @@ at("list").addEventListener("scroll", paint);
 at("bank").addEventListener("click", () => { location.hash = "bank"; });
 addEventListener("hashchange", () => { scrollTo(0, 0); show(); });
 at("about").textContent = `${problems.length} problems, ${items.length} items over ${data.last} steps. `
-  + (data.cut ? `Texts are cut after ${data.cut} characters: show_memory.py show --problem prints them whole.` : "");
+  + (data.cut ? `Longer texts are cut after ${data.cut} characters: show_memory.py show --problem prints them whole.` : "");
 if (data.run) at("links").append(make("a", { href: "run.html" }, "the run"));
 move();
