@@ -200,12 +200,19 @@ def outline(config):
 
 @torch.no_grad()
 def require_plain_head(policy, cfg):
+    """Raises Unsupported unless the logits are the head times the last hidden state.
+
+    A softcap is read from the configuration too: where weights are random, it does not show.
+    """
+    softcap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)
     probe = torch.arange(1, 9, device=policy.device)[None]
     hidden = policy.get_decoder()(input_ids=probe).last_hidden_state
     # the product as the model has it, or bfloat16 would round it otherwise
     logits = torch.nn.functional.linear(hidden, policy.get_output_embeddings().weight)
-    if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
+    same = torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3)
+    if softcap or not same:
+        how = f" (final_logit_softcapping {softcap})" if softcap else ""
         raise Unsupported(
-            f"{cfg.model} transforms its logits after the head, which the losses here do not"
+            f"{cfg.model} transforms its logits after the head{how}, which the losses here do not"
             " support"
         )

@@ -373,7 +373,10 @@ def test_metrics_also_go_where_log_says(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init = lambda **kwargs: started.update(kwargs) or session
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: fake)
+    there = importlib.util.find_spec
+    found = {"wandb": fake, "tensorboard": None}
+    look = lambda name, *rest: found[name] if name in found else there(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", look)
     pmd.train(small(tmp_path, name="r", steps=2, log="wandb"))
     assert started["name"] == "r" and started["id"].startswith("r-")
     assert started["resume"] == "allow" and started["config"]["steps"] == 2
@@ -382,7 +385,6 @@ def test_metrics_also_go_where_log_says(tmp_path, monkeypatch):
     assert {"train/reward", "train/memory/insight", "train/seconds/sample"} <= set(row)
     assert any("test/avg_at_k" in row for _, row in sent)
     assert all(isinstance(value, (int, float)) for _, row in sent for value in row.values())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="--log tensorboard needs its library: pip install tensorboard"
     ):
