@@ -20,8 +20,8 @@ from memory import compose
 from runtime import run, samples
 from runtime.files import read_lines
 from runtime.samples import token_texts
-from runtime.store import Item
-from tools import companion, show_memory, show_run
+from runtime.store import Item, Store
+from tools import companion, memory_page, show_memory, show_run
 from tools.page import write_page
 
 HERE = Path(__file__).resolve().parent.parent
@@ -144,9 +144,7 @@ def folder(tmp_path_factory):
 
 def fill_memory(path, problems, insights=3, steps=20):
     """Writes a memory: each problem gets an insight a step, of which the last `insights` live."""
-    memory = show_memory.Store(
-        path, lambda texts: np.ones((len(texts), 4)), "e", caps={"strategy": 10}
-    )
+    memory = Store(path, lambda texts: np.ones((len(texts), 4)), "e", caps={"strategy": 10})
     vector = np.ones(4, np.float32) / 2
     rows = [(f"p{n}", f"Problem {n}. {HOSTILE}", 0, vector.tobytes()) for n in range(problems)]
     with memory.writing():
@@ -254,7 +252,7 @@ def test_a_story_shows_the_prompt_that_a_teacher_was_offered(make_memory, tmp_pa
         (context,) = memory.contexts([Attempt(f"{step}/p/9", problem, "no")], step)
         wanted[step] = compose(problem.prompt, **context)
     memory.settle()
-    path = show_memory.write_memory_page(memory.path).rename(tmp_path / "story.html")
+    path = memory_page.write_memory_page(memory.path).rename(tmp_path / "story.html")
     opened(browser, path)
     for step, text in wanted.items():
         script = "const p = problems[0]; return recomposed(p, p.visits.find((v) => v.step === arguments[0]))"

@@ -19,8 +19,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.files import RunError, read_json, read_rows
+from tools.memory_page import write_memory_page
 from tools.page import write_page
-from tools.show_memory import write_memory_page
 
 GAPS = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token between sampler and trainer
 LOST = 0.2  # share of the replies without a well-formed item
