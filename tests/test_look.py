@@ -283,10 +283,14 @@ def test_ten_thousand_problems_stay_usable(tmp_path, browser):
     assert rows < 60 and seconds.pop("open") < 20 and max(seconds.values()) < 3
 
 
-def test_a_run_that_is_none_is_named(tmp_path, capsys):
-    for tool, said in ((show_run, "is no run"), (show_memory, "none of these has a memory.db")):
-        with pytest.raises(SystemExit, match=said):
-            tool.main([str(tmp_path), "--html"][: 2 if tool is show_memory else 1])
+def test_a_folder_without_a_run_is_named(tmp_path, capsys):
+    for tool, flags, file in (
+        (show_run, [], "metrics.jsonl"),
+        (show_memory, ["--html"], "memory.db"),
+    ):
+        with pytest.raises(SystemExit, match=f"none of these has a {file}"):
+            tool.main([str(tmp_path), *flags])
+        assert f"{tmp_path}: no {file}, left out" in capsys.readouterr().out
 
 
 def test_a_page_needs_nothing_from_outside(folder):

@@ -138,19 +138,21 @@ def write_run_page(folder) -> Path:
     return write_page(folder / "run.html", "run.html", title=title, about=about, data=data)
 
 
-def runs_in(folders) -> list[Path]:
-    """Gives the runs among folders, and those in the folders of comparisons.
+def runs_in(paths) -> list[Path]:
+    """Gives the runs among folders, and those in the folders of comparisons; others are named.
 
-    Raises ValueError for a folder without a run.
+    Raises ValueError if none is a run.
     """
     found = []
-    for folder in map(Path, folders):
+    for folder in map(Path, paths):
         inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
         if (folder / "metrics.jsonl").is_file():
             inside = [folder]
         if not inside:
-            raise ValueError(f"{folder} is no run: it has no metrics.jsonl")
+            print(f"{folder}: no metrics.jsonl, left out")
         found += inside
+    if not found:
+        raise ValueError("none of these has a metrics.jsonl; name the folder of a run")
     return found
 
 
