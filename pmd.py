@@ -38,42 +38,39 @@ Deviations from the paper
 12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the
     mini-batch. Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
     SDPO's code too.
+13. `--lora_rank` trains adapters of a frozen base. Off by default. The paper trains all weights. An
+    averaged teacher averages the two factors of each adapter, not their product.
+14. `--memory_format` asks for reflections and abstractions in another form than B.3's free JSON.
+    guided: the sampler can write no other JSON. lines: plain lines, for small models.
 """
 
 import functools
-import importlib.metadata
 import multiprocessing
 import random
-import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metadata.distributions()):
-    sys.exit(
-        "pmd.py: an installed package is named `kernels` like our kernels.py, and transformers"
-        " would load the wrong one; run `pip uninstall kernels` or use a fresh virtual environment"
-    )
-
 import torch
 
 from eval import Answers, EvalOptions, evaluate, some_of, verdicts
-from kernels import distill_loss, policy_loss
+from kernels import distill_loss
 from memory import Memory, MemoryOptions, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
-from runtime.chat import encode_prompt
+from runtime.chat import encode_prompt, encode_turns  # noqa: F401  the second for methods
 from runtime.check import need_groups  # noqa: F401  for methods
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
-from runtime.flags import Flags
+from runtime.flags import Flags, given_flags
 from runtime.jobs import at_end, compare, explained, quiet_libraries
-from runtime.methods import method_class, method_name, method_of
+from runtime.methods import listed, method_class, method_name, method_of
 from runtime.model import ModelOptions, copy_of, follow, load_policy, make_optimizer
 from runtime.open_memory import open_memory
 from runtime.options import option
+from runtime.policy_gradient import policy_loss
 from runtime.ranks import (
     broadcast,
     compute,
@@ -92,9 +89,12 @@ from runtime.rows import (
     add,
     completion_hidden,
     micro_batches,
+    note,
+    note_old_logprobs,
     own_logprobs,
     per_token,
     pick,
+    problem_ids,
     require_small_gap,
     sampler_gap,
     scored,  # noqa: F401  for methods
@@ -236,6 +236,7 @@ def train(cfg: Config, checked=None) -> dict:
     sampler = method.sampler = make_sampler(policy, tokenizer, cfg)  # all text comes from it
     sampler.sleep()  # what a checkpoint holds is filled in where there is room for it
     run = Run(cfg, task, tokenizer)
+    method.folder = run.folder
     method.memory = open_memory(run, method)
     first = run.restore(method, optimizer)
     sampler.wake()
@@ -286,7 +287,8 @@ class PMD:
     """Is the paper, phase by phase. Another method is a file of methods/ that replaces some hooks.
 
     Rows decide how they are trained (see Rollout): phase 4 does not ask for the method. Every hook
-    but make_teacher finds cfg, task, tokenizer, policy, teacher, sampler and memory in self.
+    but make_teacher finds cfg, task, tokenizer, policy, teacher, sampler, memory and folder (the
+    run's) in self.
     """
 
     Config = Config  # a method's own flags and defaults: a subclass, in its file
@@ -299,7 +301,7 @@ class PMD:
     def __init__(self, cfg, task, tokenizer, policy):
         self.cfg, self.task, self.tokenizer, self.policy = cfg, task, tokenizer, policy
         self.teacher = self.make_teacher(policy)
-        self.sampler = self.memory = None  # train() sets them
+        self.sampler = self.memory = self.folder = None  # train() sets them
 
     @classmethod
     def check(cls, cfg):
@@ -376,6 +378,16 @@ class PMD:
         """
         prompts = [r.teacher_ids for r in batch]
         return forward(self.teacher, lambda: completion_hidden(self.teacher, prompts, batch))
+
+    def divergence(self, hidden, head, teacher_hidden, teacher_head, weights, ids, **ratio):
+        """Sums the divergences of distilled tokens: arguments and result as of `distill_loss`.
+
+        teacher_hidden: what the hook of that name gave.
+        """
+        alpha, top_k = self.cfg.alpha, self.cfg.top_k or None
+        return distill_loss(
+            hidden, head, teacher_hidden, teacher_head, weights, ids, alpha, top_k, **ratio
+        )
 
     def loss(self, batch, total) -> dict:
         """Computes the loss of a micro-batch (Eq. 7): see `loss_of`."""
@@ -491,26 +503,18 @@ def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
 # --------------------------------------------------------------------------------------------------
 
 
-def mini_batches(rollouts, policy, cfg):
-    """Cuts a batch at problem borders into `mini_batch_size` problems an update.
+def mini_batches(rows, policy, cfg):
+    """Cuts a batch into `mini_batch_size` problems an update, with all rows of each problem.
 
     Where a ratio needs them, the trainer's own log-probabilities of the batch are scored first:
     with several updates a batch, and for rows that are reinforced or were sampled under another
     prompt. A single distillation update goes without: its policy IS the one that would be scored.
     """
-    size = cfg.mini_batch_size * cfg.group_size
-    parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-    has_ratio = any(r.advantage is not None or r.rollout_logprobs is None for r in rollouts)
+    groups, size = list(groups_of(rows).values()), cfg.mini_batch_size
+    parts = [sum(groups[i : i + size], []) for i in range(0, len(groups), size)]
+    has_ratio = any(r.advantage is not None or r.rollout_logprobs is None for r in rows)
     if has_ratio or len(parts) > 1:
-        scores = {}
-        for part in parts:
-            for batch in micro_batches(part, cfg):
-                logprobs = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
-                scores |= {r.id: row for r, row in zip(batch, logprobs, strict=True)}
-        reshard(policy)
-        scores = {id: row for share in gather(scores) for id, row in share.items()}
-        for r in rollouts:
-            r.old_logprobs = scores[r.id]
+        note_old_logprobs(policy, parts, cfg)
     yield from parts
 
 
@@ -549,7 +553,7 @@ def update(method, optimizer, rows, step) -> Counter:
     policy, cfg = method.policy, method.cfg
     trained = [r for r in rows if is_trained(r)]
     if not any(len(r.ids) for r in trained) or not any(has_signal(r) for r in trained):
-        some = micro_batches(rows[: 4 * world()], cfg)  # the sampler is watched all the same
+        some = micro_batches(rows[:4], cfg)  # the sampler is watched all the same
         gaps = [sampler_gap(batch, own_logprobs(policy, batch, cfg)) for batch in some]
         reshard(policy)
         return add(require_small_gap(gaps, step, cfg), {"updates_skipped": 1})
@@ -624,15 +628,13 @@ def loss_of(method, batch, total) -> dict:
         at = tokens_of(batch, is_distilled)
         # with one update a batch p_now is p_old: the rollout correction is the ratio in the kernel
         reference, clip = (sampled, ROLLOUT_CLIP) if old is None else (old, IS_CLIP)
-        distilled = distill_loss(
+        distilled = method.divergence(
             pick(hidden, at),
             head,
             teacher_hidden,
             method.teacher.get_output_embeddings().weight.detach(),
             pick(weights * per_token(batch, lambda r: r.weight, head), at),
             pick(ids, at),
-            cfg.alpha,
-            cfg.top_k or None,
             old_logprobs=pick(reference, at),
             is_clip=clip,
         )
@@ -655,27 +657,11 @@ def loss_of(method, batch, total) -> dict:
     return out
 
 
-def note(out, term, at):
-    """Adds a kernel's loss and per-token values, of the tokens `at`, to those of a micro-batch."""
-    out["loss"] = out["loss"] + term.loss
-    at = at.to(out["logprobs"].device)
-    for name in set(term._fields) - {"loss"}:
-        values = torch.zeros_like(out["logprobs"])
-        values[at] = getattr(term, name).to(values.dtype)
-        out[name] = torch.where(at, values, out[name]) if name in out else values
-
-
 def token_weight(rollout, divisor, cfg) -> float:
     """Gives the weight of a rollout's tokens in the loss of its mini-batch, before the ratios."""
     if cfg.loss_mean == "sequence":
         return 1 / (divisor * max(1, len(rollout.ids)))
     return 1 / divisor
-
-
-def problem_ids(rollouts) -> str:
-    """Names the problems of rollouts in an error."""
-    names = list(dict.fromkeys(r.problem.id for r in rollouts))
-    return f"problems {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -735,7 +721,7 @@ def parse_flags(argv=None) -> Config:
 
     Raises ValueError if there is no such --method.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = given_flags(argv)
     method = method_class(method_name(argv))
     parser = Flags(
         method.Config,
@@ -743,6 +729,8 @@ def parse_flags(argv=None) -> Config:
         usage="python pmd.py [--flag value ...]",
         epilog="Defaults are those of the task: `--model Qwen3-8B --help` shows the paper's.",
     )
+    if "-h" in argv or "--help" in argv:
+        parser.epilog += f"\n\n{listed()}"
     given, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
     kind = "nano" if given.model == "nano" else task.split("/")[0]
@@ -756,7 +744,7 @@ def parse_flags(argv=None) -> Config:
 def compared(cfg, argv=None):
     """Gives the folder of a comparison and its runs: several methods, same flags, same budget."""
     checks.refuse_launcher()
-    argv = sys.argv[1:] if argv is None else argv
+    argv = given_flags(argv)
     methods = [name.strip() for name in cfg.compare.split(",")]
     if len({method_class(name) for name in methods}) < len(methods):
         raise ValueError(f"--compare takes different methods, not {cfg.compare!r}")

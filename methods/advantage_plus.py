@@ -9,6 +9,10 @@ pi_play.py (2604.14054) and sod.py (2605.07725) say what was read of each. Here 
 what SDPO's reads. Ours: the teacher, the value of lambda, and that a rollout without a teacher is
 reinforced by A alone. The penalty k3(log p - log q) of Skill-SD, times the undetached ratio, has
 the same gradient (our derivation).
+
+Teacher reads: what SDPO's teacher reads.
+Loss: policy gradient with A + lambda d.
+Claims more than: grpo.
 """
 
 from dataclasses import dataclass

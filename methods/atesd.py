@@ -9,6 +9,10 @@ Read in notes by others; no code was found, nor any number of the controller. Ou
 constants below, and rewards normalised over all decisions so far. Left out: the controller's hidden
 layer, four of its six inputs, and the penalty on the distribution's entropy. A run of 80 steps
 makes 16 decisions.
+
+Teacher reads: as much of the reference as a controller says.
+Loss: forward KL.
+Claims more than: opsd.
 """
 
 import random

@@ -7,6 +7,10 @@ values are the paper's fixed exposure, of which it finds 0.5 best. atesd.py lear
 Read in notes by others; no code was found. Ours: the line from one value to another. Segments are
 lines. On nano they are steps, rounded up: the checkpoint reads the first steps of a solution, and
 no answer without them. An exposure of 1 is OPSD's prompt.
+
+Teacher reads: a fixed or scheduled part of the reference.
+Loss: forward KL.
+Claims more than: opsd.
 """
 
 import math

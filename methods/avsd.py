@@ -13,6 +13,10 @@ a sampled token is log q* - log p. `--method avsd-full` has the paper's full voc
 
 Ours: nano's third view is the rule of the last step as a strategy, because the final digits alone
 tell its checkpoint nothing (measured). Left out: LoRA, and the code's other weights and gates.
+
+Teacher reads: three views of the reference, each by itself.
+Loss: policy gradient with log q* - log p.
+Claims more than: opsd.
 """
 
 import math
@@ -71,13 +75,17 @@ def target(log_p, log_q) -> torch.Tensor:
 def give_teachers(method, rows, contexts):
     """Sets r.teachers: each row's prompt with each of its contexts (arguments of memory.compose).
 
-    Where the token budget leaves nothing of a context, it is the student's own prompt.
+    Where the token budget leaves nothing of a context, it is the student's own prompt. The first
+    becomes the row's teacher_prompt, which records show, where it has none.
     """
     problems = [r.problem for r, several in zip(rows, contexts, strict=True) for _ in several]
     flat = [context for several in contexts for context in several]
     prompts = iter(pmd.teacher_prompts(problems, flat, method.tokenizer, method.cfg))
     for r, several in zip(rows, contexts, strict=True):
-        r.teachers = [next(prompts)[1] or r.prompt_ids for _ in several]
+        pairs = [next(prompts) for _ in several]
+        r.teachers = [ids or r.prompt_ids for _, ids in pairs]
+        shown = [text for text, ids in pairs if ids]
+        r.teacher_prompt = r.teacher_prompt or next(iter(shown), "")
 
 
 def scores_of_views(teacher, rows, cfg) -> dict:

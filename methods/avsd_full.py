@@ -4,6 +4,10 @@ The loss of a token is the reverse KL to the renormalised q* of avsd.py, which h
 
 This is the form of the paper, which was read only as notes report it; the authors' code holds it
 and was run with the sampled token. Ours: as in avsd.py, and no ratio to the sampler.
+
+Teacher reads: three views of the reference, each by itself.
+Loss: reverse KL to q*.
+Claims more than: opsd.
 """
 
 import functools
@@ -25,14 +29,18 @@ class Method(avsd.Method):
     def weigh(self, step, rows):
         """Nothing is weighed."""
 
-    def loss(self, batch, total):
+    def teacher_hidden(self, batch) -> list:
+        """Gives the states (N, H) of each view."""
         states = []
         for number in range(avsd.VIEWS):
             prompts = [r.teachers[number] for r in batch]
             hidden = functools.partial(pmd.completion_hidden, self.teacher, prompts, batch)
-            with torch.no_grad():
-                states.append(pmd.forward(self.teacher, hidden))
-        return opsd.own_loss(self, batch, total, reverse_kl, states)
+            states.append(pmd.forward(self.teacher, hidden))
+        return states
+
+    def divergence(self, hidden, head, teacher_hidden, teacher_head, weights, ids, **ratio):
+        teachers = [(states, teacher_head) for states in teacher_hidden]
+        return opsd.by_formula(reverse_kl, hidden, head, teachers, weights, ids)
 
 
 def reverse_kl(log_p, *log_q, token_ids):

@@ -9,6 +9,10 @@ score is exact, the share of right steps before the first wrong one, and a failu
 whole of it; elsewhere the policy of this step judges, by a prompt of ours, and a reply without
 points counts as 1. A success is 1 by the verifier. Left out: the judge of single steps, and the KL
 to the initial policy, as for GRPO.
+
+Teacher reads: nothing: there is none.
+Loss: policy gradient with the dense reward, relative to the group.
+Claims more than: grpo.
 """
 
 import re
@@ -16,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import pmd
 from methods import grpo
-from methods.opsd import reference
+from methods.opsd import on_nano, reference
 from tasks.nano import verify_steps
 
 QUESTION = """Compare this answer with the reference solution. Reply with one number, from 1 where
@@ -51,7 +55,7 @@ class Method(grpo.Method):
     def scores(self, rollouts) -> dict[str, float]:
         """Gives each rollout's dense reward, from 0 to 1."""
         failed = [r for r in rollouts if r.reward <= pmd.SUCCESS]
-        judge = exact if self.cfg.task.startswith("nano") else self.judged
+        judge = exact if on_nano(failed) else self.judged
         scores = {r.id: score for r, score in zip(failed, judge(failed), strict=True)}
         return {r.id: scores.get(r.id, 1.0) for r in rollouts}
 

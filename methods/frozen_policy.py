@@ -4,6 +4,10 @@ learns.
 Nothing is trained. The policy would score as the base model does, so that held-out problems read
 the memory in their prompt: the insight and the latest success of the nearest training problem, and
 the nearest behaviors (ours: the paper does not say how these rows feed memory at test time).
+
+Teacher reads: nothing: there is none.
+Loss: none: nothing is trained.
+Claims more than: none, a control of the paper.
 """
 
 import pmd

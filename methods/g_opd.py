@@ -8,6 +8,10 @@ Both have one head, so the target is one teacher with the hidden state h_b + L (
 The authors' code was read: sampled tokens, A_t = (log b - log p) + L (log q - log b), and L 1.25,
 with another model as q. Ours: the self form, over the full vocabulary and as a reverse KL, with
 SDPO's contexts and its EMA teacher. The authors take one rollout of each of 1024 problems.
+
+Teacher reads: what SDPO's teacher reads, exaggerated.
+Loss: reverse KL.
+Claims more than: sdpo.
 """
 
 from dataclasses import dataclass

@@ -8,12 +8,14 @@ answer, but for the cap of 0.05 on each vocabulary entry: the gradient lowers an
 published scripts have alpha 0.5. Ours: all methods share one sampling budget, where the authors
 have `--group_size 1`. With the cap there is no ratio to the sampler, as in their code. Left out:
 LoRA, the teacher's top 50, and the variant whose teacher first explains the reference.
+
+Teacher reads: the reference.
+Loss: forward KL.
+Claims more than: grpo.
 """
 
 import functools
 from dataclasses import dataclass
-
-import torch
 
 import kernels
 import pmd
@@ -64,13 +66,12 @@ class Method(ReferenceTaught):
                 "--opsd_cap bounds the entries of a full forward KL: give --alpha 0 and --top_k 0"
             )
 
-    def loss(self, batch, total):
+    def divergence(self, hidden, head, teacher_hidden, teacher_head, weights, ids, **ratio):
+        teacher = teacher_hidden, teacher_head
         if not self.cfg.opsd_cap:
-            return super().loss(batch, total)
-        with torch.no_grad():
-            states = self.teacher_hidden(batch)
+            return super().divergence(hidden, head, *teacher, weights, ids, **ratio)
         formula = functools.partial(capped_forward_kl, cap=self.cfg.opsd_cap)
-        return own_loss(self, batch, total, formula, [states])
+        return by_formula(formula, hidden, head, [teacher], weights, ids)
 
 
 def capped_forward_kl(log_p, log_q, token_ids, cap):
@@ -84,12 +85,7 @@ def reference(problem) -> str:
 
     Raises ValueError if the problem has none.
     """
-    text = problem.extra.get("reference", "")
-    rules = problem.extra.get("hidden", "").split()
-    if problem.verifier == "steps" and rules:
-        text = problem.answer
-        for rule in rules:
-            text = text.replace(rule.split("=")[0] + "=*", rule)
+    text = reference_or_nothing(problem)
     if not text:
         raise ValueError(
             f"problem {problem.id} has no reference solution, which the teacher of this method"
@@ -98,18 +94,27 @@ def reference(problem) -> str:
     return text
 
 
-def own_loss(method, batch, total, formula, states) -> dict:
-    """Computes the loss of a micro-batch of distilled rows, without a ratio to the sampler.
+def reference_or_nothing(problem) -> str:
+    rules = problem.extra.get("hidden", "").split()
+    if problem.verifier != "steps" or not rules:
+        return problem.extra.get("reference", "")
+    text = problem.answer
+    for rule in rules:
+        text = text.replace(rule.split("=")[0] + "=*", rule)
+    return text
 
-    formula: a token_loss of kernels.chunked_loss that also gives the teacher's entropies.
+
+def on_nano(rollouts) -> bool:
+    """Says whether rollouts are of one of nano's worlds, whose hidden operations can be told."""
+    return all(r.problem.verifier == "steps" for r in rollouts)
+
+
+def by_formula(formula, hidden, head, teachers, weights, ids) -> kernels.Distilled:
+    """Computes a divergence of one's own, without a ratio to the sampler.
+
+    formula: a token_loss of kernels.chunked_loss that also gives the teacher's entropies. teachers:
+    as there. Everything else is as for the hook `divergence`.
     """
-    hidden = pmd.completion_hidden(method.policy, [r.prompt_ids for r in batch], batch)
-    head = method.policy.get_output_embeddings().weight
-    teacher_head = method.teacher.get_output_embeddings().weight.detach()
-    weights = pmd.per_token(batch, lambda r: pmd.token_weight(r, total.divisor, method.cfg), head)
-    teachers = [(of_teacher, teacher_head) for of_teacher in states]
-    ids = pmd.token_ids(batch, head)
-    out = kernels.chunked_loss(formula, hidden, head, ids, weights, teachers)._asdict()
-    out["divergence"] = out.pop("token_losses")
-    (out["teacher_entropy"],) = out.pop("outputs")
-    return out
+    sums = kernels.chunked_loss(formula, hidden, head, ids, weights, teachers)
+    losses = sums.loss, sums.token_losses
+    return kernels.Distilled(*losses, sums.logprobs, sums.entropy, *sums.outputs)

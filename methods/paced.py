@@ -9,6 +9,10 @@ authors' repository has no code of it. Ours, where that is silent: the teacher i
 share of successes in this step's group; the weights have mean 1 over the batch's supervised
 rollouts, so that PACED and SDPO take steps of one size. A problem of weight 0 is not supervised.
 It includes those that only feedback, a memory or a reference could open.
+
+Teacher reads: what SDPO's teacher reads.
+Loss: reverse KL, problems weighted by s (1 - s).
+Claims more than: sdpo.
 """
 
 from dataclasses import dataclass, replace

@@ -11,7 +11,9 @@ sampler is here; no deviation in the advantage; the information is the reference
 first steps. Nano's model follows a whole reference, which leaves no advantage but the KL's, so
 its preset shows half of the steps. `reward` in the records is that of the privileged prompt.
 
-A mini-batch counts rows, of which a problem has twice as many here: --mini_batch_size is doubled.
+Teacher reads: the reference or its first steps; it answers, too.
+Loss: policy gradient under both prompts.
+Claims more than: grpo.
 """
 
 import re
@@ -25,9 +27,6 @@ from methods import opsd, sdpo
 class Config(pmd.Config):
     """pi-Distill."""
 
-    mini_batch_size: int = pmd.option(
-        64, "half as many problems per update; see pmd.py [ours]", within="[1, inf)"
-    )
     pi_share: float = pmd.option(
         0.5, "a: the share of the rows under the privileged prompt [paper]", within="[0, 1]"
     )
@@ -41,10 +40,7 @@ class Config(pmd.Config):
 
 class Method(sdpo.Method):
     Config = Config
-    presets = {
-        "livecodebench": dict(mini_batch_size=2),
-        "nano": dict(mini_batch_size=16, pi_shown=0.5),
-    }
+    presets = {"nano": dict(pi_shown=0.5)}
 
     def make_teacher(self, policy):
         """Gives the policy, which teaches under another prompt."""

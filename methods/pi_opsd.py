@@ -7,6 +7,10 @@ and student share their weights. Not to be taken for OPSD of arXiv 2601.18734.
 Of the paper the abstract and the authors' blog were read, and the code of a third party, which
 recommends 0.25. Ours: the privileged information is the reference solution; advantages are those
 of our GRPO, not divided by their deviation.
+
+Teacher reads: the reference.
+Loss: policy gradient with A + lambda d.
+Claims more than: grpo.
 """
 
 from dataclasses import dataclass

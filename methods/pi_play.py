@@ -8,6 +8,10 @@ Of the paper third-party notes were read; its repository holds no code. They say
 and that the EMA's rate is 0.05. Ours: the values of lambda, and the line to 0 over 50 steps, which
 is the student's share of one of the paper's rounds. On nano the path is the hidden operation of
 each syllable, told as strategies. Elsewhere it is the key `construction` of the problem's row.
+
+Teacher reads: how the problem was made.
+Loss: policy gradient with A + lambda d, lambda falling to 0.
+Claims more than: grpo.
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,10 @@
 
 The bank is therefore refreshed in every step, from this step's problems, and the teacher reads it
 after that refresh.
+
+Teacher reads: the memory of this step alone.
+Loss: PMD's divergence.
+Claims more than: none, a control of the paper.
 """
 
 import pmd

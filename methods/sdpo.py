@@ -4,6 +4,10 @@ remembered.
 The rules are those of the authors' code (lasgroup/SDPO): the first successful sibling of the group
 is shown, never the rollout's own success; feedback is shown where there is no such sibling; a
 rollout without either is not supervised.
+
+Teacher reads: a successful sibling, or feedback.
+Loss: a generalized JSD, as PMD's.
+Claims more than: grpo.
 """
 
 import pmd

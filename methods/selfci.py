@@ -8,6 +8,10 @@ Only the abstract was read, and no hyper-parameters were found. There, one feedb
 and the other about what must not be disclosed. Ours: the first teacher reads a successful sibling,
 the second the verifier's feedback, by SDPO's rules otherwise. A rollout with one of the two has one
 teacher. Where the verifier says nothing, this is SDPO with a reverse KL.
+
+Teacher reads: two contexts, a successful sibling and feedback.
+Loss: reverse KL to the product of both.
+Claims more than: sdpo.
 """
 
 from dataclasses import dataclass

@@ -19,6 +19,10 @@ Nobody reads its behaviors. The authors make it before training, and add to it e
 pair may lack one of the two. All methods share one sampling budget, where the authors have
 `--group_size 1`. Left out: LoRA, gradient clipping at 0.1, masks of think tags and newlines, and
 the variant with a gated forward KL.
+
+Teacher reads: pairs of a strategy and a lesson, each checked by the verdict.
+Loss: policy gradient with a gated d.
+Claims more than: opsd.
 """
 
 from dataclasses import dataclass

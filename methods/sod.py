@@ -8,6 +8,10 @@ The code forms a product over turns, which telescopes to this.
 The authors' code was read: delta 0.2, a coefficient of 1, and a rate of 1e-6 at 64 x 16 rollouts.
 Their turns are calls of tools, and their teacher is another model. Ours: the teacher is the same
 model and reads what SDPO's reads. A turn is a syllable's step on nano, and a line elsewhere.
+
+Teacher reads: what SDPO's teacher reads.
+Loss: policy gradient with A + w d, w by turn.
+Claims more than: grpo.
 """
 
 from dataclasses import dataclass

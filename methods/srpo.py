@@ -9,6 +9,10 @@ token. One mean over all tokens of both kinds.
 The paper was read in full; no authors' code was found. Ours, where it is silent: advantages are
 relative to all rollouts of a group, routed or not; the weights have no gradient; H is taken over
 the full vocabulary.
+
+Teacher reads: what SDPO's teacher reads, of failures alone.
+Loss: PMD's divergence on failures, policy gradient on the rest.
+Claims more than: sdpo.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,10 @@ these are silent: the prompt and the kinds of the annotator, which is the policy
 lines. On nano it is exact and marks operations, and a kind names the operation, since the
 checkpoint reads nothing coarser: its teacher knows more than the paper's. Left out: both kinds of
 spans in one run, and the cap of 0.05 on the divergence of a vocabulary entry.
+
+Teacher reads: the kind of step that was marked.
+Loss: policy gradient, and forward KL on marked tokens of successes.
+Claims more than: grpo.
 """
 
 import itertools
@@ -19,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import pmd
-from methods import sdpo
+from methods import opsd, sdpo
 
 SHARE = 0.25  # of a rollout's tokens are marked, at most [TRACE]
 HOLD, FALL = 10, 30  # steps of the whole divergence, and in which it falls to 0 [TRACE]
@@ -53,7 +57,7 @@ class Method(sdpo.Method):
         if weight <= 0:
             return rollouts
         marked = [r for r in rollouts if (r.reward > pmd.SUCCESS) == self.succeeds]
-        annotate = self.exact if self.cfg.task.startswith("nano") else self.told
+        annotate = self.exact if opsd.on_nano(marked) else self.told
         notes = list(annotate(marked))
         problems, contexts = [r.problem for r in marked], [context for context, _ in notes]
         prompts = pmd.teacher_prompts(problems, contexts, self.tokenizer, self.cfg)

@@ -2,6 +2,10 @@
 
 On nano the marked token is the first operation of a failure that is not the hidden one, and the
 teacher reads that it is wrong, as the feedback of a world that speaks says it.
+
+Teacher reads: the kind of error that was marked.
+Loss: policy gradient, and reverse KL on marked tokens of failures.
+Claims more than: grpo.
 """
 
 from dataclasses import dataclass

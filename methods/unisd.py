@@ -13,6 +13,10 @@ The authors' code was read. Ours: the contexts are the three views of avsd.py, t
 the teacher's, and variances are over these three, without Bessel's correction; quantile and sum are
 of a batch. Left out: their contrast with a wrong demonstration, the match of hidden states, the
 clip of a token's divergence at 10, the cosine schedule of the rate, and `--group_size 1`.
+
+Teacher reads: the reference, and two other views of it.
+Loss: forward KL, weighted by agreement.
+Claims more than: opsd.
 """
 
 from dataclasses import dataclass

@@ -11,6 +11,10 @@ with one advantage each. Ours, where the notes are silent: R is a sum over token
 losses; the threshold's momentum; a batch without successes or without failures leaves it as it is;
 R is that of the weights before the batch. The weight of the divergence, for which the notes give
 two values, is 1.
+
+Teacher reads: what SDPO's teacher reads; its prompt is trained, too.
+Loss: reverse KL, and BCO under the teacher's prompt.
+Claims more than: sdpo.
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,7 @@
 """The embedded world: a tiny chat model that knows how to learn, and worlds whose secret only
 experience reveals.
 
-    python nano/make.py model --seed 0             # tokenizer and checkpoint (36 CPU-minutes)
+    python nano/make.py model --seed 0             # tokenizer and checkpoint (41 CPU-minutes)
     python nano/make.py world --seed 3 [--plain]   # task files, into nano/worlds/[plain/]3
     python nano/make.py probe                      # what the checkpoint reads and can do
 
@@ -47,8 +47,10 @@ __all__ = [
     "problem_text",
     "write_world",
 ]  # and what is defined here
-STEPS = 5600
-RATES = (3e-3, 3e-3, 2e-3, 2e-3)  # learning rates of the phases
+STEPS = 6500
+ENDS = (800, 1400, 2800, 5600, 6500)  # the last steps of the phases
+RATES = (3e-3, 3e-3, 2e-3, 2e-3, 2e-3)  # their learning rates
+FALLING = (3, 4)  # the phases at whose end the rate is 0
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single tokens
@@ -352,13 +354,13 @@ def loss_of(model, tokenizer, examples):
     return loss, int(wanted.sum()) + len(where)
 
 
-def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=200):
+def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=1300):
     """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU
     time it took.
 
     PHASES: first all that is short, until what is told is copied; then what holds after certain
     steps only; then mostly warnings, which are slow to learn; then everything, at a rate that falls
-    to 0.
+    to 0; then everything again, with more of what was not exact yet.
     """
     import torch
     from tqdm import tqdm
@@ -366,9 +368,7 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
     torch.set_num_threads(1)
     started = time.process_time()
     rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
-    ends = [
-        round(share * steps / STEPS) for share in (800, 1400, 2800)
-    ]  # of all phases but the last
+    ends = [round(end * steps / STEPS) for end in ENDS]
     model = make_model(tokenizer, seed, hidden_size, layers)
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)}"
@@ -381,12 +381,12 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
     bar = tqdm(range(1, steps + 1), mininterval=60)
     for step in bar:
         phase = sum(step > end for end in ends)
+        start, end = [0, *ends][phase], ends[phase]
         if step - 1 in ends:
             rng, optimizer = random.Random(f"nano model {seed}, phase {phase}"), adam(trained)
-        since = step - [0, *ends][phase]
-        left = 1.0 if phase < len(ends) else (steps + 1 - step) / (steps - ends[-1])
+        left = (end + 1 - step) / (end - start) if phase in FALLING else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = RATES[phase] * min(1, since / 50, left)
+            group["lr"] = RATES[phase] * min(1, (step - start) / 50, left)
         examples = draw_examples(rng, batch_size, PHASES[phase])
         examples.sort(
             key=lambda e: len(e.prompt) + len(e.given)

@@ -30,6 +30,40 @@ def encode_prompt(tokenizer, user, system="") -> list[int]:
     return ids
 
 
+def encode_turns(tokenizer, turns, system="", given="", budget=None) -> list[int]:
+    """Encodes a conversation up to where the assistant answers, and `given`, how its answer begins.
+
+    turns: (role, text) pairs, the first of them the user's. budget: tokens, at most; the longest of
+    the other texts then loses its beginning. What encode_prompt breaks in a text is broken here.
+    Raises ValueError if the template does not take such a conversation.
+    """
+    chat = chat_of(tokenizer)
+    roles, texts = [role for role, _ in turns], [text for _, text in turns]
+    if system and chat.takes_system:
+        roles, texts = ["system", *roles], [system, *texts]
+    elif system:
+        texts[0] = f"{system}\n\n{texts[0]}"
+    texts = [neutralise(text, chat.markers) for text in [*texts, given]]
+
+    def encoded(texts):
+        turns = list(zip(roles, texts[:-1], strict=True))
+        prompt = render(tokenizer, turns, True, enable_thinking=False)
+        parts = tokenizer([prompt, texts[-1]], add_special_tokens=False)["input_ids"]
+        return [id for part in parts for id in part]
+
+    fixed = count_of(encoded([SLOTS[0]] * len(roles) + [""]), chat.control_ids)
+    ids = encoded(texts)
+    if count_of(ids, chat.control_ids) != fixed:
+        texts = [without_ids(tokenizer, text, chat.control_ids) for text in texts]
+        ids = encoded(texts)
+    first = len(texts) - len(turns)  # behind the problem
+    while budget and len(ids) > budget and any(texts[first:]):
+        longest = max(range(first, len(texts)), key=lambda i: len(texts[i]))
+        texts[longest] = texts[longest][len(ids) - budget :]
+        ids = encoded(texts)
+    return ids
+
+
 def to_ids(tokenizer, texts) -> list[int]:
     """The ids of a prompt of {role: text}, as it stands before the assistant's answer."""
     text = render(tokenizer, texts.items(), True, enable_thinking=False)

@@ -1,4 +1,4 @@
-"""Measures the seconds of a step by phase."""
+"""Measures the seconds of a step by phase, and counts the tokens that models pass forward in it."""
 
 import contextlib
 import time
@@ -12,6 +12,7 @@ class Clock:
 
     def __init__(self):
         self.seconds = Counter()
+        self.tokens = Counter()
         self.running = []  # the names of the clocks, the innermost last
         self.peak = 0  # bytes of the GPU, over all processes
 
@@ -36,6 +37,16 @@ class Clock:
         if self.running:
             self.seconds[self.running[-1]] += now - self.since
         self.since = now
+
+    def count(self, tokens):
+        """Counts tokens that a model passes forward, under the name of the innermost clock."""
+        if self.running:
+            self.tokens[self.running[-1]] += tokens
+
+    def passed(self) -> Counter:
+        """Returns the tokens by name since the last call, those of this process."""
+        tokens, self.tokens = self.tokens, Counter()
+        return tokens
 
     def read(self) -> dict:
         """Returns the seconds by name since the last reading."""

@@ -4,6 +4,7 @@ A file that exists is a method. There is no registry.
 """
 
 import argparse
+import ast
 import functools
 import importlib
 import importlib.util
@@ -51,6 +52,29 @@ def method_name(argv) -> str:
 
 def spelled(name) -> str:
     return name if name.endswith(".py") else name.replace("_", "-")
+
+
+def card(path) -> dict[str, str]:
+    """Reads what a method's file says of itself, at the end of its docstring.
+
+    The keys are `Teacher reads`, `Loss` and `Claims more than`: a method, or none and why.
+    """
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return dict(re.findall(r"^(Teacher reads|Loss|Claims more than): (.+)\.$", text, re.M))
+
+
+@functools.cache
+def cards() -> dict[str, dict]:
+    """Gives the card of every file of methods/, by the name that --method takes."""
+    return {spelled(p.stem): card(p) for p in sorted(FOLDER.glob("[a-z]*.py"))}
+
+
+def listed() -> str:
+    """Gives the table of methods that --help ends with."""
+    lines = ["methods, what the teacher reads, and the loss:"]
+    for name, says in cards().items():
+        lines.append(f"  {name:16s} {says['Teacher reads']}; {says['Loss']}")
+    return "\n".join(lines)
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """Computes the numbers of a training step, a row of metrics.jsonl: see docs/metrics.md."""
 
 import dataclasses
+import hashlib
 import resource
+from pathlib import Path
 
 import torch
 
@@ -21,14 +23,22 @@ MEANS = {
 }
 
 
-def step_metrics(step, rollouts, sums, memory, problems, cfg) -> dict:
-    """Returns the row of a step. problems: those of the training set. sums: of pmd.update."""
+FORWARD = ("sample", "reflect", "student", "teacher")  # the clocks whose tokens a method pays for
+
+
+def step_metrics(step, rollouts, sums, passed, memory, problems, cfg) -> dict:
+    """Returns the row of a step.
+
+    sums: of pmd.update. passed: of clock.passed, over all ranks. problems: those of the training
+    set.
+    """
     metrics = {
         "step": step,
         "epoch": (step - 1) // batches_per_epoch(problems, cfg),
         "rollouts": step * len(rollouts),
     }
     metrics |= attempt_metrics(rollouts) | update_metrics(sums)
+    metrics["forward_tokens"] = {name: passed[name] for name in FORWARD if passed[name]}
     metrics |= memory_metrics(memory, step, problems)
     return metrics | time_metrics(sum(len(r.ids) for r in rollouts))
 
@@ -43,7 +53,7 @@ def attempt_metrics(rollouts) -> dict:
         "groups_solved": len(solved) / len(problems),
         "truncated": sum(not r.finished for r in rollouts) / n,
         "completion_tokens": sum(len(r.ids) for r in rollouts) / n,
-        "teacher_active": sum(bool(r.teacher_ids) for r in rollouts) / n,
+        "teacher_active": sum(bool(r.teacher_prompt) for r in rollouts) / n,
     }
     rates = [r.test_pass_rate for r in rollouts if r.test_pass_rate is not None]
     if rates:
@@ -135,12 +145,8 @@ def reporter(cfg, folder):
     def named(row):
         return dict(numbers(row, f"{row.get('split', 'train')}/"))
 
-    if cfg.log == "wandb":
-        import wandb
-
-        name = folder.name
-        options = {"config": dataclasses.asdict(cfg), "id": name, "resume": "allow"}
-        session = wandb.init(project="pmd", name=name, dir=folder, **options)
+    if cfg.log in ("wandb", "trackio"):
+        session = tracker(cfg, folder)
         return lambda row: session.log(named(row), step=row["step"])
     from torch.utils.tensorboard import SummaryWriter
 
@@ -152,3 +158,23 @@ def reporter(cfg, folder):
         writer.flush()
 
     return send
+
+
+def tracker(cfg, folder):
+    """Opens the run in wandb or trackio, or goes on with it.
+
+    Two runs have two ids, also under one name in two places or in two comparisons. The methods of a
+    comparison are a group.
+    """
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    run_id = f"{cfg.name or folder.name}-{place}".replace("/", "-")
+    group = str(Path(cfg.name).parent) if "/" in cfg.name else None
+    config = dataclasses.asdict(cfg)
+    if cfg.log == "trackio":
+        import trackio
+
+        return trackio.init(project="pmd", name=run_id, group=group, config=config, resume="allow")
+    import wandb
+
+    options = {"id": run_id, "resume": "allow", "group": group, "dir": folder}
+    return wandb.init(project="pmd", name=cfg.name or folder.name, config=config, **options)

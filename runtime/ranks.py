@@ -322,6 +322,7 @@ class OnRankZero:
         "abstract",
         "contexts",
         "inference_contexts",
+        "living_of",
         "forget",
         "truncate_after",
         "add_problems",

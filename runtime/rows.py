@@ -10,7 +10,9 @@ from collections import Counter
 
 import torch
 
-from kernels import policy_loss, score
+from kernels import score
+from runtime.clock import clock
+from runtime.policy_gradient import policy_loss
 from runtime.ranks import compute, forward, gather, rank, reshard, world
 
 
@@ -59,6 +61,7 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
     not pad ids, say what is real.
     """
     lengths = [len(p) + len(r.ids) for p, r in zip(prompts, rollouts, strict=True)]
+    clock.count(sum(lengths))
     tokens = torch.zeros(
         len(prompts) or 1, max(lengths, default=1), dtype=torch.long
     )  # (B, T); N may be 0
@@ -86,6 +89,23 @@ def own_logprobs(policy, rollouts, cfg):
         return forward(policy, scores)
 
 
+def note_old_logprobs(policy, parts, cfg):
+    """Notes the trainer's own log-probabilities in all rows, before the batch's first update.
+
+    parts: lists of rows, each the rows of one update, which are cut as the update cuts them.
+    """
+    scores = {}
+    for part in parts:
+        for batch in micro_batches(part, cfg):
+            logprobs = own_logprobs(policy, batch, cfg).split([len(r.ids) for r in batch])
+            scores |= {r.id: row for r, row in zip(batch, logprobs, strict=True)}
+    reshard(policy)
+    scores = {id: row for share in gather(scores) for id, row in share.items()}
+    for part in parts:
+        for r in part:
+            r.old_logprobs = scores[r.id]
+
+
 def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
     """{row id: (log-probabilities (C,), entropies (C,) in nats) of its completion under
     prompt_of(row)}, on the host.
@@ -101,7 +121,8 @@ def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
         return found.logprobs.cpu(), found.entropy.cpu()
 
     found = {}
-    with torch.no_grad(), compute(model, cfg):
+    of_student = all(prompt_of(r) is r.prompt_ids for r in rows)
+    with clock("student" if of_student else "teacher"), torch.no_grad(), compute(model, cfg):
         for batch in micro_batches(rows, cfg, prompt_of):
             values = forward(model, functools.partial(scores, batch))
             columns = [column.split([len(r.ids) for r in batch]) for column in values]
@@ -171,6 +192,22 @@ def pick(values, at):
     if values is None or bool(at.all()):
         return values
     return values[at.to(values.device)]
+
+
+def note(out, term, at):
+    """Adds a kernel's loss and per-token values, of the tokens `at`, to those of a micro-batch."""
+    out["loss"] = out["loss"] + term.loss
+    at = at.to(out["logprobs"].device)
+    for name in set(term._fields) - {"loss"}:
+        values = torch.zeros_like(out["logprobs"])
+        values[at] = getattr(term, name).to(values.dtype)
+        out[name] = torch.where(at, values, out[name]) if name in out else values
+
+
+def problem_ids(rollouts) -> str:
+    """Names the problems of rollouts in an error."""
+    names = list(dict.fromkeys(r.problem.id for r in rollouts))
+    return f"problems {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
 
 
 def per_token(batch, value, like) -> torch.Tensor:

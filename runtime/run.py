@@ -6,6 +6,7 @@ computes the numbers of a step. cfg is pmd.Config throughout.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -50,9 +51,11 @@ from runtime.metrics import reporter, step_metrics
 from runtime.options import option
 from runtime.provenance import VERSION, changes, commit, environment, write_origin
 from runtime.ranks import broadcast, gather, rank
+from runtime.rows import add
 from runtime.samples import sample_of
 from runtime.store import describe
 from runtime.tables import plot_curves, table, title
+from runtime.watch import lesson_pull
 
 # The environment of a run that --compare started: the --name of the comparison.
 COMPARISON = "PMD_COMPARISON"
@@ -93,7 +96,7 @@ class RunOptions:
         "and Ctrl-C; --resume goes on; 0 for no limit [ours]",
         within="[0, inf)",
     )
-    log: Literal["", "tensorboard", "wandb"] = option(
+    log: Literal["", "tensorboard", "wandb", "trackio"] = option(
         "", "send the metrics there too, through its own library [ours]"
     )
 
@@ -107,6 +110,7 @@ class Run:
         self.spent = 0.0  # seconds of earlier processes
         self.total = total_steps(task.train, cfg)
         clock.read()  # the seconds so far are not those of a step
+        clock.passed()
         self.name = cfg.name or broadcast(default_name(cfg))
         self.folder = Path(cfg.out) / self.name
         refusal = broadcast(claim(self.folder, cfg.resume) if rank() == 0 else "")
@@ -119,6 +123,8 @@ class Run:
         bar = {"total": self.total, "desc": cfg.method, "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(**bar, disable=rank() > 0 or None)
         self.learned = ""  # the last reward, for the bar
+        self.method = None  # `restore` sets it
+        self.warned = False  # of lessons that are misread, once
         self.send = lambda row: None
         if rank() == 0:
             self._open()
@@ -245,9 +251,10 @@ class Run:
         sample = {}
         if self.due(step, cfg.log_every):  # on every rank: one of them holds its divergences
             sample = sample_of(step, rows or rollouts, self.tokenizer)
+        passed = functools.reduce(add, gather(clock.passed()))
         if rank():
             return
-        metrics = step_metrics(step, rollouts, sums, memory, self.task.train, cfg)
+        metrics = step_metrics(step, rollouts, sums, passed, memory, self.task.train, cfg)
         self.note(metrics)
         sizes = "/".join(map(str, metrics["memory"].values()))
         self.learned = f", reward {metrics['reward']:.2f}, memory {sizes}"
@@ -266,9 +273,18 @@ class Run:
         append(self.folder / "samples.jsonl", sample)
 
     def note_answers(self, step, split, rows, estimates):
-        """Writes the samples of an evaluation, and the estimates from them."""
+        """Writes the samples of an evaluation, and the estimates from them.
+
+        With those on test comes what lessons do to failed attempts: see runtime/watch.py.
+        """
+        pull = lesson_pull(self.method, step) if split == "test" else None
         if rank():
             return
+        if pull:
+            estimates = {**estimates, "lesson_pull": pull.mean}
+            if pull.warning and not self.warned:
+                self.bar.write(pull.warning)
+                self.warned = True
         cfg = self.cfg
         write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", rows)
         rollouts = step * cfg.batch_size * cfg.group_size
@@ -323,7 +339,7 @@ class Run:
         Memory and records return to its step.
         Raises RunError if it can't be read, with the checkpoint to go on from instead.
         """
-        step = 0
+        step, self.method = 0, method
         if self.saved:
             cure = cure_without(self.saved, self.folder)
             record = read_checkpoint(self.saved, method, optimizer, cure)

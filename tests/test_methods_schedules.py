@@ -305,7 +305,7 @@ def test_trace_elsewhere_asks_the_policy_for_lines_and_a_kind(
     method = method_of(make_config(method=name), tokenizer=Pieces(*pieces, "<end>"))
     method.cfg = dataclasses.replace(method.cfg, task="mine")
     method.sampler = SimpleNamespace(ask=ask)
-    problem = SimpleNamespace(id="x", prompt="Why?")
+    problem = SimpleNamespace(id="x", prompt="Why?", verifier="number")
     rollouts = [
         SimpleNamespace(id=str(i), problem=problem, reward=reward, ids=list(range(13)))
         for i, reward in enumerate((1.0, 0.0))

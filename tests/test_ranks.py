@@ -592,6 +592,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out == f"\n{found}"  # nothing was left to do
 
 
+@pytest.mark.slow
 def test_a_comparison_is_refused_before_its_first_method(tmp_path):
     command = comparison(tmp_path, "--group_size", "1")
     done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)

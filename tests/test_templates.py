@@ -28,12 +28,12 @@ from tasks import load_task
 
 
 def a_tokenizer(
-    template, special=("<s>", "</s>"), plain=(), eos="</s>", normalizer=None, folded=()
+    template, special=("<s>", "</s>"), plain=(), eos="</s>", normalizer=None, folded=(), only=""
 ):
     """One of bytes. plain: added tokens that are not special. folded: special ones that match what
-    `normalizer` makes.
+    `normalizer` makes. only: the bytes that it has, as its alphabet writes them; "" for all.
     """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = sorted(only or pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()

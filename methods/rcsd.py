@@ -1,0 +1,69 @@
+"""RCSD (arXiv 2606.19327, "Rethinking Reward Supervision"): OPSD whose teacher reads a rubric and
+the answer, in place of a reference solution.
+
+A rubric is a list of criteria that a good solution meets. Each problem's is written once and kept.
+The loss is OPSD's: forward KL to the frozen initial policy, over one rollout.
+
+The authors' code was read; it is a fork of OPSD's. Their rubrics are those of a generator that was
+not released. Ours: the policy writes the rubric, from the problem and its reference, by a prompt of
+ours, when the problem first comes. On nano the criteria are exact, one for each step, since the
+checkpoint can't write any, and the answer is left out, because its digits tell the checkpoint
+nothing. The cap of 0.05 on a vocabulary entry is off, see opsd.py. Left out: that the teacher first
+writes what the rubric demands, and its top 20.
+
+Teacher reads: a rubric, and the answer.
+Loss: forward KL.
+Claims more than: opsd.
+"""
+
+from memory import strip_thoughts
+from methods import opsd
+from methods.opsd import Config  # noqa: F401  RCSD's are the same
+
+QUESTION = """Write the criteria that a good solution meets, at most eight, one a line, so that they
+can be checked without the reference. Do not write the answer."""
+MOST = 8  # criteria that are kept [ours]
+
+
+class Method(opsd.Method):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.rubrics = {}  # {problem id: its criteria}
+
+    def contexts(self, step, rollouts):
+        problems = {r.problem.id: r.problem for r in rollouts}
+        write = exact if opsd.on_nano(rollouts) else self.written
+        missing = [p for id, p in problems.items() if id not in self.rubrics]
+        for p, criteria in zip(missing, write(missing), strict=True):
+            self.rubrics[p.id] = criteria
+        contexts = []
+        for r in rollouts:
+            context = {"strategies": [("criterion", c) for c in self.rubrics[r.problem.id]]}
+            if r.problem.verifier != "steps":
+                context["solution"] = r.problem.answer
+            contexts.append(context)
+        return contexts
+
+    def written(self, problems) -> list[list[str]]:
+        """Gives the criteria that the policy writes for each problem."""
+        prompts = [
+            f"{p.prompt}\n\nReference solution:\n{opsd.reference(p)}\n\n{QUESTION}"
+            for p in problems
+        ]
+        replies = self.sampler.ask(prompts) if prompts else []
+        rubrics = []
+        for reply in replies:
+            lines = [line.strip(" -*0123456789.") for line in strip_thoughts(reply).splitlines()]
+            rubrics.append([line for line in lines if line][:MOST])
+        return rubrics
+
+    def state(self):
+        return {"rubrics": self.rubrics}
+
+    def load(self, state):
+        self.rubrics = state.get("rubrics", {})
+
+
+def exact(problems) -> list[list[str]]:
+    """Gives a criterion for each step on nano: the operation that is right there."""
+    return [p.extra["hidden"].split() for p in problems]
