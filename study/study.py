@@ -100,8 +100,9 @@ WORLD_KINDS = {  # arguments of nano.make.make_world
     "plain": {},
     "rare": {"names": ((1, 0), (2, 14), (3, 26))},  # no name of one syllable
     "common": {"names": ((1, 8), (2, 8)), "inputs": 10},  # none of three
-    "apart": {"names": ((1, 8), (2, 8)), "inputs": 10, "shared": False},
-}  # no two names share a syllable
+    "apart": {"names": ((1, 8), (2, 8)), "inputs": 10, "shared": False},  # by no syllable
+    "speaking": {"speaks": True},  # whose verifier gives feedback; for methods.py
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +356,7 @@ def world_of(job, out) -> Path:
     task = out / "worlds" / job.kind / str(job.world)
     if not task.exists():
         aside = task.with_name(f"{job.world}.{os.getpid()}")
-        write_world(job.world, aside, speaks=False, **WORLD_KINDS[job.kind])
+        write_world(job.world, aside, **{"speaks": False} | WORLD_KINDS[job.kind])
         with contextlib.suppress(OSError):  # the other worker was first
             aside.rename(task)
     return task
@@ -380,8 +381,8 @@ def train(job, task, out, short):
     if job.wrong or job.falls or not job.lessons:
         flags["method"] = str(VARIANTS[job.flags["method"]])
         flags |= {"wrong": job.wrong, "lessons": job.lessons, "falls": job.falls}
-    config = method_class(flags["method"]).Config
-    pmd.train(config(**{**pmd.PRESETS["nano"], **flags}))
+    method = method_class(flags["method"])
+    pmd.train(method.Config(**pmd.PRESETS["nano"] | method.presets.get("nano", {}) | flags))
 
 
 def read_memory(job, task, out, short):
@@ -438,7 +439,10 @@ def harvest(folder):
         sum(t for phase, t in r["seconds"].items() if phase not in ("evaluate", "save"))
         for r in steps
     ]
-    return record, {"step_seconds": round(statistics.median(spent), 4)} if steps else {}
+    if not steps:
+        return record, {}
+    passed = sum(sum(r.get("forward_tokens", {}).values()) for r in steps)
+    return record, {"step_seconds": round(statistics.median(spent), 4), "forward_tokens": passed}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -469,13 +473,18 @@ def estimate(jobs):
     )
 
 
-def run(jobs, records, folder, out, pool, workers, short):
-    """Runs what has no record yet, and appends records as they come."""
+def run(jobs, records, folder, out, pool, workers, short, others=None):
+    """Runs what has no record yet, and appends records as they come.
+
+    others: all jobs that a job may need; those of the study if they are not given.
+    """
     todo = [job for job in jobs if job.name not in records]
     needed = {
         name for job in todo for name in job.needs
     }  # their memory has to be there, not only their record
-    by_name = {job.name: job for part in PARTS for job in grid(part, tuned(records))}
+    if others is None:
+        others = [job for part in PARTS for job in grid(part, tuned(records))]
+    by_name = {job.name: job for job in others}
     done = {name for name in needed if (folder / name / "memory.db").exists() and name in records}
     todo = [by_name[name] for name in sorted(needed - done) if name in records] + todo
     running, bar = {}, tqdm(total=len(todo), unit="run", dynamic_ncols=True, disable=not todo)
