@@ -26,7 +26,8 @@ matrix products. Within a chunk a loss works through tiles of a few rows, which 
 and leaves the gradient where the logits were.
 
 `distill_loss` has its gradient in closed form. `chunked_loss` takes any formula for the loss of a
-token, and autograd differentiates the formula within each tile. `policy_loss` is such a formula.
+token, and autograd differentiates the formula within each tile. GRPO's surrogate is such a formula:
+runtime/policy_gradient.py.
 
 Products run in the dtype of the inputs or of autocast. All else runs in float32, or in float64 for
 float64 inputs. The errors of `distill_loss` and of its gradients are at most 1.5 times those of the
@@ -53,6 +54,7 @@ from torch import Tensor
 
 MEMORY_BUDGET = 2**31  # bytes for one chunk's logits, student's and teachers', as if in float32
 LARGEST_CHUNK = 1024  # rows, where the caller names none, by benchmarks/kernels.py
+ON_GPU = 4  # times both, by docs/gpu.md: there a chunk pays for a pass over the head's gradient
 TILE = 2**17  # logits of a tile, for the cache of each thread. A GPU takes 512 times as many
 COMPILE_FROM = 2**25  # logits (N V) of a call. A smaller one never earns the compilation back
 
@@ -68,18 +70,6 @@ class Distilled(NamedTuple):
     logprobs: Tensor  # (N,) the student's log-probability of token_ids
     entropy: Tensor  # (N,) nats, the student's, over the full vocabulary even with top_k
     teacher_entropy: Tensor  # (N,) nats, likewise
-
-
-class PolicyLoss(NamedTuple):
-    """Holds what `policy_loss` returns.
-
-    All but `loss` are detached, without the weight, and 0 in rows of weight 0.
-    """
-
-    loss: Tensor  # () weighted sum of the surrogates
-    logprobs: Tensor  # (N,) log-probability of token_ids
-    entropy: Tensor  # (N,) nats
-    clipped: Tensor  # (N,) 1 where the clip is active, so that the token has no gradient
 
 
 class TokenLoss(NamedTuple):
@@ -169,7 +159,7 @@ def distill_loss(
     old_logprobs (N,): log p_old(y), in nats. None makes the ratio 1.
     is_clip: the upper bound of the ratio, above 0, or None.
     chunk_size: rows of a chunk, which change no result. None takes LARGEST_CHUNK rows, or fewer
-        where their logits exceed MEMORY_BUDGET.
+        where their logits exceed MEMORY_BUDGET. On a GPU both are ON_GPU times as large.
 
     Returns Distilled. A non-finite loss is returned as it is.
     Raises ValueError if shapes, vocabularies, dtypes or strides do not fit, or if a value or token
@@ -298,74 +288,6 @@ def _by_autograd(token_loss, p, log_p, /, *log_q, token_ids, weights, **per_toke
     return weights * losses, gradient, losses, *others
 
 
-def policy_loss(
-    hidden,
-    head,
-    token_ids,
-    advantages,
-    weights,
-    old_logprobs,
-    clip_low,
-    clip_high,
-    clip_dual=None,
-    chunk_size=None,
-):
-    """Sums the weighted clipped policy-gradient surrogates of PPO and GRPO, to be minimised.
-
-        loss = sum_n weights_n * -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + clip_high) A_n)
-        r_n = p_n(y_n) / p_old(y_n), p = softmax(hidden head^T), y = token_ids, A = advantages
-
-    With clip_dual a term of negative advantage is at most clip_dual |A_n|. This dual clip is that
-    of SDPO's code, through verl's compute_policy_loss_vanilla, which has 3.0.
-
-    hidden (N, H), head (V, H): each receives gradients if it requires them.
-    token_ids, advantages (N,), weights (N,), chunk_size: as in `distill_loss`.
-    old_logprobs (N,): log p_old(y), in nats. None stands for the detached log-probabilities of now:
-        the ratio is exactly 1, and its gradient is that of log p(y).
-    clip_low, clip_high: at least 0. clip_dual: above 1, or None for no such bound.
-
-    Returns PolicyLoss. A non-finite loss is returned as it is.
-    Raises ValueError as `distill_loss`.
-    """
-    _require(
-        clip_low >= 0 and clip_high >= 0,
-        f"clip_low is {clip_low} and clip_high is {clip_high}, but both must be at least 0.",
-    )
-    _require(clip_dual is None or clip_dual > 1, f"clip_dual is {clip_dual}, but must be above 1.")
-    dual = clip_dual or math.inf
-    token_loss = functools.partial(_surrogate, low=1 - clip_low, high=1 + clip_high, dual=dual)
-    loss, _, logprobs, entropy, outputs = chunked_loss(
-        token_loss,
-        hidden,
-        head,
-        token_ids,
-        weights,
-        chunk_size=chunk_size,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-    )
-    return PolicyLoss(loss, logprobs, entropy, *outputs)
-
-
-def _surrogate(log_p, token_ids, advantages, low, high, dual, old_logprobs=None):
-    """Computes -min(r A, clip(r) A) of each token (n,), and whether the clip is active.
-
-    The minimum bounds r from above where A is positive, and from below where A is negative. The
-    dual clip bounds r there from above, too. Bounds on r keep an infinite r from an A of 0.
-    """
-    logprobs = logprobs_of(log_p, token_ids)
-    if old_logprobs is None:
-        old_logprobs = logprobs.detach()
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.detach().exp()
-    bounded = torch.where(advantages < 0, ratio.clamp(low, dual), ratio.clamp(max=high))
-    clipped = bounded != ratio
-    # The 0 keeps an infinite ratio out of the backward pass, where 0 times infinity is NaN.
-    free = torch.where(clipped, 0, log_ratio).exp()
-    losses = -torch.where(clipped, bounded, free) * advantages
-    return losses, clipped & (advantages != 0)
-
-
 @torch.no_grad()
 def score(hidden, head, token_ids, chunk_size=None):
     """Computes log softmax(hidden head^T)[token_ids], (N,) nats, without gradient.
@@ -397,7 +319,7 @@ def _sum_over_chunks(formula, pairs, chunk_size, /, **per_token):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if chunk_size is None:
         row_bytes = max(2, len(pairs)) * len(head) * dtype.itemsize
-        chunk_size = min(LARGEST_CHUNK, max(1, MEMORY_BUDGET // row_bytes))
+        chunk_size = rows_of_chunk(row_bytes, head.device.type)
     _require(
         isinstance(chunk_size, int) and chunk_size >= 1,
         f"chunk_size is {chunk_size}, but must be a whole number, at least 1.",
@@ -417,6 +339,12 @@ def _sum_over_chunks(formula, pairs, chunk_size, /, **per_token):
     outputs = _fill(*gradients, formula, pairs.values(), chunk_size, live, per_token)
     loss = outputs[0, live].sum()
     return _Formed.apply(hidden, head, loss, *gradients), *outputs[1:]
+
+
+def rows_of_chunk(row_bytes, device_type):
+    """Chooses the rows of a chunk whose logits take row_bytes a row as if in float32."""
+    larger = 1 if device_type == "cpu" else ON_GPU
+    return min(larger * LARGEST_CHUNK, max(1, larger * MEMORY_BUDGET // row_bytes))
 
 
 @torch.no_grad()
@@ -517,6 +445,7 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, loss, *gradients):
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden.dtype, head.dtype
         return loss.clone()
 
     @staticmethod
@@ -524,8 +453,9 @@ class _Formed(torch.autograd.Function):
     def backward(ctx, scale):
         scaled = [None, None]
         for i, gradient in enumerate(ctx.saved_tensors):
-            if gradient is not None:
-                scaled[i] = scale * gradient  # in float32. Autograd casts it as its input is
+            if gradient is not None:  # product in float32, rounded once, without a copy in float32
+                scaled[i] = torch.empty_like(gradient, dtype=ctx.dtypes[i])
+                torch.mul(gradient, scale, out=scaled[i])
         return *scaled, None, None, None
 
 

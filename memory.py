@@ -37,11 +37,22 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from runtime.chat import clean, encode_prompt, plain
+from runtime.formats import (
+    BOTH,
+    DECISIONS,
+    JSON_REPLY,
+    NEW_BEHAVIORS,
+    ONLY_LESSONS,
+    ONLY_STRATEGIES,
+    Format,
+    in_format,
+    is_echo,
+)
 from runtime.options import option
 from runtime.replies import (
     decisions,
     items_under,
-    parse,
+    parse,  # noqa: F401  as the next
     parse_items,  # noqa: F401  also for those who import memory
     strip_thoughts,
     was_cut,
@@ -94,6 +105,11 @@ class MemoryOptions:
         "policy",
         "who writes behaviors: the policy, or openai:MODEL on the server of OPENAI_BASE_URL "
         "with OPENAI_API_KEY [deviation 4; C.1: GPT-5.4]",
+    )
+    memory_format: Format = option(
+        "json",
+        "of reflections and abstractions. json: as in the paper. guided: the sampler can write no"
+        " other JSON. lines: plain lines, for small models [deviation 14]",
     )
     memory_completion: int = option(
         768, "tokens of a reflection or abstraction [ours]", within="[1, inf)"
@@ -178,13 +194,6 @@ NANO = Forms(
     key_term=r"[a-z]+[=!][a-z]+",
     literal=True,
 )
-ITEM = '{"title": "at most ten words", "content": "two to four sentences"}'
-BEHAVIOR = '"name": "behavior_...", "instruction": "one or two sentences"'
-ECHOES = (
-    "at most ten words",
-    "two to four sentences",
-    "one or two sentences",
-)  # what a model that does not follow copies
 
 
 def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Forms:
@@ -195,8 +204,7 @@ def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Fo
         f" {exercise}s of this kind.\n"
         f"- Do not refer to this particular {exercise}, to {particulars}.\n"
         f"- Do not mention attempts, {solution}s, verdicts, a model or a student.\n"
-        f"- Give no advice about {about}.\n"
-        "Reply with this JSON and nothing else:\n"
+        f"- Give no advice about {about}.\n{JSON_REPLY}"
     )
     return Forms(
         role=role,
@@ -212,16 +220,15 @@ def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Fo
             f"Compare what separates the correct from the incorrect {solution}s. Write two or three"
             " strategies that "
             f"lead to correct {solution}s and two or three lessons that prevent the"
-            f" mistakes.\n{rules}"
-            f'{{"strategies": [{ITEM}], "lessons": [{ITEM}]}}'
+            f" mistakes.\n{rules}{BOTH}"
         ),
         strategies_only=(
-            f"Write two or three strategies that make {solution}s like these correct.\n{rules}"
-            f'{{"strategies": [{ITEM}], "lessons": []}}'
+            f"Write two or three strategies that make {solution}s like these correct.\n"
+            f"{rules}{ONLY_STRATEGIES}"
         ),
         lessons_only=(
-            f"Work out what went wrong and write two or three lessons that prevent it.\n{rules}"
-            f'{{"strategies": [], "lessons": [{ITEM}]}}'
+            "Work out what went wrong and write two or three lessons that prevent it.\n"
+            f"{rules}{ONLY_LESSONS}"
         ),
         abstract_role=(
             f"Below are {exercise}s of one kind with what was learned from each. Find the patterns"
@@ -231,13 +238,12 @@ def forms_in_words(role, exercise, solution, feedback, about, particulars) -> Fo
         cold_start=(
             "Write three to eight behaviors, each named behavior_ and a few words joined by"
             " underscores.\n"
-            f'{rules}{{"behaviors": [{{{BEHAVIOR}}}]}}'
+            f"{rules}{NEW_BEHAVIORS}"
         ),
         decide=(
             "Decide which behaviors to add, which known ones to rewrite and which known ones to"
             " remove because they are "
-            f"wrong or covered by others.\n{rules}"
-            f'{{"actions": [{{"action": "new, update or remove", {BEHAVIOR}}}]}}'
+            f"wrong or covered by others.\n{rules}{DECISIONS}"
         ),
     )
 
@@ -439,6 +445,8 @@ class Memory(Store):
     Raises ValueError and OSError as Store does. A method that raises has changed nothing.
     """
 
+    compose_within = staticmethod(compose_within)  # for runtime/, which imports nothing from here
+
     def __init__(
         self,
         path,
@@ -447,6 +455,7 @@ class Memory(Store):
         abstractor=None,
         *,
         forms="nano",
+        format="json",  # of replies: see runtime/formats.py
         embedder=None,
         mode="evolving",
         drop_shortcuts=False,
@@ -467,7 +476,8 @@ class Memory(Store):
     ):
         self.generate, self.abstractor, self.fits = generate, abstractor or generate, fits
         self.written_elsewhere = abstractor is not None
-        self.forms, self.mode, self.seed = FORMS[forms], mode, seed
+        self.forms, self.read = in_format(FORMS[forms], format)
+        self.mode, self.seed = mode, seed
         self.drop_shortcuts, self.query_feedback = drop_shortcuts, query_feedback
         self.caps = {
             "success": max_successes,
@@ -550,7 +560,7 @@ class Memory(Store):
             self.events[problem.id, "reflection"] += 1
             if was_cut(reply):
                 self.events[problem.id, "reflection_truncated"] += 1
-            found = parse(reply)
+            found = self.read(reply)
             strategies, odd_strategies = items_under(found, "strategies", "title", "content")
             lessons, odd_lessons = items_under(found, "lessons", "title", "content")
             if not strategies and not lessons:
@@ -630,7 +640,7 @@ class Memory(Store):
             self.events["", "abstraction"] += 1
             if was_cut(reply):
                 self.events["", "abstraction_truncated"] += 1
-            taken = decisions(parse(reply))
+            taken = decisions(self.read(reply))
             if taken is None:
                 self.events["", "abstract_parse_failure"] += 1
                 continue
@@ -901,11 +911,6 @@ class Memory(Store):
         super().truncate_after(step)
         if self.mode == "transient":
             self.forget(step)
-
-
-def is_echo(text) -> bool:
-    """Whether a model copied a placeholder of its instructions."""
-    return text.casefold() in ECHOES
 
 
 def as_context(insights, behaviors) -> dict:

@@ -38,29 +38,25 @@ Deviations from the paper
 12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the
     mini-batch. Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
     SDPO's code too.
+13. `--lora_rank` trains adapters of a frozen base. Off by default. The paper trains all weights. An
+    averaged teacher averages the two factors of each adapter, not their product.
+14. `--memory_format` asks for reflections and abstractions in another form than B.3's free JSON.
+    guided: the sampler can write no other JSON. lines: plain lines, for small models.
 """
 
 import functools
-import importlib.metadata
 import multiprocessing
 import random
-import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if any((d.metadata["Name"] or "").lower() == "kernels" for d in importlib.metadata.distributions()):
-    sys.exit(
-        "pmd.py: an installed package is named `kernels` like our kernels.py, and transformers"
-        " would load the wrong one; run `pip uninstall kernels` or use a fresh virtual environment"
-    )
-
 import torch
 
 from eval import Answers, EvalOptions, evaluate, some_of, verdicts
-from kernels import distill_loss, policy_loss
+from kernels import distill_loss
 from memory import Memory, MemoryOptions, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
@@ -68,12 +64,13 @@ from runtime.chat import encode_prompt, encode_turns  # noqa: F401  the second f
 from runtime.check import need_groups  # noqa: F401  for methods
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
-from runtime.flags import Flags
+from runtime.flags import Flags, given_flags
 from runtime.jobs import at_end, compare, explained, quiet_libraries
 from runtime.methods import listed, method_class, method_name, method_of
 from runtime.model import ModelOptions, copy_of, follow, load_policy, make_optimizer
 from runtime.open_memory import open_memory
 from runtime.options import option
+from runtime.policy_gradient import policy_loss
 from runtime.ranks import (
     broadcast,
     compute,
@@ -103,6 +100,7 @@ from runtime.rows import (
     scored,  # noqa: F401  for methods
     token_ids,
     tokens_of,
+    totals,
 )
 from runtime.run import Run, RunOptions
 from runtime.sampler import Sample, SamplerOptions
@@ -275,7 +273,7 @@ def train(cfg: Config, checked=None) -> dict:
             if learns:
                 sampler.wake()  # with the new weights
 
-        run.log(step, rollouts, sums, method.memory)
+        run.log(step, rollouts, rows, sums, method.memory)
         if run.must_evaluate(step):
             evaluate_held_out(step, run, method)
         method.end_step(step)
@@ -439,6 +437,8 @@ class Rollout(Sample):
     # None: it is not reinforced. 0.0 is reinforced, and counts in the mean
     advantage: float | torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None  # (C,) the trainer's, before the batch's first update
+    # (C,) nats, for the log alone: what pulled its tokens, on the rank that distilled it
+    divergence: torch.Tensor | None = None
 
 
 def attempt(sampler, problems, cfg) -> list[Rollout]:
@@ -579,7 +579,7 @@ def update(method, optimizer, rows, step) -> Counter:
         loss.backward()
         reshard(method.teacher)
         gaps.append(sampler_gap(batch, logprobs))
-        sums = add(sums, {name: float(value.detach().sum()) for name, value in out.items()})
+        sums = add(sums, totals(batch, out))
     policy.eval()
     gap = require_small_gap(gaps, step, cfg)
     with clock("optimizer"):
@@ -721,7 +721,7 @@ def parse_flags(argv=None) -> Config:
 
     Raises ValueError if there is no such --method.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = given_flags(argv)
     method = method_class(method_name(argv))
     parser = Flags(
         method.Config,
@@ -744,7 +744,7 @@ def parse_flags(argv=None) -> Config:
 def compared(cfg, argv=None):
     """Gives the folder of a comparison and its runs: several methods, same flags, same budget."""
     checks.refuse_launcher()
-    argv = sys.argv[1:] if argv is None else argv
+    argv = given_flags(argv)
     methods = [name.strip() for name in cfg.compare.split(",")]
     if len({method_class(name) for name in methods}) < len(methods):
         raise ValueError(f"--compare takes different methods, not {cfg.compare!r}")

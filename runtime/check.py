@@ -22,6 +22,7 @@ from runtime.checkpoint import (
     total_steps,
 )
 from runtime.files import read_json
+from runtime.guide import reader_of
 from runtime.model import MODELS
 from runtime.options import check_numbers
 from runtime.plan import fits
@@ -45,6 +46,8 @@ def check(cfg, method, quiet=False, ranks=0, checked=None, reads=0):
     check_numbers(cfg)
     check_words(cfg)
     check_machine(cfg, ranks)
+    check_compiled(cfg, ranks)
+    check_adapters(cfg, ranks, method)
     check_folder(cfg, method, quiet)
     splits = ("train", "dev", "test") if method else ("test",)
     task, tokenizer = checked or load_problems(cfg, quiet, splits)
@@ -52,6 +55,8 @@ def check(cfg, method, quiet=False, ranks=0, checked=None, reads=0):
     if method:
         check_training(task, tokenizer, cfg)
         check_memory(task, method, cfg)
+        if method.remembers:
+            check_format(task, tokenizer, cfg)
     check_lengths(task, tokenizer, cfg, reads, method)
     check_fits(cfg if method else replace(cfg, method="eval"), ranks, quiet)
     if device_of(cfg).type == "cuda" and not cfg.sampler and not fast_sampler(cfg) and not quiet:
@@ -133,6 +138,39 @@ def check_machine(cfg, ranks):
         raise ValueError(
             f"{ranks} processes are more than the {cfg.batch_size} problems of a batch; raise"
             " --batch_size or lower --nproc"
+        )
+
+
+def check_compiled(cfg, ranks):
+    """Checks --compile_layers.
+
+    Raises ValueError for several processes, or if transformers would generate with those layers.
+    """
+    if cfg.compile_layers and (ranks > 1 or not fast_sampler(cfg)):
+        raise ValueError(
+            "--compile_layers is for one process with --sampler vllm, since the layers would be"
+            " compiled anew for each length that transformers generates at; leave the flag out"
+        )
+
+
+def check_adapters(cfg, ranks, method):
+    """Checks --lora_rank.
+
+    Raises ValueError if peft is not installed, or for several processes, or if nothing is trained.
+    """
+    if not cfg.lora_rank:
+        return
+    if method is None:
+        raise ValueError(
+            "--lora_rank is for training; final/ of such a run is a whole model, and --model takes"
+            " one of its checkpoints, too"
+        )
+    if not importlib.util.find_spec("peft"):
+        raise ValueError(f"--lora_rank {cfg.lora_rank} needs its library: pip install peft")
+    if ranks > 1:
+        raise ValueError(
+            f"--lora_rank {cfg.lora_rank} trains in one process, not in {ranks}; give --nproc 1, or"
+            " leave --lora_rank out to train all weights"
         )
 
 
@@ -228,6 +266,12 @@ def check_fork(cfg, method):
         raise ValueError(
             f"--from {cfg.fork_from} has the memory of another run, whose steps are not its own, so"
             f" that --method {cfg.method} can't go on writing it; fork the run that wrote it"
+        )
+    then = forked.get("lora_rank", 0)
+    if then != cfg.lora_rank:
+        raise ValueError(
+            f"--from {cfg.fork_from} was trained with --lora_rank {then}, and its weights are none"
+            f" of --lora_rank {cfg.lora_rank}; give the same"
         )
     model = forked.get("model", "")
     if weights_of(model) != weights_of(cfg.model):
@@ -367,6 +411,26 @@ def check_memory(task, method, cfg):
         make_embedder(cfg)
     if method.remembers:
         make_abstractor(cfg, check=True)
+
+
+def check_format(task, tokenizer, cfg):
+    """Checks --memory_format against the model.
+
+    Raises ValueError if the model can't be asked in that form.
+    """
+    if cfg.memory_format == "lines" and task.train[0].verifier == "steps":
+        raise ValueError(
+            "--memory_format lines is for models that read plain language, and nano reads its own"
+            " sentences; leave the flag out"
+        )
+    if cfg.memory_format == "guided":
+        try:
+            reader_of(tokenizer, len(tokenizer))
+        except ValueError as error:
+            raise ValueError(
+                f"--memory_format guided can't follow the tokenizer of {cfg.model}"
+                f" ({str(error)[:100]}); use json or lines"
+            ) from error
 
 
 def check_forked_memory(cfg, task):

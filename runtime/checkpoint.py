@@ -29,6 +29,8 @@ from runtime.files import (
     write_lines,
     writing,
 )
+from runtime.lora import STUDENT, TEACHER, is_adapted, read_adapter, save_adapter, without_adapters
+from runtime.model import outline
 from runtime.ranks import rank, whole, world
 
 # DCP warns in a single process, which is meant
@@ -202,12 +204,18 @@ def write_checkpoint(folder, method, optimizer, tokenizer, record):
     """Writes the weights as a Hugging Face folder, trainer/ by torch's DCP, and memory.db.
 
     It is written elsewhere, flushed to the disk and renamed: a checkpoint is whole or is not there.
-    Any number of ranks can read trainer/. record: the values of trainer.json.
+    Any number of ranks can read trainer/. Of an adapted policy it holds the adapters alone.
+    record: the values of trainer.json.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    save_model(method.policy, tokenizer, partial)
+    if is_adapted(method.policy):
+        save_adapter(method.policy, partial)
+        method.policy.config.save_pretrained(partial)  # for eval.py and vLLM
+        tokenizer.save_pretrained(partial)
+    else:
+        save_model(method.policy, tokenizer, partial)
     state = trainer_state(method.policy, method.teacher, optimizer)
     dcp.save(state, checkpoint_id=partial / "trainer", no_dist=world() == 1)
     if rank():
@@ -225,8 +233,12 @@ def write_checkpoint(folder, method, optimizer, tokenizer, record):
 def save_model(policy, tokenizer, folder):
     """Writes a Hugging Face folder, on rank 0.
 
-    Sharded weights are made whole one by one, a tied one once.
+    Sharded weights are made whole one by one, a tied one once. An adapter is merged, and kept in
+    the folder `adapter`.
     """
+    if is_adapted(policy):
+        save_adapter(policy, folder / "adapter")
+        policy = without_adapters(policy, outline(policy.config))
     if world() == 1:
         policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -248,7 +260,8 @@ def trainer_state(policy, teacher, optimizer) -> dict:
     rate and the like are flags of the run that goes on. torch's get_optimizer_state_dict is of no
     use: without a state it takes a step to make one.
     """
-    moments = {name: optimizer.state[p] for name, p in policy.named_parameters()}
+    weights = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    moments = {name: optimizer.state[p] for name, p in weights}
     state = {"optimizer": {"state": moments}}
     if teacher is not policy:
         state["teacher"] = dict(teacher.named_parameters())
@@ -287,11 +300,14 @@ def read_checkpoint(folder, method, optimizer, cure) -> dict:
     """
     policy, teacher = method.policy, method.teacher
     record = read_record(folder, cure)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
-    weights = read_weights(folder, cure) if rank() == 0 else {}  # rank 0 deals them out
-    set_model_state_dict(policy, weights, options=options)
-    if teacher is not policy and not record["ema"]:
-        set_model_state_dict(teacher, weights, options=options)
+    starts = teacher is not policy and not record["ema"]  # an average that starts here
+    if is_adapted(policy):
+        read_adapter(folder, policy, [STUDENT, TEACHER] if starts else [STUDENT], cure)
+    else:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
+        weights = read_weights(folder, cure) if rank() == 0 else {}  # rank 0 deals them out
+        for model in [policy, teacher] if starts else [policy]:
+            set_model_state_dict(model, weights, options=options)
     averaged = teacher if record["ema"] else policy
     state = trainer_state(policy, averaged, optimizer)
     path = folder / "trainer"

@@ -1,7 +1,9 @@
 """Computes the numbers of a training step, a row of metrics.jsonl: see docs/metrics.md."""
 
 import dataclasses
+import hashlib
 import resource
+from pathlib import Path
 
 import torch
 
@@ -143,12 +145,8 @@ def reporter(cfg, folder):
     def named(row):
         return dict(numbers(row, f"{row.get('split', 'train')}/"))
 
-    if cfg.log == "wandb":
-        import wandb
-
-        name = folder.name
-        options = {"config": dataclasses.asdict(cfg), "id": name, "resume": "allow"}
-        session = wandb.init(project="pmd", name=name, dir=folder, **options)
+    if cfg.log in ("wandb", "trackio"):
+        session = tracker(cfg, folder)
         return lambda row: session.log(named(row), step=row["step"])
     from torch.utils.tensorboard import SummaryWriter
 
@@ -160,3 +158,23 @@ def reporter(cfg, folder):
         writer.flush()
 
     return send
+
+
+def tracker(cfg, folder):
+    """Opens the run in wandb or trackio, or goes on with it.
+
+    Two runs have two ids, also under one name in two places or in two comparisons. The methods of a
+    comparison are a group.
+    """
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    run_id = f"{cfg.name or folder.name}-{place}".replace("/", "-")
+    group = str(Path(cfg.name).parent) if "/" in cfg.name else None
+    config = dataclasses.asdict(cfg)
+    if cfg.log == "trackio":
+        import trackio
+
+        return trackio.init(project="pmd", name=run_id, group=group, config=config, resume="allow")
+    import wandb
+
+    options = {"id": run_id, "resume": "allow", "group": group, "dir": folder}
+    return wandb.init(project="pmd", name=cfg.name or folder.name, config=config, **options)

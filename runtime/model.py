@@ -8,9 +8,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from runtime.clock import clock
+from runtime.lora import AdapterTeacher, add_adapter, base_of, is_adapted, without_adapters
 from runtime.options import option
 from runtime.provenance import HERE
-from runtime.ranks import Unsupported, broadcast, device_of, is_sharded, local, rank, shard, world
+from runtime.ranks import (
+    Unsupported,
+    broadcast,
+    compute_dtype,
+    device_of,
+    is_sharded,
+    local,
+    rank,
+    shard,
+    world,
+)
 
 
 @dataclass
@@ -43,6 +54,18 @@ class ModelOptions:
         "padded tokens per forward pass: a memory knob that changes no result [ours]",
         within="[1, inf)",
     )
+    compile_layers: bool = option(
+        False,
+        "compile each decoder layer, by torch.compile: fewer passes over memory on a GPU, minutes"
+        " at the start; needs --sampler vllm; not run on GPU [ours]",
+    )
+    lora_rank: int = option(
+        0,
+        "train adapters of this rank on a frozen base in the type of the computation, in place of"
+        " all weights: 8B on one GPU; needs a higher --lr; 0 trains all weights [deviation 13;"
+        " OPSD, SGSD and AVSD: 64]",
+        within="[0, inf)",
+    )
 
 
 MODELS = {
@@ -56,18 +79,21 @@ BETA1, WEIGHT_DECAY = 0.9, 0.01  # of AdamW [SDPO]
 
 def make_optimizer(policy, cfg):
     """AdamW with its state made at once, as torch makes it at the first step: all zero, step 0,
-    sharded as the weights are.
+    sharded as the weights are. It has the weights that are trained alone.
 
     So a checkpoint before the first update holds what one after it does, and torch has nothing to
     make while a state is saved or restored, which it does by a real step
     (torch.distributed.checkpoint.state_dict, `_init_optim_state`).
     """
+    weights = trained(policy)
+    fused = is_fused(policy.device)  # one pass over weights and states
     optimizer = torch.optim.AdamW(
-        policy.parameters(), betas=(BETA1, cfg.beta2), weight_decay=WEIGHT_DECAY
+        weights, betas=(BETA1, cfg.beta2), weight_decay=WEIGHT_DECAY, fused=fused
     )
-    for p in policy.parameters():
+    for p in weights:
         optimizer.state[p] = {
-            "step": torch.tensor(0.0, dtype=torch.float32),
+            # where torch wants it: beside a weight, or on the host
+            "step": torch.zeros((), device=p.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(p),
             "exp_avg_sq": torch.zeros_like(p),
         }
@@ -75,29 +101,51 @@ def make_optimizer(policy, cfg):
     return optimizer
 
 
+def is_fused(device) -> bool:
+    """Whether AdamW runs as one kernel. On a CPU it would round otherwise than it did so far."""
+    return device.type == "cuda"
+
+
+def compile_layers(model):
+    """Compiles each decoder layer for all lengths, in place. Weights and their names stay."""
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
+
+
+def trained(policy) -> list:
+    """The weights that an optimizer moves: all, or those of the student's adapter."""
+    return [p for p in policy.parameters() if p.requires_grad]
+
+
 def copy_of(policy, cfg):
     """Another model with the same weights. Of a sharded policy it is sharded too, and never whole
-    anywhere.
+    anywhere. Of an adapted one it has the same base, under another adapter.
     """
-    return (
-        shard(outline(policy.config), cfg, twin=policy)
-        if is_sharded(policy)
-        else copy.deepcopy(policy)
-    )
+    if is_adapted(policy):
+        return AdapterTeacher(policy)
+    if is_sharded(policy):
+        return shard(outline(policy.config), cfg, twin=policy)
+    twin = copy.deepcopy(policy)  # which leaves out what was compiled
+    if cfg.compile_layers:
+        compile_layers(twin)
+    return twin
 
 
 @torch.no_grad()
 def follow(teacher, policy, cfg):
-    """teacher += rate * (policy - teacher), unless the teacher is the policy."""
+    """teacher += rate * (policy - teacher), unless the teacher is the policy. Of adapters A and B
+    follow each by itself.
+    """
     if teacher is not policy:
         with clock("optimizer"):
-            for t, p in zip(teacher.parameters(), policy.parameters(), strict=True):
+            for t, p in zip(teacher.parameters(), trained(policy), strict=True):
                 local(t).lerp_(local(p), cfg.ema_rate)
 
 
 def load_policy(cfg):
     """The model with float32 weights, whatever it was stored in: at lr 1e-6 an Adam step moves 2%
-    of bfloat16 weights.
+    of bfloat16 weights. With --lora_rank they are frozen, in the dtype of the computation, and an
+    adapter is trained beside them.
 
     Without dropout, so that sampling and training see one and the same distribution. On several
     ranks only rank 0 reads the weights, on its host, and `shard` deals them out: elsewhere the
@@ -106,9 +154,7 @@ def load_policy(cfg):
     """
     device, policy, about = device_of(cfg), None, None
     if rank() == 0:
-        policy = AutoModelForCausalLM.from_pretrained(
-            MODELS.get(cfg.model, cfg.model), dtype=torch.float32
-        ).eval()
+        policy = read_policy(MODELS.get(cfg.model, cfg.model), device, cfg)
         policy.to(device if world() == 1 else "cpu")
         require_plain_head(policy, cfg)
         about = policy.config, policy.generation_config
@@ -119,6 +165,8 @@ def load_policy(cfg):
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+    if cfg.lora_rank:
+        add_adapter(policy, cfg)
     if cfg.gradient_checkpointing:
         # transformers has renamed it, and vllm 0.32 wants one from before that
         enable = (
@@ -126,8 +174,21 @@ def load_policy(cfg):
             or policy.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
+    if cfg.compile_layers:
+        compile_layers(policy)
     if device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
         torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
+    return policy
+
+
+def read_policy(name, device, cfg):
+    """Reads a model on the host. Of a checkpoint of --lora_rank the adapter is merged."""
+    dtype = compute_dtype(device, cfg) if cfg.lora_rank else torch.float32
+    base = base_of(name)
+    policy = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype).eval()
+    if base:
+        policy.load_adapter(str(name))
+        policy = without_adapters(policy, outline(policy.config)).eval()
     return policy
 
 
@@ -140,10 +201,9 @@ def outline(config):
 @torch.no_grad()
 def require_plain_head(policy, cfg):
     probe = torch.arange(1, 9, device=policy.device)[None]
-    logits = (
-        policy.get_decoder()(input_ids=probe).last_hidden_state
-        @ policy.get_output_embeddings().weight.T
-    )
+    hidden = policy.get_decoder()(input_ids=probe).last_hidden_state
+    # the product as the model has it, or bfloat16 would round it otherwise
+    logits = torch.nn.functional.linear(hidden, policy.get_output_embeddings().weight)
     if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
         raise Unsupported(
             f"{cfg.model} transforms its logits after the head, which the losses here do not"

@@ -47,6 +47,7 @@ def memory_of(run, method, generate):
             generate,
             make_abstractor(cfg),
             forms=FORMS_OF.get(problems[0].verifier, "question"),
+            format=cfg.memory_format,
             embedder=cfg.embedder,
             mode=method.memory_mode,
             drop_shortcuts=cfg.drop_shortcuts,

@@ -5,21 +5,26 @@ tools/plan.py prints it.
 It follows pmd.py: float32 weights, gradients, AdamW states and EMA teacher, sharded by FSDP2 over
 the GPUs of a job (one GPU: whole, computing under autocast); the teacher's pass, then the
 student's, the loss of kernels.py, the backward pass, the optimizer; and an engine of vLLM in each
-process that sleeps while the trainer works, and while a checkpoint is restored.
+process that sleeps while the trainer works, and while a checkpoint is restored. With --lora_rank
+the weights are frozen, in e bytes, and all that is trained is of the adapters.
 
 Symbols: g GPUs; P parameters, of them Pl in one decoder layer and Pr in the root group (embedding,
-last norm, head); V vocabulary, H hidden; e bytes of a computed number (2 bfloat16, 4 float32), h
-bytes of a hidden state (e; but 4 under autocast, whose norms answer in float32); S and T tokens of
-the student's and teacher's micro-batch, padding included; N <= S completion tokens. Each
+last norm, head); A parameters that are trained: P, or those of an adapter; V vocabulary, H hidden;
+e bytes of a computed number (2 bfloat16, 4 float32), h bytes of a hidden state (e; but 4 under
+autocast, whose norms answer in float32); S and T tokens of the student's and teacher's micro-batch,
+padding included; N <= S completion tokens. Each
 component's formula stands beside it in `plan`. "Kept", "forward" and "backward" bytes per token of
 a layer are not formulas: they are counted on fake tensors, which have shapes and no data (`trace`).
 
 Measured on a CPU (tests/test_plan.py): the resident memory of real updates, in one process within 5
 % of the plan, and in two, sharded, within 1 % where the peak is in the loss and 17 % below the plan
-where it is in the backward pass (gloo keeps less in flight). Not measured: whatever needs a GPU.
-Approximate there: the constants below, FSDP2's buffers in flight, and the attention kernels'
-workspace (left out, as the peak is in the MLP). Every micro-batch is taken to be full of completion
-tokens, frozen-policy to be trained like grpo: upper bounds.
+where it is in the backward pass (gloo keeps less in flight). On one H200: four updates, without
+adapters, within 3 % of torch.cuda.max_memory_reserved (docs/gpu.md). Not measured: several GPUs,
+and adapters on a GPU. Approximate there: FSDP2's buffers in flight, and the attention kernels'
+workspace (left out, as the peak is in the MLP).
+
+Two bounds are taken: every micro-batch is full of the student's tokens, as where a teacher reads
+hardly more (`at_limits` has every row at its limits instead), and frozen-policy trains like grpo.
 """
 
 import bisect
@@ -37,14 +42,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kernels import LARGEST_CHUNK, MEMORY_BUDGET
+from kernels import rows_of_chunk
+from runtime.lora import SCALE, TARGETS
 from runtime.methods import method_of
 
 GIB = 2**30
+# Share of PyTorch's own memory that its caching allocator can't use: on one H200 it reserved 0.6 to
+# 2.7% more than is computed here
+FRAGMENTED = 0.03
+# CUDA context, NCCL and cuBLAS buffers; and what a sleeping vLLM keeps (CUDA graphs, buffers). On
+# one H200 both together, with the 2.2 GiB of Qwen3-0.6B's weights, were 5 of 47 GiB
+CONTEXT = 1.5 * GIB
+TILES = GIB / 2  # of kernels.py on a GPU: 512 times kernels.TILE logits, of both, in float32
+ASLEEP = 1.5 * GIB
 # Assumed, not measured:
-CONTEXT = 1.5 * GIB  # CUDA context, NCCL and cuBLAS buffers
-FRAGMENTED = 0.05  # share of PyTorch's own memory that its caching allocator can't use
-ASLEEP = 1.5 * GIB  # of a sleeping vLLM (CUDA graphs, buffers), beside its share when awake
 PREFILL = 2 * GIB  # vLLM's activations, inside its share
 MOST_TOKENS = 2**18  # the largest --micro_tokens looked for
 # For where the Hub can't be reached: the public config.json files, as far as memory depends on
@@ -127,6 +138,28 @@ def traced(module, hidden) -> PerToken:
     return PerToken(*(size / hidden.shape[1] for size in (kept, track.peak, forward.peak)))
 
 
+class Adapted(torch.nn.Module):
+    """Computes as a layer with an adapter does under peft, which makes none of fake tensors."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.a = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.b = torch.nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x)) * SCALE
+
+
+def adapt(model, rank):
+    """Freezes a model and gives its layers adapters, in place."""
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        place, _, own = name.rpartition(".")
+        if own in TARGETS:
+            setattr(model.get_submodule(place), own, Adapted(layer, rank))
+
+
 @dataclass(eq=False)  # an object of its own, so that its traces can be kept
 class Model:
     """An architecture, without weights."""
@@ -138,21 +171,26 @@ class Model:
     layer: int  # Pl
     head: int  # V H
     tied: bool
+    widths: int  # the inputs and outputs of all layers that an adapter takes
+    largest: int  # parameters of the largest of them
 
     @functools.cache  # noqa: B019 (the few models of a program live as long as it does)
-    def trace(self, sharded, e) -> tuple[PerToken, PerToken]:
-        """Measures a decoder layer and the last norm, on one row.
+    def trace(self, sharded, e, rank=0) -> tuple[PerToken, PerToken]:
+        """Measures a decoder layer and the last norm, on one row. rank: of its adapters.
 
         It is so long that the weights' own bytes vanish in it.
         """
         config, length = copy.deepcopy(self.config), 2**20
         config.num_hidden_layers = 1
         config.layer_types = kinds(config)[:1]
-        # FSDP2 casts a layer's weights and inputs to bfloat16; autocast alone leaves both in
-        # float32
-        dtype = torch.bfloat16 if sharded and e == 2 else torch.float32
+        # FSDP2 casts a layer's weights and inputs to bfloat16, and a frozen base is in bfloat16;
+        # autocast alone leaves both in float32
+        dtype = torch.bfloat16 if (sharded or rank) and e == 2 else torch.float32
         with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=e == 2):
-            decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).get_decoder()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if rank:
+                adapt(model, rank)
+            decoder = model.get_decoder()
             row = torch.empty(1, length, config.hidden_size, dtype=dtype)
             angle = torch.empty(1, length, head_dim(config), dtype=dtype)
             inputs = {"position_embeddings": (angle, angle), "attention_mask": None}
@@ -187,6 +225,7 @@ def load(name) -> Model:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     head = model.get_output_embeddings().weight
+    adapted = [m.weight for n, m in model.named_modules() if n.rpartition(".")[2] in TARGETS]
     return Model(
         name=Path(name).name,
         source=source,
@@ -195,6 +234,8 @@ def load(name) -> Model:
         layer=max(size_of(layer) for layer in model.get_decoder().layers),
         head=head.numel(),
         tied=head is model.get_input_embeddings().weight,
+        widths=sum(sum(weight.shape) for weight in adapted),
+        largest=max((weight.numel() for weight in adapted), default=0),
     )
 
 
@@ -203,16 +244,25 @@ def size_of(module) -> int:
 
 
 def plan(
-    cfg, model, gpus, gpu_memory, micro_tokens=0, utilization=0.5, context=CONTEXT
+    cfg,
+    model,
+    gpus,
+    gpu_memory,
+    micro_tokens=0,
+    utilization=0.5,
+    context=CONTEXT,
+    at_limits=False,
 ) -> dict[str, dict[str, float]]:
     """{phase: {component: bytes}} on the fullest GPU, at the moment of a phase when most is held.
 
     cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt,
-    micro_tokens, method, teacher, dtype, embedder, gradient_checkpointing, tensor_parallel. gpus:
-    of the whole job. gpu_memory: GiB of one. micro_tokens: instead of cfg's. utilization: vLLM's
-    share of a GPU; 0 for the transformers sampler. context: bytes beside PyTorch's own, 0 on a CPU.
+    micro_tokens, method, teacher, dtype, embedder, gradient_checkpointing, tensor_parallel,
+    lora_rank. gpus: of the whole job. gpu_memory: GiB of one. micro_tokens: instead of cfg's.
+    utilization: vLLM's share of a GPU; 0 for the transformers sampler. context: bytes beside
+    PyTorch's own, 0 on a CPU. at_limits: every prompt and completion is as long as it may be, so
+    that the longer rows of the teacher decide how many are in a micro-batch.
     """
-    z = sizes(cfg, model, gpus, micro_tokens or cfg.micro_tokens)
+    z = sizes(cfg, model, gpus, micro_tokens or cfg.micro_tokens, context > 0, at_limits)
     share = utilization * gpu_memory * GIB
     state = held(cfg, z, share)
     without_gradients = {k: size for k, size in state.items() if not k.startswith("gradients")}
@@ -227,7 +277,7 @@ def plan(
     return phases
 
 
-def sizes(cfg, model, gpus, micro_tokens) -> SimpleNamespace:
+def sizes(cfg, model, gpus, micro_tokens, on_gpu=True, at_limits=False) -> SimpleNamespace:
     """The quantities that the formulas share, by the symbols of this file's docstring."""
     z = SimpleNamespace(g=gpus, sharded=gpus > 1, config=model.config, tied=model.tied)
     z.checkpointed = cfg.gradient_checkpointing
@@ -239,9 +289,13 @@ def sizes(cfg, model, gpus, micro_tokens) -> SimpleNamespace:
     )
     z.Pr = z.P - z.L * z.Pl
     z.e = 4 if cfg.dtype == "float32" else 2
-    z.h = z.e if z.sharded else 4
-    z.cast = 0 if z.sharded else z.e % 4  # bytes of autocast's copy of a number
-    z.layer, z.norm = model.trace(z.sharded, z.e)
+    z.rank = cfg.lora_rank
+    z.A = z.rank * model.widths or z.P
+    z.trained_head = 0 if z.rank else z.VH
+    z.merged = model.largest if z.rank else 0
+    z.h = z.e if z.sharded or z.rank else 4
+    z.cast = 0 if z.sharded else z.e % 4  # bytes of autocast's copy of a trained number
+    z.layer, z.norm = model.trace(z.sharded, z.e, z.rank)
     trained = None if cfg.method == "eval" else method_of(cfg)
     z.distills = trained is not None and trained.teaches
     z.embeds = trained is None or trained.memory_mode is not None
@@ -253,16 +307,23 @@ def sizes(cfg, model, gpus, micro_tokens) -> SimpleNamespace:
     z.S = max(micro_tokens, z.row)
     z.T = max(micro_tokens, z.teacher_row)
     z.N = z.S  # completion tokens: at most all of them
+    z.on_gpu = on_gpu
+    z.chunk = rows_of_chunk(2 * 4 * z.V, "cuda" if on_gpu else "cpu")
+    if at_limits:
+        rows = max(1, micro_tokens // max(z.row, z.distills * z.teacher_row))
+        z.S, z.T, z.N = rows * z.row, rows * z.teacher_row, rows * cfg.max_completion
     return z
 
 
 def held(cfg, z, share) -> dict[str, float]:
     """What a process holds from step to step. share: bytes of vLLM's share of a GPU."""
-    state = {"weights, float32": 4 * z.P / z.g}
+    state = {"weights, float32": 4 * z.A / z.g}
+    if z.rank:
+        state["frozen weights"] = z.e * z.P
     if cfg.method != "eval":
-        state |= {"gradients, float32": 4 * z.P / z.g, "AdamW, float32": 8 * z.P / z.g}
+        state |= {"gradients, float32": 4 * z.A / z.g, "AdamW, float32": 8 * z.A / z.g}
     if z.averaged:
-        state["EMA teacher, float32"] = 4 * z.P / z.g
+        state["EMA teacher, float32"] = 4 * z.A / z.g
     if cfg.embedder != "hashing" and z.embeds:
         # Qwen3-Embedding-0.6B as float32; its activations are left out
         state["embedder, first GPU"] = 4 * 0.6e9
@@ -276,12 +337,13 @@ def held(cfg, z, share) -> dict[str, float]:
 def generation(z, share) -> dict[str, float]:
     """What generation takes beside that."""
     if share:
-        return {"vLLM, awake": share}
+        # a weight of the base with what the adapter adds, while it is pushed: three in float32
+        return {"vLLM, awake": share, "a merged weight": (12 + z.e) * z.merged}
     # keys and values of m tokens; logits, several times as float32 and float64
     logits = 40 * z.V * (z.m // z.row or 1)
     return {
         "keys and values, logits": kv_bytes(z.config, 1) * 2 * z.m + logits,
-        "autocast's weights": z.e % 4 * z.P,
+        "autocast's weights": z.e % 4 * z.A,
     }
 
 
@@ -308,7 +370,7 @@ def update(z) -> dict[str, dict[str, float]]:
     roots = {"whole root": (1 + z.averaged) * root}
     back = roots | {
         "whole layers": (4 * z.e + 8) * z.Pl if z.sharded else 0,
-        "autocast's weights": z.cast * z.P,
+        "autocast's weights": z.cast * z.A,
     }
     # Between the passes, of each layer its input, or all it keeps; the embedding's output; the last
     # norm.
@@ -318,45 +380,46 @@ def update(z) -> dict[str, dict[str, float]]:
     else:
         kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.layer.kept) + masks(z, z.S, z.row, z.L)
         again = z.S * (z.layer.backward - z.layer.kept)
-    chunk = 2 * min(z.N, LARGEST_CHUNK) * z.V * 4
+    logits = 2 * min(z.N, z.chunk) * z.V
+    chunk = z.e * logits + min(TILES, 4 * logits) if z.on_gpu else 4 * logits
     return {
         "teacher": {
             "whole root": root,
             "whole layers": 3 * z.e * z.Pl if z.sharded else 0,
-            "autocast's weights": z.cast * z.P,
+            "autocast's weights": z.cast * z.A,
             "activations": z.T * z.layer.forward + masks(z, z.T, z.teacher_row, 1),
         },
         # hidden states twice (picked from the rows, then where the weight is not 0), their gradient
-        # in float32; the head's gradient in float32, a chunk's part of it in e bytes, under
-        # autocast beside a copy of the head
+        # in float32; logits of both; the head's gradient in float32, a chunk's part of it in e
+        # bytes, under autocast beside a copy of the head
         "loss": roots
         | {
-            "autocast's weights": (1 + z.averaged) * z.cast * z.P,
+            "autocast's weights": (1 + z.averaged) * z.cast * z.A,
             "activations": kept,
-            "loss chunk": min(MEMORY_BUDGET, chunk),
+            "loss chunk": chunk,
             "hidden states": (2 * (1 + z.distills) * z.h + 4) * z.N * z.H,
-            "head's gradient": (4 + z.e + z.cast) * z.VH,
+            "head's gradient": (4 + z.e + z.cast) * z.trained_head,
         },
-        # backward begins: the saved gradients, beside them scaled, then cast to e bytes
+        # backward begins: the saved gradients, beside them scaled, in the type of what they are of
         "scale": back
         | {
             "activations": kept,
-            "hidden states": (8 + z.h % 4) * z.N * z.H,
-            "head's gradient": (8 + z.e % 4) * z.VH,
+            "hidden states": (4 + z.h) * z.N * z.H,
+            "head's gradient": (4 + (z.e if z.sharded else 4)) * z.trained_head,
         },
         # the top layer; the head's gradient waits for the embedding's where they share a group or
         # are one weight
         "backward": back
         | {
             "activations": kept + again,
-            "head's gradient": (z.sharded or z.tied) * z.e * z.VH,
+            "head's gradient": (z.sharded or z.tied) * z.e * z.trained_head,
         },
         # it ends: the root group's gradient in e bytes and, to be reduced, in float32; or the
         # embedding's and tied head's
         "root": roots
-        | {"head's gradient": (z.e + 4) * z.Pr if z.sharded else (1 + z.tied) * 4 * z.VH},
+        | {"head's gradient": (z.e + 4) * z.Pr if z.sharded else (1 + z.tied) * 4 * z.trained_head},
         # the root of all second moments at once
-        "optimizer": {"AdamW's temporaries": 4 * z.P / z.g},
+        "optimizer": {"AdamW's temporaries": 4 * z.A / z.g},
     }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import subprocess
@@ -33,6 +34,7 @@ FREE = {
     "nproc",
     "micro_tokens",
     "gradient_checkpointing",
+    "compile_layers",
     "sampler",
     "gpu_memory_utilization",
     "tensor_parallel",
@@ -164,7 +166,9 @@ def commit() -> str:
 
 def environment() -> str:
     """Describes the code, the packages and the devices of a run, with uncommitted changes."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
+    packages = ["torch", "transformers", "tokenizers", "numpy", "scikit-learn"]
+    if importlib.util.find_spec("peft"):  # of --lora_rank
+        packages.append("peft")
     lines = [f"pmd {VERSION}", f"commit {commit()}"]
     lines += [f"python {platform.python_version()} on {platform.platform()}"]
     lines += [f"{package} {importlib.metadata.version(package)}" for package in packages]

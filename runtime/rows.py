@@ -10,8 +10,9 @@ from collections import Counter
 
 import torch
 
-from kernels import policy_loss, score
+from kernels import score
 from runtime.clock import clock
+from runtime.policy_gradient import policy_loss
 from runtime.ranks import compute, forward, gather, rank, reshard, world
 
 
@@ -167,6 +168,18 @@ def require_small_gap(gaps, step, cfg) -> Counter:
             f"--max_sampler_gap {cfg.max_sampler_gap}: the sampler does not run the trained weights"
         )
     return gap
+
+
+def totals(batch, out) -> dict:
+    """Sums the per-token values (N,) of a micro-batch's loss: {name: number}.
+
+    Each distilled row keeps its divergences, which a sample shows token by token.
+    """
+    if "divergence" in out:
+        parts = out["divergence"].detach().cpu().split([len(r.ids) for r in batch])
+        for row, part in zip(batch, parts, strict=True):
+            row.divergence = part if row.teacher_ids else None
+    return {name: float(value.detach().sum()) for name, value in out.items()}
 
 
 def tokens_of(batch, chosen) -> torch.Tensor:

@@ -52,8 +52,10 @@ from runtime.options import option
 from runtime.provenance import VERSION, changes, commit, environment, write_origin
 from runtime.ranks import broadcast, gather, rank
 from runtime.rows import add
+from runtime.samples import sample_of
 from runtime.store import describe
 from runtime.tables import plot_curves, table, title
+from runtime.watch import lesson_pull
 
 # The environment of a run that --compare started: the --name of the comparison.
 COMPARISON = "PMD_COMPARISON"
@@ -94,7 +96,7 @@ class RunOptions:
         "and Ctrl-C; --resume goes on; 0 for no limit [ours]",
         within="[0, inf)",
     )
-    log: Literal["", "tensorboard", "wandb"] = option(
+    log: Literal["", "tensorboard", "wandb", "trackio"] = option(
         "", "send the metrics there too, through its own library [ours]"
     )
 
@@ -121,6 +123,8 @@ class Run:
         bar = {"total": self.total, "desc": cfg.method, "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(**bar, disable=rank() > 0 or None)
         self.learned = ""  # the last reward, for the bar
+        self.method = None  # `restore` sets it
+        self.warned = False  # of lessons that are misread, once
         self.send = lambda row: None
         if rank() == 0:
             self._open()
@@ -238,18 +242,24 @@ class Run:
             if sys.exc_info()[0]:  # the program's own handlers again, whatever ended the run
                 self._restore_handlers()
 
-    def log(self, step, rollouts, sums, memory):
-        """Writes a line of metrics.jsonl, and every `log_every` steps prints one with a sample."""
+    def log(self, step, rollouts, rows, sums, memory):
+        """Writes a line of metrics.jsonl, and every `log_every` steps prints one with a sample.
+
+        rows: what phase 4 trained on, mostly the rollouts themselves.
+        """
+        cfg = self.cfg
+        sample = {}
+        if self.due(step, cfg.log_every):  # on every rank: one of them holds its divergences
+            sample = sample_of(step, rows or rollouts, self.tokenizer)
         passed = functools.reduce(add, gather(clock.passed()))
         if rank():
             return
-        cfg = self.cfg
         metrics = step_metrics(step, rollouts, sums, passed, memory, self.task.train, cfg)
         self.note(metrics)
         sizes = "/".join(map(str, metrics["memory"].values()))
         self.learned = f", reward {metrics['reward']:.2f}, memory {sizes}"
         self.bar.update()
-        if not self.due(step, cfg.log_every):
+        if not sample:
             return
         line = (
             f"step {step:4d}  reward {metrics['reward']:.3f}  teacher active"
@@ -258,24 +268,23 @@ class Run:
         if any(metrics["memory"].values()):
             line += f"  memory {sizes}"
         self.bar.write(line)
-        rollout = next((r for r in rollouts if r.teacher_prompt), rollouts[0])
-        problem = rollout.problem
-        insight = memory.living("insight", problem.id)
-        sample = {
-            "step": step,
-            "problem": problem.id,
-            "student_prompt": problem.prompt,
-            "teacher_prompt": rollout.teacher_prompt,
-            "completion": rollout.text,
-            "reward": rollout.reward,
-            "insight": [f"{i.kind} {i.title}: {i.text}" for i in insight],
-        }
+        insight = memory.living("insight", sample["problem"])
+        sample["insight"] = [f"{i.kind} {i.title}: {i.text}" for i in insight]
         append(self.folder / "samples.jsonl", sample)
 
     def note_answers(self, step, split, rows, estimates):
-        """Writes the samples of an evaluation, and the estimates from them."""
+        """Writes the samples of an evaluation, and the estimates from them.
+
+        With those on test comes what lessons do to failed attempts: see runtime/watch.py.
+        """
+        pull = lesson_pull(self.method, step) if split == "test" else None
         if rank():
             return
+        if pull:
+            estimates = {**estimates, "lesson_pull": pull.mean}
+            if pull.warning and not self.warned:
+                self.bar.write(pull.warning)
+                self.warned = True
         cfg = self.cfg
         write_lines(self.folder / "evals" / f"{step}-{split}.jsonl", rows)
         rollouts = step * cfg.batch_size * cfg.group_size
@@ -330,7 +339,7 @@ class Run:
         Memory and records return to its step.
         Raises RunError if it can't be read, with the checkpoint to go on from instead.
         """
-        step = 0
+        step, self.method = 0, method
         if self.saved:
             cure = cure_without(self.saved, self.folder)
             record = read_checkpoint(self.saved, method, optimizer, cure)

@@ -12,6 +12,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from runtime.chat import encode_prompt, turn_ends
 from runtime.clock import clock
+from runtime.formats import schema_of
+from runtime.guide import Guide
 from runtime.model import outline
 from runtime.options import option
 from runtime.ranks import compute, copy_weights, device_of, gather, materialise, rank, world
@@ -138,26 +140,39 @@ class Sampler:
         """The policy's replies to a memory's prompts (user messages): reflection and
         abstraction.
         """
+        limit = self.cfg.memory_completion
+        schemas = [None] * len(prompts)
+        if self.cfg.memory_format == "guided":
+            schemas = [schema_of(prompt, limit) for prompt in prompts]
         digests = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
         with clock("reflect"):
             samples = self.generate(
                 [encode_prompt(self.tokenizer, p) for p in prompts],
                 [("ask", d) for d in digests],
-                self.cfg.memory_completion,
+                limit,
                 MEMORY_TEMPERATURE,
                 MEMORY_TOP_P,
+                schemas,
             )
         return [s.text for s in samples]
 
-    def generate(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
+    def generate(
+        self, prompts, keys, max_new_tokens, temperature, top_p, schemas=None
+    ) -> list[Sample]:
         """One sample for each prompt (token ids) with its key (a tuple that JSON can write); every
-        rank has them all.
+        rank has them all. schemas: of JSON, one a prompt, or None where a reply is free.
         """
+        schemas = schemas or [None] * len(prompts)
         own = dealt(
             prompts, rank() // self.cfg.tensor_parallel, world() // self.cfg.tensor_parallel
         )
         drawn = self.draw(
-            [prompts[i] for i in own], [keys[i] for i in own], max_new_tokens, temperature, top_p
+            [prompts[i] for i in own],
+            [keys[i] for i in own],
+            max_new_tokens,
+            temperature,
+            top_p,
+            [schemas[i] for i in own],
         )
         if rank() % self.cfg.tensor_parallel == 0:  # one of a team, which draws the same
             clock.count(sum(len(s.prompt_ids) + len(s.ids) for s in drawn))
@@ -175,8 +190,9 @@ class Sampler:
             copy_weights(self.trained, self.policy)
 
     @torch.no_grad()
-    def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
+    def draw(self, prompts, keys, max_new_tokens, temperature, top_p, schemas=None) -> list[Sample]:
         """This rank's samples, batched by length."""
+        schemas = schemas or [None] * len(prompts)
         samples = [None] * len(prompts)
         for rows in by_tokens([len(p) + max_new_tokens for p in prompts], self.cfg.micro_tokens):
             longest = max(len(prompts[i]) for i in rows)
@@ -189,6 +205,11 @@ class Sampler:
             draw = KeyedSampling(
                 torch.from_numpy(uniforms).to(self.policy.device), temperature, top_p
             )
+            processors = [draw]
+            if any(schemas[i] for i in rows):
+                size = self.policy.get_output_embeddings().weight.shape[0]
+                guide = Guide(self.tokenizer, size, self.eos, [schemas[i] for i in rows])
+                processors = [guide, draw]
             config = GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
@@ -207,7 +228,7 @@ class Sampler:
                         input_ids=ids.to(self.policy.device),
                         generation_config=config,
                         attention_mask=mask.to(self.policy.device),
-                        logits_processor=LogitsProcessorList([draw]),
+                        logits_processor=LogitsProcessorList(processors),
                     )
             finally:
                 self.policy.generation_config = shipped

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
+from runtime.lora import STUDENT, adapted_layers, merged
 from runtime.model import MODELS
 from runtime.ranks import compute_dtype, device_of, gather, local, reshard, whole, world
 from runtime.rows import own_logprobs
@@ -89,6 +90,7 @@ class VLLM(Sampler):
             generation_config="vllm",
             logprobs_mode="processed_logprobs",  # those it sampled with, temperature and all
             enable_prefix_caching=True,
+            structured_outputs_config={"backend": "guidance"},  # the library of runtime/guide.py
             disable_log_stats=True,
             seed=cfg.seed,
             **memory,
@@ -150,7 +152,7 @@ class VLLM(Sampler):
         torch.cuda.empty_cache()
         if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
-        weights = ((name, whole(p)) for name, p in self.trained.named_parameters())
+        weights = ((name, whole(p)) for name, p in merged(self.trained))
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.trained.config.tie_word_embeddings:
             self.llm.apply_model(self._tie)
@@ -191,7 +193,9 @@ class VLLM(Sampler):
 
     @contextlib.contextmanager
     def _changed(self):
-        """Other weights inside: head and embedding, which a push may forget, and a norm."""
+        """Other weights inside: head and embedding, which a push may forget, a norm, and what the
+        adapters add, which is 0 at the start.
+        """
         model = self.trained
         norm = local(next(p for p in model.parameters() if p.dim() == 1))  # a bias would do as well
         ends = {
@@ -206,13 +210,20 @@ class VLLM(Sampler):
                 p.copy_(p.flip(0))
 
         scale = norm.clone()
+        added = [layer.lora_B[STUDENT].weight for layer in adapted_layers(model)]
+        before = [b.clone() for b in added]
         flip()
         norm.mul_(1.5)
+        for b in added:  # B A then has entries of the size of a layer's own
+            bound = b.shape[1] ** -0.5
+            b.copy_(torch.linspace(-bound, bound, b.numel()).view_as(b))
         try:
             yield
         finally:
             flip()
             norm.copy_(scale)
+            for b, values in zip(added, before, strict=True):
+                b.copy_(values)
 
     def _told(self, which, given, other) -> float:
         """Pushes; the engine's gap to the trainer's log-probabilities of the weights it was
@@ -229,7 +240,7 @@ class VLLM(Sampler):
             )
         return near / float(given.abs().mean())
 
-    def draw(self, prompts, keys, max_new_tokens, temperature, top_p) -> list[Sample]:
+    def draw(self, prompts, keys, max_new_tokens, temperature, top_p, schemas=None) -> list[Sample]:
         params = [
             self.params(
                 temperature=temperature,
@@ -239,8 +250,9 @@ class VLLM(Sampler):
                 detokenize=False,
                 seed=self._number(key) % 2**63,
                 stop_token_ids=sorted(self.eos),
+                structured_outputs=guided_by(schema),
             )
-            for key in keys
+            for key, schema in zip(keys, schemas or [None] * len(keys), strict=True)
         ]
         found = (
             self.llm.generate(
@@ -263,6 +275,13 @@ class VLLM(Sampler):
                 Sample(prompt, new, logprobs, self.text_of(new), out.finish_reason == "stop")
             )
         return samples
+
+
+def guided_by(schema):
+    """Returns vLLM's parameter for a JSON schema; None for a free reply."""
+    from vllm.sampling_params import StructuredOutputsParams  # a GPU's library, and slow to import
+
+    return StructuredOutputsParams(json=schema) if schema else None
 
 
 def make_sampler(policy, tokenizer, cfg):

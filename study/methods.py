@@ -1,5 +1,5 @@
 """The field on one loop: all files of methods/ under equal conditions, in plain worlds and in
-worlds whose verifier speaks.
+worlds whose verifier gives feedback.
 
     python study/methods.py                      # hours on two cores: it says how many first
     python study/methods.py --quick              # minutes: short runs that show the machinery
@@ -8,28 +8,32 @@ worlds whose verifier speaks.
 
 Declared before the first full run:
 
-- Equal for every method: 80 steps of 8 problems, 4 rollouts each, one update a step, the same
+- Equal for every method: 80 steps of 8 problems, 4 rollouts each, one update a step, the shipped
   checkpoint. A world's number is the seed of its run. (lightning-opd samples once, which is what it
   is for.)
-- AUC is the mean of avg@4 on the held-out problems over steps 10, 20, ..., 80, from the prompt that
+- AUC is the mean of avg@4 on 80 held-out problems over steps 10, 20, ..., 80, from the prompt that
   the method's evaluations ask: the plain one, but for caopd and frozen-policy.
 - One learning rate for each method: the best by mean AUC of the same three, on the same two worlds.
-- Then 4 other worlds, each in its plain and in its speaking form: 8 runs of each method.
+- Then 4 other worlds, each in its plain form and with feedback: 8 runs of each method.
 - A claim is shown where the difference in AUC to the method that it claims more than, paired by
   world and form, has a 95% t interval above 0. Nothing corrects for the number of methods.
 - Costs: tokens passed forward in training (docs/metrics.md) and CPU seconds, divided by SDPO's.
 - No run is dropped. One that fails is named, and is not made again.
 
-One thread a run and one run a core. Records are appended to FOLDER/records.jsonl as runs end, one a
-line, and their costs to FOLDER/timings.jsonl, so that the command goes on where it stopped.
+One thread a run and one run a core. A record is a line of FOLDER/records.jsonl, written when its
+run ends, and the same command goes on with the runs that have none.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch
@@ -37,20 +41,41 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from transformers.utils import logging as transformers_logging  # noqa: E402
+import pandas as pd  # noqa: E402
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
-from runtime.methods import cards  # noqa: E402
-from study import study  # noqa: E402
-from study.tables import gaps, markdown, spread, text  # noqa: E402
+import pmd
+from runtime.files import append, read_lines
+from runtime.methods import cards, method_class
+from study.study import EVERY, STEPS, K, auc, world_of
+from study.tables import ends, markdown, text
 
 PAGE = HERE.parent / "methods" / "README.md"
+KINDS = ("plain", "feedback")
 RATES = (3e-4, 1e-3, 3e-3)
-TUNING = (("plain", 411), ("speaking", 412))  # (kind, world)
-MAIN = tuple((kind, world) for world in (461, 462, 463, 464) for kind in ("plain", "speaking"))
-UNTRAINED = ("frozen-policy",)  # has no rate; its memory is lent to frozen-memory
+TUNING = (("plain", 411), ("feedback", 412))  # (kind, world)
+MAIN = tuple((kind, world) for world in (461, 462, 463, 464) for kind in KINDS)
+UNTRAINED = ("frozen-policy",)  # has no rate
 QUICK = {"steps": 6, "eval_problems": 8}
 SECONDS = 45  # of one core, for a run of 80 steps without a record of its method
 START = 3  # seconds of one core that a run of any length takes
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a method in a world. rate: None for the preset's."""
+
+    part: str
+    method: str
+    kind: str
+    world: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        name = f"{self.part}/{self.method}/{self.kind}/{self.world}"
+        return f"{name}@{self.rate:g}" if self.part == "tuning" and self.rate else name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,27 +83,13 @@ START = 3  # seconds of one core that a run of any length takes
 # --------------------------------------------------------------------------------------------------
 
 
-def job(part, method, kind, world, rate=None):
-    """Gives a run. rate: None for the preset's."""
-    place = f"{kind}/{world}"
-    flags, needs, name = {"method": method}, (), f"{part}/{method}/{place}"
-    if rate is not None:
-        flags["lr"] = rate
-    if part == "tuning" and rate is not None:
-        name += f"@{rate:g}"
-    if method == "frozen-memory":
-        flags["memory_from"] = f"{part}/frozen-policy/{place}"
-        needs = (flags["memory_from"],)
-    return study.Job(name, world, kind=kind, flags=flags, needs=needs)
-
-
-def tuning() -> list:
+def tuning() -> list[Job]:
     """Gives the runs that choose the rates, world after world."""
     jobs = []
     for place in TUNING:
         for method in cards():
-            rates = (None,) if method in UNTRAINED else RATES
-            jobs += [job("tuning", method, *place, rate) for rate in rates]
+            if method not in UNTRAINED:
+                jobs += [Job("tuning", method, *place, rate) for rate in RATES]
     return jobs
 
 
@@ -88,33 +99,84 @@ def tuned(records) -> dict:
     for method in cards():
         means = {}
         for rate in RATES:
-            names = [job("tuning", method, *place, rate).name for place in TUNING]
+            names = [Job("tuning", method, *place, rate).name for place in TUNING]
             rows = [records[name] for name in names if "test" in records.get(name, {})]
             if len(rows) == len(names):
-                means[rate] = statistics.mean(map(study.auc, rows))
+                means[rate] = statistics.mean(map(auc, rows))
         if means:
             found[method] = max(means, key=means.get)
     return found
 
 
-def main_part(rates) -> list:
+def main_part(rates) -> list[Job]:
     """Gives the runs that are compared."""
-    return [job("main", method, *place, rates.get(method)) for place in MAIN for method in cards()]
+    return [Job("main", method, *place, rates.get(method)) for place in MAIN for method in cards()]
 
 
-def quick() -> list:
+def quick() -> list[Job]:
     """Gives the runs of --quick, in the worlds of the tuning: no other is looked at."""
-    return [job("quick", method, *place) for place in TUNING for method in cards()]
+    return [Job("quick", method, *place) for place in TUNING for method in cards()]
 
 
-def estimate(jobs, times, steps) -> float:
+def estimate(jobs, records, steps) -> float:
     """Estimates seconds of one core: by the records of a method where there are some."""
     total = 0.0
-    for one in jobs:
-        name = f"/{one.flags['method']}/"
-        spent = [row["cpu"] for job, row in times.items() if name in job and "cpu" in row]
-        total += statistics.mean(spent) if spent else START + SECONDS * steps / study.STEPS
+    for job in jobs:
+        rows = [row for name, row in records.items() if f"/{job.method}/" in name]
+        spent = [row["cpu"] for row in rows if "cpu" in row]
+        total += statistics.mean(spent) if spent else START + SECONDS * steps / STEPS
     return total
+
+
+# --------------------------------------------------------------------------------------------------
+# One run
+# --------------------------------------------------------------------------------------------------
+
+
+def work(job, out, short) -> dict:
+    """Runs a job and returns its record. In a process of its own, which does one after another."""
+    record = {"job": job.name, "method": job.method, "kind": job.kind, "world": job.world}
+    record["rate"] = job.rate
+    transformers_logging.set_verbosity_error()
+    with open(os.devnull, "w") as silence:
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            try:
+                cpu = train(job, out, short)
+            except (Exception, SystemExit) as error:
+                return record | {"failed": f"{type(error).__name__}: {error}"}
+    rows = read_lines(out / job.name / "metrics.jsonl")
+    tests = [row for row in rows if row.get("split") == "test"]
+    record["test"] = [{"step": row["step"], "avg": row["avg_at_k"]} for row in tests]
+    steps = [row for row in rows if "split" not in row]
+    record["reward"] = [round(row["reward"], 4) for row in steps if row["step"] % EVERY == 0]
+    record["tokens"] = sum(sum(row["forward_tokens"].values()) for row in steps)
+    shutil.rmtree(out / job.name)
+    return record | {"cpu": round(cpu, 1)}
+
+
+def train(job, out, short) -> float:
+    """Trains a method; returns its CPU seconds, those of a frozen memory's lender not counted."""
+    shutil.rmtree(out / job.name, ignore_errors=True)
+    flags = {"group_size": 4, "eval_k": K, "eval_every": EVERY, "steps": STEPS, "dev": 0.0}
+    flags |= {"eval_problems": 80, "save_every": 0, "seed": job.world, "device": "cpu"}
+    flags |= {"task": str(world_of(job, out)), "out": str(out), **short}
+    if job.rate is not None:
+        flags["lr"] = job.rate
+    own = {"method": job.method, "name": job.name}
+    if job.method == "frozen-memory":
+        lender = f"{job.name}-lender"
+        shutil.rmtree(out / lender, ignore_errors=True)
+        run(flags | {"method": "frozen-policy", "name": lender, "eval_every": 0})
+        own["memory_from"] = lender
+    began = time.process_time()
+    run(flags | own)
+    return time.process_time() - began
+
+
+def run(flags):
+    method = method_class(flags["method"])
+    preset = pmd.PRESETS["nano"] | method.presets.get("nano", {})
+    pmd.train(method.Config(**preset | flags))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,9 +188,9 @@ def scores(records, part, method) -> dict:
     """Gives {(kind, world): AUC} of a method's runs that ended."""
     found = {}
     for place in TUNING if part == "quick" else MAIN:
-        row = records.get(job(part, method, *place).name, {})
+        row = records.get(Job(part, method, *place).name, {})
         if "test" in row:
-            found[place] = study.auc(row)
+            found[place] = auc(row)
     return found
 
 
@@ -141,10 +203,11 @@ def status(card, found, failures, method) -> str:
     rival = card["Claims more than"]
     if rival.startswith("none, "):
         return rival.removeprefix("none, ")
-    differences = list(gaps(found[method], found[rival]).values())
-    if len(differences) < len(MAIN):
+    both = [place for place in MAIN if place in found[method] and place in found[rival]]
+    if len(both) < len(MAIN):
         return "runs"
-    _, low, high = spread(differences)
+    differences = [found[method][place] - found[rival][place] for place in both]
+    low, high = ends(pd.Series(differences))
     shown = f"{text(differences)} beside {rival}"
     if low > 0:
         return f"claim shown at nano scale: {shown}"
@@ -153,10 +216,10 @@ def status(card, found, failures, method) -> str:
     return f"runs, claim not shown: {shown}"
 
 
-def cost(times, part, method, key) -> float | None:
+def cost(records, part, method, key) -> float | None:
     """Gives the mean of a cost over a method's runs; None where there are none."""
-    names = [job(part, method, *place).name for place in (TUNING if part == "quick" else MAIN)]
-    values = [times[name][key] for name in names if key in times.get(name, {})]
+    names = [Job(part, method, *place).name for place in (TUNING if part == "quick" else MAIN)]
+    values = [records[name][key] for name in names if key in records.get(name, {})]
     return statistics.mean(values) if values else None
 
 
@@ -164,18 +227,18 @@ def against(value, other) -> str:
     return f"{value / other:.2f}" if value and other else "-"
 
 
-def line(records, times, part, method) -> list[str]:
+def line(records, part, method) -> list[str]:
     """Makes a method's cells of the table."""
     says, rates = cards(), tuned(records)
     found = {name: scores(records, part, name) for name in says}
     aucs = ["-", "-"]  # short runs have none
     if part == "main":
-        aucs = [of_kind(found[method], kind) for kind in ("plain", "speaking")]
+        aucs = [of_kind(found[method], kind) for kind in KINDS]
     names = [name for name in records if name.startswith(f"{part}/{method}/")]
     failures = sum("failed" in records[name] for name in names)
     costs = []
-    for key in ("forward_tokens", "cpu"):
-        costs.append(against(*(cost(times, part, who, key) for who in (method, "sdpo"))))
+    for key in ("tokens", "cpu"):
+        costs.append(against(*(cost(records, part, who, key) for who in (method, "sdpo"))))
     rate = f"{rates[method]:g}" if method in rates else "preset"
     card = says[method]
     first = [f"`{method}`", card["Teacher reads"], card["Loss"], rate]
@@ -185,14 +248,14 @@ def line(records, times, part, method) -> list[str]:
 def of_kind(found, kind) -> str:
     """Writes the mean AUC over the worlds of a kind, with its interval. found: as of `scores`."""
     values = [auc for (where, _), auc in found.items() if where == kind]
-    return text(values) if values else "-"
+    return text(values)
 
 
-def report(records, times, part) -> str:
+def report(records, part) -> str:
     """Makes the page of methods/ from records. part: main or quick."""
-    head = ["method", "its teacher reads", "its loss", "rate", "AUC, plain", "AUC, speaking"]
+    head = ["method", "its teacher reads", "its loss", "rate", "AUC, plain", "AUC, feedback"]
     head += ["tokens", "CPU", "status"]
-    rows = [line(records, times, part, method) for method in cards()]
+    rows = [line(records, part, method) for method in cards()]
     runs = sum(name.startswith(f"{part}/") for name in records)
     parts = ["# The field on one loop", introduction(part, runs), markdown(head, rows), NOTES]
     return "\n\n".join(parts) + "\n"
@@ -211,7 +274,7 @@ def introduction(part, runs) -> str:
     return (
         f"{made} {runs} runs: {len(MAIN)} of each method, in {len(MAIN) // 2} worlds whose verifier"
         " says nothing (plain) and in the same worlds with a verifier that names the first wrong"
-        " step (speaking). study/methods.py has what was declared before."
+        " step (feedback). study/methods.py has what was declared before."
     )
 
 
@@ -258,39 +321,45 @@ def parse_args(argv=None):
     return args
 
 
-def run_part(label, jobs, records, args, pool):
+def run_part(label, jobs, records, args):
     """Runs the jobs of a part that have no record yet, and says before how long that takes."""
-    left = [one for one in jobs if one.name not in records]
-    times = study.read(args.out / "timings.jsonl")
-    steps = QUICK["steps"] if args.quick else study.STEPS
-    minutes = estimate(left, times, steps) / args.workers / 60
+    left = [job for job in jobs if job.name not in records]
+    short = QUICK if args.quick else {}
+    minutes = estimate(left, records, short.get("steps", STEPS)) / args.workers / 60
     print(
-        f"{label}: {len(jobs)} runs, {len(left)} of them left, about {minutes:.0f} minutes with"
-        f" {args.workers} at a time",
+        f"{time.strftime('%H:%M')} {label}: {len(jobs)} runs, {len(left)} of them left, about"
+        f" {minutes:.0f} minutes with {args.workers} at a time",
         flush=True,
     )
-    short = QUICK if args.quick else {}
-    work = args.work.resolve()
-    study.run(jobs, records, work, args.out, pool, args.workers, short, jobs)
+    if not left:
+        return
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(work, job, args.work.resolve(), short) for job in left]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+            record = future.result()
+            records[record["job"]] = record
+            append(args.out / "records.jsonl", record)
+            if "failed" in record:
+                tqdm.write(f"{record['job']} failed: {record['failed']}")
+
+
+def read(path) -> dict:
+    return {row["job"]: row for row in read_lines(path)} if path.exists() else {}
 
 
 def main():
+    """Runs the command line."""
     args = parse_args()
-    transformers_logging.set_verbosity_error()
     args.out.mkdir(parents=True, exist_ok=True)
-    records = study.read(args.out / "records.jsonl")
-    if not args.report:
-        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-            if args.quick:
-                run_part("quick", quick(), records, args, pool)
-            else:
-                run_part("tuning", tuning(), records, args, pool)
-                run_part("main", main_part(tuned(records)), records, args, pool)
+    records = read(args.out / "records.jsonl")
+    if not args.report and args.quick:
+        run_part("quick", quick(), records, args)
+    elif not args.report:
+        run_part("tuning", tuning(), records, args)
+        run_part("main", main_part(tuned(records)), records, args)
     if not records:
         sys.exit(f"study/methods.py: there are no records in {args.out}; run it without --report")
-    page = report(
-        records, study.read(args.out / "timings.jsonl"), "quick" if args.quick else "main"
-    )
+    page = report(records, "quick" if args.quick else "main")
     if args.report:
         PAGE.write_text(page)
     print(page)

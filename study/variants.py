@@ -1,74 +1,147 @@
-"""PMD as the study varies it: reflections made wrong, lessons unread, a rate that falls.
+"""A method as the study runs it: watched, and for one arm with lessons hidden from its teacher.
 
-python pmd.py --method study/variants.py --wrong 0.2
+What is watched changes nothing that is learned, and its time is left out of a run's times.
 """
 
-import random
-import re
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import pmd
-from nano.world import OPERATIONS
+import numpy as np
+
+from memory import reprompt
+from nano.world import attempt_text
+from runtime.chat import encode_prompt
+from runtime.clock import clock
+from runtime.files import append
+from runtime.rows import scored
+from tasks.problem import SUCCESS
+
+EVERY = 10  # steps between two looks at the teacher
+BLOCKS = ("solution", "strategies", "lessons", "behaviors", "feedback")
 
 
 @dataclass
-class Config(pmd.Config):
-    wrong: float = pmd.option(
-        0.0,
-        "share of the operations in the model's reflected strategies that are made wrong",
-        within="[0, 1]",
-    )
-    lessons: bool = pmd.option(True, "whether the teacher reads lessons; they are written anyway")
-    falls: bool = pmd.option(False, "the rate falls to 0 over the second half of the run")
+class Row:
+    """Holds the right attempt at a problem after one prompt, for runtime.rows.scored."""
+
+    id: tuple  # problem, reader
+    ids: list[int]
+    prompt_ids: list[int]
 
 
-class Variant:
-    """What the study varies, over any method."""
+def watched(base, lessons=True) -> type:
+    """Makes the class of a method that is watched. lessons: whether its teacher reads them."""
+    return type("Method", (Watched, base), {"lessons": lessons})
 
-    Config = Config
+
+class Watched:
+    """Writes watched.jsonl into the run's folder: CPU seconds, and how good the teacher is.
+
+    Teacher quality: on one rollout of each problem of the batch, a failed one if there is one, the
+    probability that a reader gives to the right operation at each step, after the right steps
+    before it, averaged over the steps. The readers are the student, and the teacher with its
+    weights alone, with each block of what it reads alone, and with all of it. All but the first are
+    given less the student. It is exact: one pass of the model over the right attempt.
+    """
+
+    lessons = True
 
     def __init__(self, cfg, *parts):
         super().__init__(cfg, *parts)
-        self.lr = cfg.lr
+        self.solved = set()  # ids of problems with a success so far
+        self.read = {}  # {rollout id: what its teacher is offered}
+        self.spent = self.aside = 0.0  # CPU seconds of the steps so far, and of watching
 
-    def remember(self, step, problems, rollouts):
-        """Lets the memory read replies of which a share is wrong."""
-        if self.memory is None or not self.cfg.wrong:
-            return super().remember(step, problems, rollouts)
-        generate = self.memory.generate
-        self.memory.generate = lambda prompts: self.mistaken(step, prompts, generate(prompts))
-        try:
-            super().remember(step, problems, rollouts)
-        finally:
-            self.memory.generate = generate
-
-    def mistaken(self, step, prompts, replies) -> list[str]:
-        """Replies in which operations that strategies name are exchanged for others."""
-        changed = []
-        for prompt, reply in zip(prompts, replies, strict=True):
-            rng = random.Random(f"{self.cfg.seed} {step} {prompt}")
-
-            def exchange(claim, rng=rng):
-                before, syllable, operation = claim.groups()
-                if rng.random() >= self.cfg.wrong:
-                    return claim[0]
-                return f"{before}{syllable}={rng.choice([o for o in OPERATIONS if o != operation])}"
-
-            changed.append(re.sub(r'("content": " *)(\w+)=(\w+)', exchange, reply))
-        return changed
+    def attempt(self, step, problems):
+        self.began, self.aside = time.process_time(), 0.0
+        return super().attempt(step, problems)
 
     def contexts(self, step, rollouts):
         contexts = super().contexts(step, rollouts)
-        if self.cfg.lessons:
-            return contexts
-        return [{**context, "lessons": []} for context in contexts]
+        if not self.lessons:
+            contexts = [{**context, "lessons": []} for context in contexts]
+        self.read = {r.id: context for r, context in zip(rollouts, contexts, strict=True)}
+        return contexts
+
+    def condition(self, step, rollouts):
+        self.rollouts = rollouts
+        self.solved |= {r.problem.id for r in rollouts if r.reward > SUCCESS}
+        return super().condition(step, rollouts)
 
     def weigh(self, step, rows):
         super().weigh(step, rows)
-        if self.cfg.falls:
-            left = min(1.0, 2 * (self.cfg.steps - step + 1) / self.cfg.steps)
-            self.cfg = replace(self.cfg, lr=self.lr * left)
+        if step % EVERY == 0:
+            since = time.process_time()
+            with clock("evaluate"):
+                self.quality = self.look()
+            self.aside = time.process_time() - since
+
+    def follow(self, step):
+        super().follow(step)
+        self.spent += time.process_time() - self.began - self.aside
+        if step % EVERY == 0:
+            line = {"step": step, "cpu": round(self.spent, 2), "teacher": self.quality}
+            append(Path(self.cfg.out) / self.cfg.name / "watched.jsonl", line)
+
+    # -- teacher quality
+
+    def look(self) -> dict:
+        """Measures the readers: {solved or unsolved: {reader: [mean, problems]}}."""
+        chosen = {}
+        for r in self.rollouts:
+            held = chosen.get(r.problem.id)
+            if held is None or r.reward <= SUCCESS < held.reward:
+                chosen[r.problem.id] = r
+        plain, richer = [], []
+        for r in chosen.values():
+            plain.append(self.row(r.problem, "weights", {}))
+            for reader, context in self.readers(r).items():
+                richer.append(self.row(r.problem, reader, context))
+        student = self.probabilities(self.policy, plain)
+        values = {(id, "student"): p for (id, _), p in student.items()}
+        if self.teaches:
+            for (id, reader), p in self.probabilities(self.teacher, plain + richer).items():
+                values[id, reader] = p - student[id, "weights"]
+        groups = {}
+        for (id, reader), value in values.items():
+            group = "solved" if id in self.solved else "unsolved"
+            groups.setdefault(group, {}).setdefault(reader, []).append(value)
+        return {
+            group: {name: [round(float(np.mean(v)), 5), len(v)] for name, v in readers.items()}
+            for group, readers in groups.items()
+        }
+
+    def readers(self, rollout) -> dict:
+        """The contexts to measure: each block alone, and all of what the teacher of a row reads."""
+        context = self.read.get(rollout.id, {})
+        readers = {block: {block: context[block]} for block in BLOCKS if context.get(block)}
+        return readers | ({"all": context} if rollout.teacher_ids else {})
+
+    def row(self, problem, reader, context) -> Row:
+        """Lays out the right attempt at a problem after a prompt."""
+        syllables, operations = secret_of(problem)
+        digits = [int(word) for word in problem.answer.split()[:4]]
+        text = attempt_text(syllables, operations, digits)
+        prompt = reprompt(problem, context, self.tokenizer, self.cfg)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Row((problem.id, reader), ids, encode_prompt(self.tokenizer, prompt))
+
+    def probabilities(self, model, rows) -> dict:
+        """Scores rows: {row id: mean probability of the right operation over the steps}."""
+        vocabulary = self.tokenizer.get_vocab()
+        problems = {problem.id: problem for problem in self.task.train}
+        found = scored(model, rows, lambda row: row.prompt_ids, self.cfg)
+        means = {}
+        for row in rows:
+            logprobs, _ = found[row.id]
+            named = zip(*secret_of(problems[row.id[0]]), strict=True)
+            where = [row.ids.index(vocabulary[f"{s}={o}"]) for s, o in named]
+            means[row.id] = float(logprobs[where].exp().mean())
+        return means
 
 
-class Method(Variant, pmd.PMD):
-    pass
+def secret_of(problem) -> tuple[list, list]:
+    """The syllables of a problem of nano and the operations that they hide."""
+    pairs = [pair.split("=") for pair in problem.extra["hidden"].split()]
+    return [syllable for syllable, _ in pairs], [operation for _, operation in pairs]

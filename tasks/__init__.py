@@ -20,7 +20,8 @@ text. All other keys are kept in `Problem.extra`, out of every prompt. `nano` is
 whose verifier says which step went wrong, `nano/plain` the same with a silent one, `nano/7` and
 `nano/plain/7` other worlds (`python nano/make.py world --seed 7`), `sciknoweval/chemistry` a domain
 of SciKnowEval in SDPO's files or from the Hub, `livecodebench` a window of LiveCodeBench in its
-official files, a path any folder of yours.
+official files, `gym/NAME` a task of reasoning-gym, a file's path or a name on the Hub a table with
+the usual columns (tasks/table.py), a path any folder of yours.
 """
 
 import random
@@ -28,12 +29,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime.options import option
+from tasks.gym import load_gym
 from tasks.livecodebench import WINDOW, load_livecodebench
 from tasks.nano import task_folder
 from tasks.problem import Problem, Task, Verdict  # noqa: F401
 from tasks.reading import read_problems
 from tasks.sandbox import allow_unsafe_exec, sandbox_command
 from tasks.sciknoweval import load_sciknoweval
+from tasks.table import is_table, load_table_task
 from tasks.verdicts import VERIFIERS, verify, verify_all  # noqa: F401
 
 
@@ -44,7 +47,8 @@ class TaskOptions:
     task: str = option(
         "",
         "nano, nano/plain (the same without feedback), nano/SEED, nano/plain/SEED,"
-        " sciknoweval/DOMAIN, livecodebench or a folder with train.jsonl and test.jsonl (default:"
+        " sciknoweval/DOMAIN, livecodebench, gym/NAME of reasoning-gym, a folder with train.jsonl"
+        " and test.jsonl, a jsonl, json, csv or parquet file, or OWNER/NAME on the Hub (default:"
         " nano with nano, sciknoweval/chemistry with any other model)",
     )
     data: str = option(
@@ -118,6 +122,10 @@ def load_task(
         name, train, test = load_livecodebench(data, protocol, since, until)
     elif name.startswith("sciknoweval/"):
         name, train, test, card = load_sciknoweval(name, data, exclude_flagged)
+    elif name.startswith("gym/"):
+        train, test, card = load_gym(name)
+    elif is_table(name):
+        train, test, card = load_table_task(name)
     else:
         folder = task_folder(name)
         train = read_problems(folder / "train.jsonl")

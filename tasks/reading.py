@@ -7,6 +7,7 @@ from pathlib import Path
 from tasks.choice import verify_choice
 from tasks.files import numbered_rows, refuse_unholdable
 from tasks.last_number import verify_last_number
+from tasks.maths import verify_math
 from tasks.nano import verify_steps
 from tasks.problem import Problem, shown
 from tasks.sandbox import DISK
@@ -62,12 +63,14 @@ def refuse_unreachable(problem):
         verify_steps: problem.answer,
         verify_last_number: problem.answer,
         verify_choice: f"<answer>{problem.answer}</answer>",
+        verify_math: f"\\boxed{{{problem.answer}}}",
     }
     ideal = ideal_replies.get(VERIFIERS[problem.verifier])
     if ideal is None or verify(problem, ideal).reward == 1:
         return
     reasons = {
         "last_number": "is no number that last_number can read, such as 7, -0.5, 1e-3 or 3/4",
+        "math": "is nothing that math-verify reads; give the row a verifier of its own",
         "choice": (
             "can't be matched by any reply: what stands between <answer> and </answer> is read"
             " without white space around it"

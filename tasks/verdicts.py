@@ -6,7 +6,9 @@ from pathlib import Path
 
 from tasks.choice import verify_choice, verify_choice_lenient
 from tasks.code import verify_code
+from tasks.gym import verify_gym
 from tasks.last_number import verify_last_number
+from tasks.maths import verify_math
 from tasks.nano import verify_steps
 from tasks.problem import Verdict, checked, holdable
 from tasks.sandbox import CORES
@@ -15,6 +17,8 @@ VERIFIERS = {
     "steps": verify_steps,
     "choice": verify_choice,
     "last_number": verify_last_number,
+    "math": verify_math,
+    "gym": verify_gym,
     "code": verify_code,
 }
 
@@ -50,8 +54,14 @@ def verify(problem, completion, lenient=False) -> Verdict:
 
 
 def verify_all(problems, completions, lenient=False) -> list[Verdict]:
-    """Judges each pair, in order. Programs run side by side, as many as there are cores."""
-    if not any(p.verifier == "code" for p in problems):
-        return [verify(p, text, lenient) for p, text in zip(problems, completions, strict=True)]
+    """Judges each pair, in order. Programs run side by side, as many as there are cores; all else
+    in this thread, the only one that math-verify can interrupt.
+    """
+    pairs = list(enumerate(zip(problems, completions, strict=True)))
+    programs = {}
     with ThreadPoolExecutor(CORES) as pool:
-        return list(pool.map(verify, problems, completions))
+        for i, (problem, text) in pairs:
+            if problem.verifier == "code":
+                programs[i] = pool.submit(verify, problem, text)
+        others = {i: verify(*pair, lenient) for i, pair in pairs if i not in programs}
+        return [programs[i].result() if i in programs else others[i] for i, _ in pairs]

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import chunked_loss, distill_loss, oracle, policy_loss, score
+from kernels import chunked_loss, distill_loss, oracle, score
+from runtime.policy_gradient import policy_loss
 
 ROOT = Path(kernels.__file__).parent
 ALPHAS = (0, 0.1, 0.5, 0.9, 1)
@@ -678,6 +679,28 @@ def test_the_memory_budget_sets_the_chunk(monkeypatch):
             small = distill_loss(**inputs, alpha=0.5)
         assert max(shape[0] for shape in watch.products if shape[1] == V) == rows
         assert_near(small.loss, whole.loss)
+
+
+def test_a_chunk_is_larger_on_a_gpu():
+    """Of Qwen3's vocabulary, two logits a token as if in float32."""
+    row = 2 * 151936 * 4
+    assert kernels.rows_of_chunk(row, "cpu") == 1024 and kernels.rows_of_chunk(row, "cuda") == 4096
+    assert kernels.rows_of_chunk(2**40, "cuda") == 1
+
+
+def test_gradients_of_bfloat16_are_rounded_once():
+    """And scaled anew by each backward pass of one graph."""
+    inputs = {
+        name: x.detach().bfloat16().requires_grad_() if x.requires_grad else x
+        for name, x in make(dtype=torch.bfloat16).items()
+    }
+    loss = distill_loss(**inputs, alpha=0.5).loss
+    names = "student_hidden", "student_head"
+    leaves = [inputs[name] for name in names]
+    first, second = (torch.autograd.grad(s * loss, leaves, retain_graph=True) for s in (1, 3))
+    for one, three, saved in zip(first, second, loss.grad_fn.saved_tensors, strict=True):
+        assert saved.dtype == torch.float32
+        assert torch.equal(one, saved.bfloat16()) and torch.equal(three, (3 * saved).bfloat16())
 
 
 def test_no_chunk_is_larger_than_the_largest_unless_asked_for(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+import kernels
 from pmd import Config
 from runtime import plan
 from tools.plan import report
@@ -27,7 +28,7 @@ import ctypes, gc, json, os, sys
 from pathlib import Path
 import torch
 import pmd
-from runtime import ranks
+from runtime import lora, ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 def resident(key):
@@ -41,6 +42,9 @@ def measure(architecture, flags, rows):
     policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), dtype=torch.float32).eval()
     if cfg.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
+    if cfg.lora_rank:
+        policy.to(getattr(torch, cfg.dtype))
+        lora.add_adapter(policy, cfg)
     policy = pmd.shard(policy, cfg)
     method = pmd.method_class(cfg.method)(cfg, None, None, policy)
     optimizer = pmd.make_optimizer(policy, cfg)
@@ -74,7 +78,7 @@ ARCHITECTURE = dict(
 )
 
 
-def case(tokens, checkpointing, dtype="float32", **architecture):
+def case(tokens, checkpointing, dtype="float32", lora_rank=0, **architecture):
     """An architecture, pmd.Config's fields, and as many rows of 256 tokens as fill two
     micro-batches.
     """
@@ -86,6 +90,7 @@ def case(tokens, checkpointing, dtype="float32", **architecture):
             max_reprompt=8,
             max_completion=248,
             dtype=dtype,
+            lora_rank=lora_rank,
             device="cpu",
             embedder="hashing",
             gradient_checkpointing=checkpointing,
@@ -103,6 +108,12 @@ ALONE = [
     case(LONG, True),
     case(LONG, False, "bfloat16"),
     case(LONG, True, vocab_size=128, intermediate_size=1536),
+]
+ADAPTED = [
+    case(LONG, False, lora_rank=16),
+    case(LONG, False, "bfloat16", 16),
+    # in bfloat16 a CPU without its instructions works on copies in float32, which are in no plan
+    case(LONG, True, "float32", 16, vocab_size=128, intermediate_size=1536),
 ]
 WIDE = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_hidden_layers=3)
 SHARDED = [case(256, True, vocab_size=8000, **WIDE), case(256, False, vocab_size=256, **WIDE)]
@@ -161,6 +172,14 @@ def test_one_process(tmp_path):
     assert "backward" in compare(ALONE, measured, 1, 0.1, tmp_path)
 
 
+@pytest.mark.slow
+def test_one_process_with_adapters(tmp_path):
+    """A frozen base in either type, with and without checkpointing."""
+    pytest.importorskip("peft")
+    compare(ADAPTED, measure(ADAPTED, "-c", CHILD), 1, 0.1, tmp_path)
+
+
+@pytest.mark.slow
 def test_two_processes_sharded_by_fsdp2(tmp_path):
     """gloo overlaps less than CUDA streams do, so a peak in the backward pass is lower here than
     planned.
@@ -175,6 +194,41 @@ def test_two_processes_sharded_by_fsdp2(tmp_path):
         tmp_path / "child.py",
     )
     compare(SHARDED, measured, 2, 0.2, tmp_path)
+
+
+# docs/gpu.md: torch.cuda.max_memory_reserved of an update on one H200, in GiB
+RESERVED = [
+    ("Qwen/Qwen3-0.6B", 32768, True, 18.9),
+    ("Qwen/Qwen3-1.7B", 32768, True, 48.2),
+    ("Qwen/Qwen3-1.7B", 16384, False, 71.4),
+    ("Qwen/Qwen3-4B", 32768, True, 103.8),
+]
+
+
+@pytest.mark.parametrize("name, micro_tokens, checkpointing, reserved", RESERVED)
+def test_updates_on_a_gpu_took_what_is_planned(
+    name, micro_tokens, checkpointing, reserved, monkeypatch
+):
+    """Rows at their limits, 16 of them, without an engine; CUDA's context is not in the number. The
+    commit that was measured took a CPU's chunks there. Micro-batches full of the student's tokens are the bound of `fits`, and take more.
+    """
+    cfg = Config(
+        max_prompt=512,
+        max_reprompt=2560,
+        max_completion=3584,
+        micro_tokens=micro_tokens,
+        gradient_checkpointing=checkpointing,
+        embedder="hashing",
+        dtype="bfloat16",
+    )
+    monkeypatch.setattr(kernels, "ON_GPU", 1)
+    sizes = []
+    for at_limits in (True, False):
+        phases = plan.plan(cfg, plan.load(name), 1, 141, 0, 0, at_limits=at_limits)
+        del phases["sample"]
+        sizes.append(plan.peak(phases)[0] - plan.CONTEXT)
+    assert sizes[0] / plan.GIB == pytest.approx(reserved, rel=0.03)
+    assert sizes[1] > sizes[0]
 
 
 # Model cards: parameters in units of 1e9, of which outside the embedding and the head.
@@ -315,6 +369,20 @@ def test_an_evaluation_needs_no_room_for_training(qwen):
     assert (
         sum(components.values()) < 77 * 2**30 and plan.fits(Config(method="eval"), qwen, 1, 80)[0]
     )
+
+
+def test_adapters_of_8b_fit_on_one_card(qwen):
+    """A base of 2 bytes a parameter, and 20 bytes (weight, gradient, two moments, teacher) for each
+    of 64 (in + out) of an adapter: q 4096 + 4096, k and v 4096 + 1024, o 4096 + 4096, three of the
+    MLP 4096 + 12288, in 36 layers.
+    """
+    adapter = 64 * 36 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
+    cfg = Config(lora_rank=64)
+    phases = plan.plan(cfg, qwen, 1, 80)
+    state = [size for name, size in phases["optimizer"].items() if name.endswith("float32")]
+    assert sum(state) == 20 * adapter
+    assert phases["optimizer"]["frozen weights"] == 2 * qwen.parameters
+    assert plan.fits(cfg, qwen, 1, 80)[0] and not plan.fits(Config(), qwen, 1, 80)[0]
 
 
 def test_windows_cost_a_mask_in_each_sliding_layer():

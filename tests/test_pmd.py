@@ -9,6 +9,7 @@ import http.server
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ import pmd
 from runtime import check, clock, methods, plan, ranks, vllm_sampler
 from runtime.chat import encode_prompt
 from runtime.clock import Clock
+from runtime.flags import ELSEWHERE
 from runtime.methods import method_class
 from runtime.model import follow, load_policy, make_optimizer
 from runtime.options import check_numbers
@@ -1850,10 +1852,43 @@ def command(*flags, **kwargs):
     )
 
 
+def test_a_config_gives_the_same_run(tmp_path, make_config):
+    """Every flag of a run comes back from its config.json, and a flag beside it counts more."""
+    first = make_config("--task=nano/plain", method="sdpo", name="x", lr=3e-4, tiers="insight")
+    assert first.task == "nano/plain"
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(dataclasses.asdict(first)))
+    again = pmd.parse_flags(["--config", str(file), "--name", "y"])
+    assert type(again) is type(first) and again == dataclasses.replace(first, name="y")
+    assert pmd.parse_flags([f"--config={file}", "--lr", "1e-5"]).lr == 1e-5
+
+
+def test_a_config_may_be_yaml(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("method: sdpo\nlr: 1e-4\ngradient_checkpointing: true\nalpha: 0\n")
+    cfg = pmd.parse_flags(["--config", str(file)])
+    assert (cfg.method, cfg.lr, cfg.gradient_checkpointing, cfg.alpha) == ("sdpo", 1e-4, True, 0)
+    for text, why in (("lr: [1, 2]", "lr must be one value"), ("- lr", "no table"), ("{", "read")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=why):
+            pmd.parse_flags(["--config", str(file)])
+
+
+def test_names_of_other_projects_lead_to_flags_of_ours():
+    known = {f"--{f.name}" for f in dataclasses.fields(pmd.Config)}
+    for theirs, ours in ELSEWHERE.items():
+        assert f"--{theirs}" not in known
+        assert set(re.findall(r"--\w+", ours)) <= known, ours
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3; --stepz may be --steps here"),
+        (["--learning_rate", "1"], "--learning_rate may be --lr here"),
+        (["--num-generations=8"], "--num-generations may be --group_size here"),
+        (["a.rollout.n=8"], "a.rollout.n may be --group_size here"),
+        (["--config", "nowhere.json"], "pmd.py: --config nowhere.json can't be read: "),
         (["--method", "ppo"], "pmd.py: --method 'ppo' is none of"),
         (["--task", "nano/987654"], "pmd.py: there is no task 'nano/987654'"),
         (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of advantage-plus,"),
@@ -1920,17 +1955,35 @@ def test_groups_are_dealt_whole(teams):
     assert max(groups) - min(groups) <= 1
 
 
-def test_a_package_named_kernels_is_refused(tmp_path):
-    info = tmp_path / "kernels-0.1.dist-info"
+def test_it_runs_beside_hugging_faces_kernels(tmp_path):
+    """A fake of the package, in the range that transformers takes: it must stay unseen."""
+    info = tmp_path / "kernels-0.18.5.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.1\n")
-    done = command("--help", env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})
-    assert (
-        done.returncode == 1
-        and "pip uninstall kernels" in done.stderr
-        and "Traceback" not in done.stderr
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('the wrong kernels')")
+    program = (
+        "import pmd, kernels\n"
+        "from runtime.model import load_policy\n"
+        "load_policy(pmd.parse_flags([]))\n"
+        "from transformers.integrations import hub_kernels\n"
+        "print(kernels.__file__, hub_kernels.is_kernels_available(), kernels.distill_loss.__name__)"
     )
-    assert command("--help").returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(HERE / "kernels.py"), "False", "distill_loss"]
+
+
+def test_help_shows_each_flag_once_and_both_spellings_are_read(capsys):
+    with pytest.raises(SystemExit):
+        pmd.parse_flags(["--help"])
+    text = capsys.readouterr().out
+    assert "--batch_size BATCH_SIZE" in text and "--no_supervise_mastered" in text
+    assert "--batch-size" not in text and "--no-supervise-mastered" not in text
+    assert pmd.parse_flags(["--batch-size", "3", "--no-supervise-mastered"]).batch_size == 3
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import eval as ev
 import pmd
+from runtime.files import read_lines
 from runtime.model import MODELS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -126,6 +127,9 @@ def test_ranks_change_nothing(out, request, ranks):
     assert done.stdout.count("problems dropped") == 0
     assert done.stdout.count("3 steps of 8 x 8") == 1  # one rank speaks
     assert_same(out / "one", out / f"r{ranks}")
+    (mine,), (theirs,) = (read_lines(out / n / "samples.jsonl") for n in ("one", f"r{ranks}"))
+    assert theirs.pop("divergence") == pytest.approx(mine.pop("divergence"), rel=1e-4, abs=2e-6)
+    assert mine == theirs
 
 
 @pytest.fixture(scope="module")
@@ -588,6 +592,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out == f"\n{found}"  # nothing was left to do
 
 
+@pytest.mark.slow
 def test_a_comparison_is_refused_before_its_first_method(tmp_path):
     command = comparison(tmp_path, "--group_size", "1")
     done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)

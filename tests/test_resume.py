@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ import pmd
 from runtime import checkpoint
 from runtime.checkpoint import checkpoints
 from runtime.files import Stopped, append, read_lines
+from runtime.metrics import tracker
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -345,6 +347,25 @@ def test_safe_changes_are_noted(tmp_path, capsys):
     assert "going on from" in said
 
 
+def test_no_two_runs_have_one_id_in_a_tracker(tmp_path, monkeypatch):
+    """Neither under one name in two places, nor of one method in two comparisons."""
+    opened = []
+    for library in ("wandb", "trackio"):
+        fake = types.ModuleType(library)
+        fake.init = lambda **kwargs: opened.append(kwargs)
+        monkeypatch.setitem(sys.modules, library, fake)
+    for out in ("a", "b"):
+        for name in ("first/pmd", "second/pmd", "pmd"):
+            cfg = small(tmp_path / out, name=name, log="wandb")
+            tracker(cfg, tmp_path / out / name)
+            tracker(cfg, tmp_path / out / name)  # when it goes on
+    ids = [kwargs["id"] for kwargs in opened]
+    assert ids[::2] == ids[1::2] and len(set(ids)) == 6
+    assert [kwargs["group"] for kwargs in opened[:6:2]] == ["first", "second", None]
+    tracker(small(tmp_path, name="first/pmd", log="trackio"), tmp_path / "first" / "pmd")
+    assert opened[-1]["name"].startswith("first-pmd-") and opened[-1]["group"] == "first"
+
+
 def test_metrics_also_go_where_log_says(tmp_path, monkeypatch):
     sent = []
     session = types.SimpleNamespace(log=lambda row, step: sent.append((step, row)))
@@ -352,15 +373,16 @@ def test_metrics_also_go_where_log_says(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init = lambda **kwargs: started.update(kwargs) or session
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(pmd.importlib.util, "find_spec", lambda name: fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: fake)
     pmd.train(small(tmp_path, name="r", steps=2, log="wandb"))
-    assert started["id"] == "r" and started["resume"] == "allow" and started["config"]["steps"] == 2
+    assert started["name"] == "r" and started["id"].startswith("r-")
+    assert started["resume"] == "allow" and started["config"]["steps"] == 2
     assert [step for step, _ in sent] == [0, 0, 1, 2, 2, 2]
     row = next(row for step, row in sent if "train/reward" in row)
     assert {"train/reward", "train/memory/insight", "train/seconds/sample"} <= set(row)
     assert any("test/avg_at_k" in row for _, row in sent)
     assert all(isinstance(value, (int, float)) for _, row in sent for value in row.values())
-    monkeypatch.setattr(pmd.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="--log tensorboard needs its library: pip install tensorboard"
     ):

@@ -3,13 +3,12 @@ and that methods/README.md is what the committed records give.
 """
 
 import json
-from collections import Counter
 
 import pytest
 
 import pmd
 from runtime.methods import cards, method_class
-from study import methods, study
+from study import methods
 
 
 def record(name, score):
@@ -30,28 +29,25 @@ def test_every_method_says_what_its_teacher_reads_what_its_loss_is_and_what_it_c
 
 
 def test_all_methods_get_the_same():
-    """Only the method, its rate and the lender of a frozen memory differ."""
+    """As many runs in the same worlds; only the rate differs."""
     tuning, main = methods.tuning(), methods.main_part(dict.fromkeys(cards(), 1e-3))
     for jobs in (tuning, main, methods.quick()):
         assert len({job.name for job in jobs}) == len(jobs)
-        names = {job.name for job in jobs}
-        assert all(need in names for job in jobs for need in job.needs)
-        counts = Counter(job.flags["method"] for job in jobs)
-        assert counts.keys() == set(cards())
-        assert set(counts.values()) <= {counts["sdpo"], len(methods.TUNING)}
+        runs = {}
         for job in jobs:
-            assert set(job.flags) <= {"method", "lr", "memory_from"}
+            runs.setdefault(job.method, []).append((job.kind, job.world, job.rate))
+        assert set(cards()) - set(methods.UNTRAINED) <= runs.keys() <= set(cards())
+        assert all(mine == runs["sdpo"] for mine in runs.values())
     worlds = {job.world for job in tuning}, {job.world for job in main}
     assert worlds[0] == {411, 412} and worlds[1] == {461, 462, 463, 464}
-    assert {job.kind for job in main} == {"plain", "speaking"}
-    assert study.WORLD_KINDS["speaking"] == {"speaks": True}
+    assert {job.kind for job in main} == {"plain", "feedback"}
 
 
 def test_the_rate_is_the_best_of_those_whose_runs_ended():
     rows = []
     for rate, score in zip(methods.RATES, (0.2, 0.6, 0.4), strict=True):
         for place in methods.TUNING:
-            rows.append(record(methods.job("tuning", "sdpo", *place, rate).name, score))
+            rows.append(record(methods.Job("tuning", "sdpo", *place, rate).name, score))
     assert methods.tuned(by_name(*rows)) == {"sdpo": methods.RATES[1]}
     rows[2] = {"job": rows[2]["job"], "failed": "x"}
     assert methods.tuned(by_name(*rows)) == {"sdpo": methods.RATES[2]}
@@ -68,13 +64,11 @@ def test_a_claim_is_shown_by_paired_differences():
             ("g-opd", 0.1 * i - 0.05 + 0.001 * i),
             ("caopd", 0.5),
         ):
-            rows.append(record(methods.job("main", name, *place).name, score))
-    rows.append({"job": methods.job("main", "vpd", *methods.MAIN[0]).name, "failed": "x"})
-    times = {row["job"]: {"cpu": 10.0, "forward_tokens": 100} for row in rows}
-    for job, row in times.items():
-        if "/srpo/" in job:
-            row["cpu"], row["forward_tokens"] = 25.0, 150
-    page = methods.report(by_name(*rows), times, "main")
+            rows.append(record(methods.Job("main", name, *place).name, score))
+    rows.append({"job": methods.Job("main", "vpd", *methods.MAIN[0]).name, "failed": "x"})
+    for row in rows:
+        row["cpu"], row["tokens"] = (25.0, 150) if "/srpo/" in row["job"] else (10.0, 100)
+    page = methods.report(by_name(*rows), "main")
     lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
     assert lines.keys() == cards().keys()
     assert "1.50 | 2.50 | claim shown at nano scale: 0.054 [" in lines["srpo"]
@@ -89,19 +83,18 @@ def test_a_claim_is_shown_by_paired_differences():
 
 def test_an_estimate_is_of_the_records_of_a_method():
     jobs = methods.quick()[:1]
-    (method,) = {job.flags["method"] for job in jobs}
-    guess = methods.estimate(jobs, {}, study.STEPS)
-    assert guess == methods.START + methods.SECONDS
-    times = {f"quick/{method}/plain/1": {"cpu": 7.0}, f"x/{method}/plain/2": {"job": "failed"}}
-    assert methods.estimate(jobs, times, study.STEPS) == 7.0
+    name = jobs[0].method
+    assert methods.estimate(jobs, {}, 80) == methods.START + methods.SECONDS
+    records = {f"quick/{name}/plain/1": {"cpu": 7.0}, f"x/{name}/plain/2": {"failed": "x"}}
+    assert methods.estimate(jobs, records, 80) == 7.0
 
 
 def test_the_page_is_what_the_committed_records_give():
     out, part = methods.HERE / "field", "main"
     if not (out / "records.jsonl").exists():
         out, part = out / "quick", "quick"
-    records, times = study.read(out / "records.jsonl"), study.read(out / "timings.jsonl")
-    assert methods.PAGE.read_text() == methods.report(records, times, part)
+    records = methods.read(out / "records.jsonl")
+    assert methods.PAGE.read_text() == methods.report(records, part)
     assert not [name for name, row in records.items() if "failed" in row]
 
 
@@ -109,7 +102,7 @@ def test_the_page_is_what_the_committed_records_give():
 def test_a_quick_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     chosen = {name: cards()[name] for name in ("frozen-memory", "frozen-policy", "sdpo")}
     monkeypatch.setattr(methods, "cards", lambda: chosen)
-    monkeypatch.setattr(methods, "TUNING", (("speaking", 412),))
+    monkeypatch.setattr(methods, "TUNING", (("feedback", 412),))
     folder = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", ["methods.py", "--quick", "--workers", "1", *folder])
     methods.main()
@@ -117,8 +110,8 @@ def test_a_quick_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert "quick: 3 runs, 3 of them left, about" in said and "`frozen-memory`" in said
     lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
     assert len(lines) == 3 and all("test" in json.loads(line) for line in lines)
-    times = study.read(tmp_path / "out" / "timings.jsonl")
-    assert all(row["forward_tokens"] > 0 and row["cpu"] > 0 for row in times.values())
+    rows = [json.loads(line) for line in lines]
+    assert all(row["tokens"] > 0 and row["cpu"] > 0 for row in rows)
     methods.main()
     assert "3 runs, 0 of them left, about 0 minutes" in capsys.readouterr().out
     assert (tmp_path / "out" / "records.jsonl").read_text().splitlines() == lines

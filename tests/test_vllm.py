@@ -18,12 +18,14 @@ import torch
 from conftest import NANO, method_of
 from scipy.stats import chi2_contingency, chisquare, norm
 from test_ranks import FLAGS, assert_same, run
+from test_templates import CHATML, a_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import memory as mem
 import pmd
 from runtime.chat import encode_prompt
 from runtime.checkpoint import save_model
+from runtime.formats import NEW_BEHAVIORS, ONLY_LESSONS
 from runtime.model import MODELS, load_policy, make_optimizer
 from runtime.sampler import Sampler
 from runtime.vllm_sampler import VLLM, make_sampler, vllm_version
@@ -205,6 +207,34 @@ def two_proportions(a, b, n):
     """
     p = (a + b) / (2 * n)
     return (a - b) / (2 * n * p * (1 - p)) ** 0.5
+
+
+def test_the_engine_follows_a_schema(tmp_path_factory, make_config):
+    """A model that writes at random, over a tokenizer that llguidance can read."""
+    tokenizer = a_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
+    shape = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("bytes")
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    changes = dict(sampler="vllm", memory_format="guided", memory_completion=400)
+    cfg = make_config(model=str(folder), max_reprompt=1500, **changes)
+    engine, plain = samplers(cfg)
+    prompts = [f"{n}\n{request}" for n, request in enumerate((ONLY_LESSONS, NEW_BEHAVIORS))]
+    for sampler in (engine, plain):
+        for reply, key in zip(sampler.ask(prompts), ("lessons", "behaviors"), strict=True):
+            assert reply.startswith(f'{{"{key}": [{{"'), reply
 
 
 def test_completions_are_distributed_as_transformers_are(problems, make_config):

@@ -3,6 +3,7 @@
 runtime/plan.py has the formulas.
 
 python tools/plan.py --model Qwen3-8B --gpus 8 --gpu_memory 80
+python tools/plan.py --model Qwen3-8B --gpus 1 --gpu_memory 80 --lora_rank 64
 python tools/plan.py --what_fits                       the table of docs/running.md
 """
 
@@ -32,7 +33,7 @@ from runtime.plan import (
 # The options of pmd.py that the plan depends on, beside the model and the GPUs.
 OPTIONS = (
     "max_prompt max_completion max_reprompt micro_tokens method teacher dtype embedder"
-    " tensor_parallel"
+    " tensor_parallel lora_rank"
 ).split()
 POSITIVE = (
     "gpus gpu_memory max_prompt max_completion max_reprompt micro_tokens tensor_parallel"
@@ -58,8 +59,12 @@ def report(cfg, model, gpus, gpu_memory, utilization):
     print(
         f"{model.name}, {model.parameters / 1e9:.2f}e9 parameters{source}; {gpus} x"
         f" {gpu_memory:g} GiB; --micro_tokens {cfg.micro_tokens}; gradient checkpointing"
-        f" {on_off(cfg.gradient_checkpointing)}\n"
+        f" {on_off(cfg.gradient_checkpointing)}"
     )
+    if cfg.lora_rank:
+        trained = count_trained(cfg, model) / 1e6
+        print(f"--lora_rank {cfg.lora_rank}: {trained:.0f}e6 parameters are trained")
+    print()
     line("GiB per GPU, computed", phases)
     names = dict.fromkeys(name for components in phases.values() for name in components)
     for name in names:
@@ -78,17 +83,20 @@ def report(cfg, model, gpus, gpu_memory, utilization):
             f" {sequences:.0f} sequences of {cfg.max_prompt + cfg.max_completion} an engine\nvLLM"
             " asleep (level 2): it keeps no weights, and gets them anew when it wakes"
         )
-    deals = " and deals them out" if gpus > 1 else ""
+    limits = plan(cfg, model, gpus, gpu_memory, 0, utilization, at_limits=True)
+    size, phase = peak(limits)
     print(
-        f"the host's memory: {4 * model.parameters / GIB:.0f} in the first process of the job,"
-        f" which reads the weights{deals}"
+        f"with every prompt and completion at its limit at most {size / GIB:.1f} ({phase}): the"
+        " teacher's longer rows leave fewer of the student's tokens in a micro-batch"
     )
-    if "AdamW, float32" in phases["sample"]:
-        copies = 3 + ("EMA teacher, float32" in phases["sample"])  # the policy, Adam's two moments
-        print(
-            f"a checkpoint on the disk: {4 * copies * model.parameters / GIB:.0f}; a run has --keep"
-            " of them, the best on dev, and the one that is being written"
-        )
+    report_host(cfg, model, gpus, phases)
+    print_settings(cfg, model, gpus, gpu_memory, utilization)
+    _, sentence = fits(cfg, model, gpus, gpu_memory, utilization)
+    print(f"\n{sentence}.")
+
+
+def print_settings(cfg, model, gpus, gpu_memory, utilization):
+    """Prints which --micro_tokens fit, with gradient checkpointing and without it."""
     print(f"\n{'--micro_tokens':>14}{'checkpointing':>15}{'activations':>13}{'most':>8}  fits")
     for on in (False, True):
         run = SimpleNamespace(**vars(cfg) | {"gradient_checkpointing": on})
@@ -102,8 +110,27 @@ def report(cfg, model, gpus, gpu_memory, utilization):
                 verdict = "largest"
             numbers = f"{activations / GIB:13.1f}{size / GIB:8.1f}"
             print(f"{rows:>14}{on_off(on):>15}{numbers}  {verdict}")
-    _, sentence = fits(cfg, model, gpus, gpu_memory, utilization)
-    print(f"\n{sentence}.")
+
+
+def report_host(cfg, model, gpus, phases):
+    """Prints what the host and the disk hold."""
+    deals = " and deals them out" if gpus > 1 else ""
+    stored = 2 if cfg.lora_rank and cfg.dtype != "float32" else 4  # bytes of a weight
+    print(
+        f"the host's memory: {stored * model.parameters / GIB:.0f} in the first process of the job,"
+        f" which reads the weights{deals}"
+    )
+    if "AdamW, float32" in phases["sample"]:
+        copies = 3 + ("EMA teacher, float32" in phases["sample"])  # the policy, Adam's two moments
+        size = 4 * copies * count_trained(cfg, model) / GIB
+        print(
+            f"a checkpoint on the disk: {size:.0f}; a run has --keep"
+            " of them, the best on dev, and the one that is being written"
+        )
+
+
+def count_trained(cfg, model) -> int:
+    return cfg.lora_rank * model.widths or model.parameters
 
 
 def tokens_cell(tokens) -> str:
@@ -156,6 +183,8 @@ def main():
         default = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
+    if args.lora_rank < 0 or args.lora_rank and args.gpus > 1:
+        parser.error(f"--lora_rank {args.lora_rank} is at least 0, and trains on one GPU")
     for name in POSITIVE:
         if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name} {getattr(args, name)} must be above 0")

@@ -1,0 +1,198 @@
+"""Data of one's own: tables with the usual columns, mathematics, and reasoning-gym."""
+
+import csv
+import inspect
+import json
+import re
+import time
+
+import pytest
+
+from tasks import gym, load_task, verify
+from tasks.gym import EVALUATES, is_safe, library
+from tasks.maths import key_of
+from tasks.problem import Problem
+from tasks.table import held_out, problem_of
+from tasks.verdicts import verify_all
+
+ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(40)]
+
+
+def written(folder, kind):
+    """The same rows in a file of each kind."""
+    path = folder / f"sums{kind}"
+    if kind == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif kind == ".json":
+        path.write_text(json.dumps([{**row, "answer": int(row["answer"])} for row in ROWS]))
+    elif kind == ".csv":
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, ["question", "answer"])
+            table.writeheader()
+            table.writerows(ROWS)
+    else:
+        import pandas
+
+        pandas.DataFrame(ROWS).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_file_of_the_usual_columns_is_a_task(tmp_path, kind):
+    task = load_task(str(written(tmp_path, kind)))
+    assert (len(task.train), len(task.dev), len(task.test)) == (32, 4, 4)
+    asked = [p.prompt for p in task.train + task.dev + task.test]
+    assert sorted(asked) == sorted(row["question"] for row in ROWS)
+    assert "no test split: 4 of its questions were held out" in task.card
+    for p in task.test:
+        a = int(re.search(r"\d+", p.prompt)[0])
+        assert verify(p, f"So it is \\boxed{{{2 * a}}}").reward == 1
+        assert verify(p, f"So it is \\boxed{{{2 * a + 1}}}").reward == 0
+
+
+def test_all_kinds_of_files_give_the_same_split(tmp_path):
+    tests = []
+    for kind in (".jsonl", ".json", ".csv", ".parquet"):
+        tests.append([p.prompt for p in load_task(str(written(tmp_path, kind))).test])
+    assert tests[0] == tests[1] == tests[2] == tests[3]
+
+
+def test_a_question_that_stands_twice_is_on_one_side():
+    twice = [problem_of(row, f"{n}-{i}") for i in range(2) for n, row in enumerate(ROWS)]
+    train, test = held_out(twice)
+    assert not {p.prompt for p in train} & {p.prompt for p in test} and len(test) == 8
+
+
+@pytest.mark.parametrize(
+    "row, wanted",
+    [
+        ({"problem": "q", "solution": "so \\boxed{\\frac{1}{2}} it is"}, ("q", "\\frac{1}{2}")),
+        ({"problem": "q", "solution": "work", "answer": "7"}, ("q", "7")),
+        ({"question": "q", "answer": "1 + 1 = 2\n#### 1,200"}, ("q", "1200")),
+        ({"prompt": [{"role": "user", "content": "q"}], "answer": 3}, ("q", "3")),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "4"}]},
+            ("q", "4"),
+        ),
+    ],
+)
+def test_columns_are_found_by_name(row, wanted):
+    problem = problem_of(row, "a")
+    assert (problem.prompt, problem.answer) == wanted and problem.verifier == "math"
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        ({"text": "q"}, "needs the columns question, problem, prompt or messages"),
+        ({"question": "q", "answer": " "}, "answer must be given"),
+        ({"messages": [{"role": "user", "content": "q"}] * 2, "answer": 1}, "one turn"),
+        ({"question": "q", "answer": "7", "verifier": "none"}, "no verifier 'none'"),
+    ],
+)
+def test_a_row_that_can_not_be_judged_is_refused(row, why):
+    with pytest.raises(ValueError, match=why):
+        problem_of(row, "a")
+
+
+def test_a_name_that_is_nowhere_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="no folder, no file and no reachable dataset of the Hub"):
+        load_task("nobody/nothing")
+
+
+def test_a_dataset_with_a_test_split_keeps_it(monkeypatch):
+    import datasets
+
+    splits = {"train": ROWS[:30] + ROWS[38:39], "test": ROWS[30:]}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or splits)
+    task = load_task("openai/gsm8k:main", dev=0)
+    assert asked == [("openai/gsm8k", "main")]
+    assert (len(task.train), len(task.test)) == (30, 10)
+    assert "1 training questions stand in it and went" in task.card
+
+
+@pytest.mark.parametrize(
+    "answer, reply, right",
+    [
+        ("\\frac{1}{2}", "It is $0.5$.", 1),
+        ("0.5", "\\boxed{1/2}", 1),
+        ("x^2+2x+1", "\\boxed{(x+1)^2}", 1),
+        ("12", "I think 11, no: \\boxed{12}", 1),
+        ("12", "\\boxed{21}", 0),
+        ("12", "twelve", 0),
+        ("12", "", 0),
+    ],
+)
+def test_mathematics_is_compared_as_such(answer, reply, right):
+    assert verify(Problem("a", "q", answer, "math"), reply).reward == right
+
+
+@pytest.mark.slow
+def test_a_tower_of_powers_does_not_hold_a_run_up():
+    problem, before = Problem("a", "q", "12", "math"), time.perf_counter()
+    for reply in (r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}", f"${'(' * 900}1{')' * 900}$"):
+        assert verify(problem, reply).reward == 0
+    assert time.perf_counter() - before < 60
+
+
+def test_key_of_keeps_nested_braces():
+    assert key_of("a \\boxed{1} and \\boxed{\\sqrt{\\frac{a}{b}}} end") == "\\sqrt{\\frac{a}{b}}"
+
+
+def test_verdicts_keep_their_order_beside_programs():
+    problems = [Problem(str(n), "q", str(n), "math") for n in range(3)]
+    verdicts = verify_all(problems, ["\\boxed{0}", "\\boxed{5}", "\\boxed{2}"])
+    assert [v.reward for v in verdicts] == [1, 0, 1]
+
+
+def test_reasoning_gym_is_a_task():
+    task = load_task("gym/spell_backward")
+    asked = [p.prompt for p in task.train + task.dev + task.test]
+    assert len(set(asked)) == len(asked) and len(task.test) > 150
+    for p in task.test[:20]:
+        assert verify(p, f"<answer>{p.answer}</answer>").reward == 1
+        assert verify(p, "<answer>no</answer>").reward < 0.5
+    again = load_task("gym/spell_backward")
+    assert [p.prompt for p in again.train] == [p.prompt for p in task.train]
+    with pytest.raises(ValueError, match="reasoning-gym has .*countdown"):
+        load_task("gym/chess_by_mail")
+
+
+def test_hostile_answers_never_reach_an_evaluating_scorer(tmp_path, monkeypatch):
+    monkeypatch.setattr(gym, "TRAIN", 10)  # its generator is slow
+    monkeypatch.setattr(gym, "TEST", 10)
+    mark = tmp_path / "executed"
+    hostile = [
+        f"__import__('pathlib').Path({str(mark)!r}).touch()",
+        f"[open({str(mark)!r}, 'w')]",
+        f'sqrt(\'open("{mark}", "w")\')',
+        f'exec(\'open("{mark}", "w")\')',
+        "().__class__.__bases__[0].__subclasses__()",
+        "9**9**9",
+        "((9**20)**20)**20",
+        "exp(exp(exp(exp(9))))",
+        "[0 for x in y]",
+        "lambda: 0",
+        "(" * 5000,
+    ]
+    task = load_task("gym/countdown")
+    for text in hostile:
+        assert not is_safe(text)
+        assert verify(task.test[0], f"<answer>{text}</answer>").reward == 0
+    assert not mark.exists()
+    for text in ("3*(4 + 5) - 7/2", "[['Q', '_'], ['_', 'Q']]", "x**3/3 + C", "-2*sin(x)", "12"):
+        assert is_safe(text)
+    for problem in task.test[:10]:
+        assert verify(problem, f"<answer>{problem.answer}</answer>").reward == 1
+
+
+def test_all_scorers_that_evaluate_are_known():
+    """By the library's source: which scorers hand anything but their own data to an evaluator."""
+    found = set()
+    for name, (kind, _) in library().factory.DATASETS.items():
+        source = inspect.getsource(kind.score_answer)
+        if re.search(r"(?<![\w.])(?:eval|exec)\((?!entry)|(?:parse_expr|sympify)\(", source):
+            found.add(name)
+    assert found <= EVALUATES | {"number_sorting"}
+    assert {"countdown", "n_queens", "puzzle24"} <= found
