@@ -150,7 +150,7 @@ def test_every_flag_named_exists():
     known = {f.name for f in fields(pmd.Config)} | {
         f.name for f in fields(method_class("srpo").Config)
     }
-    known |= {"from", "memory", "n", "help", "what_fits", "peers", "seed", "kills"}
+    known |= {"from", "memory", "n", "help", "what_fits", "peers", "seed", "kills", "dry"}
     known |= {"parts", "quick", "report", "hidden_size", "layers"}  # of study/ and nano/
     gone = {flag for row in log_rows("flag that went") for flag in re.findall(r"--(\w+)", row[0])}
     assert len(gone) >= 15 and not gone & known
