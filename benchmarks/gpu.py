@@ -331,7 +331,10 @@ def engine(table, dry):
     tokenizer = AutoTokenizer.from_pretrained(MODELS["nano"])
     name = "toy" if dry else "Qwen/Qwen3-0.6B"
     with tempfile.TemporaryDirectory() as folder:
-        AutoConfig.for_model(**BUILT_IN.get(name, TOY)).save_pretrained(folder)
+        architecture = BUILT_IN.get(name, TOY)
+        # without its name vLLM would run transformers' code
+        config = AutoConfig.for_model(**architecture, architectures=["Qwen3ForCausalLM"])
+        config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         cfg = pmd.Config(
             model=folder,

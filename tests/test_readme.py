@@ -152,7 +152,7 @@ def test_every_flag_named_exists():
     known = {f.name for f in fields(pmd.Config)} | {
         f.name for f in fields(method_class("srpo").Config)
     }
-    known |= {"from", "memory", "n", "help", "what_fits", "peers", "seed", "kills"}
+    known |= {"from", "memory", "n", "help", "what_fits", "peers", "seed", "kills", "dry"}
     known |= {"parts", "quick", "report", "hidden_size", "layers"}  # of study/ and nano/
     known |= {"config"}  # a file of flags
     known |= {"problems"}  # of tools/reads.py
