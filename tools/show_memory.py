@@ -2,6 +2,7 @@
 
 python tools/show_memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N]
 [--grep TEXT]
+python tools/show_memory.py export runs/x/memory.db bank.jsonl, and import: see share_memory.py
 python tools/show_memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a table
                                                           and a PNG
 """
@@ -18,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.store import Store, describe, line_of, printable
+from tools import share_memory
 
 
 def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
@@ -106,6 +108,9 @@ def stats(memory, png) -> str:
 
 def main(argv=None):
     """Runs the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["export"], ["import"]):
+        return share_memory.main(argv)
     parser = argparse.ArgumentParser(
         prog="python tools/show_memory.py",
         description="Look at the memory of a run; nothing is changed.",
