@@ -2,6 +2,7 @@
 
 python tools/show_memory.py show runs/x/memory.db [--problem ID | --tier behavior] [--step N]
 [--grep TEXT]
+python tools/show_memory.py export runs/x/memory.db bank.jsonl, and import: see share_memory.py
 python tools/show_memory.py stats runs/x/memory.db        growth as in the paper's Figure 6: a table
                                                           and a PNG
 python tools/show_memory.py runs/x --html                 RUN/memory.html: all of it as a page, with
@@ -20,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.store import Store, describe, line_of, printable
+from tools import share_memory
 
 
 def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
@@ -122,6 +124,8 @@ def pages(argv):
 def main(argv=None):
     """Runs the command line."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["export"], ["import"]):
+        return share_memory.main(argv)
     if "--html" in argv:
         try:
             return pages([word for word in argv if word != "show"])
