@@ -48,7 +48,7 @@ DEVICE = loss_benchmark.DEVICE
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bfloat16
 PARTS = ("exact", "loss", "update", "engine")
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, of gradients: see docs/gpu.md
-TOY = qwen3(64, 128, 1, 4, True) | dict(vocab_size=3863, num_key_value_heads=2, head_dim=16)
+TOY = qwen3(64, 128, 1, 2, True) | dict(vocab_size=3863, num_key_value_heads=2, head_dim=32)
 # (architecture, --micro_tokens, recomputation, further flags) of each update
 UPDATES = [
     ("Qwen/Qwen3-0.6B", 32768, True, {}),
