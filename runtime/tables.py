@@ -117,12 +117,11 @@ def model_card(summary) -> str:
         f" commit {summary['commit'] or 'unknown'}. It answers without a memory.",
         "",
         f"| checkpoint | step | avg@{summary['final']['k']} on {summary['final']['n_problems']}"
-        " held-out problems | 95% interval over problems |",
-        "|---|---|---|---|",
+        " held-out problems, 95% interval over problems |",
+        "|---|---|---|",
     ]
     for which in ("base", "final"):
         row = summary[which]
-        low, high = row["interval"]
-        lines += [f"| {which} | {row['step']} | {row['avg_at_k']:.3f} | {low:.3f} to {high:.3f} |"]
+        lines.append(f"| {which} | {row['step']} | {score(row)} |")
     lines += ["", "The weights here are those of the row `final`. One run; seeds are not averaged."]
     return "\n".join(lines) + "\n"

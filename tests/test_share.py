@@ -80,7 +80,7 @@ def test_no_memory_reads_dev_or_test(make_config, tmp_path):
 
     card = (tmp_path / "x" / "final" / "README.md").read_text()
     summary = json.loads((tmp_path / "x" / "summary.json").read_text())
-    assert f"| final | 2 | {summary['final']['avg_at_k']:.3f} |" in card
+    assert f"| final | 2 | {summary['final']['avg_at_k']:.3f} [" in card
     assert summary["commit"] in card and "base_model" not in card
 
 
@@ -89,8 +89,7 @@ def test_a_card_names_a_base_model_of_the_hub():
     summary = dict(
         method="pmd", data="gsm8k", model="Qwen/Qwen3-1.7B", steps=3, rollouts=24, seed=0
     )
-    card = model_card({**summary, "commit": "", "base": row, "final": {**row, "step": 3}})
-    assert (
-        "\nbase_model: Qwen/Qwen3-1.7B\n" in card
-        and "| final | 3 | 0.500 | 0.400 to 0.600 |" in card
-    )
+    alone = {**row, "n_problems": 1, "interval": None}  # one problem has no interval
+    card = model_card({**summary, "commit": "", "base": alone, "final": {**row, "step": 3}})
+    assert "\nbase_model: Qwen/Qwen3-1.7B\n" in card
+    assert "| base | 0 | 0.500 |" in card and "| final | 3 | 0.500 [0.400, 0.600] |" in card
