@@ -26,7 +26,6 @@ question embeddings), which problems of a cluster its prompt shows, what is cut 
 budget, how many existing behaviors an update sees, the prompts for code, the patterns of shortcuts.
 """
 
-import functools
 import json
 import math
 import random
@@ -36,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import KMeans
 
-from runtime.chat import clean, encode_prompt, plain
+from runtime.chat import clean, encoder, plain
 from runtime.formats import (
     BOTH,
     DECISIONS,
@@ -344,9 +343,9 @@ def compose_within(budget, count, problem, **context) -> str:
 def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
     """Composes a problem with a context within `max_reprompt` tokens, template included.
 
-    encode(user, system): encode_prompt of the tokenizer, or one that remembers.
+    encode(user, system): runtime.chat.encoder of the tokenizer, or one that remembers.
     """
-    encode = encode or functools.partial(encode_prompt, tokenizer)
+    encode = encode or encoder(tokenizer, cfg)
     return compose_within(
         cfg.max_reprompt, lambda text: len(encode(text, problem.system)), problem.prompt, **context
     )

@@ -60,7 +60,7 @@ from kernels import distill_loss
 from memory import Memory, MemoryOptions, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
-from runtime.chat import encode_prompt, encode_turns  # noqa: F401  the second for methods
+from runtime.chat import encode_prompt, encode_turns, encoder  # noqa: F401  two for methods
 from runtime.check import need_groups  # noqa: F401  for methods
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
@@ -488,7 +488,7 @@ def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
     """
     names = list(dict.fromkeys(p.id for p in problems))
     rank_of = {id: i % world() for i, id in enumerate(names)}
-    encode = functools.cache(functools.partial(encode_prompt, tokenizer))  # it is also counted
+    encode = functools.cache(encoder(tokenizer, cfg))  # it is also counted
     share = {}
     for i, (problem, context) in enumerate(zip(problems, contexts, strict=True)):
         if rank_of[problem.id] == rank():

@@ -57,7 +57,8 @@ class Method(sdpo.Method):
     def condition(self, step, rollouts):
         for r in rollouts:
             r.teacher_prompt = whole(r.problem)
-            r.teacher_ids = pmd.encode_prompt(self.tokenizer, r.teacher_prompt, r.problem.system)
+            encode = pmd.encoder(self.tokenizer, self.cfg)
+            r.teacher_ids = encode(r.teacher_prompt, r.problem.system)
         return rollouts
 
 

@@ -59,7 +59,7 @@ class Method(sdpo.Method):
         pmd.set_advantages(rollouts)
         self.pairs, rows = [], []
         for r in rollouts:
-            ids = pmd.encode_prompt(self.tokenizer, r.problem.prompt, r.problem.system)
+            ids = pmd.encoder(self.tokenizer, self.cfg)(r.problem.prompt, r.problem.system)
             plain = replace(r, id=f"{r.id}/plain", prompt_ids=ids, rollout_logprobs=None)
             self.pairs.append((r, plain))
             rows += [r] * (self.cfg.pi_share > 0) + [plain] * (self.cfg.pi_share < 1)

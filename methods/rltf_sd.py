@@ -79,16 +79,18 @@ class Method(grpo.Method):
 
 def answered(method, rollouts, conversations) -> list:
     """Samples what each conversation of (role, text) turns is answered by; gives new rollouts."""
+    cfg = method.cfg
+    limits = "", cfg.max_reprompt, cfg.thinking
     prompts = [
-        pmd.encode_turns(method.tokenizer, turns, r.problem.system, budget=method.cfg.max_reprompt)
+        pmd.encode_turns(method.tokenizer, turns, r.problem.system, *limits)
         for r, turns in zip(rollouts, conversations, strict=True)
     ]
-    keys, limit = [("again", r.id) for r in rollouts], method.cfg.max_completion
+    keys, limit = [("again", r.id) for r in rollouts], cfg.max_completion
     with pmd.clock("sample"):
         samples = method.sampler.generate(prompts, keys, limit, 1.0, 1.0) if prompts else []
     problems, groups = [r.problem for r in rollouts], [[sample] for sample in samples]
     again = []
-    for r, judged in zip(rollouts, pmd.verdicts(problems, groups, method.cfg), strict=True):
+    for r, judged in zip(rollouts, pmd.verdicts(problems, groups, cfg), strict=True):
         _, sample, verdict = judged
         row = replace(r, **vars(sample), id=f"{r.id}/again", advantage=None)
         row.reward, row.feedback = verdict.reward, verdict.feedback

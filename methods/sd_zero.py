@@ -55,7 +55,9 @@ class Method(sdpo.Method):
             cue = REVISE_RIGHT if r.reward > pmd.SUCCESS else REVISE_WRONG
             begun, turn = f"{r.text}\n\n{cue}\n\n", [("user", r.problem.prompt)]
             budget, system = self.cfg.max_reprompt, r.problem.system
-            r.teacher_ids = pmd.encode_turns(self.tokenizer, turn, system, begun, budget)
+            r.teacher_ids = pmd.encode_turns(
+                self.tokenizer, turn, system, begun, budget, self.cfg.thinking
+            )
             r.teacher_prompt = f"{r.problem.prompt}\n\n{begun}"
         if step > self.cfg.sd_zero_stage1:
             return rollouts

@@ -9,28 +9,28 @@ import unicodedata
 from dataclasses import dataclass
 
 
-def encode_prompt(tokenizer, user, system="") -> list[int]:
-    """The ids of a chat prompt, thinking off. The one way text becomes a prompt: control tokens and
-    turn markers in it are broken here, and a system message that the template does not take goes
-    before the user's.
+def encode_prompt(tokenizer, user, system="", thinking=False) -> list[int]:
+    """The ids of a chat prompt. The one way text becomes a prompt: control tokens and turn markers
+    in it are broken here, and a system message that the template does not take goes before the
+    user's. thinking: what the template's switch of that name says, where it has one.
     """
     chat = chat_of(tokenizer)
     if system and not chat.takes_system:
         user, system = f"{system}\n\n{user}", ""
     texts = {"system": system, "user": user} if system else {"user": user}
     texts = {role: neutralise(text, chat.markers) for role, text in texts.items()}
-    ids = to_ids(tokenizer, texts)
+    ids = to_ids(tokenizer, texts, thinking)
     if (
-        count_of(ids, chat.control_ids) != chat.fixed[len(texts)]
+        count_of(ids, chat.control_ids) != chat.fixed[len(texts), thinking]
     ):  # a form that only this tokenizer's normaliser knows
         texts = {
             role: without_ids(tokenizer, text, chat.control_ids) for role, text in texts.items()
         }
-        ids = to_ids(tokenizer, texts)
+        ids = to_ids(tokenizer, texts, thinking)
     return ids
 
 
-def encode_turns(tokenizer, turns, system="", given="", budget=None) -> list[int]:
+def encode_turns(tokenizer, turns, system="", given="", budget=None, thinking=False) -> list[int]:
     """Encodes a conversation up to where the assistant answers, and `given`, how its answer begins.
 
     turns: (role, text) pairs, the first of them the user's. budget: tokens, at most; the longest of
@@ -47,7 +47,7 @@ def encode_turns(tokenizer, turns, system="", given="", budget=None) -> list[int
 
     def encoded(texts):
         turns = list(zip(roles, texts[:-1], strict=True))
-        prompt = render(tokenizer, turns, True, enable_thinking=False)
+        prompt = render(tokenizer, turns, True, enable_thinking=thinking)
         parts = tokenizer([prompt, texts[-1]], add_special_tokens=False)["input_ids"]
         return [id for part in parts for id in part]
 
@@ -64,9 +64,14 @@ def encode_turns(tokenizer, turns, system="", given="", budget=None) -> list[int
     return ids
 
 
-def to_ids(tokenizer, texts) -> list[int]:
+def encoder(tokenizer, cfg):
+    """Gives encode(user, system) of the student's and the teacher's prompts, which think alike."""
+    return functools.partial(encode_prompt, tokenizer, thinking=cfg.thinking)
+
+
+def to_ids(tokenizer, texts, thinking) -> list[int]:
     """The ids of a prompt of {role: text}, as it stands before the assistant's answer."""
-    text = render(tokenizer, texts.items(), True, enable_thinking=False)
+    text = render(tokenizer, texts.items(), True, enable_thinking=thinking)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -128,7 +133,8 @@ class Chat:
         frozenset  # texts that no message may hold: control tokens, and what opens and ends turns
     )
     control_ids: frozenset  # the ids of those that are tokens
-    fixed: dict  # how many of these the template itself writes: {messages of a prompt: number}
+    # how many of these the template itself writes: {(messages of a prompt, thinking): number}
+    fixed: dict
 
 
 SLOTS = ("qz0zq", "qz1zq", "qz2zq")  # contents that no template writes or alters
@@ -164,8 +170,16 @@ def read_template(tokenizer, template) -> Chat:
     fixed = {}
     for n in (1, 2) if takes_system else (1,):
         turns = dict(zip(["system", "user"][-n:], SLOTS, strict=False))
-        fixed[n] = count_of(to_ids(tokenizer, turns), ids)
+        for thinking in (False, True):
+            fixed[n, thinking] = count_of(to_ids(tokenizer, turns, thinking), ids)
     return Chat(takes_system, markers, ids, fixed)
+
+
+def can_think(tokenizer) -> bool:
+    """Says whether the template has a switch for thinking."""
+    turns = [("user", SLOTS[0])]
+    on, off = (render(tokenizer, turns, True, enable_thinking=x) for x in (True, False))
+    return on != off
 
 
 def attempted(tokenizer, roles, asks, **switches) -> str:

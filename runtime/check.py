@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from runtime.chat import chat_of, encode_prompt, plain, turn_ends
+from runtime.chat import can_think, chat_of, encoder, plain, turn_ends
 from runtime.checkpoint import (
     checkpoints,
     fork_source,
@@ -335,6 +335,10 @@ def load_tokenizer(cfg):
             )
     chat_of(tokenizer)  # these two refuse a template that can't be read
     turn_ends(tokenizer)
+    if cfg.thinking and not can_think(tokenizer):
+        raise ValueError(
+            f"--thinking has nothing to switch in the chat template of {cfg.model}; leave it out"
+        )
     if tokenizer.pad_token_id is None:
         # it only fills the left of a batch: masks come from lengths
         tokenizer.pad_token_id = tokenizer.eos_token_id
@@ -346,10 +350,10 @@ def within_prompt(task, split, tokenizer, cfg, quiet) -> list:
 
     Raises ValueError if none is left.
     """
-    problems = getattr(task, split)
+    problems, encode = getattr(task, split), encoder(tokenizer, cfg)
     kept, dropped = [], []
     for problem in problems:
-        length = len(encode_prompt(tokenizer, problem.prompt, problem.system))
+        length = len(encode(problem.prompt, problem.system))
         if length <= cfg.max_prompt:
             kept.append(problem)
         else:
@@ -473,7 +477,8 @@ def check_lengths(task, tokenizer, cfg, reads, method):
         )
     taught = method is not None and method.reprompts
     if taught and cfg.max_reprompt < cfg.max_prompt:
-        longest = max(len(encode_prompt(tokenizer, p.prompt, p.system)) for p in task.train)
+        encode = encoder(tokenizer, cfg)
+        longest = max(len(encode(p.prompt, p.system)) for p in task.train)
         if longest > cfg.max_reprompt:
             raise ValueError(
                 f"--max_reprompt {cfg.max_reprompt} is less than the {longest} tokens of the"

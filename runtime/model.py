@@ -161,6 +161,14 @@ def load_policy(cfg):
     config, generation_config = broadcast(about)
     policy = policy or outline(config)
     policy.generation_config = generation_config  # its EOS ids end a text on every rank
+    prepare(policy, cfg)
+    if device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
+        torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
+    return policy
+
+
+def prepare(policy, cfg):
+    """Switches dropout off, and on what the flags ask for: adapters, recomputation, compilation."""
     for module in policy.modules():
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -176,9 +184,6 @@ def load_policy(cfg):
         enable({"use_reentrant": False})
     if cfg.compile_layers:
         compile_layers(policy)
-    if device.type == "cpu" and sum(p.numel() for p in policy.parameters()) < 20e6:
-        torch.set_num_threads(1)  # a tiny model's threads wait for each other more than they work
-    return policy
 
 
 def read_policy(name, device, cfg):

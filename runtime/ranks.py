@@ -323,6 +323,7 @@ class OnRankZero:
         "contexts",
         "inference_contexts",
         "living_of",
+        "overlap",
         "forget",
         "truncate_after",
         "add_problems",

@@ -13,8 +13,12 @@ from runtime.chat import clean, plain
 
 
 def strip_thoughts(text) -> str:
-    """A solution without its <think> part, which SDPO strips too."""
-    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    """A solution without its <think> part, which SDPO strips too.
+
+    Some templates open the part in the prompt, so that a completion only ends it.
+    """
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    return text.rpartition("</think>")[2].strip()
 
 
 MAX_REPLY, MAX_ITEMS, MAX_CONTENT = 20_000, 16, 2_000  # characters, items, characters; ours

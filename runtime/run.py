@@ -54,7 +54,7 @@ from runtime.ranks import broadcast, gather, rank
 from runtime.rows import add
 from runtime.samples import sample_of
 from runtime.store import describe
-from runtime.tables import plot_curves, table, title
+from runtime.tables import model_card, plot_curves, table, title
 from runtime.watch import lesson_pull
 
 # The environment of a run that --compare started: the --name of the comparison.
@@ -405,6 +405,7 @@ class Run:
         partial.rename(self.folder / "final")
         summary = self._summary(history, memory)
         plot_curves({self.cfg.method: history}, self.folder / "curve.png", title(summary))
+        write(self.folder / "final" / "README.md", model_card(summary))
         write(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from runtime.chat import encode_prompt, turn_ends
+from runtime.chat import encode_prompt, encoder, turn_ends
 from runtime.clock import clock
 from runtime.formats import schema_of
 from runtime.guide import Guide
@@ -31,6 +31,11 @@ class SamplerOptions:
     )
     max_completion: int = option(
         8192, "tokens; longer completions are cut and counted [Tab. 11]", within="[1, inf)"
+    )
+    thinking: bool = option(
+        False,
+        "student and teacher think, where the chat template has the switch; reflections do not."
+        " Nothing of the paper was measured so [SDPO: off]",
     )
     gpu_memory_utilization: float = option(
         0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]", within="(0, 1]"
@@ -122,10 +127,8 @@ class Sampler:
         `texts` in its place where the frozen-policy control has its memory in the prompt.
         """
         texts = [p.prompt for p in problems] if texts is None else texts
-        prompts = [
-            encode_prompt(self.tokenizer, text, p.system)
-            for text, p in zip(texts, problems, strict=True)
-        ]
+        encode = encoder(self.tokenizer, self.cfg)
+        prompts = [encode(text, p.system) for text, p in zip(texts, problems, strict=True)]
         with clock("sample" if split == "train" else "evaluate"):
             samples = self.generate(
                 [ids for ids in prompts for _ in range(k)],

@@ -1,5 +1,8 @@
 """The table and the curves that a run ends with."""
 
+import re
+from pathlib import Path
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -95,3 +98,31 @@ def evaluated(name, found) -> str:
         "tokens": f"{found['tokens']:.0f}",
     }
     return aligned([row])
+
+
+def model_card(summary) -> str:
+    """Writes the card of a trained model: what it was made by, and its scores with intervals.
+
+    The head is the metadata that the Hub reads. A base model in a folder has no name there.
+    """
+    name = summary["model"]
+    is_named = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    base = [f"base_model: {name}"] if is_named else []
+    head = ["---", "library_name: transformers", *base, "tags: [pmd, self-distillation]", "---"]
+    lines = [*head, "", f"# {Path(name).name}, trained by {summary['method']}", ""]
+    lines += [
+        f"Trained by {summary['method']} on {summary['data']} for {summary['steps']} steps"
+        f" ({summary['rollouts']} rollouts), seed {summary['seed']}, with the reference"
+        " implementation of Procedural Memory Distillation (arXiv 2607.01480),"
+        f" commit {summary['commit'] or 'unknown'}. It answers without a memory.",
+        "",
+        f"| checkpoint | step | avg@{summary['final']['k']} on {summary['final']['n_problems']}"
+        " held-out problems | 95% interval over problems |",
+        "|---|---|---|---|",
+    ]
+    for which in ("base", "final"):
+        row = summary[which]
+        low, high = row["interval"]
+        lines += [f"| {which} | {row['step']} | {row['avg_at_k']:.3f} | {low:.3f} to {high:.3f} |"]
+    lines += ["", "The weights here are those of the row `final`. One run; seeds are not averaged."]
+    return "\n".join(lines) + "\n"

@@ -185,17 +185,19 @@ class VLLM(Sampler):
         trainer with the others: that needs no bound in nats, which the precision and the likelihood
         of the text would move.
         """
-        true = self._ours()
-        with self._changed():
-            changed = self._ours()
-            noise = self._told("changed", changed, true)
+        true, noise = self._ours(), 0.0
+        changes = [self._changed]
+        if adapted_layers(self.trained):
+            changes.append(self._adapted)
+        for others in changes:
+            with others():
+                changed = self._ours()
+                noise = max(noise, self._told("changed", changed, true))
         self.noise = max(noise, self._told("true", true, changed))  # share of a log-probability
 
     @contextlib.contextmanager
     def _changed(self):
-        """Other weights inside: head and embedding, which a push may forget, a norm, and what the
-        adapters add, which is 0 at the start.
-        """
+        """Other weights inside: head and embedding, which a push may forget, and a norm."""
         model = self.trained
         norm = local(next(p for p in model.parameters() if p.dim() == 1))  # a bias would do as well
         ends = {
@@ -210,19 +212,26 @@ class VLLM(Sampler):
                 p.copy_(p.flip(0))
 
         scale = norm.clone()
-        added = [layer.lora_B[STUDENT].weight for layer in adapted_layers(model)]
-        before = [b.clone() for b in added]
         flip()
         norm.mul_(1.5)
-        for b in added:  # B A then has entries of the size of a layer's own
-            bound = b.shape[1] ** -0.5
-            b.copy_(torch.linspace(-bound, bound, b.numel()).view_as(b))
         try:
             yield
         finally:
             flip()
             norm.copy_(scale)
-            for b, values in zip(added, before, strict=True):
+
+    @contextlib.contextmanager
+    def _adapted(self):
+        """Other adapters inside, which add nothing at the start of a run."""
+        factors = [layer.lora_B[STUDENT].weight for layer in adapted_layers(self.trained)]
+        before = [b.clone() for b in factors]
+        for b in factors:  # B A then has entries of the size of a layer's own
+            bound = b.shape[1] ** -0.5
+            b.copy_(torch.linspace(-bound, bound, b.numel()).view_as(b))
+        try:
+            yield
+        finally:
+            for b, values in zip(factors, before, strict=True):
                 b.copy_(values)
 
     def _told(self, which, given, other) -> float:

@@ -20,8 +20,8 @@ from memory import compose
 from runtime import run, samples
 from runtime.files import read_lines
 from runtime.samples import token_texts
-from runtime.store import Item
-from tools import companion, show_memory, show_run
+from runtime.store import Item, Store
+from tools import companion, memory_page, show_memory, show_run
 from tools.page import write_page
 
 HERE = Path(__file__).resolve().parent.parent
@@ -144,9 +144,7 @@ def folder(tmp_path_factory):
 
 def fill_memory(path, problems, insights=3, steps=20):
     """Writes a memory: each problem gets an insight a step, of which the last `insights` live."""
-    memory = show_memory.Store(
-        path, lambda texts: np.ones((len(texts), 4)), "e", caps={"strategy": 10}
-    )
+    memory = Store(path, lambda texts: np.ones((len(texts), 4)), "e", caps={"strategy": 10})
     vector = np.ones(4, np.float32) / 2
     rows = [(f"p{n}", f"Problem {n}. {HOSTILE}", 0, vector.tobytes()) for n in range(problems)]
     with memory.writing():
@@ -254,7 +252,7 @@ def test_a_story_shows_the_prompt_that_a_teacher_was_offered(make_memory, tmp_pa
         (context,) = memory.contexts([Attempt(f"{step}/p/9", problem, "no")], step)
         wanted[step] = compose(problem.prompt, **context)
     memory.settle()
-    path = show_memory.write_memory_page(memory.path).rename(tmp_path / "story.html")
+    path = memory_page.write_memory_page(memory.path).rename(tmp_path / "story.html")
     opened(browser, path)
     for step, text in wanted.items():
         script = "const p = problems[0]; return recomposed(p, p.visits.find((v) => v.step === arguments[0]))"
@@ -285,10 +283,14 @@ def test_ten_thousand_problems_stay_usable(tmp_path, browser):
     assert rows < 60 and seconds.pop("open") < 20 and max(seconds.values()) < 3
 
 
-def test_a_run_that_is_none_is_named(tmp_path, capsys):
-    for tool, said in ((show_run, "is no run"), (show_memory, "none of these has a memory.db")):
-        with pytest.raises(SystemExit, match=said):
-            tool.main([str(tmp_path), "--html"][: 2 if tool is show_memory else 1])
+def test_a_folder_without_a_run_is_named(tmp_path, capsys):
+    for tool, flags, file in (
+        (show_run, [], "metrics.jsonl"),
+        (show_memory, ["--html"], "memory.db"),
+    ):
+        with pytest.raises(SystemExit, match=f"none of these has a {file}"):
+            tool.main([str(tmp_path), *flags])
+        assert f"{tmp_path}: no {file}, left out" in capsys.readouterr().out
 
 
 def test_a_page_needs_nothing_from_outside(folder):

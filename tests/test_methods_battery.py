@@ -40,6 +40,8 @@ OFTEN = {  # what a method does now and then, it does here within three steps
     "unisd": dict(unisd_every=2),
     "vpd": dict(vpd_every=2),
 }
+# Where a gradient is rounding alone, each of the six updates moves a weight by up to the rate
+LARGEST = 6e-3
 LENDER = "frozen-policy"  # whose memory frozen-memory reads
 
 pytestmark = pytest.mark.slow  # minutes for all of them
@@ -127,10 +129,10 @@ def test_micro_batches_of_one_row_change_nothing(out, whole, name, monkeypatch):
         rows, "by_tokens", lambda lengths, budget: [[i] for i in range(len(lengths))]
     )
     pmd.train(cfg)
-    assert_same(whole(name), out / cfg.name)
+    assert_same(whole(name), out / cfg.name, LARGEST)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one(out, whole, two_ranks, name):
     assert (out / f"{name}-ranks" / "summary.json").exists(), two_ranks.stderr[-4000:]
-    assert_same(whole(name), out / f"{name}-ranks")
+    assert_same(whole(name), out / f"{name}-ranks", LARGEST)

@@ -160,6 +160,33 @@ def test_thinking_is_switched_off_where_the_template_has_the_switch(tokenizer):
     assert encode_prompt(thinker, "Apply zo to 1 2 3 4") == plain + tokenizer("0 0")["input_ids"]
 
 
+def test_thinking_is_for_student_and_teacher_alike(tokenizer, policy, problems, make_config):
+    """And not for reflections. Here a template that says what it was asked for."""
+    thinker = copy.deepcopy(tokenizer)
+    thinker.chat_template += "{% if enable_thinking %}1 1{% else %}0 0{% endif %}"
+    cfg = make_config(thinking=True, max_completion=4, memory_completion=4)
+    on, off = (thinker(text)["input_ids"] for text in ("1 1", "0 0"))
+    sampler = Sampler(policy, thinker, cfg)
+    asked = []
+    sampler.draw = lambda prompts, *rest: (
+        asked.extend(prompts) or Sampler.draw(sampler, prompts, *rest)
+    )
+    sampler.answer(problems[:1], 1)
+    sampler.ask(["Reflect on your attempts at this problem."])
+    assert asked[0][-2:] == on and asked[1][-2:] == off
+    context = {"solution": "vo=rev"}
+    ((text, ids),) = pmd.teacher_prompts(problems[:1], [context], thinker, cfg)
+    assert "vo=rev" in text and ids[-2:] == on
+    with pytest.raises(ValueError, match="nothing to switch in the chat template of nano"):
+        check.load_tokenizer(cfg)
+
+
+@pytest.mark.parametrize("text", ["<think>a</think>b", "a</think> b", "b", "<think>x</think>\nb"])
+def test_thoughts_leave_demonstrations(text):
+    shown = mem.compose("q", solution=text)
+    assert shown.splitlines()[2] == "b" and "think" not in shown and "a" not in shown.split()
+
+
 def test_control_tokens_in_model_text_open_no_turn(tokenizer):
     plain = encode_prompt(tokenizer, "Apply zo to 1 2 3 4")
     hostile = encode_prompt(

@@ -23,9 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import memory as mem
 import pmd
+from runtime import vllm_sampler
 from runtime.chat import encode_prompt
 from runtime.checkpoint import save_model
 from runtime.formats import NEW_BEHAVIORS, ONLY_LESSONS
+from runtime.lora import adapted_layers
 from runtime.model import MODELS, load_policy, make_optimizer
 from runtime.sampler import Sampler
 from runtime.vllm_sampler import VLLM, make_sampler, vllm_version
@@ -186,6 +188,27 @@ def test_everything_the_engine_claims(name, request, problems, make_config):
         sampler._tie = lambda model: None
         with pytest.raises(FloatingPointError, match="vLLM does not run the changed weights"):
             sampler.verify()
+
+
+def test_adapters_are_pushed_merged(problems, make_config, monkeypatch):
+    """Before and after updates. An engine that is given the base alone is found out at the start,
+    where an adapter adds 0.
+    """
+    pytest.importorskip("peft")
+    cfg = make_config(model="nano", task="nano", sampler="vllm", lora_rank=8, lr=3e-3)
+    sampler, _ = samplers(cfg)
+    for sums in told(sampler, problems[:4], range(1, 4), 1, cfg):
+        assert sums["sampler_gap_max"] < 1e-3
+    assert all(layer.lora_B["student"].weight.any() for layer in adapted_layers(sampler.trained))
+
+    def base_alone(model):
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
+                yield name.replace(".base_layer.", "."), parameter
+
+    monkeypatch.setattr(vllm_sampler, "merged", base_alone)
+    with pytest.raises(FloatingPointError, match="vLLM does not run the changed weights"):
+        sampler.verify()
 
 
 def test_rounding_is_no_other_model(untied, make_config):

@@ -19,8 +19,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.files import RunError, read_json, read_rows
+from tools.memory_page import write_memory_page
 from tools.page import write_page
-from tools.show_memory import write_memory_page
 
 GAPS = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token between sampler and trainer
 LOST = 0.2  # share of the replies without a well-formed item
@@ -138,19 +138,21 @@ def write_run_page(folder) -> Path:
     return write_page(folder / "run.html", "run.html", title=title, about=about, data=data)
 
 
-def runs_in(folders) -> list[Path]:
-    """Gives the runs among folders, and those in the folders of comparisons.
+def runs_in(paths) -> list[Path]:
+    """Gives the runs among folders, and those in the folders of comparisons; others are named.
 
-    Raises ValueError for a folder without a run.
+    Raises ValueError if none is a run.
     """
     found = []
-    for folder in map(Path, folders):
+    for folder in map(Path, paths):
         inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
         if (folder / "metrics.jsonl").is_file():
             inside = [folder]
         if not inside:
-            raise ValueError(f"{folder} is no run: it has no metrics.jsonl")
+            print(f"{folder}: no metrics.jsonl, left out")
         found += inside
+    if not found:
+        raise ValueError("none of these has a metrics.jsonl; name the folder of a run")
     return found
 
 

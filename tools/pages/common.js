@@ -48,7 +48,8 @@ function chart(title, series, { floor = 0, ceiling, marks = [] } = {}) {
   const values = points.flatMap((p) => p.slice(1).filter((v) => v !== undefined));
   const first = steps.reduce((a, b) => Math.min(a, b)), last = steps.reduce((a, b) => Math.max(a, b));
   const low = values.reduce((a, b) => Math.min(a, b), floor);
-  const high = values.reduce((a, b) => Math.max(a, b), ceiling ?? low + 1e-9);
+  const largest = values.reduce((a, b) => Math.max(a, b), ceiling ?? low);
+  const high = largest > low ? largest : low + 1;
   const x = (step) => left + (width - left - right) * (last > first ? (step - first) / (last - first) : 0.5);
   const y = (value) => height - bottom - (height - top - bottom) * (value - low) / (high - low);
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}` });

@@ -1,0 +1,96 @@
+"""What leaves a run: its memory as lines, its model's card; and what never enters a memory."""
+
+import json
+import sqlite3
+
+import pytest
+from conftest import Attempt, Question
+
+import pmd
+from memory import Memory
+from runtime.services import make_embedder
+from runtime.tables import model_card
+from tools import show_memory
+from tools.share_memory import export_memory, import_memory
+
+HASHING = type("Cfg", (), {"embedder": "hashing", "device": ""})
+
+
+def a_memory(path):
+    """Two steps of a memory with an insight that ended."""
+    embed = make_embedder(HASHING)
+    reply = json.dumps({"lessons": [{"title": "carry", "content": "Carry the one."}]})
+    memory = Memory(path, embed, lambda p: [reply] * len(p), forms="question", embedder="hashing")
+    problems = [Question(name, f"What is {name} plus seven?") for name in ("one", "two")]
+    memory.add_problems(problems)
+    for step in (1, 2):
+        attempts = [Attempt(f"{step}/{p.id}/0", p, f"It is {p.id}{step}.") for p in problems]
+        memory.record(step, attempts)
+        memory.reflect(step, problems)
+    with memory.writing(2):
+        memory.end(2, "insight", [memory.living("insight")[0].id])
+    return memory
+
+
+def rows(path):
+    with sqlite3.connect(path) as db:
+        items = db.execute("SELECT * FROM item ORDER BY id").fetchall()
+        return items, db.execute("SELECT * FROM problem ORDER BY id").fetchall()
+
+
+def test_a_memory_comes_back_from_its_lines(tmp_path):
+    """Row for row, with embeddings made anew by the same model."""
+    memory = a_memory(tmp_path / "a.db")
+    memory.close()
+    said = export_memory(tmp_path / "a.db", tmp_path / "a.jsonl")
+    assert said.startswith("2 problems and")
+    import_memory(tmp_path / "a.jsonl", tmp_path / "b" / "memory.db")
+    assert rows(tmp_path / "a.db") == rows(tmp_path / "b" / "memory.db")
+    with pytest.raises(ValueError, match="exists"):
+        export_memory(tmp_path / "a.db", tmp_path / "a.jsonl")
+
+
+def test_the_command_line_exports_and_imports(tmp_path, capsys):
+    a_memory(tmp_path / "a.db").close()
+    show_memory.main(["export", str(tmp_path / "a.db"), str(tmp_path / "a.jsonl")])
+    show_memory.main(["import", str(tmp_path / "a.jsonl"), str(tmp_path / "b.db")])
+    show_memory.main(["show", str(tmp_path / "b.db")])
+    assert "lesson carry" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", ['{"form": "other"}', '{"form": "pmd memory, version 1"}\n{"item": {"tier": "x"}}']
+)
+def test_lines_that_are_no_memory_are_refused(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="is no|no memory has"):
+        import_memory(tmp_path / "x.jsonl", tmp_path / "x.db")
+
+
+def test_no_memory_reads_dev_or_test(make_config, tmp_path):
+    """After a run every problem, rollout and prompt that the memory holds is of train."""
+    cfg = make_config(name="x", steps=2, eval_every=1)
+    task, _ = pmd.check(cfg, quiet=True)
+    pmd.train(cfg)
+    held_out = {p.id for p in task.dev + task.test}
+    items, problems = rows(tmp_path / "x" / "memory.db")
+    assert {id for id, *_ in problems} == {p.id for p in task.train} and items
+    text = json.dumps([row[:-1] for row in items])
+    assert not [id for id in held_out if id in text]
+
+    card = (tmp_path / "x" / "final" / "README.md").read_text()
+    summary = json.loads((tmp_path / "x" / "summary.json").read_text())
+    assert f"| final | 2 | {summary['final']['avg_at_k']:.3f} |" in card
+    assert summary["commit"] in card and "base_model" not in card
+
+
+def test_a_card_names_a_base_model_of_the_hub():
+    row = {"step": 0, "avg_at_k": 0.5, "k": 2, "n_problems": 9, "interval": [0.4, 0.6]}
+    summary = dict(
+        method="pmd", data="gsm8k", model="Qwen/Qwen3-1.7B", steps=3, rollouts=24, seed=0
+    )
+    card = model_card({**summary, "commit": "", "base": row, "final": {**row, "step": 3}})
+    assert (
+        "\nbase_model: Qwen/Qwen3-1.7B\n" in card
+        and "| final | 3 | 0.500 | 0.400 to 0.600 |" in card
+    )

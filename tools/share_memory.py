@@ -1,0 +1,124 @@
+"""Writes a memory as JSON lines, to publish or to read elsewhere, and makes a memory of such lines.
+
+    python tools/show_memory.py export runs/x/memory.db bank.jsonl
+    python tools/show_memory.py import bank.jsonl runs/bank/memory.db
+    python pmd.py --method frozen-memory --memory_from bank
+
+The first line says what made the embeddings. They are not in the file: whoever imports it embeds
+the texts anew, with the same model.
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from runtime.chat import clean
+from runtime.files import append, read_lines
+from runtime.services import make_embedder
+from runtime.store import COLUMNS, TIERS, WITH_EMBEDDING, Item, Store
+
+FORM = "pmd memory, version 1"
+NAMES = COLUMNS.replace(" ", "").split(",")  # of an item, in order
+PROBLEM = ("id", "text", "cluster")
+TEXTS = ("tier", "kind", "problem", "title", "text", "feedback", "evidence", "shortcuts")
+
+
+def export_memory(source, target) -> str:
+    """Writes the problems, items and counts of a memory to a file of lines; says how many.
+
+    Raises ValueError if the target exists, or as Store does.
+    """
+    target = Path(target)
+    if target.exists():
+        raise ValueError(f"{target} exists; name another file, or remove it")
+    with contextlib.closing(Store(source, frozen=True)) as memory:
+        append(target, {"form": FORM, **memory.meta})
+        problems = memory.query(f"SELECT {', '.join(PROBLEM)} FROM problem ORDER BY id")
+        for row in problems:
+            append(target, {"problem": dict(zip(PROBLEM, row, strict=True))})
+        items = memory.query(f"SELECT {COLUMNS} FROM item ORDER BY id")
+        for row in items:
+            append(target, {"item": dict(zip(NAMES, row, strict=True))})
+    return f"{len(problems)} problems and {len(items)} items: {target}"
+
+
+def import_memory(source, target, embedder="", device="") -> str:
+    """Makes a memory of a file of lines; says how much it holds.
+
+    embedder: another than the one that the file names. Raises ValueError if the target exists, if
+    the lines are no memory, or if there is no such embedder.
+    """
+    target = Path(target)
+    if target.exists():
+        raise ValueError(f"{target} exists; name another file, or remove it")
+    head, *rows = read_lines(source)
+    if head.get("form") != FORM:
+        raise ValueError(f"{source} is no {FORM!r}: its first line does not say so")
+    problems = [problem_of(row["problem"]) for row in rows if "problem" in row]
+    items = [item_of(row["item"], source) for row in rows if "item" in row]
+    embedder = embedder or head.get("embedder") or "hashing"
+    embed = make_embedder(SimpleNamespace(embedder=embedder, device=device))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name("import.partial")
+    partial.unlink(missing_ok=True)
+    with contextlib.closing(Store(partial, embed, embedder)) as memory:
+        fill(memory, problems, items)
+        memory.db.execute("UPDATE meta SET value = ? WHERE key = 'caps'", (str(head.get("caps")),))
+        memory.db.commit()
+        memory.settle()
+    partial.rename(target)
+    return f"{len(problems)} problems and {len(items)} items: {target}"
+
+
+def fill(memory, problems, items):
+    """Writes problems and items with their embeddings, which ended insights do without."""
+    vectors = memory.vectors([text for _, text, _ in problems])
+    rows = [(*p, vector.tobytes()) for p, vector in zip(problems, vectors, strict=True)]
+    needed = [item for item in items if item.ended is None or item.tier == "behavior"]
+    embedded = dict(zip([i.id for i in needed], memory.embedded(needed), strict=True))
+    marks = ", ".join("?" * (len(NAMES) + 1))
+    with memory.writing():
+        memory.db.executemany("INSERT INTO problem VALUES (?, ?, ?, ?)", rows)
+        for item in items:
+            vector = embedded[item.id].tobytes() if item.id in embedded else None
+            values = [getattr(item, name) for name in NAMES]
+            memory.db.execute(
+                f"INSERT INTO item ({WITH_EMBEDDING}) VALUES ({marks})", [*values, vector]
+            )
+
+
+def problem_of(row) -> tuple[str, str, int]:
+    return clean(row["id"]), clean(row["text"]), int(row["cluster"])
+
+
+def item_of(row, source) -> Item:
+    """Makes an item of a row. Raises ValueError if it is none of a memory."""
+    if set(row) != set(NAMES) or row["tier"] not in TIERS:
+        raise ValueError(f"{source} has an item that no memory has: {str(row)[:80]}")
+    texts = {name: clean(row[name]) for name in TEXTS if row[name] is not None}
+    return Item(**{**row, **texts})
+
+
+def main(argv=None):
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python tools/show_memory.py", description=__doc__)
+    parser.add_argument("command", choices=("export", "import"))
+    parser.add_argument("source", help="a memory.db, or a file of lines")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("--embedder", default="", help="import: another than the file names")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "export":
+            print(export_memory(args.source, args.target))
+        else:
+            print(import_memory(args.source, args.target, args.embedder))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        sys.exit(f"show_memory.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
