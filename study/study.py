@@ -31,10 +31,11 @@ Rates. Each arm has its own: the best mean AUC of 3e-4, 6e-4, 1e-3 and 2e-3 over
 world tunes anything.
 
 Scale (part `scale`). PMD and SDPO in the eight feedback worlds of the shipped checkpoint, with
-checkpoints of 0.2, 0.7 and 6 million parameters that pass the probes, and with one that fails the
-lesson probe (0.6 million, the shipped one until 2026-11-26). The shipped one, 0.9 million, has its
-runs in `main`. Rates are the tuned ones times 96 / hidden size, at most 2e-3. A size that does not
-pass after its training stays in the table, named as one that fails.
+checkpoints of 0.2, 0.7 and 6 million parameters that pass the probes. The shipped one, 0.9
+million, has its runs in `main`. In its eight plain worlds they run with one that fails the lesson
+probe (0.6 million, the shipped one until 2026-11-26), which was never shown feedback. Rates are
+the tuned ones times 96 / hidden size, at most 2e-3. A size that does not pass after its training
+stays in the table, named as one that fails.
 
 Mastered problems (part `mastered`). --supervise_mastered or not, times --loss_mean sequence or
 token, for SDPO, PMD and transient memory, in 6 worlds of 160 steps. Leaving mastered problems out
@@ -178,10 +179,12 @@ def main_part(rates) -> list[Job]:
 
 def scale(rates) -> list[Job]:
     jobs = []
-    worlds = [(w, kind) for w, kind, seed in MAIN if (kind, seed) == ("feedback", "0")]
-    for world, kind in worlds:
+    for world, kind, seed in MAIN:
         for size, (_, width) in SIZES.items():
-            for arm in ("sdpo", "pmd") if size != "0.9M" else ():
+            wanted = "plain" if size == "misreads" else "feedback"
+            if seed != "0" or kind != wanted or size == "0.9M":
+                continue
+            for arm in ("sdpo", "pmd"):
                 rate = min(2e-3, rates[arm] * 96 / width)
                 jobs.append(Job("scale", arm, world, kind, size, size, {"lr": rate}))
     return jobs

@@ -255,12 +255,16 @@ def teachers(runs) -> str:
 
 
 def sizes_of(runs) -> dict:
-    """{size: (cell of SDPO, cell of PMD)}; the shipped checkpoint's are runs of main."""
+    """{size: (cell of SDPO, cell of PMD)}. The shipped checkpoint's are runs of main.
+
+    The one that misreads ran in plain worlds.
+    """
     found = {}
     for size in runs[runs.part == "scale"].checkpoint.unique():
         found[size] = [cell(runs, "scale", arm, label=size) for arm in ("sdpo", "pmd")]
-    shipped = [cell(runs, "main", arm, ["feedback"]) for arm in ("sdpo", "pmd")]
-    found["0.9M"] = [rows[rows.checkpoint == "0"] for rows in shipped]
+    for name, kind in (("0.9M", "feedback"), ("0.9M, plain", "plain")):
+        shipped = [cell(runs, "main", arm, [kind]) for arm in ("sdpo", "pmd")]
+        found[name] = [rows[rows.checkpoint == "0"] for rows in shipped]
     return dict(sorted(found.items(), key=lambda item: (item[0] == "misreads", item[0])))
 
 
@@ -325,7 +329,9 @@ def report(records, rates, out) -> str:
                 lambda: teachers(runs),
             ),
         ],
-        "scale": [("Scale: AUC in eight feedback worlds", lambda: scale(runs))],
+        "scale": [
+            ("Scale: AUC in eight feedback worlds, or in eight plain ones", lambda: scale(runs))
+        ],
         "mastered": [("Mastered problems left out", lambda: mastered(runs))],
     }
     parts = set(runs.part)
@@ -394,7 +400,7 @@ def teacher_curves(runs, path):
     axes[0].set(ylabel="probability of the right operation, less the student's")
     misreads = cell(runs, "scale", "pmd", label="misreads")
     shown = {"PMD, unsolved problems": cell(runs, "main", "pmd", ["feedback"])}
-    shown["the checkpoint that misreads lessons"] = misreads
+    shown["a checkpoint that misreads lessons, plain"] = misreads
     for axis, (title, found) in zip(axes[1:], shown.items(), strict=True):
         for number, block in enumerate(BLOCKS):
             values = quality(found, "unsolved", block).mean()
