@@ -129,15 +129,18 @@ class Job:
     checkpoint: str  # seed of pre-training, or size
     label: str = ""  # what else tells it from other runs of the part
     flags: dict = field(default_factory=dict)  # of pmd.Config, over those of the arm
+    model: str = ""  # the folder of the checkpoint
+
+    def __post_init__(self):
+        # here, and not where it runs: a worker has the grid that is declared, not a --quick one
+        if self.checkpoint in SIZES:
+            self.model = str(SIZES[self.checkpoint][0])
+        else:
+            self.model = str(CHECKPOINTS[int(self.checkpoint)])
 
     @property
     def name(self) -> str:
         return "/".join(filter(None, [self.part, self.arm, self.label, str(self.world)]))
-
-    @property
-    def model(self) -> str:
-        folder = SIZES[self.checkpoint][0] if self.checkpoint in SIZES else None
-        return str(folder or CHECKPOINTS[int(self.checkpoint)])
 
     @property
     def seconds(self) -> float:
