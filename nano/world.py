@@ -74,7 +74,7 @@ def trap(name, operations):
     return " ".join(f"{s}!{o}" for s, o in zip(name, operations, strict=True))
 
 
-def make_world(seed, names=NAMES, inputs=INPUTS, shared=True, speaks=True):
+def make_world(seed, names=NAMES, speaks=True):
     """(train rows, test rows): 40 names, each with 4 train and 4 other test inputs, and the secret
     map behind them.
 
@@ -83,27 +83,19 @@ def make_world(seed, names=NAMES, inputs=INPUTS, shared=True, speaks=True):
     `hidden` is read by diagnostics, and by a verifier that speaks. Worlds of one seed that speak
     and that do not differ in nothing else.
 
-    The study turns these knobs: names, (length, how many) pairs by length; inputs, per name and
-    split; shared, whether names share syllables (if not, there have to be enough of them); speaks,
-    whether the verifier gives feedback.
+    names: (length, how many) pairs by length. speaks: whether the verifier gives feedback.
     """
     rng = random.Random(f"nano world {seed}")
     order = rng.sample(HIDDEN, len(HIDDEN))
     secret = {s: rng.choice(list(OPERATIONS)) for s in HIDDEN}
-    tiers, unused = [order[:8], order[8:16], order[16:]], iter(order)
+    tiers = [order[:8], order[8:16], order[16:]]
     counts, names = names, []
     for length, _ in counts:
         pool = sum(tiers[: length - 1], [])
         while len(names) < sum(c for n, c in counts if n <= length):
-            if not shared:
-                names.append([next(unused) for _ in range(length)])
-                continue
-            newest = tiers[length - 1][
-                len(names) % 8
-            ]  # every syllable of the tier in turn, so that each is shared
-            used = Counter(
-                sum(names, [])
-            )  # partners: those used least so far, so that each is shared
+            # every syllable of the tier in turn, with the partners used least: each is shared
+            newest = tiers[length - 1][len(names) % 8]
+            used = Counter(sum(names, []))
             name = sorted(pool, key=lambda s: (used[s], rng.random()))[: length - 1] + [newest]
             rng.shuffle(name)
             if name not in names:
@@ -111,7 +103,7 @@ def make_world(seed, names=NAMES, inputs=INPUTS, shared=True, speaks=True):
     train, test = [], []
     for name in names:
         drawn = set()
-        while len(drawn) < 2 * inputs:
+        while len(drawn) < 2 * INPUTS:
             drawn.add(tuple(rng.sample(range(10), 4)))
         for i, digits in enumerate(sorted(drawn, key=lambda d: rng.random())):
             operations = [secret[s] for s in name]
@@ -124,7 +116,7 @@ def make_world(seed, names=NAMES, inputs=INPUTS, shared=True, speaks=True):
             }
             if speaks:
                 row["feedback"] = True
-            (train if i < inputs else test).append(row)
+            (train if i < INPUTS else test).append(row)
     return train, test
 
 
