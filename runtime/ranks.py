@@ -357,3 +357,8 @@ class OnRankZero:
             if kind == "done":
                 return value
             self.sampler.ask(value)
+
+
+def alone(memory):
+    """Gives rank 0 the memory itself, for what the other ranks take no part in."""
+    return memory.memory if isinstance(memory, OnRankZero) else memory

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from runtime.chat import encode_prompt
-from runtime.ranks import broadcast, rank
+from runtime.ranks import alone, broadcast, rank
 from runtime.rows import scored
 
 PROBLEMS = 32  # that are looked at
@@ -72,8 +72,11 @@ def lesson_pull(method, step) -> Pull | None:
 
 
 def rows_of(method, step) -> list[Row]:
-    """Lays out failed attempts of problems with lessons, two rows each, whole ones only."""
-    memory, tokenizer, cfg = method.memory, method.tokenizer, method.cfg
+    """Lays out failed attempts of problems with lessons, two rows each, whole ones only.
+
+    On rank 0 alone.
+    """
+    memory, tokenizer, cfg = alone(method.memory), method.tokenizer, method.cfg
     tally = memory.tally("insight")
     problems = [p for p in method.task.train if tally[p.id, "lesson"]]
     random.Random(f"{cfg.seed} watch {step}").shuffle(problems)
