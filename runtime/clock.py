@@ -39,8 +39,11 @@ class Clock:
         self.since = now
 
     def count(self, tokens):
-        """Counts tokens that a model passes forward, under the name of the innermost clock."""
-        if self.running:
+        """Counts tokens that a model passes forward, under the name of the innermost clock.
+
+        Those of an evaluation are no step's, whatever clock runs within it.
+        """
+        if self.running and "evaluate" not in self.running:
             self.tokens[self.running[-1]] += tokens
 
     def passed(self) -> Counter:

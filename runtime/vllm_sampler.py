@@ -288,9 +288,11 @@ class VLLM(Sampler):
 
 def guided_by(schema):
     """Returns vLLM's parameter for a JSON schema; None for a free reply."""
+    if not schema:
+        return None
     from vllm.sampling_params import StructuredOutputsParams  # a GPU's library, and slow to import
 
-    return StructuredOutputsParams(json=schema) if schema else None
+    return StructuredOutputsParams(json=schema)
 
 
 def make_sampler(policy, tokenizer, cfg):

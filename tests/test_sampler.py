@@ -304,7 +304,9 @@ def test_a_teachers_prompt_is_encoded_once(budget, tokenizer, make_config, monke
         naive.append((text, encode_prompt(tokenizer, text, p.system)))
     encoded, encode = [], encode_prompt
     monkeypatch.setattr(
-        pmd, "encode_prompt", lambda *args: encoded.append(args[1:]) or encode(*args)
+        pmd,
+        "encoder",
+        lambda tokenizer, cfg: lambda *args: encoded.append(args) or encode(tokenizer, *args),
     )
     found = pmd.teacher_prompts([p for p, _ in asked], [c for _, c in asked], tokenizer, cfg)
     for (p, _), (text, ids), (naive_text, naive_ids) in zip(asked, found, naive, strict=True):
@@ -328,7 +330,9 @@ def test_no_prompt_is_made_where_nobody_is_taught(tokenizer, make_config, monkey
     ]
     encoded, encode = [], encode_prompt
     monkeypatch.setattr(
-        pmd, "encode_prompt", lambda *args: encoded.append(args[1]) or encode(*args)
+        pmd,
+        "encoder",
+        lambda tokenizer, cfg: lambda *args: encoded.append(args[0]) or encode(tokenizer, *args),
     )
     method_of(make_config("--no_supervise_mastered", method="sdpo"), tokenizer=tokenizer).condition(
         1, rollouts

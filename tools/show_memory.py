@@ -21,7 +21,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.store import Store, describe, line_of, printable
-from tools import share_memory
 
 
 def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
@@ -125,6 +124,8 @@ def main(argv=None):
     """Runs the command line."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["export"], ["import"]):
+        from tools import share_memory  # takes seconds, and no other command needs it
+
         return share_memory.main(argv)
     if "--html" in argv:
         try:
