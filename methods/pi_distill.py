@@ -69,9 +69,10 @@ class Method(sdpo.Method):
         both = [row for pair in self.pairs for row in pair]
         logprobs = pmd.scored(self.policy, both, lambda r: r.prompt_ids, self.cfg)
         d = {r.id: logprobs[r.id][0] - logprobs[plain.id][0] for r, plain in self.pairs}
+        # to six places: where both prompts are the same, float error is no reward
+        divergence = {r.id: round(float(d[r.id].mean()), 6) for r, _ in self.pairs}
         penalised = [
-            replace(r, reward=r.reward - self.cfg.pi_beta * float(d[r.id].mean()))
-            for r, _ in self.pairs
+            replace(r, reward=r.reward - self.cfg.pi_beta * divergence[r.id]) for r, _ in self.pairs
         ]
         pmd.set_advantages(penalised)
         share, kinds = self.cfg.pi_share, len(rows) / len(penalised)  # the mean is over all rows
