@@ -380,12 +380,10 @@ def test_a_rank_that_dies_takes_the_job_down_at_once(out):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "waits",
-    [
-        pytest.param("time.sleep(60)", marks=pytest.mark.slow),  # the other is the harder
-        "mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)",
-    ],
+    ["time.sleep(60)", "mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"],
 )
 def test_a_rank_that_fails_takes_the_job_down_at_once(out, waits):
     """Rank 1 raises; rank 0, which waits for nobody or for ever, in C where Python runs no handler,
