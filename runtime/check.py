@@ -422,10 +422,10 @@ def check_format(task, tokenizer, cfg):
 
     Raises ValueError if the model can't be asked in that form.
     """
-    if cfg.memory_format == "lines" and task.train[0].verifier == "steps":
+    if cfg.memory_format != "json" and task.train[0].verifier == "steps":
         raise ValueError(
-            "--memory_format lines is for models that read plain language, and nano reads its own"
-            " sentences; leave the flag out"
+            f"--memory_format {cfg.memory_format} is for models that read plain language, and nano"
+            " reads its own sentences; leave the flag out"
         )
     if cfg.memory_format == "guided":
         try:

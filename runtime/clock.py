@@ -34,8 +34,9 @@ class Clock:
             free, total = torch.cuda.mem_get_info()
             self.peak = max(self.peak, total - free)
         now = time.perf_counter()
-        if self.running:
-            self.seconds[self.running[-1]] += now - self.since
+        if self.running:  # all of an evaluation is its own, as it is for tokens
+            name = "evaluate" if "evaluate" in self.running else self.running[-1]
+            self.seconds[name] += now - self.since
         self.since = now
 
     def count(self, tokens):

@@ -138,7 +138,7 @@ def given_flags(argv=None) -> list[str]:
 def flags_of(path) -> list[str]:
     """Returns the flags of a run's config.json or of a YAML file.
 
-    --name and --resume are of that run alone, and are left out.
+    --name and --resume in a run's config.json are of that run alone, and are left out.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -152,7 +152,8 @@ def flags_of(path) -> list[str]:
     for name, value in values.items():
         if isinstance(value, (dict, list)):
             raise ValueError(f"--config {path}: {name} must be one value, as behind its flag")
-        if value is not None and name not in ("name", "resume"):
+        is_of_that_run = path.endswith(".json") and name in ("name", "resume")
+        if value is not None and not is_of_that_run:
             flags.append(f"--{name}={value}")
     return flags
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from typing import Literal
 
-from runtime.replies import SENTENCE_END, parse, strip_thoughts, text_of
+from runtime.replies import MAX_REPLY, SENTENCE_END, parse, strip_thoughts, text_of
 
 Format = Literal["json", "guided", "lines"]
 
@@ -107,8 +107,10 @@ LINES = {
 }
 REQUESTS = ("contrastive", "strategies_only", "lessons_only", "cold_start", "decide")  # of Forms
 LINE = re.compile(
-    r"(?i)^[\W\d]*(strategy|lesson|behavior|new|update|remove)\b\W*\d*\W*?[:.-][\s*_]*(\S.*)$"
+    r"(?i)^[\W\d]*(strategy|lesson|behavior|new|update|remove)\b"
+    r"[^\w:.-]*(?:\d+[^\w:.-]*)?[:.-][\s*_]*(\S.*)$"
 )
+MARKUP = "*_` "  # of Markdown, around a title or a sentence
 DIVIDER = re.compile(r"\s+[-–—]+\s+|:\s+")
 
 
@@ -128,12 +130,15 @@ def parse_lines(reply) -> dict | None:
     """Returns {key: its rows} as replies.parse does, of a reply in lines; None if it has none.
 
     A line without a divider is its own title. A last line that does not end as a sentence was
-    perhaps cut by the limit: it is left out where another stands before it.
+    perhaps cut by the limit: it is left out where another stands before it. The name of a behavior
+    to remove is no sentence.
     """
-    lines = [line for line in strip_thoughts(str(reply)).splitlines() if line.strip()]
+    text = strip_thoughts(str(reply)[:MAX_REPLY])
+    lines = [line for line in text.splitlines() if line.strip()]
     matches = [LINE.match(line) for line in lines]
     rows = [(match[1].lower(), match[2]) for match in matches if match]
-    if len(rows) > 1 and matches[-1] and not SENTENCE_END.search(lines[-1].rstrip()):
+    is_cut = matches and matches[-1] and not SENTENCE_END.search(lines[-1].rstrip())
+    if len(rows) > 1 and is_cut and rows[-1][0] != "remove":
         rows.pop()
     found = {}
     for kind, text in rows:
@@ -144,13 +149,15 @@ def parse_lines(reply) -> dict | None:
 
 def row_of(kind, text) -> tuple[str, dict]:
     """Returns the list that a line belongs to, and its row."""
-    title, *rest = DIVIDER.split(text_of(text), maxsplit=1)
+    title, *rest = [part.strip(MARKUP) for part in DIVIDER.split(text_of(text), maxsplit=1)]
     content = rest[0] if rest else title
     if kind == "strategy":
         return "strategies", {"title": title, "content": content}
     if kind == "lesson":
         return "lessons", {"title": title, "content": content}
-    name = title.rstrip(".") if title.startswith("behavior_") else "behavior_" + name_of(title)
+    name = title.lower().rstrip("." + MARKUP)
+    if not name.startswith("behavior_"):
+        name = "behavior_" + name_of(title)
     action = "new" if kind == "behavior" else kind
     return "actions", {"action": action, "name": name, "instruction": content}
 

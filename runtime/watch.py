@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from runtime.chat import encode_prompt
+from runtime.chat import encoder
 from runtime.ranks import alone, broadcast, rank
 from runtime.rows import scored
 
@@ -85,7 +85,7 @@ def rows_of(method, step) -> list[Row]:
     insights = memory.living_of("insight", [p.id for p in problems])
     rows = []
     for problem in problems:
-        encode = functools.partial(encode_prompt, tokenizer, system=problem.system)
+        encode = functools.partial(encoder(tokenizer, cfg), system=problem.system)
         failures = [a.text for a in attempts[problem.id] if a.kind == "failure"]
         lessons = [(i.title, i.text) for i in insights[problem.id] if i.kind == "lesson"]
         beside = memory.compose_within(

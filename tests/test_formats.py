@@ -1,6 +1,7 @@
 """The forms of a memory's replies: what a grammar lets through parses, and lines are read."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -140,6 +141,21 @@ def test_behaviors_in_lines_become_decisions():
     assert removes == ["behavior_c"] and not odd
 
 
+@pytest.mark.parametrize(
+    "line", ["Remove: behavior_c", "Remove: `behavior_c`", "**Remove: Behavior_c**"]
+)
+def test_the_last_line_may_remove_a_behavior(line):
+    reply = f"**Update: behavior_b** - *Do this first.*\n{line}"
+    writes, removes, odd = decisions(parse_lines(reply))
+    assert writes == [("behavior_b", "Do this first.")] and removes == ["behavior_c"] and not odd
+
+
+def test_lines_are_read_in_linear_time():
+    start = time.monotonic()
+    assert parse_lines("strategy" + " " * 1_000_000 + "x") is None
+    assert time.monotonic() - start < 2
+
+
 def test_a_memory_of_lines_learns(make_memory):
     memory = make_memory(
         lambda prompt: "Lesson: carry - Carry the one." if "Lesson:" in prompt else "nothing",
@@ -155,7 +171,7 @@ def test_a_memory_of_lines_learns(make_memory):
 
 
 def test_what_can_not_be_asked_is_refused_before_the_run(make_config):
-    for format, why in (("lines", "reads its own sentences"), ("guided", "tokenizer of nano")):
-        with pytest.raises(ValueError, match=why):
+    for format in ("lines", "guided"):
+        with pytest.raises(ValueError, match=f"{format} is for .* reads its own sentences"):
             cfg = make_config(memory_format=format)
             check.check(cfg, PMD, True, 1)

@@ -50,6 +50,24 @@ def test_a_memory_comes_back_from_its_lines(tmp_path):
         export_memory(tmp_path / "a.db", tmp_path / "a.jsonl")
 
 
+def test_a_file_that_was_cut_is_refused(tmp_path):
+    a_memory(tmp_path / "a.db").close()
+    export_memory(tmp_path / "a.db", tmp_path / "a.jsonl")
+    whole = (tmp_path / "a.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    for name, text in (("half", "".join(lines[:3])), ("end", whole[:-9]), ("more", whole + "{}\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError):
+            import_memory(tmp_path / name, tmp_path / "b.db")
+    assert not (tmp_path / "b.db").exists()
+    item = json.loads(lines[-1])
+    for change in ({"born": "x"}, {"evidence": "not json"}):
+        changed = json.dumps({"item": {**item["item"], **change}}) + "\n"
+        (tmp_path / "odd").write_text("".join(lines[:-1]) + changed)
+        with pytest.raises(ValueError, match="no memory has"):
+            import_memory(tmp_path / "odd", tmp_path / "b.db")
+
+
 def test_the_command_line_exports_and_imports(tmp_path, capsys):
     a_memory(tmp_path / "a.db").close()
     show_memory.main(["export", str(tmp_path / "a.db"), str(tmp_path / "a.jsonl")])

@@ -32,7 +32,7 @@ import pmd
 from eval import interval, names, some_of
 from memory import as_context, reprompt
 from nano.world import attempt_text
-from runtime.chat import encode_prompt
+from runtime.chat import encoder
 from runtime.check import load_problems
 from runtime.files import read_json
 from runtime.jobs import quiet_libraries
@@ -138,7 +138,7 @@ def rows_of(store, problem, tokenizer, cfg) -> list[Row]:
             contexts = blocks_of(insights, behaviors, completion, right, failed)
             for block, context in {"": {}, **contexts}.items():
                 text = reprompt(problem, context, tokenizer, cfg)
-                prompt_ids = encode_prompt(tokenizer, text, problem.system)
+                prompt_ids = encoder(tokenizer, cfg)(text, problem.system)
                 key = problem.id, verdict, number, block
                 rows.append(Row(key, ids[: cfg.max_completion], prompt_ids))
     return [row for row in rows if row.ids]

@@ -10,6 +10,7 @@ the texts anew, with the same model.
 
 import argparse
 import contextlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.chat import clean
-from runtime.files import append, read_lines
+from runtime.files import write_lines
 from runtime.services import make_embedder
 from runtime.store import COLUMNS, TIERS, WITH_EMBEDDING, Item, Store
+from tasks.files import json_lines
 
 FORM = "pmd memory, version 1"
 NAMES = COLUMNS.replace(" ", "").split(",")  # of an item, in order
@@ -36,13 +38,12 @@ def export_memory(source, target) -> str:
     if target.exists():
         raise ValueError(f"{target} exists; name another file, or remove it")
     with contextlib.closing(Store(source, frozen=True)) as memory:
-        append(target, {"form": FORM, **memory.meta})
         problems = memory.query(f"SELECT {', '.join(PROBLEM)} FROM problem ORDER BY id")
-        for row in problems:
-            append(target, {"problem": dict(zip(PROBLEM, row, strict=True))})
         items = memory.query(f"SELECT {COLUMNS} FROM item ORDER BY id")
-        for row in items:
-            append(target, {"item": dict(zip(NAMES, row, strict=True))})
+        head = {"form": FORM, "problems": len(problems), "items": len(items), **memory.meta}
+        lines = [{"problem": dict(zip(PROBLEM, row, strict=True))} for row in problems]
+        lines += [{"item": dict(zip(NAMES, row, strict=True))} for row in items]
+        write_lines(target, [head, *lines])
     return f"{len(problems)} problems and {len(items)} items: {target}"
 
 
@@ -55,11 +56,17 @@ def import_memory(source, target, embedder="", device="") -> str:
     target = Path(target)
     if target.exists():
         raise ValueError(f"{target} exists; name another file, or remove it")
-    head, *rows = read_lines(source)
+    head, *rows = [row for _, row in json_lines(source)]
     if head.get("form") != FORM:
         raise ValueError(f"{source} is no {FORM!r}: its first line does not say so")
     problems = [problem_of(row["problem"]) for row in rows if "problem" in row]
     items = [item_of(row["item"], source) for row in rows if "item" in row]
+    promised = head.get("problems"), head.get("items")
+    if promised != (len(problems), len(items)) or len(rows) != len(problems) + len(items):
+        raise ValueError(
+            f"{source} has {len(problems)} problems and {len(items)} items where its first line"
+            f" says {promised[0]} and {promised[1]}: it is cut, or was changed"
+        )
     embedder = embedder or head.get("embedder") or "hashing"
     embed = make_embedder(SimpleNamespace(embedder=embedder, device=device))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,10 +104,22 @@ def problem_of(row) -> tuple[str, str, int]:
 
 def item_of(row, source) -> Item:
     """Makes an item of a row. Raises ValueError if it is none of a memory."""
-    if set(row) != set(NAMES) or row["tier"] not in TIERS:
+    is_item = set(row) == set(NAMES) and row["tier"] in TIERS
+    if is_item:
+        steps = [row["id"], row["born"], row["policy_step"], row["ended"] or 0]
+        is_item = all(type(step) is int for step in steps) and is_json(row["evidence"])
+    if not is_item:
         raise ValueError(f"{source} has an item that no memory has: {str(row)[:80]}")
     texts = {name: clean(row[name]) for name in TEXTS if row[name] is not None}
     return Item(**{**row, **texts})
+
+
+def is_json(text) -> bool:
+    try:
+        json.loads(text)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def main(argv=None):
