@@ -77,7 +77,9 @@ class Method(sdpo.Method):
         problems, contexts = [r.problem for r in rollouts], self.contexts(0, rollouts)
         prompts = pmd.teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
         ids = {p.id: ids for p, (_, ids) in zip(problems, prompts, strict=True)}
-        scores = pmd.scored(self.policy, rollouts, lambda r: ids[r.problem.id], self.cfg)
+        scores = pmd.scored(
+            self.policy, rollouts, lambda r: ids[r.problem.id] or r.prompt_ids, self.cfg
+        )
         self.scores = {id: logprobs for id, (logprobs, _) in scores.items()}
 
     def state(self):

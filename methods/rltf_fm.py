@@ -44,7 +44,8 @@ class Method(rltf_sd.Method):
         rows = []
         for r, critique in zip(self.failed, self.critiques, strict=True):
             prompt = critic_prompt(r.problem.prompt, r.text)
-            row = replace(r, id=f"{r.id}/critique", advantage=self.cfg.rltf_feedback)
+            row = replace(r, id=f"{r.id}/critique", text=critique)
+            row.advantage = self.cfg.rltf_feedback
             row.prompt_ids = pmd.encode_prompt(self.tokenizer, prompt)
             row.ids = self.tokenizer(critique, add_special_tokens=False).input_ids
             row.ids += [self.tokenizer.eos_token_id]

@@ -3,8 +3,8 @@ makes a second attempt right, and the plain prompt learns the second attempt.
 
 A failure is answered once more: the conversation goes on with a critique of the first attempt. The
 row is the plain prompt with the SECOND attempt. Its advantage is its reward minus the mean reward
-of the group's FIRST attempts, and it has no ratio. With the mean of the second attempts instead
-(`--rltf_baseline second`) the signal dies as critiques get better.
+of the group's FIRST attempts. With one update a batch it has no ratio. With the mean of the second
+attempts instead (`--rltf_baseline second`) the signal dies as critiques get better.
 
 Read in notes by others, which have pseudocode; no code of the loss was found. Ours: the critique is
 the verifier's feedback, or where it says nothing the policy's own, written beside the reference if

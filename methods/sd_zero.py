@@ -6,8 +6,9 @@ it was right. It scores the same attempt once more, and the student follows it t
 There is no sibling, no reference and no feedback. The teacher is frozen.
 
 Stage 1 makes a policy that can revise. After each attempt and its cue a revision is sampled. Those
-that are right become rows with an advantage of 1 and no ratio, which is the gradient of SFT: from
-the prompt to attempt, cue and revision, and from prompt, attempt and cue to the revision.
+that are right become rows with an advantage of 1 and, with one update a batch, no ratio, which is
+the gradient of SFT: from the prompt to attempt, cue and revision, and from prompt, attempt and cue
+to the revision.
 
 The authors' code was read. Paper and README say reverse KL, the script's default is half of each:
 here it is the reverse KL. Ours: stage 1 is the first steps of the same run, both kinds of rows at
@@ -77,7 +78,9 @@ class Method(sdpo.Method):
             _, sample, verdict = judged
             if verdict.reward <= pmd.SUCCESS:
                 continue
-            row = replace(r, teacher_ids=[], rollout_logprobs=None, advantage=1.0, ids=sample.ids)
+            row = replace(r, text=sample.text, ids=sample.ids, reward=verdict.reward)
+            row = replace(row, teacher_prompt="", teacher_ids=[], rollout_logprobs=None)
+            row.advantage = 1.0
             rows.append(replace(row, id=f"{r.id}/revision", prompt_ids=r.teacher_ids))
             begun = r.teacher_ids[len(r.prompt_ids) :]
             rows.append(replace(row, id=f"{r.id}/whole", ids=begun + sample.ids))

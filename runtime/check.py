@@ -23,6 +23,7 @@ from runtime.checkpoint import (
 )
 from runtime.files import read_json
 from runtime.guide import reader_of
+from runtime.lora import base_of
 from runtime.model import MODELS
 from runtime.options import check_numbers
 from runtime.plan import fits
@@ -156,7 +157,8 @@ def check_compiled(cfg, ranks):
 def check_adapters(cfg, ranks, method):
     """Checks --lora_rank.
 
-    Raises ValueError if peft is not installed, or for several processes, or if nothing is trained.
+    Raises ValueError if peft is not installed, or for several processes, or if nothing is trained,
+    or if the model is a checkpoint of adapters itself.
     """
     if not cfg.lora_rank:
         return
@@ -164,6 +166,11 @@ def check_adapters(cfg, ranks, method):
         raise ValueError(
             "--lora_rank is for training; final/ of such a run is a whole model, and --model takes"
             " one of its checkpoints, too"
+        )
+    if base_of(MODELS.get(cfg.model, cfg.model)):
+        raise ValueError(
+            f"--model {cfg.model} is a checkpoint of adapters, on which --lora_rank can't put"
+            " others; give that run's final/, which is a whole model"
         )
     if not importlib.util.find_spec("peft"):
         raise ValueError(f"--lora_rank {cfg.lora_rank} needs its library: pip install peft")

@@ -55,7 +55,8 @@ PAGE = HERE.parent / "methods" / "README.md"
 KINDS = ("plain", "feedback")
 RATES = (3e-4, 1e-3, 3e-3)
 TUNING = (("plain", 411), ("feedback", 412))  # (kind, world)
-MAIN = tuple((kind, world) for world in (461, 462, 463, 464) for kind in KINDS)
+# Worlds of one number are alike in all but the feedback, which most methods do not read
+MAIN = (*(("plain", w) for w in range(461, 465)), *(("feedback", w) for w in range(465, 469)))
 UNTRAINED = ("frozen-policy",)  # has no rate
 QUICK = {"steps": 6, "eval_problems": 8}
 SECONDS = 45  # of one core, for a run of 80 steps without a record of its method
@@ -164,7 +165,7 @@ def train(job, out, short) -> float:
         flags["lr"] = job.rate
     own = {"method": job.method, "name": job.name}
     if job.method == "frozen-memory":
-        lender = f"{job.name}-lender"
+        lender = f"{job.name}-lender".replace("@", "-")  # RUN@STEP means a step
         shutil.rmtree(out / lender, ignore_errors=True)
         run(flags | {"method": "frozen-policy", "name": lender, "eval_every": 0})
         own["memory_from"] = lender
@@ -234,7 +235,9 @@ def line(records, part, method) -> list[str]:
     aucs = ["-", "-"]  # short runs have none
     if part == "main":
         aucs = [of_kind(found[method], kind) for kind in KINDS]
-    names = [name for name in records if name.startswith(f"{part}/{method}/")]
+    parts = ("quick",) if part == "quick" else ("tuning", "main")
+    own = tuple(f"{name}/{method}/" for name in parts)
+    names = [name for name in records if name.startswith(own)]
     failures = sum("failed" in records[name] for name in names)
     costs = []
     for key in ("tokens", "cpu"):
@@ -273,7 +276,7 @@ def introduction(part, runs) -> str:
         )
     return (
         f"{made} {runs} runs: {len(MAIN)} of each method, in {len(MAIN) // 2} worlds whose verifier"
-        " says nothing (plain) and in the same worlds with a verifier that names the first wrong"
+        " says nothing (plain) and in as many others with a verifier that names the first wrong"
         " step (feedback). study/methods.py has what was declared before."
     )
 
@@ -281,9 +284,10 @@ def introduction(part, runs) -> str:
 NOTES = """AUC: the mean of avg@4 on held-out problems after steps 10 to 80, with its 95% t
 interval over worlds. Rate: the learning rate. Tokens: those that the policy and its teacher pass
 forward in training, rollouts and reflections included, divided by SDPO's. CPU: seconds of one core,
-evaluations included, divided by SDPO's. Status: the difference in AUC to the method that a paper
-claims more than, paired by world, with its interval. What teachers read and what losses are, is
-said in the last lines of each file's docstring.
+evaluations included, divided by SDPO's. The run that lends a frozen memory is in neither. Status:
+the difference in AUC to the method that a paper claims more than, paired by world, with its
+interval. What teachers read and what losses are, is said in the last lines of each file's
+docstring.
 
 Each file begins with its paper, with what was read of it, and with our readings.
 

@@ -384,6 +384,8 @@ def main():
     for part in [] if args.report else args.parts.split(","):
         jobs = [job for job in PARTS[part](tuned(records)) if job.name not in records]
         need_checkpoints(jobs)
+        if part != "tuning" and not args.quick:
+            need_rates(records)
         minutes = sum(job.seconds for job in jobs) / 60 * short.get("steps", STEPS) / STEPS
         print(
             f"{time.strftime('%H:%M')} {part}: {len(jobs)} runs left, about {minutes:.0f} minutes"
@@ -392,6 +394,13 @@ def main():
         )
         run_all(jobs, records, path, args.work.resolve(), args.workers, short)
     print(report(records, tuned(records), args.out))
+
+
+def need_rates(records):
+    """Ends the program with a sentence if a run that the rates are chosen by has no record."""
+    left = sum(job.name not in records for job in PARTS["tuning"]({}))
+    if left:
+        sys.exit(f"study.py: {left} runs of part tuning have no record; run --parts tuning first")
 
 
 def need_checkpoints(jobs):

@@ -112,8 +112,8 @@ def t_test(values):
 def at_equal_cost(runs, others, cost) -> pd.Series:
     """The mean score of runs over a budget of CPU seconds or forward tokens, by world.
 
-    The score is linear between evaluations. others: cells; the cheapest of their runs in a world
-    sets its budget.
+    The score is linear between evaluations, and after the last one as it was there. others: cells;
+    the cheapest of their runs in a world sets its budget, for every arm alike.
     """
     means = {}
     for world, run in runs.iterrows():
@@ -122,7 +122,7 @@ def at_equal_cost(runs, others, cost) -> pd.Series:
         if None in spent or None in totals or not totals:
             continue
         spent[0] = 0
-        budget = min([*totals, spent[-1]])
+        budget = min(totals)
         grid = np.linspace(0, budget, 401)
         scores = np.interp(grid, spent, [row["avg"] for row in run.test])
         means[world] = np.trapezoid(scores, grid) / budget
