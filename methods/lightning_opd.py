@@ -74,8 +74,10 @@ class Method(sdpo.Method):
     def score_all(self):
         """Scores all rollouts under the teacher's prompts, while the policy is the initial one."""
         rollouts = [r for group in self.rollouts.values() for r in group]
-        problems, contexts = [r.problem for r in rollouts], self.contexts(0, rollouts)
-        prompts = pmd.teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
+        problems = [r.problem for r in rollouts]
+        prompts = pmd.teacher_prompts(
+            problems, self.contexts(0, rollouts), self.tokenizer, self.cfg
+        )
         ids = {p.id: ids for p, (_, ids) in zip(problems, prompts, strict=True)}
         scores = pmd.scored(
             self.policy, rollouts, lambda r: ids[r.problem.id] or r.prompt_ids, self.cfg
