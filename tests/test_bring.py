@@ -3,13 +3,14 @@
 import csv
 import inspect
 import json
+import random
 import re
 import time
 
 import pytest
 
 from tasks import gym, load_task, verify
-from tasks.gym import EVALUATES, is_safe, library
+from tasks.gym import EVALUATES, SEEDS, TRAIN, UNREPEATABLE, is_safe, library
 from tasks.maths import key_of
 from tasks.problem import Problem
 from tasks.table import held_out, problem_of
@@ -172,6 +173,11 @@ def test_hostile_answers_never_reach_an_evaluating_scorer(tmp_path, monkeypatch)
         "9**9**9",
         "((9**20)**20)**20",
         "exp(exp(exp(exp(9))))",
+        "exp(9999999)",
+        "[0]*5000000000",
+        "(0,)*5000000000",
+        "'a'*5000000000",
+        "x**(20/0.001)",
         "[0 for x in y]",
         "lambda: 0",
         "(" * 5000,
@@ -181,7 +187,14 @@ def test_hostile_answers_never_reach_an_evaluating_scorer(tmp_path, monkeypatch)
         assert not is_safe(text)
         assert verify(task.test[0], f"<answer>{text}</answer>").reward == 0
     assert not mark.exists()
-    for text in ("3*(4 + 5) - 7/2", "[['Q', '_'], ['_', 'Q']]", "x**3/3 + C", "-2*sin(x)", "12"):
+    for text in (
+        "3*(4 + 5) - 7/2",
+        "[['Q', '_'], ['_', 'Q']]",
+        "x**3/3 + C",
+        "-2*sin(x)",
+        "12",
+        "x**(-3/2)",
+    ):
         assert is_safe(text)
     for problem in task.test[:10]:
         assert verify(problem, f"<answer>{problem.answer}</answer>").reward == 1
@@ -196,3 +209,83 @@ def test_all_scorers_that_evaluate_are_known():
             found.add(name)
     assert found <= EVALUATES | {"number_sorting"}
     assert {"countdown", "n_queens", "puzzle24"} <= found
+
+
+def made(task, n):
+    """Problem n of test."""
+    entry = library().create_dataset(task, size=n + 1, seed=SEEDS["test"])[n]
+    extra = {"task": task, "entry": entry}
+    return Problem(f"{task}-{n}", entry["question"], str(entry["answer"]), "gym", extra=extra)
+
+
+@pytest.mark.parametrize("task", sorted(EVALUATES))
+def test_the_key_of_a_task_that_evaluates_is_right(task):
+    for n in range(3):
+        problem = made(task, n)
+        assert verify(problem, f"<answer>{problem.answer}</answer>").reward == 1
+
+
+def test_each_solution_of_n_queens_is_right():
+    problems = [made("n_queens", n) for n in range(8)]
+    several = next(p for p in problems if len(p.extra["entry"]["metadata"]["valid_answers"]) > 1)
+    for board in several.extra["entry"]["metadata"]["valid_answers"]:
+        assert verify(several, f"<answer>\n{board}\n</answer>").reward == 1
+    wrong = several.answer.replace("Q", "_", 1)
+    assert verify(several, f"<answer>{wrong}</answer>").reward == 0
+
+
+def test_an_integral_in_another_form_is_right():
+    problem = made("intermediate_integration", 0)
+    metadata = {"variable": "x", "integrand": "sqrt(x)"}
+    problem.extra["entry"] = {**problem.extra["entry"], "metadata": metadata}
+    assert verify(problem, "<answer>C + 2*x**(3/2)/3</answer>").reward == 1
+    assert verify(problem, "<answer>C + 2*x**(5/2)/3</answer>").reward == 0
+
+
+@pytest.mark.parametrize(
+    "task, answer",
+    [
+        ("simple_integration", "(a+b+c+d+f+g+h+x+X+y+Y+z+Z)**20"),
+        ("coin_flip", "1e99999999999"),
+        ("coin_flip", "1e-9_999,999,999"),
+        ("puzzle24", "exp(9999999)"),
+    ],
+)
+def test_no_answer_holds_a_scorer_up(task, answer, monkeypatch):
+    monkeypatch.setattr(gym, "SECONDS", 1)
+    problem, before = made(task, 0), time.perf_counter()
+    assert verify(problem, f"<answer>{answer}</answer>").reward == 0
+    assert time.perf_counter() - before < 4
+
+
+def test_a_scorer_that_never_ends_is_cut_off(monkeypatch):
+    def endless(answer, entry):
+        while True:
+            pass
+
+    monkeypatch.setattr(gym, "SECONDS", 1)
+    monkeypatch.setattr(gym, "scorer_of", lambda task: endless)
+    assert verify(made("coin_flip", 0), "<answer>7</answer>").reward == 0
+
+
+@pytest.mark.parametrize("task", sorted(UNREPEATABLE))
+def test_a_task_that_no_other_process_makes_again_is_refused(task):
+    with pytest.raises(ValueError, match="other problems in each process"):
+        load_task(f"gym/{task}")
+
+
+def test_a_generator_that_draws_from_the_global_state_repeats(monkeypatch):
+    monkeypatch.setattr(gym, "TRAIN", 30)
+    monkeypatch.setattr(gym, "TEST", 10)
+    asked = []
+    for seed in (5, 6):
+        random.seed(seed)
+        before = random.getstate()
+        asked.append([p.prompt for p in load_task("gym/list_functions").test])
+        assert random.getstate() == before
+    assert asked[0] == asked[1]
+
+
+def test_the_seeds_of_train_and_test_share_no_problem():
+    """A generator makes problem n with seed + n."""
+    assert abs(SEEDS["train"] - SEEDS["test"]) > TRAIN
