@@ -89,6 +89,8 @@ def test_columns_are_found_by_name(row, wanted):
         ({"question": "q", "answer": " "}, "answer must be given"),
         ({"messages": [{"role": "user", "content": "q"}] * 2, "answer": 1}, "one turn"),
         ({"question": "q", "answer": "7", "verifier": "none"}, "no verifier 'none'"),
+        ({"question": "q", "answer": [1, 2]}, "is no text or number; write it as text"),
+        ({"question": "q", "answer": True}, "is no text or number; write it as text"),
     ],
 )
 def test_a_row_that_can_not_be_judged_is_refused(row, why):
@@ -113,6 +115,22 @@ def test_a_dataset_with_a_test_split_keeps_it(monkeypatch):
     assert "1 training questions stand in it and went" in task.card
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_dataset_with_nothing_to_train_on_is_refused(monkeypatch, split):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: {split: ROWS})
+    with pytest.raises(ValueError, match=f"no split but {split}, and nothing to train on"):
+        load_task("openai/gsm8k:main")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".json"])
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path, kind):
+    path = written(tmp_path, kind)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(load_task(str(path)).test) == 4
+
+
 @pytest.mark.parametrize(
     "answer, reply, right",
     [
@@ -123,6 +141,17 @@ def test_a_dataset_with_a_test_split_keeps_it(monkeypatch):
         ("12", "\\boxed{21}", 0),
         ("12", "twelve", 0),
         ("12", "", 0),
+        ("cat", "\\boxed{act}", 0),
+        ("cat", "It is \\boxed{\\text{Cat}}.", 1),
+        ("Cat", "cat", 1),
+        ("\\text{no}", "\\boxed{on}", 0),
+        ("blue whale", "\\boxed{Blue  Whale}", 1),
+        ("blue whale", "\\boxed{whale}", 0),
+        ("été", "## It\n#### So\n\\boxed{ÉTÉ}", 1),
+        ("2ab", "\\boxed{2ab}", 1),
+        ("\\frac{ab}{2}", "\\boxed{\\frac{ba}{2}}", 1),
+        ("\\sqrt{2}", "\\boxed{2^{1/2}}", 1),
+        ("x", "\\boxed{x}", 1),
     ],
 )
 def test_mathematics_is_compared_as_such(answer, reply, right):
@@ -139,6 +168,20 @@ def test_a_tower_of_powers_does_not_hold_a_run_up():
 
 def test_key_of_keeps_nested_braces():
     assert key_of("a \\boxed{1} and \\boxed{\\sqrt{\\frac{a}{b}}} end") == "\\sqrt{\\frac{a}{b}}"
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("#### 1,234,567.5", "1234567.5"),
+        ("#### -1,200", "-1200"),
+        ("#### (1,2)", "(1,2)"),
+        ("#### 1,2", "1,2"),
+        ("#### yes, both", "yes, both"),
+    ],
+)
+def test_key_of_takes_thousands_separators_out_and_no_other_comma(text, key):
+    assert key_of(text) == key
 
 
 def test_verdicts_keep_their_order_beside_programs():
