@@ -6,20 +6,24 @@ What a model wrote is hostile, so that such an answer has to pass `is_safe` firs
 
 import ast
 import functools
+import random
+import re
+import threading
 
 from tqdm import tqdm
 
 from tasks.problem import Problem, Verdict
 
 TRAIN, TEST = 1000, 200  # problems [ours]
-SEEDS = {"train": 1, "test": 2}
+# Problem n of a generator is made by seed + n: seeds side by side would give the same problems
+SEEDS = {"train": 1, "test": 1_000_001}
+SECONDS = 5  # of one scorer, by SIGALRM, in the main thread alone
 SYSTEM = (
     "Think step by step. Write the final answer, and nothing else, between <answer> and </answer>."
 )
 # Tasks whose scorer evaluates the answer; a test reads the library's source for others
 EVALUATES = {
     "binary_matrix",
-    "codeio",
     "countdown",
     "intermediate_integration",
     "n_queens",
@@ -29,7 +33,18 @@ EVALUATES = {
     "spiral_matrix",
     "string_insertion",
 }
+# Their generators iterate over sets of texts, whose order differs from process to process
+UNREPEATABLE = {
+    "isomorphic_strings",
+    "knight_swap",
+    "polynomial_multiplication",
+    "ransom_note",
+    "word_ladder",
+}
 FUNCTIONS = {"sqrt", "exp", "log", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh"}
+GROWING = {"exp", "sinh", "cosh"}  # of a number alone they are never needed, and can be endless
+# coin_flip reads with fractions.Fraction, which writes 1e9999999 out and can't be interrupted
+LONG_EXPONENT = re.compile(r"[eE][+,-]*\d[\d_,]{3,}")
 VALUES = (ast.Expression, ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.UAdd, ast.Load)
 ARITHMETIC = (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 
@@ -44,20 +59,29 @@ def library():
 def load_gym(name) -> tuple[list, list, str]:
     """Makes the train and test problems of `gym/NAME`, and says so.
 
-    A question of test is not asked in train. Raises ValueError if there is no such task.
+    A question of test is not asked in train. Raises ValueError if there is no such task, or if its
+    problems would differ between the processes of a run.
     """
     task = name.removeprefix("gym/")
     known = library().factory.DATASETS
     if task not in known:
         raise ValueError(f"--task {name}: reasoning-gym has {', '.join(sorted(known))}")
-    made = {}
+    if task in UNREPEATABLE:
+        raise ValueError(
+            f"--task {name} makes other problems in each process, so that no run of it can be"
+            " resumed or shared by ranks; take another"
+        )
+    made, state = {}, random.getstate()
     for split, size in (("test", TEST), ("train", TRAIN)):
+        random.seed(SEEDS[split])  # some generators draw from the global one
         try:
             made_one_by_one = library().create_dataset(task, size=size, seed=SEEDS[split])
             bar = {"desc": f"{name} {split}", "leave": False, "disable": None}
             entries = [made_one_by_one[n] for n in tqdm(range(size), **bar)]
         except Exception as error:  # whatever a generator raises
             raise ValueError(f"--task {name} can't be made ({error}); take another") from error
+        finally:
+            random.setstate(state)
         asked = {p.prompt for p in made.get("test", [])}
         made[split] = []
         for n, entry in enumerate(entries):
@@ -77,18 +101,33 @@ def load_gym(name) -> tuple[list, list, str]:
 def verify_gym(problem, completion) -> Verdict:
     """Judges what stands in the last <answer>, or else the whole reply, by the task's scorer.
 
-    A score between 0 and 1 is a reward as it stands.
+    The key itself is right in the form that the question asks for. A score between 0 and 1 is a
+    reward as it stands. What takes a scorer longer than SECONDS is wrong.
     """
+    from math_verify.errors import TimeoutException  # sympy takes a second
+    from math_verify.utils import timeout
+
     answer = completion.split("<answer>")[-1].split("</answer>")[0].strip()
-    task = problem.extra["task"]
-    if not answer or task in EVALUATES and not is_safe(answer):
+    task, entry = problem.extra["task"], problem.extra["entry"]
+    if answer in keys_of(entry):
+        return Verdict(1.0, problem.answer)
+    endless = task == "coin_flip" and LONG_EXPONENT.search(answer)
+    if not answer or endless or task in EVALUATES and not is_safe(answer):
         return Verdict(0.0, answer[:200])
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("a scorer of reasoning-gym can be interrupted in the main thread alone")
     try:
-        score = scorer_of(task)(answer, problem.extra["entry"])
-    except Exception:  # a scorer that fails on what a model wrote
+        score = timeout(SECONDS)(scorer_of(task))(answer, entry)
+    except (Exception, TimeoutException):  # a scorer that fails on what a model wrote
         score = 0.0
     right = score >= 1
     return Verdict(min(1.0, max(0.0, float(score))), problem.answer if right else answer[:200])
+
+
+def keys_of(entry) -> list[str]:
+    """Returns the texts that are right as they stand: a problem of n_queens has several."""
+    keys = [*entry.get("metadata", {}).get("valid_answers", []), entry["answer"]]
+    return [key.strip() for key in keys if isinstance(key, str) and key.strip()]
 
 
 @functools.cache
@@ -115,18 +154,42 @@ def is_plain(node) -> bool:
         return len(node.id) == 1 or node.id in FUNCTIONS
     if isinstance(node, ast.Call):
         named = isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS
-        return named and not node.keywords and not holds(node.args, ast.Call)
+        if not named or node.keywords or holds(node.args, ast.Call):
+            return False
+        return node.func.id not in GROWING or holds(node.args, ast.Name)
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
             return len(node.value) == 1
         return isinstance(node.value, (int, float)) and abs(node.value) < 1e12
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        exponent = node.right.value if isinstance(node.right, ast.Constant) else None
-        small = isinstance(exponent, (int, float)) and exponent <= 20
-        return small and not holds([node.left], ast.Pow)
+    if isinstance(node, ast.BinOp):
+        sides = [node.left, node.right]
+        if holds(sides, (ast.List, ast.Tuple)) or holds_text(sides):
+            return False  # [0] * 5000000000 takes all memory
+        if isinstance(node.op, ast.Pow):
+            return is_small(node.right) and not holds([node.left], ast.Pow)
     return isinstance(node, VALUES + ARITHMETIC)
 
 
+def is_small(exponent) -> bool:
+    """Says whether an exponent is a number up to 20, or a ratio of two, with any sign."""
+    while isinstance(exponent, ast.UnaryOp):
+        exponent = exponent.operand
+    parts = [exponent]
+    if isinstance(exponent, ast.BinOp) and isinstance(exponent.op, ast.Div):
+        parts = [exponent.left, exponent.right]
+    numbers = [p.operand if isinstance(p, ast.UnaryOp) else p for p in parts]
+    values = [n.value for n in numbers if isinstance(n, ast.Constant)]
+    if len(values) < len(parts) or not all(isinstance(v, (int, float)) for v in values):
+        return False
+    return max(values) <= 20 and all(divisor >= 1 for divisor in values[1:])
+
+
+def holds_text(nodes) -> bool:
+    """Says whether a constant within is a text."""
+    inner = [n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Constant)]
+    return any(isinstance(n.value, str) for n in inner)
+
+
 def holds(nodes, kind) -> bool:
-    """Says whether a node of that kind is within others."""
+    """Says whether a node of that kind, or of one of those kinds, is within others."""
     return any(isinstance(inner, kind) for node in nodes for inner in ast.walk(node))

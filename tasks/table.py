@@ -73,7 +73,7 @@ def file_rows(path) -> list[dict]:
     if path.suffix == ".parquet":
         return [row for _, row in table_rows(path)]
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file)) if path.suffix == ".csv" else json.load(file)
     except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
@@ -85,7 +85,10 @@ def file_rows(path) -> list[dict]:
 
 
 def hub_rows(name) -> dict:
-    """Loads the train split of a dataset of the Hub, and its test split where there is one."""
+    """Loads the train split of a dataset of the Hub, and its test split where there is one.
+
+    Raises ValueError if it can't be reached, or has no split to train on.
+    """
     import datasets  # a second to import
 
     path, _, config = name.partition(":")
@@ -97,14 +100,19 @@ def hub_rows(name) -> dict:
             f" ({cause(error)[:200]})"
         ) from error
     test = next((s for s in ("test", "validation") if s in splits), None)
-    train = "train" if "train" in splits else next(s for s in splits if s != test)
+    train = "train" if "train" in splits else next((s for s in splits if s != test), None)
+    if train is None:
+        raise ValueError(
+            f"--task {name} has no split but {test}, and nothing to train on; take another"
+            " configuration, or save its rows as a file, of which a tenth is held out"
+        )
     return {"train": splits[train], **({"test": splits[test]} if test else {})}
 
 
 def problem_of(row, id) -> Problem:
     """Makes a problem of a row by the names of its columns.
 
-    Raises ValueError if the row has no question or no answer.
+    Raises ValueError if the row has no question or no answer, or if that is a list or a truth.
     """
     row = {key: value for key, value in row.items() if value is not None}
     asked = next((row.pop(key) for key in ASKS if key in row), None)
@@ -118,6 +126,11 @@ def problem_of(row, id) -> Problem:
     if asked is None or answer is None:
         names = f"{', '.join(ASKS)} or messages, and {' or '.join(ANSWERS)}"
         raise ValueError(f"it needs the columns {names}, and has {', '.join(row) or 'none'}")
+    if isinstance(answer, (bool, list, dict)):
+        raise ValueError(
+            f"the answer {shown(answer)} is no text or number; write it as text, with a verifier"
+            " that reads it"
+        )
     verifier = row.pop("verifier", "math")
     answer = str(answer)
     if verifier == "math":

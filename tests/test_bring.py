@@ -3,13 +3,14 @@
 import csv
 import inspect
 import json
+import random
 import re
 import time
 
 import pytest
 
 from tasks import gym, load_task, verify
-from tasks.gym import EVALUATES, is_safe, library
+from tasks.gym import EVALUATES, SEEDS, TRAIN, UNREPEATABLE, is_safe, library
 from tasks.maths import key_of
 from tasks.problem import Problem
 from tasks.table import held_out, problem_of
@@ -88,6 +89,8 @@ def test_columns_are_found_by_name(row, wanted):
         ({"question": "q", "answer": " "}, "answer must be given"),
         ({"messages": [{"role": "user", "content": "q"}] * 2, "answer": 1}, "one turn"),
         ({"question": "q", "answer": "7", "verifier": "none"}, "no verifier 'none'"),
+        ({"question": "q", "answer": [1, 2]}, "is no text or number; write it as text"),
+        ({"question": "q", "answer": True}, "is no text or number; write it as text"),
     ],
 )
 def test_a_row_that_can_not_be_judged_is_refused(row, why):
@@ -112,6 +115,22 @@ def test_a_dataset_with_a_test_split_keeps_it(monkeypatch):
     assert "1 training questions stand in it and went" in task.card
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_dataset_with_nothing_to_train_on_is_refused(monkeypatch, split):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: {split: ROWS})
+    with pytest.raises(ValueError, match=f"no split but {split}, and nothing to train on"):
+        load_task("openai/gsm8k:main")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".json"])
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path, kind):
+    path = written(tmp_path, kind)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(load_task(str(path)).test) == 4
+
+
 @pytest.mark.parametrize(
     "answer, reply, right",
     [
@@ -122,6 +141,17 @@ def test_a_dataset_with_a_test_split_keeps_it(monkeypatch):
         ("12", "\\boxed{21}", 0),
         ("12", "twelve", 0),
         ("12", "", 0),
+        ("cat", "\\boxed{act}", 0),
+        ("cat", "It is \\boxed{\\text{Cat}}.", 1),
+        ("Cat", "cat", 1),
+        ("\\text{no}", "\\boxed{on}", 0),
+        ("blue whale", "\\boxed{Blue  Whale}", 1),
+        ("blue whale", "\\boxed{whale}", 0),
+        ("été", "## It\n#### So\n\\boxed{ÉTÉ}", 1),
+        ("2ab", "\\boxed{2ab}", 1),
+        ("\\frac{ab}{2}", "\\boxed{\\frac{ba}{2}}", 1),
+        ("\\sqrt{2}", "\\boxed{2^{1/2}}", 1),
+        ("x", "\\boxed{x}", 1),
     ],
 )
 def test_mathematics_is_compared_as_such(answer, reply, right):
@@ -138,6 +168,20 @@ def test_a_tower_of_powers_does_not_hold_a_run_up():
 
 def test_key_of_keeps_nested_braces():
     assert key_of("a \\boxed{1} and \\boxed{\\sqrt{\\frac{a}{b}}} end") == "\\sqrt{\\frac{a}{b}}"
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("#### 1,234,567.5", "1234567.5"),
+        ("#### -1,200", "-1200"),
+        ("#### (1,2)", "(1,2)"),
+        ("#### 1,2", "1,2"),
+        ("#### yes, both", "yes, both"),
+    ],
+)
+def test_key_of_takes_thousands_separators_out_and_no_other_comma(text, key):
+    assert key_of(text) == key
 
 
 def test_verdicts_keep_their_order_beside_programs():
@@ -172,6 +216,11 @@ def test_hostile_answers_never_reach_an_evaluating_scorer(tmp_path, monkeypatch)
         "9**9**9",
         "((9**20)**20)**20",
         "exp(exp(exp(exp(9))))",
+        "exp(9999999)",
+        "[0]*5000000000",
+        "(0,)*5000000000",
+        "'a'*5000000000",
+        "x**(20/0.001)",
         "[0 for x in y]",
         "lambda: 0",
         "(" * 5000,
@@ -181,7 +230,14 @@ def test_hostile_answers_never_reach_an_evaluating_scorer(tmp_path, monkeypatch)
         assert not is_safe(text)
         assert verify(task.test[0], f"<answer>{text}</answer>").reward == 0
     assert not mark.exists()
-    for text in ("3*(4 + 5) - 7/2", "[['Q', '_'], ['_', 'Q']]", "x**3/3 + C", "-2*sin(x)", "12"):
+    for text in (
+        "3*(4 + 5) - 7/2",
+        "[['Q', '_'], ['_', 'Q']]",
+        "x**3/3 + C",
+        "-2*sin(x)",
+        "12",
+        "x**(-3/2)",
+    ):
         assert is_safe(text)
     for problem in task.test[:10]:
         assert verify(problem, f"<answer>{problem.answer}</answer>").reward == 1
@@ -196,3 +252,83 @@ def test_all_scorers_that_evaluate_are_known():
             found.add(name)
     assert found <= EVALUATES | {"number_sorting"}
     assert {"countdown", "n_queens", "puzzle24"} <= found
+
+
+def made(task, n):
+    """Problem n of test."""
+    entry = library().create_dataset(task, size=n + 1, seed=SEEDS["test"])[n]
+    extra = {"task": task, "entry": entry}
+    return Problem(f"{task}-{n}", entry["question"], str(entry["answer"]), "gym", extra=extra)
+
+
+@pytest.mark.parametrize("task", sorted(EVALUATES))
+def test_the_key_of_a_task_that_evaluates_is_right(task):
+    for n in range(3):
+        problem = made(task, n)
+        assert verify(problem, f"<answer>{problem.answer}</answer>").reward == 1
+
+
+def test_each_solution_of_n_queens_is_right():
+    problems = [made("n_queens", n) for n in range(8)]
+    several = next(p for p in problems if len(p.extra["entry"]["metadata"]["valid_answers"]) > 1)
+    for board in several.extra["entry"]["metadata"]["valid_answers"]:
+        assert verify(several, f"<answer>\n{board}\n</answer>").reward == 1
+    wrong = several.answer.replace("Q", "_", 1)
+    assert verify(several, f"<answer>{wrong}</answer>").reward == 0
+
+
+def test_an_integral_in_another_form_is_right():
+    problem = made("intermediate_integration", 0)
+    metadata = {"variable": "x", "integrand": "sqrt(x)"}
+    problem.extra["entry"] = {**problem.extra["entry"], "metadata": metadata}
+    assert verify(problem, "<answer>C + 2*x**(3/2)/3</answer>").reward == 1
+    assert verify(problem, "<answer>C + 2*x**(5/2)/3</answer>").reward == 0
+
+
+@pytest.mark.parametrize(
+    "task, answer",
+    [
+        ("simple_integration", "(a+b+c+d+f+g+h+x+X+y+Y+z+Z)**20"),
+        ("coin_flip", "1e99999999999"),
+        ("coin_flip", "1e-9_999,999,999"),
+        ("puzzle24", "exp(9999999)"),
+    ],
+)
+def test_no_answer_holds_a_scorer_up(task, answer, monkeypatch):
+    monkeypatch.setattr(gym, "SECONDS", 1)
+    problem, before = made(task, 0), time.perf_counter()
+    assert verify(problem, f"<answer>{answer}</answer>").reward == 0
+    assert time.perf_counter() - before < 4
+
+
+def test_a_scorer_that_never_ends_is_cut_off(monkeypatch):
+    def endless(answer, entry):
+        while True:
+            pass
+
+    monkeypatch.setattr(gym, "SECONDS", 1)
+    monkeypatch.setattr(gym, "scorer_of", lambda task: endless)
+    assert verify(made("coin_flip", 0), "<answer>7</answer>").reward == 0
+
+
+@pytest.mark.parametrize("task", sorted(UNREPEATABLE))
+def test_a_task_that_no_other_process_makes_again_is_refused(task):
+    with pytest.raises(ValueError, match="other problems in each process"):
+        load_task(f"gym/{task}")
+
+
+def test_a_generator_that_draws_from_the_global_state_repeats(monkeypatch):
+    monkeypatch.setattr(gym, "TRAIN", 30)
+    monkeypatch.setattr(gym, "TEST", 10)
+    asked = []
+    for seed in (5, 6):
+        random.seed(seed)
+        before = random.getstate()
+        asked.append([p.prompt for p in load_task("gym/list_functions").test])
+        assert random.getstate() == before
+    assert asked[0] == asked[1]
+
+
+def test_the_seeds_of_train_and_test_share_no_problem():
+    """A generator makes problem n with seed + n."""
+    assert abs(SEEDS["train"] - SEEDS["test"]) > TRAIN
