@@ -33,8 +33,10 @@ EVALUATES = {
     "spiral_matrix",
     "string_insertion",
 }
-# Their generators iterate over sets of texts, whose order differs from process to process
+# Their problems or keys differ with PYTHONHASHSEED, so from process to process
 UNREPEATABLE = {
+    "codeio",
+    "intermediate_integration",
     "isomorphic_strings",
     "knight_swap",
     "polynomial_multiplication",
@@ -68,8 +70,8 @@ def load_gym(name) -> tuple[list, list, str]:
         raise ValueError(f"--task {name}: reasoning-gym has {', '.join(sorted(known))}")
     if task in UNREPEATABLE:
         raise ValueError(
-            f"--task {name} makes other problems in each process, so that no run of it can be"
-            " resumed or shared by ranks; take another"
+            f"--task {name} makes other problems or keys in each process, so that no run of it can"
+            " be resumed or shared by ranks; take another"
         )
     made, state = {}, random.getstate()
     for split, size in (("test", TEST), ("train", TRAIN)):

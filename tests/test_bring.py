@@ -313,7 +313,7 @@ def test_a_scorer_that_never_ends_is_cut_off(monkeypatch):
 
 @pytest.mark.parametrize("task", sorted(UNREPEATABLE))
 def test_a_task_that_no_other_process_makes_again_is_refused(task):
-    with pytest.raises(ValueError, match="other problems in each process"):
+    with pytest.raises(ValueError, match="other problems or keys in each process"):
         load_task(f"gym/{task}")
 
 
