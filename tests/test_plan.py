@@ -164,6 +164,7 @@ def compare(cases, measured, gpus, tolerance, folder):
     return [row.split("(")[2].split(")")[0] for row in rows]
 
 
+@pytest.mark.slow
 def test_one_process(tmp_path):
     """Both micro-batch lengths, with and without checkpointing; autocast; a peak in the backward
     pass.

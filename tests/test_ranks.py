@@ -343,6 +343,7 @@ def test_a_checkpoint_of_some_ranks_resumes_on_others(out, two, first, then, cap
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_job_down_at_once(out):
     command = [
         sys.executable,
