@@ -444,8 +444,6 @@ class Memory(Store):
     Raises ValueError and OSError as Store does. A method that raises has changed nothing.
     """
 
-    compose_within = staticmethod(compose_within)  # for runtime/, which imports nothing from here
-
     def __init__(
         self,
         path,

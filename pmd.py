@@ -106,6 +106,7 @@ from runtime.run import Run, RunOptions
 from runtime.sampler import Sample, SamplerOptions
 from runtime.services import make_embedder  # noqa: F401  for those who import pmd
 from runtime.vllm_sampler import make_sampler
+from runtime.watch import lesson_pull
 from tasks import TaskOptions
 from tasks.problem import SUCCESS, Problem
 
@@ -351,13 +352,10 @@ class PMD:
 
         A rollout whose teacher prompt equals its own prompt is not supervised.
         """
-        failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
-        taught, contexts = [], []
-        for r, context in zip(rollouts, self.contexts(step, rollouts), strict=True):
-            if self.cfg.supervise_mastered or r.problem.id in failed:
-                taught.append(r)
-                contexts.append(context)
-        problems = [r.problem for r in taught]
+        contexts = self.contexts(step, rollouts)
+        context_of = {r.id: context for r, context in zip(rollouts, contexts, strict=True)}
+        taught = supervised(rollouts, self.cfg)
+        problems, contexts = [r.problem for r in taught], [context_of[r.id] for r in taught]
         prompts = teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
         for r, (prompt, ids) in zip(taught, prompts, strict=True):
             if prompt != r.problem.prompt:
@@ -478,6 +476,15 @@ def groups_of(rollouts) -> dict[str, list[Rollout]]:
     for r in rollouts:
         groups.setdefault(r.problem.id, []).append(r)
     return groups
+
+
+def supervised(rollouts, cfg) -> list[Rollout]:
+    """Leaves out mastered problems, whose attempts of the step all succeed, where the flag says so.
+
+    The flag is --no_supervise_mastered.
+    """
+    failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
+    return [r for r in rollouts if cfg.supervise_mastered or r.problem.id in failed]
 
 
 def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
@@ -682,7 +689,8 @@ def evaluate_held_out(step, run, method):
             if texts and step == run.origin:
                 run.say(split, method.memory.overlap(problems))
             rows = evaluate(sampler, problems, cfg, split, texts)
-            run.note_answers(step, split, rows, Answers.of(rows).estimates(cfg.task))
+            pull = lesson_pull(method, step, teacher_prompts) if split == "test" else None
+            run.note_answers(step, split, rows, Answers.of(rows).estimates(cfg.task), pull)
 
 
 def batches(problems, first, cfg):

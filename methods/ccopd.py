@@ -55,7 +55,7 @@ class Method(sdpo.Method):
         return answered(self, told, conversations)
 
     def condition(self, step, rollouts):
-        for r in rollouts:
+        for r in pmd.supervised(rollouts, self.cfg):
             r.teacher_prompt = whole(r.problem)
             encode = pmd.encoder(self.tokenizer, self.cfg)
             r.teacher_ids = encode(r.teacher_prompt, r.problem.system)

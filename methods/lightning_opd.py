@@ -9,7 +9,8 @@ further p moves, the less the rows are its own.
 The authors' code was read: one rollout per problem, beta2 0.98, a rate of 2e-6 at 256 rollouts (and
 a weight decay of 0.1, which is not taken over). Their teacher is another model, the one that made
 the SFT data. Ours: it is the initial policy, which reads the reference solution. Rollouts and
-scores are part of each checkpoint, so that a run which resumes goes on with the same ones.
+scores are part of each checkpoint, so that a run which resumes goes on with the same ones. All rows
+are trained, also with --no_supervise_mastered: none is sampled in a step.
 
 Teacher reads: the reference, once before training.
 Loss: policy gradient with d on rollouts of the initial policy.

@@ -52,7 +52,7 @@ class Method(sdpo.Method):
         pmd.PMD.check(cfg)  # groups of one will do
 
     def condition(self, step, rollouts):
-        for r in rollouts:
+        for r in pmd.supervised(rollouts, self.cfg):
             cue = REVISE_RIGHT if r.reward > pmd.SUCCESS else REVISE_WRONG
             begun, turn = f"{r.text}\n\n{cue}\n\n", [("user", r.problem.prompt)]
             budget, system = self.cfg.max_reprompt, r.problem.system
@@ -69,6 +69,7 @@ class Method(sdpo.Method):
 
     def revisions(self, rollouts) -> list:
         """Samples a revision of each attempt; gives two rows for each that is right."""
+        rollouts = [r for r in rollouts if r.teacher_ids]
         prompts, keys = [r.teacher_ids for r in rollouts], [("revise", r.id) for r in rollouts]
         with pmd.clock("sample"):
             samples = self.sampler.generate(prompts, keys, self.cfg.max_completion, 1.0, 1.0)

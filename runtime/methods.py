@@ -6,6 +6,7 @@ A file that exists is a method. There is no registry.
 import argparse
 import ast
 import functools
+import hashlib
 import importlib
 import importlib.util
 import re
@@ -79,8 +80,12 @@ def listed() -> str:
 
 @functools.cache
 def module_at(path):
-    """Imports the file of a method outside methods/."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    """Imports the file of a method outside methods/.
+
+    Its module's name is no other module's: a file may be called memory.py, as ours is.
+    """
+    place = hashlib.sha256(path.encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"method_{place}.{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

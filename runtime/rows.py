@@ -7,6 +7,7 @@ tokens, C those of one completion, H hidden, V vocabulary.
 
 import functools
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
@@ -104,6 +105,15 @@ def note_old_logprobs(policy, parts, cfg):
     for part in parts:
         for r in part:
             r.old_logprobs = scores[r.id]
+
+
+@dataclass
+class Continuation:
+    """Holds tokens behind a prompt, which are no rollout, for `scored`."""
+
+    id: tuple  # any, of its own
+    ids: list[int]
+    prompt_ids: list[int]
 
 
 def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:

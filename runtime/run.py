@@ -55,7 +55,6 @@ from runtime.rows import add
 from runtime.samples import sample_of
 from runtime.store import describe
 from runtime.tables import model_card, plot_curves, table, title
-from runtime.watch import lesson_pull
 
 # The environment of a run that --compare started: the --name of the comparison.
 COMPARISON = "PMD_COMPARISON"
@@ -123,7 +122,6 @@ class Run:
         bar = {"total": self.total, "desc": cfg.method, "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(**bar, disable=rank() > 0 or None)
         self.learned = ""  # the last reward, for the bar
-        self.method = None  # `restore` sets it
         self.warned = False  # of lessons that are misread, once
         self.send = lambda row: None
         if rank() == 0:
@@ -272,12 +270,11 @@ class Run:
         sample["insight"] = [f"{i.kind} {i.title}: {i.text}" for i in insight]
         append(self.folder / "samples.jsonl", sample)
 
-    def note_answers(self, step, split, rows, estimates):
+    def note_answers(self, step, split, rows, estimates, pull=None):
         """Writes the samples of an evaluation, and the estimates from them.
 
-        With those on test comes what lessons do to failed attempts: see runtime/watch.py.
+        pull: what lessons do to failed attempts, see runtime/watch.py.
         """
-        pull = lesson_pull(self.method, step) if split == "test" else None
         if rank():
             return
         if pull:
@@ -339,7 +336,7 @@ class Run:
         Memory and records return to its step.
         Raises RunError if it can't be read, with the checkpoint to go on from instead.
         """
-        step, self.method = 0, method
+        step = 0
         if self.saved:
             cure = cure_without(self.saved, self.folder)
             record = read_checkpoint(self.saved, method, optimizer, cure)

@@ -3,28 +3,17 @@
 tools/reads.py measures every block, on any model.
 """
 
-import functools
 import math
 import random
 import statistics
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from runtime.chat import encoder
 from runtime.ranks import alone, broadcast, rank
-from runtime.rows import scored
+from runtime.rows import Continuation, scored
 
 PROBLEMS = 32  # that are looked at
 ENOUGH = 8  # problems; of fewer nothing is said
-
-
-@dataclass
-class Row:
-    """Holds the tokens of a failed attempt after one prompt, for `scored`."""
-
-    id: tuple
-    ids: list[int]
-    prompt_ids: list[int]
 
 
 class Pull(NamedTuple):
@@ -48,17 +37,19 @@ class Pull(NamedTuple):
         )
 
 
-def lesson_pull(method, step) -> Pull | None:
+def lesson_pull(method, step, teacher_prompts) -> Pull | None:
     """Measures what lessons alone do to failed attempts, under the teacher's weights.
 
     The attempts are the newest failure that is stored of each of PROBLEMS problems with lessons.
     Each is scored after the plain prompt and after the prompt with the problem's lessons. On every
-    rank. Returns None where nobody is taught from a memory, or too few problems have lessons.
+    rank. teacher_prompts: that of pmd.py. Returns None where nobody is taught from a memory, or too
+    few problems have lessons.
     """
     reads = method.memory_mode and method.teaches and "insight" in method.cfg.tiers
     if not reads:
         return None
-    rows = broadcast(rows_of(method, step) if rank() == 0 else None)
+    failures = broadcast(failures_of(method, step) if rank() == 0 else None)
+    rows = rows_of(failures, method, teacher_prompts)
     if len(rows) < 2 * ENOUGH:
         return None
     method.sampler.sleep()  # the device is the teacher's
@@ -71,31 +62,40 @@ def lesson_pull(method, step) -> Pull | None:
     return Pull(statistics.mean(changes), error, len(changes))
 
 
-def rows_of(method, step) -> list[Row]:
-    """Lays out failed attempts of problems with lessons, two rows each, whole ones only.
+def failures_of(method, step) -> list[tuple]:
+    """Picks problems with lessons and a failure: (problem id, text, its lessons). On rank 0 alone.
 
-    On rank 0 alone.
+    lessons: as memory.compose takes them.
     """
-    memory, tokenizer, cfg = alone(method.memory), method.tokenizer, method.cfg
+    memory = alone(method.memory)
     tally = memory.tally("insight")
-    problems = [p for p in method.task.train if tally[p.id, "lesson"]]
-    random.Random(f"{cfg.seed} watch {step}").shuffle(problems)
-    problems = problems[:PROBLEMS]
-    attempts = memory.living_of("experience", [p.id for p in problems])
-    insights = memory.living_of("insight", [p.id for p in problems])
+    ids = [p.id for p in method.task.train if tally[p.id, "lesson"]]
+    random.Random(f"{method.cfg.seed} watch {step}").shuffle(ids)
+    ids = ids[:PROBLEMS]
+    attempts = memory.living_of("experience", ids)
+    insights = memory.living_of("insight", ids)
+    failures = []
+    for id in ids:
+        texts = [a.text for a in attempts[id] if a.kind == "failure"]
+        lessons = [(i.title, i.text) for i in insights[id] if i.kind == "lesson"]
+        if texts:
+            failures.append((id, texts[-1], lessons))
+    return failures
+
+
+def rows_of(failures, method, teacher_prompts) -> list[Continuation]:
+    """Lays out failures, two rows each, where lessons change the prompt."""
+    tokenizer, cfg = method.tokenizer, method.cfg
+    by_id = {p.id: p for p in method.task.train}
+    problems = [by_id[id] for id, *_ in failures]
+    contexts = [{"lessons": lessons} for *_, lessons in failures]
+    prompts = teacher_prompts(problems, contexts, tokenizer, cfg)
+    encode = encoder(tokenizer, cfg)
     rows = []
-    for problem in problems:
-        encode = functools.partial(encoder(tokenizer, cfg), system=problem.system)
-        failures = [a.text for a in attempts[problem.id] if a.kind == "failure"]
-        lessons = [(i.title, i.text) for i in insights[problem.id] if i.kind == "lesson"]
-        beside = memory.compose_within(
-            cfg.max_reprompt,
-            lambda text, encode=encode: len(encode(text)),
-            problem.prompt,
-            lessons=lessons,
-        )
-        ids = tokenizer(failures[-1], add_special_tokens=False)["input_ids"] if failures else []
-        if ids and beside != problem.prompt:
-            rows.append(Row((problem.id, "plain"), ids, encode(problem.prompt)))
-            rows.append(Row((problem.id, "lessons"), ids, encode(beside)))
+    for problem, (_, text, _), (_, beside) in zip(problems, failures, prompts, strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids and beside:
+            plain = encode(problem.prompt, problem.system)
+            rows.append(Continuation((problem.id, "plain"), ids, plain))
+            rows.append(Continuation((problem.id, "lessons"), ids, beside))
     return rows

@@ -26,13 +26,11 @@ run ends, and the same command goes on with the runs that have none.
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +40,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import pandas as pd  # noqa: E402
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import pmd
-from runtime.files import append, read_lines
+from runtime.files import read_lines
 from runtime.methods import cards, method_class
-from study.study import EVERY, STEPS, K, auc, world_of
+from study.study import EVERY, STEPS, K, auc, read_records, run_all, world_of
 from study.tables import ends, markdown, text
 
 PAGE = HERE.parent / "methods" / "README.md"
@@ -335,27 +332,15 @@ def run_part(label, jobs, records, args):
         f" {minutes:.0f} minutes with {args.workers} at a time",
         flush=True,
     )
-    if not left:
-        return
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(work, job, args.work.resolve(), short) for job in left]
-        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
-            record = future.result()
-            records[record["job"]] = record
-            append(args.out / "records.jsonl", record)
-            if "failed" in record:
-                tqdm.write(f"{record['job']} failed: {record['failed']}")
-
-
-def read(path) -> dict:
-    return {row["job"]: row for row in read_lines(path)} if path.exists() else {}
+    path = args.out / "records.jsonl"
+    run_all(work, left, records, path, args.work.resolve(), args.workers, short)
 
 
 def main():
     """Runs the command line."""
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    records = read(args.out / "records.jsonl")
+    records = read_records(args.out / "records.jsonl")
     if not args.report and args.quick:
         run_part("quick", quick(), records, args)
     elif not args.report:

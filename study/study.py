@@ -84,9 +84,7 @@ from transformers.utils import logging as transformers_logging
 import pmd
 from nano.world import write_world
 from runtime.files import append, read_lines
-from runtime.methods import method_of
 from study.tables import report
-from study.variants import watched
 
 STEPS, EVERY, K = 80, 10, 4
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
@@ -100,15 +98,15 @@ SIZES = {
     "6M": (HERE / "models" / "6M", 256),
     "misreads": (HERE / "models" / "misreads", 96),
 }
-# {arm: the flags that make it}. "lessons" is the study's own: whether the teacher reads them
+# {arm: the file of arms/ that it is, and flags}
 ARMS = {
-    "grpo": {"method": "grpo"},
-    "sdpo": {"method": "sdpo"},
-    "pmd": {"method": "pmd"},
-    "pmd-transient": {"method": "pmd-transient"},
-    "frozen-memory": {"method": "frozen-memory"},
-    "pmd-nolessons": {"method": "pmd", "lessons": False},
-    "pmd-solved": {"method": "pmd", "supervise": "solved"},
+    "grpo": ("grpo", {}),
+    "sdpo": ("sdpo", {}),
+    "pmd": ("pmd", {}),
+    "pmd-transient": ("pmd_transient", {}),
+    "frozen-memory": ("frozen_memory", {}),
+    "pmd-nolessons": ("pmd_nolessons", {}),
+    "pmd-solved": ("pmd", {"supervise": "solved"}),
 }
 TUNED = [arm for arm in ARMS if arm != "pmd-solved"]
 TEACHERS = ("sdpo", "pmd", "pmd-transient")  # of part mastered
@@ -266,23 +264,20 @@ def train(job, out, short):
         lender = lender_of(job)
         if not (out / lender / "summary.json").exists():
             aside = f"{lender}-{os.getpid()}"  # another worker may make it at the same time
-            run(flags | {"method": "frozen-policy", "name": aside, "eval_every": 0})
+            run("frozen_policy", flags | {"name": aside, "eval_every": 0})
             with contextlib.suppress(OSError):
                 (out / aside).rename(out / lender)
         flags["memory_from"] = str(out / lender)
-    flags |= {"name": job.name, **ARMS[job.arm], **job.flags}
+    arm, own = ARMS[job.arm]
+    flags |= {"name": job.name, **own, **job.flags}
     if short:
         flags["steps"] = short["steps"]
-    run(flags)
+    run(arm, flags)
 
 
-def run(flags):
-    """Trains the method that flags name, watched."""
-    lessons = flags.pop("lessons", True)
-    # the one place where train() asks for the class of its method
-    pmd.method_of = lambda cfg: watched(method_of(cfg), lessons)
-    cfg = pmd.Config(**flags)
-    pmd.train(cfg)
+def run(arm, flags):
+    """Trains the method of a file of arms/."""
+    pmd.train(pmd.Config(method=str(HERE / "arms" / f"{arm}.py"), **flags))
 
 
 def lender_of(job) -> str:
@@ -325,8 +320,16 @@ def harvest(folder) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 
-def run_all(jobs, records, path, out, workers, short):
-    """Runs the jobs that have no record, as many at a time as there are workers."""
+def read_records(path) -> dict:
+    """{job: record} of a file that run_all wrote; none if there is no file."""
+    return {row["job"]: row for row in read_lines(path)} if path.exists() else {}
+
+
+def run_all(work, jobs, records, path, out, workers, short):
+    """Runs work(job, out, short), which gives a record, for jobs without one.
+
+    As many run at a time as there are workers. Records go to `records` and to the file `path`.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
         futures = [pool.submit(work, job, out, short) for job in jobs]
@@ -380,7 +383,7 @@ def main():
     short = shortened() if args.quick else {}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "records.jsonl"
-    records = {row["job"]: row for row in read_lines(path)} if path.exists() else {}
+    records = read_records(path)
     for part in [] if args.report else args.parts.split(","):
         jobs = [job for job in PARTS[part](tuned(records)) if job.name not in records]
         need_checkpoints(jobs)
@@ -392,7 +395,7 @@ def main():
             f" of one core, {minutes / args.workers:.0f} with {args.workers} runs at a time",
             flush=True,
         )
-        run_all(jobs, records, path, args.work.resolve(), args.workers, short)
+        run_all(work, jobs, records, path, args.work.resolve(), args.workers, short)
     print(report(records, tuned(records), args.out))
 
 

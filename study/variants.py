@@ -1,11 +1,11 @@
 """A method as the study runs it: watched, and for one arm with lessons hidden from its teacher.
 
+The arms are the files of arms/.
+
 What is watched changes nothing that is learned, and its time is left out of a run's times.
 """
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -14,20 +14,11 @@ from nano.world import attempt_text
 from runtime.chat import encode_prompt
 from runtime.clock import clock
 from runtime.files import append
-from runtime.rows import scored
+from runtime.rows import Continuation, scored
 from tasks.problem import SUCCESS
 
 EVERY = 10  # steps between two looks at the teacher
 BLOCKS = ("solution", "strategies", "lessons", "behaviors", "feedback")
-
-
-@dataclass
-class Row:
-    """Holds the right attempt at a problem after one prompt, for runtime.rows.scored."""
-
-    id: tuple  # problem, reader
-    ids: list[int]
-    prompt_ids: list[int]
 
 
 def watched(base, lessons=True) -> type:
@@ -82,7 +73,7 @@ class Watched:
         self.spent += time.process_time() - self.began - self.aside
         if step % EVERY == 0:
             line = {"step": step, "cpu": round(self.spent, 2), "teacher": self.quality}
-            append(Path(self.cfg.out) / self.cfg.name / "watched.jsonl", line)
+            append(self.folder / "watched.jsonl", line)
 
     # -- teacher quality
 
@@ -118,14 +109,14 @@ class Watched:
         readers = {block: {block: context[block]} for block in BLOCKS if context.get(block)}
         return readers | ({"all": context} if rollout.teacher_ids else {})
 
-    def row(self, problem, reader, context) -> Row:
+    def row(self, problem, reader, context) -> Continuation:
         """Lays out the right attempt at a problem after a prompt."""
         syllables, operations = secret_of(problem)
         digits = [int(word) for word in problem.answer.split()[:4]]
         text = attempt_text(syllables, operations, digits)
         prompt = reprompt(problem, context, self.tokenizer, self.cfg)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Row((problem.id, reader), ids, encode_prompt(self.tokenizer, prompt))
+        return Continuation((problem.id, reader), ids, encode_prompt(self.tokenizer, prompt))
 
     def probabilities(self, model, rows) -> dict:
         """Scores rows: {row id: mean probability of the right operation over the steps}."""

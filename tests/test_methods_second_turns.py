@@ -327,6 +327,21 @@ def test_elsewhere_the_policy_rewrites_the_attempt(make_config, tokenizer):
     assert asked == [encode_prompt(tokenizer, text)]
 
 
+@pytest.mark.parametrize("name", ["sd-zero", "ccopd"])
+def test_mastered_problems_can_be_left_out(name, policy, tokenizer, problems, make_config):
+    """As PMD leaves them out: of a problem whose attempts all succeed nothing is distilled."""
+    method = made(make_config, name, policy, tokenizer)
+    method.cfg = dataclasses.replace(method.cfg, supervise_mastered=False)
+    solved, half = of_length(problems, 2, 2)
+    rollouts = []
+    for p, rewards in ((solved, (1.0, 1.0)), (half, (1.0, 0.0))):
+        for n, reward in enumerate(rewards):
+            r = attempted(policy, tokenizer, p)
+            rollouts.append(dataclasses.replace(r, id=f"1/{p.id}/{n}", reward=reward))
+    method.condition(1, rollouts)
+    assert [bool(r.teacher_ids) for r in rollouts] == [False, False, True, True]
+
+
 # -- RCSD
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import http.server
+import importlib
 import json
 import math
 import os
@@ -596,6 +597,15 @@ class Method(pmd.PMD):
     def load(self, state):
         self.seen = state.get("seen", 0)
 """
+
+
+@pytest.mark.parametrize("name", ["memory", "pmd", "sdpo"])
+def test_a_method_of_ones_own_may_be_called_as_a_file_of_ours(tmp_path, name):
+    ours = importlib.import_module("methods.sdpo" if name == "sdpo" else name)
+    (tmp_path / f"{name}.py").write_text(OWN)
+    found = method_class(str(tmp_path / f"{name}.py"))
+    assert issubclass(found, pmd.PMD) and found.Config.failures_only
+    assert importlib.import_module(ours.__name__) is ours
 
 
 def test_a_method_of_ones_own_is_a_file(tmp_path, make_config):

@@ -12,7 +12,7 @@ import torch
 from conftest import method_of, words
 
 import pmd
-from memory import Memory, compose_within
+from memory import Memory
 from nano.world import OPERATIONS, attempt_text
 from runtime import run as records
 from runtime.chat import encode_prompt
@@ -124,24 +124,26 @@ def test_lessons_that_are_misread_are_noticed(make_run, make_config, policy, tok
         make_config(), policy, policy, memory, tokenizer, task=load_task("nano", dev=0.0)
     )
     method.sampler = types.SimpleNamespace(sleep=lambda: None, wake=lambda: None)
-    pull = lesson_pull(method, 1)
+    pull = lesson_pull(method, 1, pmd.teacher_prompts)
     assert pull.problems == 12 and pull.mean < -1 and not pull.warning
 
-    def as_advice(budget, count, problem, lessons):
-        told = [("rule", text.replace("!", "=")) for _, text in lessons]
-        return compose_within(budget, count, problem, strategies=told)
+    def as_advice(problems, contexts, *rest):
+        told = []
+        for context in contexts:
+            advice = [("rule", text.replace("!", "=")) for _, text in context["lessons"]]
+            told.append({"strategies": advice})
+        return pmd.teacher_prompts(problems, told, *rest)
 
-    memory.compose_within = as_advice
-    pull = lesson_pull(method, 1)
+    pull = lesson_pull(method, 1, as_advice)
     assert pull.mean > 1 and "likelier in the teacher's eyes" in pull.warning
     method.memory_mode = None  # nothing is remembered
-    assert lesson_pull(method, 1) is None
+    assert lesson_pull(method, 1, pmd.teacher_prompts) is None
     memory.close()
 
 
 def test_a_run_warns_once(make_config, monkeypatch, capsys):
     pulls = iter([None, Pull(0.5, 0.2, 9), Pull(0.6, 0.2, 9)])
-    monkeypatch.setattr(records, "lesson_pull", lambda method, step: next(pulls))
+    monkeypatch.setattr(pmd, "lesson_pull", lambda *method: next(pulls))
     cfg = make_config(eval_every=1, dev=0.0, name="warned")
     pmd.train(cfg)
     assert capsys.readouterr().out.count("WARNING: lessons make failed attempts likelier") == 1

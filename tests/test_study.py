@@ -76,8 +76,8 @@ def test_no_arm_gets_a_knob_that_another_does_not():
             rest = {k: v for k, v in job.flags.items() if k != "lr"}
             flags.setdefault((job.world, job.label), set()).add(json.dumps(rest))
         assert all(len(found) == 1 for found in flags.values())
-    own = {key for arm in study.ARMS.values() for key in arm}
-    assert own == {"method", "lessons", "supervise"}
+    own = {key for _, flags in study.ARMS.values() for key in flags}
+    assert own == {"supervise"}
 
 
 def test_the_estimate_is_the_declared_one():
@@ -264,9 +264,8 @@ def test_watching_changes_nothing(name, make_config, monkeypatch):
     monkeypatch.setattr(variants, "EVERY", 1)
     rows = {}
     for label in ("plain", "watched"):
-        if label == "watched":
-            monkeypatch.setattr(pmd, "method_of", lambda cfg: variants.watched(method_class(name)))
-        cfg = make_config(method=name, name=label)
+        method = name if label == "plain" else str(study.HERE / "arms" / f"{name}.py")
+        cfg = make_config(method=method, name=label)
         pmd.train(cfg)
         folder = study.Path(cfg.out) / label
         rows[label] = read_lines(folder / "metrics.jsonl")
@@ -279,6 +278,16 @@ def test_watching_changes_nothing(name, make_config, monkeypatch):
     assert 0 < looks[0]["cpu"] < looks[1]["cpu"]
     readers = set(looks[1]["teacher"]["unsolved"])
     assert readers == {"student"} if name == "grpo" else {"student", "weights", "all"} <= readers
+
+
+def test_an_arm_is_the_method_that_its_name_says():
+    """Watched, and nothing else changed but for lessons."""
+    for arm, (file, _) in study.ARMS.items():
+        kind = method_class(str(study.HERE / "arms" / f"{file}.py"))
+        watched, base = kind.__bases__
+        name = "pmd" if arm in ("pmd-nolessons", "pmd-solved") else arm
+        assert watched is variants.Watched and base is method_class(name)
+        assert kind.lessons == (arm != "pmd-nolessons")
 
 
 def test_a_quick_look_leaves_the_worlds_of_the_study_alone(monkeypatch):

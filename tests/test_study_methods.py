@@ -93,7 +93,7 @@ def test_the_page_is_what_the_committed_records_give():
     out, part = methods.HERE / "field", "main"
     if not (out / "records.jsonl").exists():
         out, part = out / "quick", "quick"
-    records = methods.read(out / "records.jsonl")
+    records = methods.read_records(out / "records.jsonl")
     assert methods.PAGE.read_text() == methods.report(records, part)
     assert not [name for name, row in records.items() if "failed" in row]
 

@@ -37,7 +37,7 @@ from runtime.check import load_problems
 from runtime.files import read_json
 from runtime.jobs import quiet_libraries
 from runtime.model import load_policy
-from runtime.rows import scored
+from runtime.rows import Continuation, scored
 from runtime.store import Store, nearest
 from runtime.tables import aligned
 
@@ -55,15 +55,6 @@ class Completion:
     text: str
     feedback: str = ""
     warned_by: tuple = ()
-
-
-@dataclasses.dataclass
-class Row:
-    """Holds the tokens of a completion under one prompt, for runtime.rows.scored."""
-
-    id: tuple  # problem, right or failed, number, block
-    ids: list[int]
-    prompt_ids: list[int]
 
 
 def config_of(run, model, device):
@@ -123,8 +114,11 @@ def blocks_of(insights, behaviors, completion, right, failed) -> dict:
     return contexts | {ALL: everything}
 
 
-def rows_of(store, problem, tokenizer, cfg) -> list[Row]:
-    """Lays out a problem's completions under each of the prompts."""
+def rows_of(store, problem, tokenizer, cfg) -> list[Continuation]:
+    """Lays out a problem's completions under each of the prompts.
+
+    A row's id: problem, right or failed, number, block.
+    """
     right, failed = attempts_of(store, problem)
     if not right or not failed:
         return []
@@ -140,7 +134,7 @@ def rows_of(store, problem, tokenizer, cfg) -> list[Row]:
                 text = reprompt(problem, context, tokenizer, cfg)
                 prompt_ids = encoder(tokenizer, cfg)(text, problem.system)
                 key = problem.id, verdict, number, block
-                rows.append(Row(key, ids[: cfg.max_completion], prompt_ids))
+                rows.append(Continuation(key, ids[: cfg.max_completion], prompt_ids))
     return [row for row in rows if row.ids]
 
 

@@ -132,6 +132,23 @@ def main(argv=None):
             return pages([word for word in argv if word != "show"])
         except (ValueError, OSError) as error:
             sys.exit(f"show_memory.py: {error}")
+    parser = make_parser()
+    args = vars(parser.parse_args(argv))
+    if not 0 <= (args.get("step") or 0) < 2**63:  # SQLite holds no larger one
+        parser.error(f"--step {args['step']} is no step of a run")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
+    command, path = args.pop("command"), args.pop("path")
+    try:
+        memory = Store(path, frozen=True)
+        png = args.pop("png", None) or Path(path).with_name("memory.png")
+        print(show(memory, **args) if command == "show" else stats(memory, png))
+    except (ValueError, OSError) as error:
+        sys.exit(f"show_memory.py: {error}")
+
+
+def make_parser():
+    """Makes the parser of `show` and `stats`."""
     parser = argparse.ArgumentParser(
         prog="python tools/show_memory.py",
         description="Look at the memory of a run; nothing is changed.",
@@ -169,18 +186,7 @@ def main(argv=None):
             command.add_argument(
                 "--png", help="where the picture goes (default: memory.png beside the file)"
             )
-    args = vars(parser.parse_args(argv))
-    if not 0 <= (args.get("step") or 0) < 2**63:  # SQLite holds no larger one
-        parser.error(f"--step {args['step']} is no step of a run")
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
-    command, path = args.pop("command"), args.pop("path")
-    try:
-        memory = Store(path, frozen=True)
-        png = args.pop("png", None) or Path(path).with_name("memory.png")
-        print(show(memory, **args) if command == "show" else stats(memory, png))
-    except (ValueError, OSError) as error:
-        sys.exit(f"show_memory.py: {error}")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,0 +1,6 @@
+"""SDPO, as the study runs it: see ../variants.py."""
+
+from methods import sdpo
+from study.variants import watched
+
+Method = watched(sdpo.Method)
