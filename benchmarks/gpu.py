@@ -5,14 +5,15 @@
 
 It prints a table of Markdown with card, driver, versions and date, row by row as they come. It ends
 with status 1 if a part failed. Weights are random, of the shapes of Qwen3. Planned for ten minutes
-on an H100 or H200. Not run on a GPU yet.
+on an H100 or H200. What came out on one: docs/gpu.md.
 
 - exact: the gradients of the loss against float64, all alphas, with and without top-k.
 - loss: milliseconds beside its four matrix products alone (V 151,936, N 8,192), and GiB added.
 - update: 16 rollouts with prompts of 512 and 2,560 tokens and completions of 3,584, by an averaged
-  teacher, the second of two in a row. MFU counts each product of the model and of the loss once, so
-  that recomputation lowers it, over 989 TFLOP/s. The plan is beside what PyTorch reserved. A case
-  that the plan says does not fit is left out, and the row says so.
+  teacher, the second of two in a row. The first one compiles, where layers are. MFU counts each
+  product of the model and of the loss once, over 989 TFLOP/s. HFU counts recomputed products too,
+  as docs/gpu.md's older table does. The plan is beside what PyTorch reserved. A case that the plan
+  says does not fit is left out, and the row says so.
 - engine: starting vLLM, waking it with new weights, its gap to the trainer, and tokens a second.
 
 A machine without a network takes vLLM from the kit of tools/offline_vllm.py of our measurements:
@@ -51,13 +52,12 @@ ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, of gradients: 
 TOY = qwen3(64, 128, 1, 2, True) | dict(vocab_size=3863, num_key_value_heads=2, head_dim=32)
 # (architecture, --micro_tokens, recomputation, further flags) of each update
 UPDATES = [
-    ("Qwen/Qwen3-0.6B", 32768, True, {}),
     ("Qwen/Qwen3-0.6B", 32768, True, {"compile_layers": True}),
-    ("Qwen/Qwen3-1.7B", 32768, True, {}),
     ("Qwen/Qwen3-1.7B", 32768, True, {"compile_layers": True}),
-    ("Qwen/Qwen3-1.7B", 16384, False, {}),
-    ("Qwen/Qwen3-4B", 32768, True, {}),
+    ("Qwen/Qwen3-1.7B", 16384, False, {"compile_layers": True}),
+    ("Qwen/Qwen3-4B", 32768, True, {"compile_layers": True}),
     ("Qwen/Qwen3-8B", 32768, True, {"lora_rank": 64}),
+    ("Qwen/Qwen3-1.7B", 32768, True, {}),
 ]
 TOY_UPDATES = [
     ("toy", 256, True, {}),
@@ -91,7 +91,8 @@ def synchronise():
 
 
 def let_go():
-    """Frees what the last case held, and starts its count of bytes anew."""
+    """Frees what the last case held and compiled, and starts its count of bytes anew."""
+    torch._dynamo.reset()
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
@@ -218,12 +219,16 @@ def shape_of(name, folder):
     return load(folder)
 
 
-def flops(model, rollouts, cfg) -> float:
-    """Counts the products of an update once: student and its gradients, teacher, loss."""
+def flops(model, rollouts, cfg, of_student=3) -> float:
+    """Counts the products of an update: student, teacher, loss.
+
+    of_student: times that the student's forward products are made, or as many: 3 with those of its
+        gradients, 4 where they are recomputed.
+    """
     config = model.config
     body = model.parameters - (2 - model.tied) * model.head
     total = 0.0
-    for passes, prompt in ((3, cfg.max_prompt), (1, cfg.max_reprompt)):
+    for passes, prompt in ((of_student, cfg.max_prompt), (1, cfg.max_reprompt)):
         length = prompt + cfg.max_completion
         width = config.num_attention_heads * config.head_dim
         attention = 2 * length**2 * width * config.num_hidden_layers  # causal
@@ -246,28 +251,33 @@ def rollouts_of(cfg, count, vocabulary):
     return rows
 
 
-def one_update(table, cfg, model, count):
-    """Times the second of two updates, and adds its row."""
+def one_update(cfg, model, count):
+    """Makes two updates. Returns cells: seconds, tokens a second, MFU, HFU, memory."""
     policy = random_policy(cfg)
     method = pmd.PMD(cfg, None, None, policy)
     optimizer = make_optimizer(policy, cfg)
     rows = rollouts_of(cfg, count, model.config.vocab_size)
     for r in rows:
         r.rollout_logprobs = torch.full((len(r.ids),), -12.0)
+    times = []
     for step in (1, 2):
         synchronise()
         start = time.perf_counter()
         pmd.update(method, optimizer, rows, step)
         method.follow(step)
         synchronise()
-        seconds = time.perf_counter() - start
+        times.append(time.perf_counter() - start)
     used = "-"
     if DEVICE.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         used = f"{gib(allocated)} / {gib(reserved)}"
-    mfu = f"{flops(model, count, cfg) / seconds / PEAK:.3f}"
+    first, seconds = times
+    mfu, hfu = (
+        f"{flops(model, count, cfg, of_student) / seconds / PEAK:.3f}"
+        for of_student in (3, 4 if cfg.gradient_checkpointing else 3)
+    )
     tokens = f"{count * cfg.max_completion / seconds:.0f}"
-    return f"{seconds:.2f}", tokens, mfu, used
+    return f"{first:.1f}", f"{seconds:.2f}", tokens, mfu, hfu, used
 
 
 def update(table, dry):
@@ -275,9 +285,11 @@ def update(table, dry):
         "The update, and the plan of what PyTorch reserves",
         "model",
         "flags",
+        "first, s",
         "s",
         "completion tokens/s",
         "MFU",
+        "HFU",
         "allocated / reserved GiB",
         "planned",
     )
@@ -302,7 +314,7 @@ def update(table, dry):
         said += [] if recomputes else ["--no_gradient_checkpointing"]
         said += [f"--{flag} {value}" for flag, value in flags.items()]
         if flags.get("lora_rank") and not importlib.util.find_spec("peft"):
-            table.add(name, " ".join(said), "not run: peft is not installed", *"----")
+            table.add(name, " ".join(said), "not run: peft is not installed", *"------")
             continue
         with tempfile.TemporaryDirectory() as folder:
             model = shape_of(name, folder)
@@ -310,10 +322,10 @@ def update(table, dry):
         del phases["sample"]
         planned = peak(phases)[0] - CONTEXT
         if planned > card - CONTEXT:
-            row = ("not run: it does not fit", "-", "-", "-")
+            row = ("not run: it does not fit", *"-----")
         else:
             let_go()
-            row = one_update(table, cfg, model, 4 if dry else 16)
+            row = one_update(cfg, model, 4 if dry else 16)
         table.add(Path(name).name, " ".join(said), *row, gib(planned))
 
 
@@ -330,7 +342,9 @@ def engine(table, dry):
     let_go()
     tokenizer = AutoTokenizer.from_pretrained(MODELS["nano"])
     name = "toy" if dry else "Qwen/Qwen3-0.6B"
-    with tempfile.TemporaryDirectory() as folder:
+    # at one place, which is part of the key of vLLM's cache: the second start compiles nothing
+    place = contextlib.nullcontext(Path(tempfile.gettempdir()) / "pmd-benchmark-qwen3")
+    with tempfile.TemporaryDirectory() if dry else place as folder:
         architecture = BUILT_IN.get(name, TOY)
         # without its name vLLM would run transformers' code
         config = AutoConfig.for_model(**architecture, architectures=["Qwen3ForCausalLM"])

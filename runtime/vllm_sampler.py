@@ -28,8 +28,8 @@ class VLLM(Sampler):
     Weights are pushed after every batch, and a probe text is compared after every push. The engine
     starts without weights, and the first push is of CHANGED ones, because an engine that ignores
     one may look right as long as nothing has changed: with tied embeddings, vLLM's CPU build does
-    just that (`_tie` is the cure). Run on a CPU, tensor parallelism included; not run on GPU in
-    this form, where it sleeps.
+    just that (`_tie` is the cure). Run on a CPU, tensor parallelism included, and on one H200,
+    where it sleeps (docs/gpu.md).
     """
 
     PROBE = (
@@ -43,9 +43,8 @@ class VLLM(Sampler):
             "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
         )  # in this process: weights are handed over, not sent
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault(
-            "VLLM_LOGGING_LEVEL", "WARNING"
-        )  # else several lines a push go through the progress bar
+        # else a push writes hundreds of lines through the progress bar, warnings most of them
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm
 
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
@@ -152,7 +151,8 @@ class VLLM(Sampler):
         torch.cuda.empty_cache()
         if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
-        weights = ((name, whole(p)) for name, p in merged(self.trained))
+        dtype = compute_dtype(self.trained.device, self.cfg)
+        weights = ((name, whole(p).to(dtype)) for name, p in merged(self.trained))
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.trained.config.tie_word_embeddings:
             self.llm.apply_model(self._tie)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-import kernels
 from pmd import Config
 from runtime import plan
 from tools.plan import report
@@ -198,20 +197,27 @@ def test_two_processes_sharded_by_fsdp2(tmp_path):
 
 
 # docs/gpu.md: torch.cuda.max_memory_reserved of an update on one H200, in GiB
+COMPILED, ADAPTED_GPU = {"compile_layers": True}, {"lora_rank": 64}
 RESERVED = [
-    ("Qwen/Qwen3-0.6B", 32768, True, 18.9),
-    ("Qwen/Qwen3-1.7B", 32768, True, 48.2),
-    ("Qwen/Qwen3-1.7B", 16384, False, 71.4),
-    ("Qwen/Qwen3-4B", 32768, True, 103.8),
+    ("Qwen/Qwen3-0.6B", 32768, True, {}, 18.9),
+    ("Qwen/Qwen3-1.7B", 32768, True, {}, 48.2),
+    ("Qwen/Qwen3-1.7B", 16384, False, {}, 71.4),
+    ("Qwen/Qwen3-4B", 32768, True, {}, 103.8),
+    # 2026-11-27, by benchmarks/gpu.py
+    ("Qwen/Qwen3-0.6B", 32768, True, COMPILED, 18.2),
+    ("Qwen/Qwen3-1.7B", 32768, True, COMPILED, 45.1),
+    ("Qwen/Qwen3-1.7B", 16384, False, COMPILED, 57.5),
+    ("Qwen/Qwen3-4B", 32768, True, COMPILED, 94.2),
+    ("Qwen/Qwen3-8B", 32768, True, ADAPTED_GPU, 31.7),
+    ("Qwen/Qwen3-1.7B", 32768, True, {}, 48.7),
 ]
 
 
-@pytest.mark.parametrize("name, micro_tokens, checkpointing, reserved", RESERVED)
-def test_updates_on_a_gpu_took_what_is_planned(
-    name, micro_tokens, checkpointing, reserved, monkeypatch
-):
+@pytest.mark.parametrize("name, micro_tokens, checkpointing, flags, reserved", RESERVED)
+def test_updates_on_a_gpu_took_what_is_planned(name, micro_tokens, checkpointing, flags, reserved):
     """Rows at their limits, 16 of them, without an engine; CUDA's context is not in the number. The
-    commit that was measured took a CPU's chunks there. Micro-batches full of the student's tokens are the bound of `fits`, and take more.
+    first four are of an older loss, whose chunks took about as much. Micro-batches full of the
+    student's tokens are the bound of `fits`, and take more.
     """
     cfg = Config(
         max_prompt=512,
@@ -221,14 +227,15 @@ def test_updates_on_a_gpu_took_what_is_planned(
         gradient_checkpointing=checkpointing,
         embedder="hashing",
         dtype="bfloat16",
+        **flags,
     )
-    monkeypatch.setattr(kernels, "ON_GPU", 1)
     sizes = []
     for at_limits in (True, False):
         phases = plan.plan(cfg, plan.load(name), 1, 141, 0, 0, at_limits=at_limits)
         del phases["sample"]
         sizes.append(plan.peak(phases)[0] - plan.CONTEXT)
-    assert sizes[0] / plan.GIB == pytest.approx(reserved, rel=0.03)
+    tolerance = 0.04 if flags == COMPILED else 0.03
+    assert sizes[0] / plan.GIB == pytest.approx(reserved, rel=tolerance)
     assert sizes[1] > sizes[0]
 
 
