@@ -122,7 +122,10 @@ def estimate(jobs, records, steps) -> float:
     for job in jobs:
         rows = [row for name, row in records.items() if f"/{job.method}/" in name]
         spent = [row["cpu"] for row in rows if "cpu" in row]
-        total += statistics.mean(spent) if spent else START + SECONDS * steps / STEPS
+        run_of_unknown = START + SECONDS * steps / STEPS
+        total += statistics.mean(spent) if spent else run_of_unknown
+        if job.method == "frozen-memory":  # and its lender, which is in no record
+            total += run_of_unknown
     return total
 
 
