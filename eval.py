@@ -49,7 +49,7 @@ from tasks.verdicts import verify_all
 
 @dataclass
 class EvalOptions:
-    """Evaluation, always without memory."""
+    """Evaluation, without memory but for frozen-policy and eval.py --memory."""
 
     eval_every: int = option(
         5,

@@ -22,8 +22,8 @@ takes one minus the sum of the top-k, which cancels where the student is confide
 The logits of N tokens are too many to hold, so a loss takes the rows a chunk at a time. It forms
 the terms of a chunk and their gradient while the logits exist, still in the forward pass. Gradients
 add up in float32, and the backward pass only scales them. A chunk is large for the sake of its
-matrix products. Within a chunk a loss works through tiles of a few rows, which stay in the cache,
-and leaves the gradient where the logits were.
+matrix products. On a CPU a loss works through a chunk in tiles of a few rows, which stay in the
+cache, and leaves the gradient where the logits were. On a GPU a tile is a whole chunk.
 
 `distill_loss` has its gradient in closed form. `chunked_loss` takes any formula for the loss of a
 token, and autograd differentiates the formula within each tile. GRPO's surrogate is such a formula:
@@ -56,10 +56,8 @@ MEMORY_BUDGET = 2**31  # bytes for one chunk's logits, student's and teachers', 
 LARGEST_CHUNK = 1024  # rows, where the caller names none, by benchmarks/kernels.py
 ON_GPU = 2  # times both, by docs/gpu.md: there a chunk pays for a pass over the head's gradient
 TILE = 2**17  # logits of a tile, for the cache of each thread. On a GPU a tile is a chunk
-# For torch's compiler: direct exponentials, and no float32 (n, V) written between two passes over a
-# tile. On an H200 as fast as without, and 1.2 GiB less at V 151,936
+# For torch's compiler: no float32 (n, V) is written between two passes over a tile
 FOR_GPU = {
-    "use_fast_math": True,
     "realize_reads_threshold": 99,
     "realize_acc_reads_threshold": 99,
     "realize_opcount_threshold": 999,
@@ -254,7 +252,7 @@ def chunked_loss(
 
     token_loss: takes log_p (n, V), the log-probabilities (n, V) of each teacher, then token_ids
         (n,) and per_token by keyword. It returns the losses (n,), or a tuple of the losses and of
-        further tensors (n,) to be reported. It treats each row by itself, because it sees a few
+        further tensors (n,) to be reported. It treats each row by itself, because it sees some
         rows at a time and padding among them. It calls functions of torch and branches on no
         value, because a large call compiles it. functools.partial binds its settings. A number
         that changes from step to step belongs in per_token, because each number compiles anew.
@@ -368,9 +366,10 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
     cast = functools.cache(_under_autocast)  # one copy of a head that several teachers share
     pairs = [(cast(hidden), cast(head)) for hidden, head in pairs]
     hidden, head = pairs[0]
-    tile = chunk_size  # rows
+    tile = ON_GPU * LARGEST_CHUNK  # rows
     if head.device.type == "cpu":
-        tile = min(tile, max(1, TILE * torch.get_num_threads() // len(head)))
+        tile = max(1, TILE * torch.get_num_threads() // len(head))
+    tile = min(tile, chunk_size)
     chunk_size = min(chunk_size, max(1, len(live)))
     run = _run_tile
     if len(live) * len(head) >= COMPILE_FROM:
@@ -388,6 +387,7 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
     buffers = [states.new_empty(whole_tiles, len(head)) for states, _ in pairs]
     outputs = None
     for chunk in live.split(chunk_size):  # without live rows, one empty chunk gives the outputs
+        gradient = factors = None  # of the chunk before
         for (states, weight), logits in zip(pairs, buffers, strict=True):
             torch.mm(states[chunk], weight.T, out=logits[: len(chunk)])
         for start in range(0, max(1, len(chunk)), tile):
@@ -404,13 +404,15 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
         gradient = gradient[: len(chunk)]
         if hidden_gradient is not None:
             hidden_gradient[chunk] = (gradient @ head).to(dtype)
-        if head_gradient is not None and head.dtype == dtype:
-            head_gradient.addmm_(gradient.T, hidden[chunk])
-        elif head_gradient is not None and head.is_cuda:  # the product itself adds up in float32
-            factors = head_gradient, gradient.T, hidden[chunk]
-            torch.addmm(*factors, out_dtype=dtype, out=head_gradient)
-        elif head_gradient is not None:
-            head_gradient += gradient.T @ hidden[chunk]
+        if head_gradient is None:
+            continue
+        factors = gradient.T, hidden[chunk]
+        if head.dtype == dtype:
+            head_gradient.addmm_(*factors)
+        elif head.is_cuda:  # the product itself adds up in float32
+            torch.addmm(head_gradient, *factors, out_dtype=dtype, out=head_gradient)
+        else:
+            head_gradient += torch.mm(*factors)
     return outputs
 
 
@@ -486,7 +488,7 @@ def _compiler(device_type):
             return run(*arguments, **per_token)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).splitlines()[0]
-            message = f"kernels.py runs its losses uncompiled, which is slower: {reason}"
+            message = f"kernels.py runs its losses uncompiled, slower and larger: {reason}"
             warnings.warn(message, stacklevel=2)
             run = _run_tile
             return run(*arguments, **per_token)

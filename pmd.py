@@ -288,8 +288,8 @@ class PMD:
     """Is the paper, phase by phase. Another method is a file of methods/ that replaces some hooks.
 
     Rows decide how they are trained (see Rollout): phase 4 does not ask for the method. Every hook
-    but make_teacher finds cfg, task, tokenizer, policy, teacher, sampler, memory and folder (the
-    run's) in self.
+    but check and make_teacher finds cfg, task, tokenizer, policy, teacher, sampler, memory and
+    folder (the run's) in self.
     """
 
     Config = Config  # a method's own flags and defaults: a subclass, in its file

@@ -11,9 +11,9 @@ on an H100 or H200. What came out on one: docs/gpu.md.
 - loss: milliseconds beside its four matrix products alone (V 151,936, N 8,192), and GiB added.
 - update: 16 rollouts with prompts of 512 and 2,560 tokens and completions of 3,584, by an averaged
   teacher, the second of two in a row. The first one compiles, where layers are. MFU counts each
-  product of the model and of the loss once, over 989 TFLOP/s. HFU counts recomputed products too,
-  as docs/gpu.md's older table does. The plan is beside what PyTorch reserved. A case that the plan
-  says does not fit is left out, and the row says so.
+  product of the model and of the loss once, over 989 TFLOP/s. HFU counts recomputed products too.
+  The plan is beside what PyTorch reserved. A case that the plan says does not fit is left out, and
+  the row says so.
 - engine: starting vLLM, waking it with new weights, its gap to the trainer, and tokens a second.
 
 A machine without a network takes vLLM from the kit of tools/offline_vllm.py of our measurements:
@@ -38,9 +38,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import kernels
 import pmd
 from benchmarks import kernels as loss_benchmark
-from kernels import distill_loss, oracle
+from kernels import distill_loss, oracle, rows_of_chunk
 from runtime.model import MODELS, make_optimizer, prepare
 from runtime.plan import BUILT_IN, CONTEXT, GIB, load, peak, plan, qwen3
 from runtime.vllm_sampler import VLLM, vllm_version
@@ -139,11 +140,14 @@ def relative_error(alpha, top_k, inputs) -> float:
 
 
 def exact(table, dry):
+    if not dry:
+        kernels.COMPILE_FROM = 1  # the form that large calls take
     table.head("Exactness", "type", "alpha", "top-k", "relative error of the gradients", "bound")
     vocabularies = (503,) if dry else (5003, 32768)
     for dtype, bound in ERRORS.items():
         for vocabulary in vocabularies:
-            inputs = loss_benchmark.make(64 if dry else 512, 64, vocabulary, dtype)
+            rows = 2 * rows_of_chunk(1, "cpu" if dry else DEVICE.type) + 100  # three chunks
+            inputs = loss_benchmark.make(64 if dry else rows, 64, vocabulary, dtype)
             for alpha in (0, 0.1, 0.5, 0.9, 1):
                 for top_k in (None, 20):
                     if top_k and dtype == torch.bfloat16:
@@ -222,9 +226,12 @@ def shape_of(name, folder):
 def flops(model, rollouts, cfg, of_student=3) -> float:
     """Counts the products of an update: student, teacher, loss.
 
-    of_student: times that the student's forward products are made, or as many: 3 with those of its
-        gradients, 4 where they are recomputed.
+    of_student: times that the student's forward products are made, or as many: 3 with those of the
+        gradients of its states and weights, 4 where they are recomputed. A frozen base has one
+        fewer, and the loss no gradient of the head. Adapters are not counted.
     """
+    if cfg.lora_rank:
+        of_student -= 1
     config = model.config
     body = model.parameters - (2 - model.tied) * model.head
     total = 0.0
@@ -233,7 +240,7 @@ def flops(model, rollouts, cfg, of_student=3) -> float:
         width = config.num_attention_heads * config.head_dim
         attention = 2 * length**2 * width * config.num_hidden_layers  # causal
         total += passes * (2 * body * length + attention)
-    total += 8 * cfg.max_completion * model.head
+    total += (6 if cfg.lora_rank else 8) * cfg.max_completion * model.head
     return rollouts * total
 
 

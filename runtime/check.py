@@ -34,6 +34,8 @@ from runtime.store import TIERS, Store
 from runtime.vllm_sampler import VLLM_VERSION, fast_sampler, slow_generation, vllm_version
 from tasks import load_task, need_sandbox
 
+MOST_UNKNOWN = 0.2  # of a problem's tokens; nano knows about a third of those of a plain sentence
+
 
 def check(cfg, method, quiet=False, ranks=0, checked=None, reads=0):
     """Returns (task, tokenizer).
@@ -313,14 +315,26 @@ def load_problems(cfg, quiet, asked):
     need_sandbox(task, cfg.unsafe_exec)
     tokenizer = load_tokenizer(cfg)
     splits = {split: within_prompt(task, split, tokenizer, cfg, quiet) for split in asked}
+    remarks = [task.card]
+    unknown = share_unknown(tokenizer, next(filter(None, splits.values()), []))
+    if unknown > MOST_UNKNOWN:
+        remarks.append(
+            f"{cfg.model} does not know {unknown:.0%} of the words of these problems, and can learn"
+            " nothing from them; give another --model"
+        )
     has_system = any(p.system for problems in splits.values() for p in problems)
     if has_system and not chat_of(tokenizer).takes_system:
-        remark = (
+        remarks.append(
             f"{cfg.model}'s chat template takes no system message: it is put before the user's, in"
             " the user's message."
         )
-        task = replace(task, card="\n".join(filter(None, [task.card, remark])))
-    return replace(task, **splits), tokenizer
+    return replace(task, card="\n".join(filter(None, remarks)), **splits), tokenizer
+
+
+def share_unknown(tokenizer, problems) -> float:
+    """Gives the share of tokens of the first hundred problems that are the unknown one."""
+    ids = [i for p in problems[:100] for i in tokenizer(p.prompt)["input_ids"]]
+    return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
 
 
 def load_tokenizer(cfg):

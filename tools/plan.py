@@ -33,7 +33,7 @@ from runtime.plan import (
 # The options of pmd.py that the plan depends on, beside the model and the GPUs.
 OPTIONS = (
     "max_prompt max_completion max_reprompt micro_tokens method teacher dtype embedder"
-    " tensor_parallel lora_rank"
+    " tensor_parallel top_k lora_rank"
 ).split()
 POSITIVE = (
     "gpus gpu_memory max_prompt max_completion max_reprompt micro_tokens tensor_parallel"
@@ -176,6 +176,7 @@ def main():
     parser.add_argument(
         "--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false"
     )
+    parser.add_argument("--compile_layers", action="store_true")
     parser.add_argument(
         "--what_fits", action="store_true", help="only the table of models, lengths and cards"
     )

@@ -161,7 +161,7 @@ def make_parser():
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", help="a run's memory.db")
+        command.add_argument("path", help="a run's folder, or its memory.db")
         if name == "show":
             command.add_argument(
                 "--problem",
