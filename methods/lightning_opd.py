@@ -10,7 +10,7 @@ The authors' code was read: one rollout per problem, beta2 0.98, a rate of 2e-6 
 a weight decay of 0.1, which is not taken over). Their teacher is another model, the one that made
 the SFT data. Ours: it is the initial policy, which reads the reference solution. Rollouts and
 scores are part of each checkpoint, so that a run which resumes goes on with the same ones. All rows
-are trained, also with --no_supervise_mastered: none is sampled in a step.
+are trained: none is sampled in a step, so that --no_supervise_mastered would mean nothing.
 
 Teacher reads: the reference, once before training.
 Loss: policy gradient with d on rollouts of the initial policy.
@@ -45,6 +45,11 @@ class Method(sdpo.Method):
     @classmethod
     def check(cls, cfg):
         pmd.PMD.check(cfg)  # groups of one will do
+        if not cfg.supervise_mastered:
+            raise ValueError(
+                "--no_supervise_mastered is not for lightning-opd, whose rollouts are all sampled"
+                " before training; leave it out"
+            )
 
     def make_teacher(self, policy):
         """Gives the policy: what is kept of the initial one are its scores, not its weights."""

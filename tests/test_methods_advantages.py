@@ -522,6 +522,12 @@ def test_what_the_privileged_prompt_shows(problems):
 # -- Lightning OPD
 
 
+def test_it_refuses_to_leave_out_what_is_mastered(make_config):
+    cfg = make_config(method="lightning-opd", group_size=1, supervise_mastered=False)
+    with pytest.raises(ValueError, match="--no_supervise_mastered is not for lightning-opd"):
+        pmd.check(cfg)
+
+
 def test_it_samples_and_asks_its_teacher_once(make_config, monkeypatch):
     calls = []
     attempt, scored = pmd.attempt, pmd.scored
