@@ -18,11 +18,8 @@ Format = Literal["json", "guided", "lines"]
 
 ITEM = '{"title": "at most ten words", "content": "two to four sentences"}'
 BEHAVIOR = '"name": "behavior_...", "instruction": "one or two sentences"'
-ECHOES = (  # what a model that does not follow copies
-    "at most ten words",
-    "two to four sentences",
-    "one or two sentences",
-)
+# The words of what stands there for a title, a content and an instruction
+ECHOED = set("at most ten words two to four sentences one or two sentences".split())
 JSON_REPLY = "Reply with this JSON and nothing else:\n"
 BOTH = f'{{"strategies": [{ITEM}], "lessons": [{ITEM}]}}'
 ONLY_STRATEGIES = f'{{"strategies": [{ITEM}], "lessons": []}}'
@@ -175,5 +172,6 @@ def in_format(forms, format) -> tuple:
 
 
 def is_echo(text) -> bool:
-    """Says whether a model copied a placeholder of its instructions."""
-    return text.casefold() in ECHOES
+    """Says whether a model copied a placeholder of its instructions, also with other numbers."""
+    words = re.findall(r"[^\W\d_]+", text.casefold())
+    return bool(words) and ECHOED.issuperset(words)
