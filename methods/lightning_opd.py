@@ -46,10 +46,7 @@ class Method(sdpo.Method):
     def check(cls, cfg):
         pmd.PMD.check(cfg)  # groups of one will do
         if not cfg.supervise_mastered:
-            raise ValueError(
-                "--no_supervise_mastered is not for lightning-opd, whose rollouts are all sampled"
-                " before training; leave it out"
-            )
+            raise ValueError("--no_supervise_mastered is not for lightning-opd; leave it out")
 
     def make_teacher(self, policy):
         """Gives the policy: what is kept of the initial one are its scores, not its weights."""
@@ -80,20 +77,20 @@ class Method(sdpo.Method):
     def score_all(self):
         """Scores all rollouts under the teacher's prompts, while the policy is the initial one."""
         rollouts = [r for group in self.rollouts.values() for r in group]
-        problems = [r.problem for r in rollouts]
         prompts = pmd.teacher_prompts(
-            problems, self.contexts(0, rollouts), self.tokenizer, self.cfg
+            [r.problem for r in rollouts], self.contexts(0, rollouts), self.tokenizer, self.cfg
         )
-        ids = {p.id: ids for p, (_, ids) in zip(problems, prompts, strict=True)}
-        scores = pmd.scored(
-            self.policy, rollouts, lambda r: ids[r.problem.id] or r.prompt_ids, self.cfg
-        )
+        ids = {r.id: ids for r, (_, ids) in zip(rollouts, prompts, strict=True)}
+        scores = pmd.scored(self.policy, rollouts, lambda r: ids[r.id] or r.prompt_ids, self.cfg)
         self.scores = {id: logprobs for id, (logprobs, _) in scores.items()}
 
     def state(self):
-        rows = [r for group in self.rollouts.values() for r in group]
         return {
-            "rollouts": [[r.problem.id, {name: getattr(r, name) for name in KEPT}] for r in rows],
+            "rollouts": [
+                [r.problem.id, {name: getattr(r, name) for name in KEPT}]
+                for group in self.rollouts.values()
+                for r in group
+            ],
             "scores": {id: logprobs.tolist() for id, logprobs in self.scores.items()},
         }
 
