@@ -48,7 +48,7 @@ __all__ = [
     "write_world",
 ]  # and what is defined here
 STEPS = 6500
-ENDS = (800, 1400, 2800, 5600, 6500)  # the last steps of the phases
+ENDS = (800, 1400, 2800, 4600, 6500)  # the last steps of the phases
 RATES = (3e-3, 3e-3, 2e-3, 2e-3, 2e-3)  # their learning rates
 FALLING = (3, 4)  # the phases at whose end the rate is 0
 
