@@ -22,8 +22,8 @@ takes one minus the sum of the top-k, which cancels where the student is confide
 The logits of N tokens are too many to hold, so a loss takes the rows a chunk at a time. It forms
 the terms of a chunk and their gradient while the logits exist, still in the forward pass. Gradients
 add up in float32, and the backward pass only scales them. A chunk is large for the sake of its
-matrix products. On a CPU a loss works through a chunk in tiles of a few rows, which stay in the
-cache, and leaves the gradient where the logits were. On a GPU a tile is a whole chunk.
+matrix products. Within a chunk a loss works through tiles of a few rows, which stay in the cache,
+and leaves the gradient where the logits were.
 
 `distill_loss` has its gradient in closed form. `chunked_loss` takes any formula for the loss of a
 token, and autograd differentiates the formula within each tile. GRPO's surrogate is such a formula:
@@ -55,13 +55,7 @@ from torch import Tensor
 MEMORY_BUDGET = 2**31  # bytes for one chunk's logits, student's and teachers', as if in float32
 LARGEST_CHUNK = 1024  # rows, where the caller names none, by benchmarks/kernels.py
 ON_GPU = 2  # times both, by docs/gpu.md: there a chunk pays for a pass over the head's gradient
-TILE = 2**17  # logits of a tile, for the cache of each thread. On a GPU a tile is a chunk
-# For torch's compiler: no float32 (n, V) is written between two passes over a tile
-FOR_GPU = {
-    "realize_reads_threshold": 99,
-    "realize_acc_reads_threshold": 99,
-    "realize_opcount_threshold": 999,
-}
+TILE = 2**17  # logits of a tile, for the cache of each thread. A GPU takes 512 times as many
 COMPILE_FROM = 2**25  # logits (N V) of a call. A smaller one never earns the compilation back
 
 
@@ -180,10 +174,16 @@ def distill_loss(
     formula = functools.partial(
         _distillation, alpha=alpha, top_k=top_k, ratio_limit=is_clip or math.inf
     )
-    results = _sum_over_chunks(
-        formula, pairs, chunk_size, token_ids=token_ids, weights=weights, old_logprobs=old_logprobs
+    return Distilled(
+        *_sum_over_chunks(
+            formula,
+            pairs,
+            chunk_size,
+            token_ids=token_ids,
+            weights=weights,
+            old_logprobs=old_logprobs,
+        )
     )
-    return Distilled(*results)
 
 
 def _distillation(
@@ -252,7 +252,7 @@ def chunked_loss(
 
     token_loss: takes log_p (n, V), the log-probabilities (n, V) of each teacher, then token_ids
         (n,) and per_token by keyword. It returns the losses (n,), or a tuple of the losses and of
-        further tensors (n,) to be reported. It treats each row by itself, because it sees some
+        further tensors (n,) to be reported. It treats each row by itself, because it sees a few
         rows at a time and padding among them. It calls functions of torch and branches on no
         value, because a large call compiles it. functools.partial binds its settings. A number
         that changes from step to step belongs in per_token, because each number compiles anew.
@@ -303,9 +303,13 @@ def score(hidden, head, token_ids, chunk_size=None):
     Returns float32, or float64 for float64 inputs.
     Raises ValueError as `distill_loss`.
     """
-    pairs = {"": (hidden, head)}
-    weights = torch.ones_like(token_ids)
-    _, logprobs = _sum_over_chunks(None, pairs, chunk_size, token_ids=token_ids, weights=weights)
+    _, logprobs = _sum_over_chunks(
+        None,
+        {"": (hidden, head)},
+        chunk_size,
+        token_ids=token_ids,
+        weights=torch.ones_like(token_ids),
+    )
     return logprobs
 
 
@@ -333,7 +337,7 @@ def _sum_over_chunks(formula, pairs, chunk_size, /, **per_token):
     per_token["weights"] = per_token["weights"].to(dtype)
     live = per_token["weights"].nonzero().squeeze(-1)
     if len(live):  # only now, because padding may carry any id
-        low, high = map(int, per_token["token_ids"][live].aminmax())
+        low, high = per_token["token_ids"][live].aminmax()
         _require(
             0 <= low and high < len(head),
             f"token_ids holds ids from {low} to {high}, but the vocabulary has {len(head)}.",
@@ -343,8 +347,7 @@ def _sum_over_chunks(formula, pairs, chunk_size, /, **per_token):
         if torch.is_grad_enabled() and tensor.requires_grad:
             gradients[i] = torch.zeros_like(tensor, dtype=dtype)
     outputs = _fill(*gradients, formula, pairs.values(), chunk_size, live, per_token)
-    loss = outputs[0, live].sum()
-    return _Formed.apply(hidden, head, loss, *gradients), *outputs[1:]
+    return _Formed.apply(hidden, head, outputs[0, live].sum(), *gradients), *outputs[1:]
 
 
 def rows_of_chunk(row_bytes, device_type):
@@ -363,17 +366,18 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
     Returns the outputs of `_run_tile`, (2 or more, N), with 0 in the other rows.
     """
     dtype = per_token["weights"].dtype
-    cast = functools.cache(_under_autocast)  # one copy of a head that several teachers share
+    # as autocast casts for its products; one copy of a head that several teachers share
+    cast = functools.cache(lambda tensor: tensor.to(_product_dtype(tensor)))
     pairs = [(cast(hidden), cast(head)) for hidden, head in pairs]
     hidden, head = pairs[0]
-    tile = ON_GPU * LARGEST_CHUNK  # rows
+    processors = 512
     if head.device.type == "cpu":
-        tile = max(1, TILE * torch.get_num_threads() // len(head))
-    tile = min(tile, chunk_size)
+        processors = torch.get_num_threads()
+    tile = min(chunk_size, max(1, TILE * processors // len(head)))  # rows
     chunk_size = min(chunk_size, max(1, len(live)))
     run = _run_tile
     if len(live) * len(head) >= COMPILE_FROM:
-        run = _compiler(head.device.type)
+        run = _compiler()
     else:
         tile = min(tile, chunk_size)
 
@@ -383,25 +387,21 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
             tensor = tensor.to(dtype)
         return tensor
 
-    whole_tiles = math.ceil(chunk_size / tile) * tile  # rows
-    buffers = [states.new_empty(whole_tiles, len(head)) for states, _ in pairs]
+    shape = math.ceil(chunk_size / tile) * tile, len(head)  # whole tiles
+    buffers = [states.new_empty(shape) for states, _ in pairs]
     outputs = None
     for chunk in live.split(chunk_size):  # without live rows, one empty chunk gives the outputs
-        gradient = factors = None  # of the chunk before
         for (states, weight), logits in zip(pairs, buffers, strict=True):
             torch.mm(states[chunk], weight.T, out=logits[: len(chunk)])
         for start in range(0, max(1, len(chunk)), tile):
             rows = chunk[start : start + tile]
             logits = [buffer[start : start + tile] for buffer in buffers]
             of_tile = {name: of_rows(x, rows) for name, x in per_token.items() if x is not None}
-            gradient, result = run(formula, logits, **of_tile)
+            result = run(formula, logits, **of_tile)
             if outputs is None:  # one tensor: small ones between large ones fragment the heap
                 outputs = result.new_zeros(len(result), len(hidden))
             outputs[:, rows] = result[:, : len(rows)]
-            if tile < whole_tiles:
-                logits[0].copy_(gradient)
-                gradient = buffers[0]
-        gradient = gradient[: len(chunk)]
+        gradient = buffers[0][: len(chunk)]
         if hidden_gradient is not None:
             hidden_gradient[chunk] = (gradient @ head).to(dtype)
         if head_gradient is None:
@@ -417,34 +417,28 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
 
 
 def _run_tile(formula, logits, /, token_ids, weights, **per_token):
-    """Computes the terms of a formula, and the gradient of their sum.
+    """Replaces the student's logits (n, V) by the gradient of the sum of a formula's terms.
 
     formula(p, *log_probabilities, token_ids, weights, ...): takes the student's probabilities
         (n, V), and the log-probabilities (n, V) of the student and of each teacher. It returns the
         terms (n,), their gradient (n, V) with respect to the student's logits, the losses without
         weight (n,), and further outputs (n,). None asks for log-probabilities only.
 
-    Returns the gradient (n, V) in the dtype of the logits, and a tensor (4 or more, n): the terms,
-    the losses, the student's log-probabilities and entropies, the further outputs. Without formula
-    it returns the logits, and the log-probabilities twice: (2, n).
+    Returns the terms, the losses, the student's log-probabilities and entropies, and the further
+    outputs: (4 or more, n). Without formula it returns the log-probabilities twice: (2, n).
     """
     if formula is None:
         student = logits[0].to(weights.dtype)
         logprobs = logprobs_of(student, token_ids) - student.logsumexp(-1)
-        return logits[0], torch.stack([logprobs, logprobs])
+        return torch.stack([logprobs, logprobs])
     log_p, *log_q = (tile.log_softmax(-1, weights.dtype) for tile in logits)  # (n, V)
     p = log_p.exp()
     terms, gradient, losses, *others = formula(
         p, log_p, *log_q, token_ids=token_ids, weights=weights, **per_token
     )
+    logits[0].copy_(gradient)
     entropy = -(p * log_p).sum(-1)
-    per_token = [terms, losses, logprobs_of(log_p, token_ids), entropy, *others]
-    return gradient.to(logits[0].dtype), torch.stack(per_token)
-
-
-def _under_autocast(tensor):
-    """Casts a tensor as autocast casts it for its products."""
-    return tensor.to(_product_dtype(tensor))
+    return torch.stack([terms, losses, logprobs_of(log_p, token_ids), entropy, *others])
 
 
 def _product_dtype(tensor):
@@ -476,11 +470,10 @@ class _Formed(torch.autograd.Function):
 
 
 @functools.cache
-def _compiler(device_type):
+def _compiler():
     """Compiles `_run_tile`. Where that fails, it warns once and runs the tile uncompiled."""
     torch._dynamo.config.recompile_limit = 64  # torch 2.11's compile does not take it
-    options = None if device_type == "cpu" else FOR_GPU
-    run = torch.compile(_run_tile, dynamic=False, options=options)
+    run = torch.compile(_run_tile, dynamic=False)
 
     def run_compiled(*arguments, **per_token):
         nonlocal run
@@ -488,7 +481,7 @@ def _compiler(device_type):
             return run(*arguments, **per_token)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).splitlines()[0]
-            message = f"kernels.py runs its losses uncompiled, slower and larger: {reason}"
+            message = f"kernels.py runs its losses uncompiled, which is slower: {reason}"
             warnings.warn(message, stacklevel=2)
             run = _run_tile
             return run(*arguments, **per_token)

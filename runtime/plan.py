@@ -55,6 +55,7 @@ KEPT_COMPILED = 0.66
 # CUDA context, NCCL and cuBLAS buffers; and what a sleeping vLLM keeps (CUDA graphs, buffers). On
 # one H200 both together, with the 2.2 GiB of Qwen3-0.6B's weights, were 5 of 47 GiB
 CONTEXT = 1.5 * GIB
+TILES = GIB / 2  # of kernels.py on a GPU: 512 times kernels.TILE logits, of both, in float32
 ASLEEP = 1.5 * GIB
 # Assumed, not measured:
 PREFILL = 2 * GIB  # vLLM's activations, inside its share
@@ -257,7 +258,7 @@ def plan(
     """{phase: {component: bytes}} on the fullest GPU, at the moment of a phase when most is held.
 
     cfg: pmd.Config, or anything with its fields max_prompt, max_completion, max_reprompt,
-    micro_tokens, method, teacher, top_k, dtype, embedder, gradient_checkpointing, compile_layers,
+    micro_tokens, method, teacher, dtype, embedder, gradient_checkpointing, compile_layers,
     tensor_parallel, lora_rank. gpus: of the whole job. gpu_memory: GiB of one. micro_tokens:
     instead of cfg's. utilization: vLLM's share of a GPU; 0 for the transformers sampler. context:
     bytes beside PyTorch's own, 0 on a CPU. at_limits: every prompt and completion is as long as it
@@ -314,7 +315,6 @@ def sizes(cfg, model, gpus, micro_tokens, on_gpu=True, at_limits=False) -> Simpl
     z.T = max(micro_tokens, z.teacher_row)
     z.N = z.S  # completion tokens: at most all of them
     z.on_gpu = on_gpu
-    z.top_k = cfg.method != "eval" and cfg.top_k > 0
     z.chunk = rows_of_chunk(2 * 4 * z.V, "cuda" if on_gpu else "cpu")
     if at_limits:
         rows = max(1, micro_tokens // max(z.row, z.distills * z.teacher_row))
@@ -387,9 +387,8 @@ def update(z) -> dict[str, dict[str, float]]:
     else:
         kept = z.S * (z.h * z.H + z.norm.kept + z.L * z.layer.kept) + masks(z, z.S, z.row, z.L)
         again = z.S * (z.layer.backward - z.layer.kept)
-    chunk = 4 * 2 * min(z.N, z.chunk) * z.V
-    if z.on_gpu:  # a whole tile of both, and the gradient of the student's; top-k has float32 too
-        chunk = (1.5 * z.e + 3 * z.top_k) * 2 * z.chunk * z.V
+    logits = 2 * min(z.N, z.chunk) * z.V
+    chunk = z.e * logits + min(TILES, 4 * logits) if z.on_gpu else 4 * logits
     return {
         "teacher": {
             "whole root": root,

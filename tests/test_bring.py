@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import pmd
 from tasks import gym, load_task, verify
 from tasks.gym import EVALUATES, SEEDS, TRAIN, UNREPEATABLE, is_safe, library
 from tasks.maths import key_of
@@ -56,6 +57,13 @@ def test_all_kinds_of_files_give_the_same_split(tmp_path):
     for kind in (".jsonl", ".json", ".csv", ".parquet"):
         tests.append([p.prompt for p in load_task(str(written(tmp_path, kind))).test])
     assert tests[0] == tests[1] == tests[2] == tests[3]
+
+
+def test_a_model_that_knows_no_word_of_the_problems_is_named(tmp_path, make_config):
+    cfg = make_config(task=str(written(tmp_path, ".jsonl")))
+    said = pmd.check(cfg)[0].card
+    assert re.search(r"nano does not know \d+% of the words of these problems", said)
+    assert "does not know" not in pmd.check(make_config())[0].card
 
 
 def test_a_question_that_stands_twice_is_on_one_side():

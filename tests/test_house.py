@@ -15,8 +15,7 @@ HERE = Path(__file__).resolve().parent.parent
 BUDGETS = {  # tokens
     "pmd.py": 4500,
     "memory.py": 5000,
-    # the design's 2,500 would cost the compiled tile, the closed form or what a GPU needs
-    "kernels.py": 2861,
+    "kernels.py": 2770,  # the design's 2,500 would cost the compiled tile or the closed form
     "eval.py": 2800,
     "tools/report.py": 3000,
 }

@@ -824,7 +824,7 @@ def eager_compiled(compiled, monkeypatch):
     monkeypatch.setattr(
         torch,
         "compile",
-        lambda function, *, dynamic, options: newest(function, dynamic=dynamic, backend="eager"),
+        lambda function, *, dynamic: newest(function, dynamic=dynamic, backend="eager"),
     )
     monkeypatch.setattr(kernels, "_compiler", functools.cache(kernels._compiler.__wrapped__))
     with torch._dynamo.config.patch(recompile_limit=8):

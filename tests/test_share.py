@@ -1,5 +1,6 @@
 """What leaves a run: its memory as lines, its model's card; and what never enters a memory."""
 
+import contextlib
 import json
 import sqlite3
 
@@ -9,6 +10,7 @@ from conftest import Attempt, Question
 import pmd
 from memory import Memory
 from runtime.services import make_embedder
+from runtime.store import Store
 from runtime.tables import model_card
 from tools import show_memory
 from tools.share_memory import export_memory, import_memory
@@ -48,6 +50,14 @@ def test_a_memory_comes_back_from_its_lines(tmp_path):
     assert rows(tmp_path / "a.db") == rows(tmp_path / "b" / "memory.db")
     with pytest.raises(ValueError, match="exists"):
         export_memory(tmp_path / "a.db", tmp_path / "a.jsonl")
+
+
+def test_the_folder_of_a_run_names_its_memory(tmp_path):
+    a_memory(tmp_path / "memory.db").close()
+    with contextlib.closing(Store(tmp_path, frozen=True)) as store:
+        assert store.path == str(tmp_path / "memory.db") and store.counts()
+    with pytest.raises(ValueError, match="there is no memory"):
+        Store(tmp_path / "nowhere", frozen=True)
 
 
 def test_a_file_that_was_cut_is_refused(tmp_path):

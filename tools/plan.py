@@ -33,7 +33,7 @@ from runtime.plan import (
 # The options of pmd.py that the plan depends on, beside the model and the GPUs.
 OPTIONS = (
     "max_prompt max_completion max_reprompt micro_tokens method teacher dtype embedder"
-    " tensor_parallel top_k lora_rank"
+    " tensor_parallel lora_rank"
 ).split()
 POSITIVE = (
     "gpus gpu_memory max_prompt max_completion max_reprompt micro_tokens tensor_parallel"
