@@ -396,7 +396,8 @@ def main():
             flush=True,
         )
         run_all(work, jobs, records, path, args.work.resolve(), args.workers, short)
-    print(report(records, tuned(records), args.out))
+    planned = {part: len(make(tuned(records))) for part, make in PARTS.items()}
+    print(report(records, tuned(records), args.out, planned))
 
 
 def need_rates(records):

@@ -154,8 +154,12 @@ def records():
     return by_name(rows)
 
 
+def planned(records) -> dict:
+    return Counter(row["part"] for row in records.values())
+
+
 def test_the_report(records, tmp_path):
-    said = tables.report(records, RATES, tmp_path)
+    said = tables.report(records, RATES, tmp_path, planned(records))
     text = (tmp_path / "results.md").read_text()
     assert "1 runs failed: tuning/pmd/0.001/411 (OSError: disk)" in text and "figures" in said
     cells = {}
@@ -178,9 +182,18 @@ def test_the_report(records, tmp_path):
     assert "| misreads | 0.000 [0.000, 0.000] | 0.300 [0.300, 0.300] |" in text
     assert "| PMD, feedback, unsolved | 0.200 | - | - | - | 0.150 | - | - | 0.300 |" in text
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    tables.report(records, RATES, tmp_path)
+    tables.report(records, RATES, tmp_path, planned(records))
     assert {"curves.png", "teacher.png", "scale.png"} <= first.keys()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_a_part_is_shown_when_all_its_runs_are_made(records, tmp_path):
+    """No comparison can be looked at, and stopped, before its runs are made."""
+    tables.report(records, RATES, tmp_path, planned(records) | {"main": 336})
+    text = (tmp_path / "results.md").read_text()
+    assert "Part main has 84 of its 336 runs: not shown yet." in text
+    assert "P1" not in text and "won" not in text and "## Mastered problems" in text
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_mastered_problems_stay_supervised_if_one_teacher_loses(records, tmp_path):
@@ -192,7 +205,7 @@ def test_mastered_problems_stay_supervised_if_one_teacher_loses(records, tmp_pat
 
 
 def test_a_report_without_records(tmp_path):
-    tables.report({}, RATES, tmp_path)
+    tables.report({}, RATES, tmp_path, {part: 3 for part in study.PARTS})
     assert "There are no records yet" in (tmp_path / "results.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.md"]
 

@@ -152,7 +152,8 @@ def make_parser():
     parser = argparse.ArgumentParser(
         prog="python tools/show_memory.py",
         description="Look at the memory of a run; nothing is changed.",
-        epilog="`python tools/show_memory.py RUN --html` writes it as a page, RUN/memory.html",
+        epilog="`python tools/show_memory.py RUN --html` writes it as a page, RUN/memory.html;"
+        " `export RUN FILE` and `import FILE RUN` write and read it as JSON lines",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
