@@ -53,6 +53,7 @@ class SamplerOptions:
 
 
 MEMORY_TEMPERATURE, MEMORY_TOP_P = 0.6, 0.95  # of reflection and abstraction [ours]
+NUCLEUS = 64  # tokens that are tried first as those that hold top_p
 
 
 @dataclass
@@ -83,9 +84,8 @@ class KeyedSampling(LogitsProcessor):
     def __call__(self, input_ids, scores):
         logprobs = torch.log_softmax(scores.float() / self.temperature, -1)  # (B, V)
         probs, order = logprobs.double().exp(), None
-        if self.top_p < 1:  # the smallest set of likeliest tokens that holds top_p, renormalised
-            probs, order = probs.sort(-1, descending=True)
-            probs = probs * (probs.cumsum(-1) - probs < self.top_p)
+        if self.top_p < 1:
+            probs, order = likeliest(probs, self.top_p)
         total = probs.cumsum(-1)
         target = self.uniforms[:, len(self.chosen), None].to(total) * total[:, -1:]
         token = torch.searchsorted(total, target, right=True).clamp(
@@ -94,6 +94,21 @@ class KeyedSampling(LogitsProcessor):
         self.chosen.append((probs.gather(1, token) / total[:, -1:]).log().float().squeeze(1))
         token = token if order is None else order.gather(1, token)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def likeliest(probs, top_p):
+    """Finds the smallest set of likeliest tokens of each row (B, V) that holds top_p of its mass.
+
+    Returns probabilities (B, K), the likeliest first and 0 outside of the set, and their ids
+    (B, K). Sorting whole rows takes more time than a small model does, so some tokens are tried
+    first.
+    """
+    found, order = probs.topk(min(NUCLEUS, probs.shape[-1]))
+    mass = found.cumsum(-1)
+    if (mass[:, -1] < top_p).any():
+        found, order = probs.sort(-1, descending=True)
+        mass = found.cumsum(-1)
+    return found * (mass - found < top_p), order
 
 
 class Sampler:

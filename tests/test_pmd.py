@@ -38,7 +38,7 @@ from runtime.model import follow, load_policy, make_optimizer
 from runtime.options import check_numbers
 from runtime.ranks import start_ranks
 from runtime.rows import own_logprobs
-from runtime.sampler import Sampler, dealt
+from runtime.sampler import Sampler, dealt, likeliest
 from runtime.services import make_embedder
 from runtime.vllm_sampler import VLLM, VLLM_VERSION, fast_sampler
 from tasks import load_task
@@ -117,6 +117,21 @@ def test_log_probabilities_are_those_sampled_with(sampler, policy, problems, tem
             assert s.rollout_logprobs[t].item() == pytest.approx(
                 math.log(probs[t, token].item() / total), abs=2e-4
             )
+
+
+@pytest.mark.parametrize("spread", [0.1, 4.0])  # the likeliest are many, or few
+def test_the_likeliest_tokens_are_those_of_a_sorted_row(spread):
+    logits = torch.randn(5, 900, generator=torch.Generator().manual_seed(0)).double() * spread
+    probs = logits.softmax(-1)
+    found, order = likeliest(probs, 0.9)
+    assert (found.shape[1] < 900) == (spread > 1)
+    for row, ids, kept in zip(probs.tolist(), order.tolist(), found.tolist(), strict=True):
+        ranked, total = sorted(range(900), key=lambda i: -row[i]), 0.0
+        for place, token in enumerate(ids):
+            assert kept[place] == (row[token] if total < 0.9 else 0)
+            assert token == ranked[place]
+            total += row[token]
+        assert total >= 0.9
 
 
 def test_frequencies_follow_the_distribution(sampler, policy, problems):
