@@ -68,6 +68,7 @@ import os
 import shutil
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -331,7 +332,7 @@ def run_all(work, jobs, records, path, out, workers, short):
     As many run at a time as there are workers. Records go to `records` and to the file `path`.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         futures = [pool.submit(work, job, out, short) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
             record = future.result()
@@ -339,6 +340,19 @@ def run_all(work, jobs, records, path, out, workers, short):
             append(path, record)
             if "failed" in record:
                 tqdm.write(f"{record['job']} failed: {record['failed']}")
+
+
+def end_with_parent():
+    """Ends this worker when the program that started it is killed.
+
+    It would go on else, beside the same runs of the program's next start.
+    """
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def shortened():

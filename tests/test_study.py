@@ -5,6 +5,9 @@ what it watches.
 import json
 import pickle
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -208,6 +211,38 @@ def test_a_report_without_records(tmp_path):
     tables.report({}, RATES, tmp_path, {part: 3 for part in study.PARTS})
     assert "There are no records yet" in (tmp_path / "results.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.md"]
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from study.study import run_all
+
+def work(job, out, short):
+    while True:
+        (out / "beat").write_text(str(time.time()))
+        time.sleep(0.05)
+
+if __name__ == "__main__":
+    run_all(work, [0], {{}}, None, Path({out!r}), 1, {{}})
+"""
+
+
+def test_workers_end_with_the_program(tmp_path):
+    """A killed study leaves no worker behind that writes into the runs of its next start."""
+    path, beat = tmp_path / "program.py", tmp_path / "beat"
+    path.write_text(PROGRAM.format(here=str(study.HERE.parent), out=str(tmp_path)))
+    program = subprocess.Popen([sys.executable, path], stderr=subprocess.DEVNULL)
+    while not beat.exists():
+        assert program.poll() is None
+        time.sleep(0.1)
+    program.kill()
+    program.wait()
+    time.sleep(2)
+    last = beat.read_text()
+    time.sleep(1)
+    assert beat.read_text() == last
 
 
 # -- what is watched
