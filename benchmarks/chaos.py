@@ -85,9 +85,8 @@ def child(flags, name, told, rank, ranks, store):
 
     for phase, (owner, attribute) in PHASES.items() if rank == 0 else ():
         watched(owner, attribute, phase)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own: killed while it holds the shared one, it would stop the parent
+    # its own: killed while it holds the shared one, it would stop the parent
+    tqdm.set_lock(threading.RLock())
     with (
         open(os.devnull, "w") as null,
         contextlib.redirect_stdout(null),

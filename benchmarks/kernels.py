@@ -29,9 +29,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # this file's folder would put this file in place of ours
+# this file's folder would put this file in place of ours
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from kernels import chunked_loss, distill_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

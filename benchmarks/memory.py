@@ -35,13 +35,8 @@ from runtime.store import WITH_EMBEDDING
 
 D, BATCH, GROUP = 1024, 32, 8
 TIERS = {"experience": {"success": 5, "failure": 3}, "insight": {"strategy": 10, "lesson": 10}}
-CHARACTERS = {
-    "problem": 800,
-    "completion": 1900,
-    "feedback": 200,
-    "insight": 350,
-    "behavior": 200,
-}  # Tab. 5, 6 and 8
+# Tab. 5, 6 and 8
+CHARACTERS = {"problem": 800, "completion": 1900, "feedback": 200, "insight": 350, "behavior": 200}
 
 
 @dataclass

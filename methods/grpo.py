@@ -13,9 +13,8 @@ from methods import sdpo
 
 
 class Method(sdpo.Method):
-    presets = {
-        "livecodebench": dict(mini_batch_size=8)
-    }  # experiments/rich_feedback/run_baseline_grpo.sh; SDPO has 1
+    # experiments/rich_feedback/run_baseline_grpo.sh; SDPO has 1
+    presets = {"livecodebench": dict(mini_batch_size=8)}
     reprompts = teaches = False
 
     def make_teacher(self, policy):

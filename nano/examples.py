@@ -51,9 +51,8 @@ class Reader:
                 wrong / len(OPS) + (1 - wrong) * np.eye(len(OPS))[op]
             )
         warned = [(s, OPS.index(o)) for s, sign, o in pairs if sign == "!"]
-        if warned and all(
-            s in self.name for s, _ in warned
-        ):  # else a step that this name has not may be the wrong one
+        # else a step that this name has not may be the wrong one
+        if warned and all(s in self.name for s, _ in warned):
             self.combinations.append({self.name.index(s): op for s, op in warned})
         return self
 
@@ -224,9 +223,8 @@ def context(rng, name, secret, digits, shown):
     as in MIXES.
     """
     reader, found, truth = Reader(name), {}, [secret[s] for s in name]
-    wrong = (
-        0.25 if "l" in shown else WRONG
-    )  # more often where a lesson may contradict it; the reader counts on WRONG
+    # more often where a lesson may contradict it; the reader counts on WRONG
+    wrong = 0.25 if "l" in shown else WRONG
     others = rng.sample([s for s in SYLLABLES if s not in name], 3)
     if "s" in shown:
         some = name if rng.random() < 0.7 else rng.sample(name, rng.randint(1, len(name)))

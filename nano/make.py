@@ -31,22 +31,8 @@ sys.path.insert(0, str(HERE.parent))
 import memory as mem  # noqa: E402
 from nano.examples import LEVELS, OPS, PHASES, Example, draw_examples, prompt_ids  # noqa: E402
 from nano.probes import probe, reading, table  # noqa: E402
-from nano.world import (
-    OPERATIONS,
-    SYLLABLES,
-    attempt_text,
-    make_world,
-    problem_text,
-    write_world,
-)  # noqa: E402
+from nano.world import OPERATIONS, SYLLABLES, write_world  # noqa: E402
 
-__all__ = [
-    "OPERATIONS",
-    "attempt_text",
-    "make_world",
-    "problem_text",
-    "write_world",
-]  # and what is defined here
 STEPS = 6500
 ENDS = (800, 1400, 2800, 4600, 6500)  # the last steps of the phases
 RATES = (3e-3, 3e-3, 2e-3, 2e-3, 2e-3)  # their learning rates
@@ -182,9 +168,10 @@ def make_tokenizer():
         [normalizers.Replace(Regex(pattern), new) for pattern, new in rules]
     )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # a space between words
     core.decoder = decoders.Sequence(
         [decoders.Replace(Regex("[a-z]+>"), ""), decoders.WordPiece(prefix="##", cleanup=False)]
-    )  # a space between words
+    )
     core.add_tokens(
         [AddedToken(p, special=False, normalized=False) for p in dict.fromkeys(phrases())]
     )
@@ -248,28 +235,19 @@ class Parts:
 
         vocabulary = tokenizer.get_vocab()  # in another order in every process
         parts_of = {token: parts(token) for token in sorted(vocabulary, key=vocabulary.get)}
-        number = {
-            part: i
-            for i, part in enumerate(dict.fromkeys(p for found in parts_of.values() for p in found))
-        }
-        self.table, self.sums = (
-            table,
-            torch.zeros(len(table), len(number)),
-        )  # (V, parts): which parts each token has
+        each = dict.fromkeys(part for found in parts_of.values() for part in found)
+        number = {part: i for i, part in enumerate(each)}
+        self.table = table
+        self.sums = torch.zeros(len(table), len(number))  # (V, parts): which parts each token has
         for token, i in tokenizer.get_vocab().items():
             self.sums[i, [number[part] for part in parts_of[token]]] = 1.0
-        weight, warning = (
-            torch.randn(len(number), table.shape[1]) * 0.1,
-            torch.randn(table.shape[1]) * 0.1,
-        )
-        for (
-            o
-        ) in OPERATIONS:  # what brings an operation into an answer then also keeps one out of it
+        weight = torch.randn(len(number), table.shape[1]) * 0.1
+        warning = torch.randn(table.shape[1]) * 0.1
+        # what brings an operation into an answer then also keeps one out of it
+        for o in OPERATIONS:
             weight[number[f"!{o}"]] = weight[number[f"%{o}"]] = warning - weight[number[f"={o}"]]
-            for place in (
-                1,
-                2,
-            ):  # a lesson is compared with an attempt by these, among all else that its tokens hold
+            # a lesson is compared with an attempt by these, among all else that its tokens hold
+            for place in (1, 2):
                 weight[number[f"{place}{o}"]] *= 2
         self.weight = torch.nn.Parameter(weight)
         self.fill()
@@ -328,18 +306,14 @@ def loss_of(model, tokenizer, examples):
     for i, (example, (ids, start)) in enumerate(zip(examples, rows, strict=True)):
         tokens[i, : len(ids)] = torch.tensor(ids)
         labels[i, start : len(ids)] = torch.tensor(ids[start:])
-        for (
-            word,
-            syllable,
-            distribution,
-        ) in example.targets():  # a reply with operations is one token a word
+        # a reply with operations is one token a word
+        for word, syllable, distribution in example.targets():
             where.append((i, start + word - 1))
             choices.append([vocabulary[f"{syllable}={o}"] for o in OPS])
             shares.append(distribution)
             labels[i, start + word] = -100
-    hidden = model.model(
-        input_ids=tokens
-    ).last_hidden_state  # right padding, causal: no mask is needed
+    # right padding, causal: no mask is needed
+    hidden = model.model(input_ids=tokens).last_hidden_state
     wanted = labels[:, 1:] != -100
     loss = F.cross_entropy(
         model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted], reduction="sum"
@@ -388,9 +362,8 @@ def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_ev
         for group in optimizer.param_groups:
             group["lr"] = RATES[phase] * min(1, (step - start) / 50, left)
         examples = draw_examples(rng, batch_size, PHASES[phase])
-        examples.sort(
-            key=lambda e: len(e.prompt) + len(e.given)
-        )  # like lengths together, little padding
+        # like lengths together, little padding
+        examples.sort(key=lambda e: len(e.prompt) + len(e.given))
         optimizer.zero_grad()
         losses = [loss_of(model, tokenizer, examples[i : i + 16]) for i in range(0, batch_size, 16)]
         loss = sum(part for part, _ in losses) / sum(n for _, n in losses)

@@ -19,15 +19,10 @@ import random
 from collections import Counter
 
 HIDDEN = "ba de fi go ha ju ka le mi no pu ra se ti vo wu xa ye zi lo ku ma ne ro".split()
-KNOWN = {
-    "ki": "rev",
-    "zo": "inc",
-    "du": "flip",
-    "pa": "dec",
-}  # in the weights after pre-training, and in no world: so
-SYLLABLES = HIDDEN + list(
-    KNOWN
-)  # the model learns to hold facts in its weights and to keep them beside a memory
+# In the weights after pre-training, and in no world: so the model learns to hold facts in its
+# weights and to keep them beside a memory
+KNOWN = {"ki": "rev", "zo": "inc", "du": "flip", "pa": "dec"}
+SYLLABLES = HIDDEN + list(KNOWN)
 OPERATIONS = {
     "rev": lambda d: d[::-1],
     "rol": lambda d: d[1:] + d[:1],

@@ -20,9 +20,8 @@ def encode_prompt(tokenizer, user, system="", thinking=False) -> list[int]:
     texts = {"system": system, "user": user} if system else {"user": user}
     texts = {role: neutralise(text, chat.markers) for role, text in texts.items()}
     ids = to_ids(tokenizer, texts, thinking)
-    if (
-        count_of(ids, chat.control_ids) != chat.fixed[len(texts), thinking]
-    ):  # a form that only this tokenizer's normaliser knows
+    # a form that only this tokenizer's normaliser knows
+    if count_of(ids, chat.control_ids) != chat.fixed[len(texts), thinking]:
         texts = {
             role: without_ids(tokenizer, text, chat.control_ids) for role, text in texts.items()
         }
@@ -107,9 +106,8 @@ def without_ids(tokenizer, text, forbidden) -> str:
             if id in forbidden
         ]
         for start, end in reversed(spans):
-            start = end - len(
-                text[start:end].lstrip()
-            )  # a token may take the white space before it along
+            # a token may take the white space before it along
+            start = end - len(text[start:end].lstrip())
             text = (
                 text[: start + 1] + " " + text[start + 1 :]
                 if end - start > 1
@@ -221,15 +219,13 @@ def turn_markers(tokenizer, takes_system) -> set[str]:
         if "system" in roles and not takes_system:
             continue
         before, *between = re.split("|".join(SLOTS), attempted(tokenizer, roles, asks, **switch))
-        first = before.rstrip().rpartition("\n")[
-            2
-        ]  # above it may stand what opens no turn: a date, an instruction
+        # above it may stand what opens no turn: a date, an instruction
+        first = before.rstrip().rpartition("\n")[2]
         markers = set(BRACKETED.findall(before)).union(
             *(markers_in(text, added) for text in (first, *between))
         )
-        found |= (
-            markers if roles in TURNS else {m for m in markers if not m[0].isalnum()}
-        )  # `function:` is common
+        # `function:` is common
+        found |= markers if roles in TURNS else {m for m in markers if not m[0].isalnum()}
     return found
 
 
@@ -270,9 +266,8 @@ def turn_ends(tokenizer) -> set[int]:
             .lstrip()
         )
         token = max((t for t in tokens if t.strip() and after.startswith(t)), key=len, default="")
-        if not token and (
-            bracketed := BRACKETED.match(after)
-        ):  # a token of the vocabulary, if it is one
+        # a token of the vocabulary, if it is one
+        if not token and (bracketed := BRACKETED.match(after)):
             ids = tokenizer(bracketed[0], add_special_tokens=False)["input_ids"]
             token = bracketed[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else ""
         if token:
@@ -317,9 +312,8 @@ def neutralise(text, control_tokens) -> str:
     text, finder = clean(text), token_finder(frozenset(control_tokens))
     while found := [m.start() + first_joint(m[0]) for m in finder.finditer(text.translate(FOLDED))]:
         borders = [0, *found, len(text)]
-        text = " ".join(
-            text[a:b] for a, b in itertools.pairwise(borders)
-        )  # where two overlap, the next round
+        # where two overlap, the next round
+        text = " ".join(text[a:b] for a, b in itertools.pairwise(borders))
     return text
 
 

@@ -74,9 +74,8 @@ def start_ranks(cfg):
     count = count_ranks(cfg)
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(
-            backend, timeout=timedelta(minutes=60)
-        )  # a rank may wait for the others' generation
+        # a rank may wait for the others' generation
+        dist.init_process_group(backend, timeout=timedelta(minutes=60))
         if device_of(cfg).type == "cuda":
             torch.cuda.set_device(device_of(cfg))
         end_with_the_others()
@@ -142,9 +141,8 @@ def end_with_the_others():
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
-    signal.set_wakeup_fd(
-        write, warn_on_full_buffer=False
-    )  # written to by the handler in C, whatever Python does
+    # written to by the handler in C, whatever Python does
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
     def watch():
         while numbers := os.read(read, 1):
@@ -260,10 +258,8 @@ def materialise(module, device, deal):
                 if tensor is None or isinstance(tensor, DTensor):
                     continue
                 if id(tensor) not in made:
-                    made[id(tensor)] = (
-                        tensor,
-                        put(tensor),
-                    )  # with the old one, or its id could be another's
+                    # with the old one, or its id could be another's
+                    made[id(tensor)] = (tensor, put(tensor))
                 tensors[name] = made[id(tensor)][1]
 
 

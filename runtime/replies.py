@@ -193,9 +193,8 @@ N_AND_T = frozenset(
     triangleright trianglerighteq twoheadleftarrow twoheadrightarrow
 """.split()
 )
-ESCAPE = re.compile(
-    r"""\\(?:(["\\/']|u[0-9a-fA-F]{4})|([A-Za-z]*))"""
-)  # JSON's (and ', for the repairer), or letters
+# JSON's (and ', for the repairer), or letters
+ESCAPE = re.compile(r"""\\(?:(["\\/']|u[0-9a-fA-F]{4})|([A-Za-z]*))""")
 
 
 def keep_latex(text) -> str:

@@ -63,17 +63,17 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
     """
     lengths = [len(p) + len(r.ids) for p, r in zip(prompts, rollouts, strict=True)]
     clock.count(sum(lengths))
-    tokens = torch.zeros(
-        len(prompts) or 1, max(lengths, default=1), dtype=torch.long
-    )  # (B, T); N may be 0
+    # (B, T); N may be 0
+    tokens = torch.zeros(len(prompts) or 1, max(lengths, default=1), dtype=torch.long)
     rows, columns = [], []
     for b, (prompt, r) in enumerate(zip(prompts, rollouts, strict=True)):
         tokens[b, : lengths[b]] = torch.tensor(prompt + r.ids)
         rows += [b] * len(r.ids)
         columns += range(len(prompt) - 1, lengths[b] - 1)
+    # (B, T, H)
     hidden = model.get_decoder()(
         input_ids=tokens.to(model.device), use_cache=False
-    ).last_hidden_state  # (B, T, H)
+    ).last_hidden_state
     return hidden[rows, columns]
 
 
@@ -142,9 +142,8 @@ def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
 
 
 def token_ids(rollouts, like):
-    return torch.tensor(
-        [t for r in rollouts for t in r.ids], dtype=torch.long, device=like.device
-    )  # (N,)
+    # (N,)
+    return torch.tensor([t for r in rollouts for t in r.ids], dtype=torch.long, device=like.device)
 
 
 def sampler_gap(batch, logprobs) -> dict:

@@ -88,9 +88,8 @@ class KeyedSampling(LogitsProcessor):
             probs, order = likeliest(probs, self.top_p)
         total = probs.cumsum(-1)
         target = self.uniforms[:, len(self.chosen), None].to(total) * total[:, -1:]
-        token = torch.searchsorted(total, target, right=True).clamp(
-            max=total.shape[1] - 1
-        )  # (B, 1)
+        # (B, 1)
+        token = torch.searchsorted(total, target, right=True).clamp(max=total.shape[1] - 1)
         self.chosen.append((probs.gather(1, token) / total[:, -1:]).log().float().squeeze(1))
         token = token if order is None else order.gather(1, token)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
@@ -123,9 +122,8 @@ class Sampler:
         self.trained, self.tokenizer, self.cfg, self.step = policy, tokenizer, cfg, 0
         eos = policy.generation_config.eos_token_id
         shipped = eos if isinstance(eos, list) else [eos]
-        self.eos = {tokenizer.eos_token_id, *shipped, *turn_ends(tokenizer)} - {
-            None
-        }  # all that ends a turn
+        # all that ends a turn
+        self.eos = {tokenizer.eos_token_id, *shipped, *turn_ends(tokenizer)} - {None}
         self.load()
 
     def load(self):

@@ -15,9 +15,8 @@ def load_embedder(name, device):
     if there is none of that name. Questions go in without the instruction Qwen3-Embedding knows for
     queries: gates and clusters compare like with like, and the paper has none.
     """
-    from sentence_transformers import (
-        SentenceTransformer,
-    )  # seconds to import, and nano does without
+    # seconds to import, and nano does without
+    from sentence_transformers import SentenceTransformer
 
     try:
         model = SentenceTransformer(name, device=device or None)
@@ -68,9 +67,8 @@ def make_abstractor(cfg, check=False):
             return reply.choices[0].message.content or ""
 
         try:
-            client = OpenAI(
-                timeout=timeout, max_retries=retries
-            )  # OPENAI_BASE_URL and OPENAI_API_KEY
+            # OPENAI_BASE_URL and OPENAI_API_KEY
+            client = OpenAI(timeout=timeout, max_retries=retries)
             with ThreadPoolExecutor(4) as pool:
                 return list(pool.map(ask, prompts))
         except OpenAIError as error:
@@ -94,9 +92,10 @@ def unit_rows(rows) -> np.ndarray:
     Raises ValueError for what is no such table, and for numbers that are not finite.
     """
     try:
+        # numpy: no bfloat16
         rows = [
             row.detach().float().cpu().numpy() if hasattr(row, "detach") else row for row in rows
-        ]  # numpy: no bfloat16
+        ]
         rows = np.array(rows, np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(

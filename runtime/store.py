@@ -480,9 +480,8 @@ def nearest(vectors, items, k) -> list[list[Item]]:
     """
     if not items:
         return [[] for _ in vectors]
-    order = np.argsort(
-        -(vectors @ np.stack([i.embedding for i in items]).T), axis=1, kind="stable"
-    )  # (n, items)
+    # (n, items)
+    order = np.argsort(-(vectors @ np.stack([i.embedding for i in items]).T), axis=1, kind="stable")
     return [[items[i] for i in row[:k]] for row in order]
 
 

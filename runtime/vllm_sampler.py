@@ -39,9 +39,8 @@ class VLLM(Sampler):
     FACTOR = 5.0  # between what is rounding and what is another model
 
     def load(self):
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # in this process: weights are handed over, not sent
+        # in this process: weights are handed over, not sent
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # else a push writes hundreds of lines through the progress bar, warnings most of them
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -52,15 +51,13 @@ class VLLM(Sampler):
             cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
             self.trained.config.max_position_embeddings,
         )
-        memory = (
-            {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True}
-            if self.cuda
-            else {
-                "kv_cache_memory_bytes": 2**30,
-                "enforce_eager": True,
-                "enable_chunked_prefill": False,
-            }
-        )  # it rewinds a request's generator, which a CPU's can't do
+        if self.cuda:
+            memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization}
+            memory["enable_sleep_mode"] = True
+        else:
+            memory = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+            # it rewinds a request's generator, which a CPU's can't do
+            memory["enable_chunked_prefill"] = False
         # torchrun's ranks are the engines': each on the GPU of its LOCAL_RANK (else all would take
         # the first one)
         parallel = (
@@ -205,9 +202,8 @@ class VLLM(Sampler):
         }
 
         def flip():
-            for p in (
-                ends.values()
-            ):  # a permutation of the rows, of each rank's own where they are sharded
+            # a permutation of the rows, of each rank's own where they are sharded
+            for p in ends.values():
                 p.copy_(p.flip(0))
 
         scale = norm.clone()
@@ -311,9 +307,8 @@ def slow_generation(cfg, held_out, ranks, training=True) -> str:
     """One sentence: what generation without vLLM costs on a GPU. held_out: problems of an
     evaluation.
     """
-    rows = max(
-        1, cfg.micro_tokens // (cfg.max_prompt + cfg.max_completion)
-    )  # as `by_tokens` batches the longest
+    # as `by_tokens` batches the longest
+    rows = max(1, cfg.micro_tokens // (cfg.max_prompt + cfg.max_completion))
     parts = [("a step", cfg.batch_size * cfg.group_size)] if training else []
     costs = []
     for what, texts in (*parts, ("an evaluation", held_out * cfg.eval_k)):

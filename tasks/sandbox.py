@@ -134,14 +134,11 @@ def runner(
     import select
     import sys
     import time
-    from _json import (
-        encode_basestring_ascii,
-        make_encoder,
-    )  # these three for their C parts alone: importing the
-    from _signal import (
-        SIG_IGN,
-        signal,
-    )  # public modules json, signal and ctypes takes longer than all else here
+
+    # these two and _ctypes for their C parts alone: importing the public modules json, signal and
+    # ctypes takes longer than all else here
+    from _json import encode_basestring_ascii, make_encoder
+    from _signal import SIG_IGN, signal
     from resource import (
         RLIMIT_AS,
         RLIMIT_CORE,
@@ -157,15 +154,12 @@ def runner(
     def c_call(name, *arguments):
         return _ctypes.call_cdeclfunction(_ctypes.dlsym(_ctypes.dlopen(None, 0), name), arguments)
 
-    c_call(
-        "prctl", 4, 0, 0, 0, 0
-    )  # PR_SET_DUMPABLE 0: no other process may trace us or open what is ours in /proc
-    signal(
-        2, SIG_IGN
-    )  # SIGINT, the one signal Python handles: all others a process 1 never gets from inside
-    alone = (
-        os.getpid() == 1
-    )  # else there is no pid namespace, and more than our children to be seen and killed
+    # PR_SET_DUMPABLE 0: no other process may trace us or open what is ours in /proc
+    c_call("prctl", 4, 0, 0, 0, 0)
+    # SIGINT, the one signal Python handles: all others a process 1 never gets from inside
+    signal(2, SIG_IGN)
+    # else there is no pid namespace, and more than our children to be seen and killed
+    alone = os.getpid() == 1
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
     def send(data):
@@ -251,9 +245,8 @@ def runner(
     def program(given):
         """The forked child: limits, then the program, run as Python would. Gives the exit code."""
         hard = getrlimit(RLIMIT_STACK)[1]
-        setrlimit(
-            RLIMIT_STACK, (120 << 20 if hard < 0 else min(120 << 20, hard), hard)
-        )  # for deep recursion through C
+        # for deep recursion through C
+        setrlimit(RLIMIT_STACK, (120 << 20 if hard < 0 else min(120 << 20, hard), hard))
         for kind, limit in (
             (RLIMIT_AS, memory_limit),
             (RLIMIT_CPU, int(time_limit) + 2),
@@ -290,9 +283,8 @@ def runner(
                 sys.modules["threading"]._shutdown()
             atexit._run_exitfuncs()
             flush()
-            sys.modules.pop(
-                main, None
-            )  # as Python ends: objects that say something when they go, files nobody closed
+            # as Python ends: objects that say something when they go, files nobody closed
+            sys.modules.pop(main, None)
             module = None
             gc.collect()
             flush()
@@ -402,9 +394,8 @@ def runner(
     with open(path, "wb") as file:  # for what reads or imports its own file
         file.write(code.encode("utf-8", "replace"))
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        os.dup2(
-            unnamed(), fd
-        )  # a file, as the test's own will be, or Python would take it for a pipe
+        # a file, as the test's own will be, or Python would take it for a pipe
+        os.dup2(unnamed(), fd)
         stream = open(
             fd,
             mode,
@@ -429,9 +420,8 @@ def runner(
     stdout = sys.stdout
     gc.freeze()  # what is here already need not be walked again when a test ends
     send(b"ready")
-    status, compiled, error = attempt(
-        None
-    )  # where that fails there is no output, and each test says why by itself
+    # where that fails there is no output, and each test says why by itself
+    status, compiled, error = attempt(None)
     for given in inputs:
         status, output, error = attempt(given)
         send(b"%-16s%16d%16d" % (status.encode(), len(output), len(error)) + output + error)

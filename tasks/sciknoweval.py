@@ -12,18 +12,20 @@ from tasks.problem import Problem
 from tasks.reading import read_problem, read_problems
 
 SCIKNOWEVAL_HUB = "hicai-zju/SciKnowEval"
+# Tab. 10
 SCIKNOWEVAL = {
     "biology": (450, 50),
     "chemistry": (1890, 210),
     "material": (841, 94),
     "physics": (720, 80),
-}  # Tab. 10
+}
+# see digest
 SDPO_SPLITS = {
     "biology": "9349f38c83f7d86c",
     "chemistry": "e2254d6e32009a6f",
     "material": "2391f902dc62214b",
     "physics": "9e5f0145a7a5f98b",
-}  # see digest
+}
 # SciKnowEval's items on the Hub have no system message. This one has the published form in our own
 # words (a deviation); SDPO's files bring the published one.
 HUB_SYSTEM = """

@@ -122,9 +122,8 @@ def small_config(folder, *flags, **changes):
         log_every=1,
         out=str(folder),
     )
-    method = (
-        ["--method", changes["method"]] if "method" in changes else []
-    )  # whose flags are its own
+    # whose flags are its own
+    method = ["--method", changes["method"]] if "method" in changes else []
     return dataclasses.replace(pmd.parse_flags([*flags, *method]), **(small | changes))
 
 

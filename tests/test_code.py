@@ -343,9 +343,8 @@ def test_the_window_and_the_halves(write, tmp_path):
     assert [p.prompt for p in task.train] == [p.prompt for p in task.test]
     for train, test, n in zip(task.train, task.test, (5, 1), strict=True):
         assert len(test.extra["inputs"]) == n and len(train.extra["inputs"]) == max(1, n // 2)
-        assert all(
-            p.extra["inputs"] == sorted(p.extra["inputs"]) for p in (train, test)
-        )  # the file's order
+        # the file's order
+        assert all(p.extra["inputs"] == sorted(p.extra["inputs"]) for p in (train, test))
         pairs = [
             list(zip(p.extra["inputs"], p.extra["outputs"], strict=True)) for p in (train, test)
         ]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import avg_at_k, best_at_k, headroom, interval, maj_at_k
-from nano import make
+from nano import make, world
 from runtime.tables import plot_curves
 from tasks import load_task
 from tasks.problem import MAX_FEEDBACK, SUCCESS, Problem, Verdict
@@ -195,21 +195,21 @@ def problem(row):
 
 
 def test_verdicts_on_every_problem_of_a_world():
-    train, test = make.make_world(5)
+    train, test = world.make_world(5)
     for row in train + test:
         name, digits = (
             row["prompt"].split(" to ")[0].split()[1:],
             list(map(int, row["prompt"].split()[-4:])),
         )
         truth = [pair.split("=")[1] for pair in row["hidden"].split()]
-        right = make.attempt_text(name, truth, digits)
+        right = world.attempt_text(name, truth, digits)
         assert verify(problem(row), right).reward == 1
-        for i, op in itertools.product(range(len(name)), make.OPERATIONS):
+        for i, op in itertools.product(range(len(name)), world.OPERATIONS):
             other = [*truth[:i], op, *truth[i + 1 :]]
-            digits_agree = make.attempt_text(name, other, digits).split() != right.split() and [
-                w for w in make.attempt_text(name, other, digits).split() if "=" not in w
+            digits_agree = world.attempt_text(name, other, digits).split() != right.split() and [
+                w for w in world.attempt_text(name, other, digits).split() if "=" not in w
             ] == [w for w in right.split() if "=" not in w]
-            assert verify(problem(row), make.attempt_text(name, other, digits)).reward == (
+            assert verify(problem(row), world.attempt_text(name, other, digits)).reward == (
                 op == truth[i] or digits_agree
             )
 
@@ -235,21 +235,19 @@ def test_no_other_text_passes(text):
 
 
 def test_worlds_share_what_they_should_and_hide_what_they_should():
-    worlds = [make.make_world(s) for s in range(4)]
-    assert json.dumps(worlds[0]) == json.dumps(make.make_world(0))
+    worlds = [world.make_world(s) for s in range(4)]
+    assert json.dumps(worlds[0]) == json.dumps(world.make_world(0))
     secrets = []
     for train, test in worlds:
         inputs = [{r["prompt"] for r in split} for split in (train, test)]
         assert len(inputs[0]) == len(inputs[1]) == 160 and not inputs[0] & inputs[1]
         names = [{r["prompt"].split(" to ")[0] for r in split} for split in (train, test)]
-        assert (
-            names[0] == names[1] and len(names[0]) == 40
-        )  # the test asks of known names about new digits
+        # the test asks of known names about new digits
+        assert names[0] == names[1] and len(names[0]) == 40
         secret = dict(p.split("=") for r in train for p in r["hidden"].split())
         assert len(secret) == 24 and all(r["hidden"] not in r["prompt"] for r in train)
-        assert all(
-            sum(s in n.split() for n in names[0]) >= 2 for s in secret
-        )  # every syllable is shared
+        # every syllable is shared
+        assert all(sum(s in n.split() for n in names[0]) >= 2 for s in secret)
         chance = np.mean([8.0 ** -len(r["hidden"].split()) for r in test])
         assert 0.02 < chance < 0.10
         secrets.append(secret)
@@ -257,7 +255,7 @@ def test_worlds_share_what_they_should_and_hide_what_they_should():
 
 
 def test_the_shipped_world_is_the_one_its_seed_makes():
-    for split, rows in zip(("train", "test"), make.make_world(0), strict=True):
+    for split, rows in zip(("train", "test"), world.make_world(0), strict=True):
         shipped = (make.HERE / "worlds" / "0" / f"{split}.jsonl").read_text().splitlines()
         assert shipped == [json.dumps(row) for row in rows]
 
@@ -503,9 +501,8 @@ def test_sciknoweval_files(tmp_path, monkeypatch):
     ):
         load_task("sciknoweval/physics", data=str(tmp_path))
     (tmp_path / "physics/test.json").write_text("\n\n" + sciknoweval(answer="C"))
-    with pytest.raises(
-        ValueError, match="test.json, line 3: the answer key 'C'"
-    ):  # blank lines are lines
+    # blank lines are lines
+    with pytest.raises(ValueError, match="test.json, line 3: the answer key 'C'"):
         load_task("sciknoweval/physics", data=str(tmp_path))
     (tmp_path / "physics/test.json").write_text(sciknoweval() + sciknoweval(idx=5)[:-9])
     with pytest.raises(ValueError, match="test.json, line 2 is not JSON"):
@@ -732,9 +729,8 @@ def test_feedback_is_cut_where_it_is_made(judged):
     long = judged(Verdict(0.0, "7", "x" * 400_000)).feedback
     assert long == "x" * MAX_FEEDBACK + "\n[cut here: 400000 characters]"
     assert judged(Verdict(0.0, "7", "x" * MAX_FEEDBACK)).feedback == "x" * MAX_FEEDBACK
-    assert (
-        judged(Verdict(0.0, "7", "a\0b")).feedback == "a\ufffdb"
-    )  # what a program printed stops no run
+    # what a program printed stops no run
+    assert judged(Verdict(0.0, "7", "a\0b")).feedback == "a\ufffdb"
 
 
 def test_the_verdicts_of_a_batch_are_checked(judged, monkeypatch):

@@ -32,10 +32,8 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-DRAWS = {
-    torch.float32: 400,
-    torch.bfloat16: 20,
-}  # in bfloat16 rounding the logits is nearly all of either error
+# in bfloat16 rounding the logits is nearly all of either error
+DRAWS = {torch.float32: 400, torch.bfloat16: 20}
 
 
 def make(rows=N, vocabulary=V, dtype=torch.float64, seed=0, scale=1.0):
@@ -172,9 +170,8 @@ def test_distill_loss_equals_the_oracle_on_any_sizes(data):
         **inputs, alpha=alpha, top_k=top_k, chunk_size=data.draw(st.integers(1, 10))
     )
     assert_near(actual.loss, expected)
-    if (
-        len(set(logits_of(inputs)[0].flatten().tolist())) == rows * vocabulary
-    ):  # no ties, so one top-k
+    # no ties, so one top-k
+    if len(set(logits_of(inputs)[0].flatten().tolist())) == rows * vocabulary:
         for mine, theirs in zip(
             gradients(actual.loss, inputs), gradients(expected, inputs), strict=True
         ):
@@ -308,9 +305,10 @@ def test_extreme_logits_stay_finite(alpha, top_k):
     actual.loss.backward()
     assert all(output.isfinite().all() for output in actual)
     assert hidden.grad.isfinite().all() and head.grad.isfinite().all()
+    # one float32 step at 2e4 is 2e-3
     torch.testing.assert_close(
         actual.divergence.double(), oracle(extreme, teacher, alpha, top_k), rtol=1e-6, atol=2e-3
-    )  # one float32 step at 2e4 is 2e-3
+    )
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -704,9 +702,8 @@ def test_gradients_of_bfloat16_are_rounded_once():
 
 
 def test_no_chunk_is_larger_than_the_largest_unless_asked_for(monkeypatch):
-    assert (
-        kernels.LARGEST_CHUNK == 1024 <= kernels.MEMORY_BUDGET // (2 * 151936 * 4)
-    )  # of Qwen3's vocabulary too
+    # of Qwen3's vocabulary too
+    assert kernels.LARGEST_CHUNK == 1024 <= kernels.MEMORY_BUDGET // (2 * 151936 * 4)
     monkeypatch.setattr(kernels, "LARGEST_CHUNK", 4)
     inputs, ones = make(), torch.ones(N)
     hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
@@ -738,9 +735,8 @@ def compiled(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message="kernels.py runs its losses uncompiled"
-        )  # this needs a C++ compiler
+        # this needs a C++ compiler
+        warnings.filterwarnings("error", message="kernels.py runs its losses uncompiled")
         yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -785,9 +781,8 @@ def test_compiled_losses_equal_autograd_on_the_definition(loss, dtype, compiled)
             student.log_softmax(-1)[torch.arange(N), ids],
             torch.tensor([1, -2, 1, 1, -1, 0.5] * 2)[:N],
         )
-        old = (
-            logprobs + torch.linspace(-0.6, 0.6, N)
-        ).detach()  # ratios on both sides of both bounds
+        # ratios on both sides of both bounds
+        old = (logprobs + torch.linspace(-0.6, 0.6, N)).detach()
         ratio = (logprobs - old).exp()
         terms = -torch.minimum(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages)
         actual = policy_loss(hidden, head, ids, advantages, weights, old.float(), LOW, HIGH)

@@ -68,9 +68,8 @@ def make(tied, kind):
     for i, length in enumerate((8, 4, 2)):
         prompt, ids = torch.randint(V, (3 + i,)).tolist(), torch.randint(V, (length,)).tolist()
         sampled = torch.randn(length) - 2.5
-        old = (
-            sampled + torch.arange(length) % 2
-        )  # a weight of 1, or beyond its bound: exact in float32, which forms it
+        # a weight of 1, or beyond its bound: exact in float32, which forms it
+        old = sampled + torch.arange(length) % 2
         rollouts.append(
             SimpleNamespace(
                 problem=problem,

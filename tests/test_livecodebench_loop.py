@@ -116,6 +116,7 @@ class Scripted(Sampler):
 def config(make_config, tmp_path):
     rows = [row(100 * n, n % 2) for n in range(1, 5)]
     (tmp_path / "lcb.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    # the texts are scripted, so their log-probabilities are none
     return make_config(
         "--task",
         "livecodebench",
@@ -135,7 +136,7 @@ def config(make_config, tmp_path):
         clusters=1,
         name="run",
         max_sampler_gap=100.0,
-    )  # the texts are scripted, so their log-probabilities are none
+    )
 
 
 def test_one_step_on_programs(config, monkeypatch):
@@ -174,9 +175,8 @@ def test_one_step_on_programs(config, monkeypatch):
         inputs, outputs = wanted[r.problem.id]
         assert "Wrong Answer" in r.feedback
         assert any(i in r.feedback for i in inputs) and any(o in r.feedback for o in outputs)
-        prompt = (
-            r.teacher_prompt
-        )  # blocks in the printed order: insight, behavior, solution, feedback
+        # blocks in the printed order: insight, behavior, solution, feedback
+        prompt = r.teacher_prompt
         assert prompt.startswith(r.problem.prompt) and prompt.endswith(
             "Correctly solve the original question."
         )
@@ -202,9 +202,8 @@ def test_one_step_on_programs(config, monkeypatch):
         p for p in Scripted.asked if mem.FORMS["code"].correct in p and mem.FORMS["code"].wrong in p
     ]
     assert len(reflections) == 4 and all("Wrong Answer" in p for p in reflections)
-    assert all(
-        p in {q.prompt for q in Scripted.training} for p in Scripted.prompts
-    )  # the student sees no memory
+    # the student sees no memory
+    assert all(p in {q.prompt for q in Scripted.training} for p in Scripted.prompts)
 
     folder = Path(config.out) / "run"
     memory = mem.Memory(folder / "memory.db", None, None, mode="frozen")
@@ -214,10 +213,8 @@ def test_one_step_on_programs(config, monkeypatch):
     rows = [
         json.loads(line) for line in (folder / "evals" / "1-test.jsonl").read_text().splitlines()
     ]
-    assert [(r["reward"], r["test_pass_rate"]) for r in rows] == [
-        (1, 1),
-        (0, 0.5),
-    ] * 4  # of which one knew half by heart
+    # of which one knew half by heart
+    assert [(r["reward"], r["test_pass_rate"]) for r in rows] == [(1, 1), (0, 0.5)] * 4
     assert summary["data"] == "livecodebench (sdpo, 2025-02-01 to 2025-05-01, 4 of 131 problems)"
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["test_pass_rate"] for r in steps if "split" not in r] == [0.5]

@@ -56,9 +56,8 @@ def insight_reply(strategies=(), lessons=()):
 
 def test_gate_refuses_near_duplicates_and_counts_them(make_memory):
     memory = make_memory(embed=letters, response_novelty=0.9)
-    memory.record(
-        1, attempts(["abc", "abcabc", "xyz"], [1, 1, 1])
-    )  # equal shares of letters: cosine 1
+    # equal shares of letters: cosine 1
+    memory.record(1, attempts(["abc", "abcabc", "xyz"], [1, 1, 1]))
     assert [i.text for i in memory.living("experience", "p")] == ["abc", "xyz"]
     assert memory.counts() == {"experience_duplicate": 1, "success": 3}
 
@@ -469,10 +468,8 @@ FORMULAS = [
 @pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("end", ['"}]}', '",}]'])
 def test_latex_keeps_its_letters_in_good_json_and_in_broken(formula, end):
-    for said in (
-        formula,
-        formula.replace("\\", "\\\\"),
-    ):  # as written, and escaped as JSON wants it
+    # as written, and escaped as JSON wants it
+    for said in (formula, formula.replace("\\", "\\\\")):
         reply = '{"strategies": [{"title": "F", "content": "Use ' + said + " here." + end
         assert insights_of(reply)["strategies"] == [("F", f"Use {formula} here.")]
 
@@ -692,9 +689,8 @@ def test_the_forms_in_words(forms):
             form,
         ]
         assert [prompt.index(m) for m in marks] == sorted(prompt.index(m) for m in marks)
-        shown = json.loads(
-            form[form.index("{") :]
-        )  # the reply it asks for is what the parser takes
+        # the reply it asks for is what the parser takes
+        shown = json.loads(form[form.index("{") :])
         assert {k for k, v in shown.items() if v} == keys and set(shown) == {
             "strategies",
             "lessons",
@@ -1206,10 +1202,11 @@ def test_transient_clusters_hold_this_steps_problems_only(make_memory):
         memory.abstract(step)
         prompts = memory.generate.prompts
         seen = [{p.id for p in problems if f"attempt at {p.id}!" in prompt} for prompt in prompts]
+        # alike with alike
         assert sorted(map(sorted, seen)) == [
             [p.id for p in batch[0::2]],
             [p.id for p in batch[1::2]],
-        ]  # alike with alike
+        ]
         rollouts = attempts(["x"], [0], batch[0], step)
         assert memory.contexts(rollouts, step, refreshed=True)[0]["behaviors"]
         memory.forget(step)
@@ -1550,9 +1547,8 @@ def test_a_smaller_cap_holds_from_the_next_newcomer_on(make_memory):
     memory.caps["failure"] = 3
     memory.record(2, attempts(["g"], [0], step=2))
     left = {i.text for i in memory.living("experience")}
-    assert (
-        len(left) == memory.sizes()["experience"] == 3 and "g" in left and "a b" not in left
-    )  # which a c is like
+    # which a c is like
+    assert len(left) == memory.sizes()["experience"] == 3 and "g" in left and "a b" not in left
     assert memory.counts(2)["experience_evicted"] == 3
 
 
@@ -1798,6 +1794,7 @@ def test_a_behavior_needs_two_supporting_problems(make_memory):
 
 
 def test_plain_text_is_grounded_by_half_of_its_longer_words(make_memory):
+    # one of four
     replies = iter(
         [
             insight_reply(
@@ -1808,16 +1805,15 @@ def test_plain_text_is_grounded_by_half_of_its_longer_words(make_memory):
                 ]
             )
         ]
-    )  # one of four
+    )
     memory = make_memory(lambda prompt: next(replies), forms="question", ground_insights=True)
     memory.record(1, attempts(["First balance every electron, then count."], [1]))
     memory.reflect(1, [P])
     assert [i.text[:17] for i in memory.living("insight")] == ["Balance electrons"]
     memory.record(2, attempts(["balance before electrons"], [0], step=2))  # not all of its words
     assert memory.sizes()["insight"] == 1
-    memory.record(
-        3, attempts(["Balance oxygens before the electrons: Na"], [1], step=3)
-    )  # all, but right
+    # all, but right
+    memory.record(3, attempts(["Balance oxygens before the electrons: Na"], [1], step=3))
     assert memory.sizes()["insight"] == 1
     memory.record(4, attempts(["Balance oxygens before the electrons: Cl"], [0], step=4))
     assert memory.sizes()["insight"] == 0 and memory.counts()["insight_contradicted"] == 1

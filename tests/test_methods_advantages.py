@@ -272,9 +272,8 @@ def test_a_bandit_picks_the_skill(make_method, problems):
     rollouts = method.attempt(1, problems[:1])
     times, gains, picked = [0, 0], [0.0, 0.0], []
     for step in range(1, 60):
-        if (
-            picked
-        ):  # the group's answers after it was taught: half are right with skill 0, else none
+        # the group's answers after it was taught: half are right with skill 0, else none
+        if picked:
             rate = 0.5 if picked[-1] == 0 else 0.0
             with_rewards(rollouts, [1, 1, 0, 0] if rate else [0] * 4)
             times[picked[-1]] += 1

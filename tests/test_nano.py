@@ -125,21 +125,16 @@ def test_everything_it_reads_and_writes_is_in_its_vocabulary(tokenizer):
             ((ids, start),) = make.encode(tokenizer, [example])
             assert tokenizer.unk_token_id not in ids
             decoded = tokenizer.decode(ids[start:-1])
-            if example.reply.startswith(
-                "{"
-            ):  # the frame is ordinary vocabulary and survives the way back
+            # the frame is ordinary vocabulary and survives the way back
+            if example.reply.startswith("{"):
                 assert parse(decoded).keys() == json.loads(example.reply).keys()
             else:
                 assert decoded == example.reply
             if not example.turns and not example.given:
                 assert ids[:start] == encode_prompt(tokenizer, example.prompt)
     fixed = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    assert fixed == {
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|unk|>",
-    }  # frame and bindings are never special
+    # frame and bindings are never special
+    assert fixed == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"}
 
 
 # -- the exact reader
@@ -195,9 +190,8 @@ def test_a_whole_combination_excludes_little_until_the_rest_is_known():
     reader = Reader(["vo", "mi"]).believe("vo!rev mi!inc")
     assert np.isclose(reader.next([])[OPS.index("rev")], 7 / 63)
     assert reader.next(["rev"])[OPS.index("inc")] == 0 and np.allclose(reader.next(["rol"]), 1 / 8)
-    assert (
-        Reader(["vo"]).believe("vo!rev mi!inc").next([]).tolist() == [1 / 8] * 8
-    )  # mi may be to blame
+    # mi may be to blame
+    assert Reader(["vo"]).believe("vo!rev mi!inc").next([]).tolist() == [1 / 8] * 8
 
 
 # -- worlds

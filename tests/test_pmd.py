@@ -89,9 +89,8 @@ def test_batching_changes_no_text(sampler, problems):
     sampler.cfg = dataclasses.replace(sampler.cfg, micro_tokens=100)
     apart = [[s.ids for s in group] for group in sampler.answer(mixed[::-1], 4)][::-1]
     assert together == apart
-    assert len({tuple(ids) for group in together for ids in group}) > len(
-        mixed
-    )  # samples of a problem do differ
+    # samples of a problem do differ
+    assert len({tuple(ids) for group in together for ids in group}) > len(mixed)
     sampler.step = 8
     assert [[s.ids for s in group] for group in sampler.answer(mixed, 4)] != together
 
@@ -336,9 +335,8 @@ def test_what_a_gpu_adds_comes_in_order(make_config, monkeypatch, dtype):
         "wake kv_cache",
         "reset",
     ]  # asleep while a checkpoint would be read
-    assert (
-        engine.calls == 2 * pushed + restored + 2 * step
-    )  # changed weights, then true ones, before all else
+    # changed weights, then true ones, before all else
+    assert engine.calls == 2 * pushed + restored + 2 * step
     rows = [
         json.loads(line) for line in Path(cfg.out, "run", "metrics.jsonl").read_text().splitlines()
     ]
@@ -383,9 +381,8 @@ def test_checkpointing_and_bfloat16_compute(policy, tokenizer, sampler, problems
     again, _ = gradients(
         policy, teacher, rollouts, dataclasses.replace(cfg, gradient_checkpointing=True)
     )
-    assert (
-        torch.equal(plain, again) and len(calls) == 2
-    )  # forward, and once more in the backward pass
+    # forward, and once more in the backward pass
+    assert torch.equal(plain, again) and len(calls) == 2
     assert not policy.training
     half, _ = gradients(policy, teacher, rollouts, dataclasses.replace(cfg, dtype="bfloat16"))
     assert half.dtype == torch.float32 and all(
@@ -544,9 +541,8 @@ def test_a_row_that_was_not_sampled_under_its_prompt_has_no_ratio(
         r.rollout_logprobs = None
     (batch,) = pmd.mini_batches(rollouts, policy, cfg)
     found, sums = gradients(policy, copy.deepcopy(policy), batch, cfg)
-    assert torch.allclose(
-        found, plain, atol=1e-6
-    )  # sampler and trainer agree here, so that all ratios are 1
+    # sampler and trainer agree here, so that all ratios are 1
+    assert torch.allclose(found, plain, atol=1e-6)
     assert sums["compared"] == sum(len(r.ids) for r in rollouts[1::2])
 
 
@@ -765,9 +761,8 @@ def test_several_updates_a_batch_use_the_ratio_to_the_batchs_policy(
     }
     for r in rollouts:
         assert torch.allclose(r.old_logprobs, r.rollout_logprobs, atol=1e-4)
-        r.old_logprobs = (
-            r.old_logprobs - 1.5
-        )  # as if the policy had moved: every ratio is e^1.5, clipped to 2
+        # as if the policy had moved: every ratio is e^1.5, clipped to 2
+        r.old_logprobs = r.old_logprobs - 1.5
         r.rollout_logprobs = r.old_logprobs
     teacher = copy.deepcopy(policy)
     clipped, _ = gradients(policy, teacher, rollouts, cfg)
@@ -851,9 +846,8 @@ def test_a_batch_without_signal_changes_nothing_and_is_counted(
         before = [p.clone() for p in policy.parameters()]
         sums = pmd.update(method_of(cfg, policy, policy), make_optimizer(policy, cfg), rollouts, 1)
         assert sums["updates_skipped"] == 1 and not sums["tokens"] and not sums["updates"]
-    assert (
-        sums["compared"] and sums["sampler_gap_max"] < 1e-4
-    )  # the sampler is watched all the same
+    # the sampler is watched all the same
+    assert sums["compared"] and sums["sampler_gap_max"] < 1e-4
     for r in rollouts:
         r.rollout_logprobs = r.rollout_logprobs - 0.2
     with pytest.raises(
@@ -1028,9 +1022,8 @@ def test_a_sentence_transformers_folder_embeds(make_config):
         AutoTokenizer.from_pretrained(NANO),
         AutoModelForCausalLM.from_pretrained(NANO),
     )
-    for text, vector in zip(
-        texts, vectors, strict=True
-    ):  # by hand: the last state of the text as a user's message
+    # by hand: the last state of the text as a user's message
+    for text, vector in zip(texts, vectors, strict=True):
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=True, return_dict=False
         )
@@ -1269,9 +1262,8 @@ def test_the_controls(make_config, policy):
 
     lent.close()
     read.close()
-    lender.rename(
-        lender.with_name("gone")
-    )  # the borrower has its copy, and resumes without the lender
+    # the borrower has its copy, and resumes without the lender
+    lender.rename(lender.with_name("gone"))
     pmd.train(dataclasses.replace(borrower, resume=True, steps=4))
 
     transient = make_config(method="pmd-transient", name="transient", **flags)
@@ -1345,9 +1337,8 @@ def test_what_the_teacher_of_a_frozen_memory_reads_in_its_first_step(
         assert lines[lines.index(mem.BEHAVIORS) + 1] == "1. behavior_late: ki=rev"
         assert "behavior_early" not in r.teacher_prompt
         assert lines[lines.index(mem.STRATEGIES) + 1] == "- rule: zo=rev"
-        assert (
-            lines[lines.index(mem.SOLUTION) + 1] == f"borrowed d of {r.problem.id}"
-        )  # the newest, whosever id it has
+        # the newest, whosever id it has
+        assert lines[lines.index(mem.SOLUTION) + 1] == f"borrowed d of {r.problem.id}"
     rows = [
         json.loads(line)
         for line in Path(cfg.out, "borrower", "metrics.jsonl").read_text().splitlines()
@@ -1429,9 +1420,8 @@ def test_a_fork_does_not_read_what_was_learned_of_other_problems_with_equal_ids(
     ):
         pmd.check(make_config(task=str(tmp_path / "other"), **flags))
     pmd.check(make_config(task=str(tmp_path / "one"), **flags))
-    pmd.check(
-        make_config(task=str(tmp_path / "other"), method="sdpo", **flags)
-    )  # which takes the weights alone
+    # which takes the weights alone
+    pmd.check(make_config(task=str(tmp_path / "other"), method="sdpo", **flags))
 
 
 def test_forks_into_and_out_of_the_controls(make_config, monkeypatch):

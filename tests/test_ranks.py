@@ -511,9 +511,8 @@ def test_an_evaluation_is_the_same_file_on_two_ranks(out, capsys):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        "restarting as" in done.stdout and done.stdout.count("5 problems, 1 of them done") == 1
-    )  # one rank speaks
+    # one rank speaks
+    assert "restarting as" in done.stdout and done.stdout.count("5 problems, 1 of them done") == 1
     assert (out / "pair" / "evals" / "0-test.jsonl").read_bytes() == whole and len(
         whole.splitlines()
     ) == 15
@@ -562,9 +561,8 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch, capfd):
     assert (
         "the comparison stopped in grpo; the same command with --name a/b --resume goes on" in said
     )
-    assert (
-        said.count("--name a/b --resume") == 2 and "--name a/b/grpo" not in said
-    )  # the job's own words name it, too
+    # the job's own words name it, too
+    assert said.count("--name a/b --resume") == 2 and "--name a/b/grpo" not in said
     (saved,), rows = (metrics.parent / "checkpoints").iterdir(), metrics.read_text().splitlines()
     assert (
         saved.name == str(json.loads(rows[-1])["step"])

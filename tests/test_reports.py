@@ -110,9 +110,8 @@ def test_the_bootstrap_is_the_enumerated_one(scores, groups):
 
 
 def test_intervals_agree_with_scipy_and_widen_with_groups_and_seeds():
-    scores = np.repeat(
-        np.random.default_rng(0).binomial(8, 0.4, 60) / 8, 4
-    )  # 60 names, 4 problems of equal score each
+    # 60 names, 4 problems of equal score each
+    scores = np.repeat(np.random.default_rng(0).binomial(8, 0.4, 60) / 8, 4)
     theirs = scipy.stats.bootstrap(
         (scores,), np.mean, method="percentile", rng=1
     ).confidence_interval
@@ -126,9 +125,8 @@ def test_intervals_agree_with_scipy_and_widen_with_groups_and_seeds():
         np.subtract(*ev.interval(s, n))
         for s, n in ((scores, None), (scores, names), ([scores, scores + 0.3], names))
     ]
-    assert (
-        width[0] > 1.7 * width[1] * 0.9 and width[1] > width[2]
-    )  # differences low - high: negative, growing
+    # differences low - high: negative, growing
+    assert width[0] > 1.7 * width[1] * 0.9 and width[1] > width[2]
     assert ev.interval([0.5]) is None and ev.interval([0.1, 0.9], ["a", "a"]) is None
 
 
@@ -430,9 +428,8 @@ def test_the_average_takes_all_four_domains(make_run):
     assert cells[3] == "4 domains" and cells[4].startswith("62.5 [") and cells[-1] == "77.2"
     low, high = map(float, re.findall(r"\d+\.\d", cells[4])[1:])
     per_domain = [np.array([1] * n + [0] * (4 - n)) for n in range(1, 5)]
-    half = (
-        1.96 * np.sqrt(sum(s.var() / 4 for s in per_domain)) / 4
-    )  # of the mean of four independent means
+    # of the mean of four independent means
+    half = 1.96 * np.sqrt(sum(s.var() / 4 for s in per_domain)) / 4
     assert high - low == pytest.approx(200 * half, rel=0.15)
     assert "AVG" not in report.compare(runs[:3])
 
@@ -459,9 +456,8 @@ def test_variants_have_rows_of_their_own(make_run):
         and not line(two, "(experience,insight)")
         and not line(two, "lenient")
     )
-    assert (
-        line(two, "livecodebench (official, 2025-02-01 to 2025-05-01)")[-1] == "-"
-    )  # no number of the paper's is like it
+    # no number of the paper's is like it
+    assert line(two, "livecodebench (official, 2025-02-01 to 2025-05-01)")[-1] == "-"
     assert line(two, "sciknoweval/biology without flagged items")[-1] == "-"
     assert (
         line(four, "PMD (experience,insight)")[-1] == "67.1"
@@ -724,9 +720,8 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
     )
     with open(tmp_path / "f/figure2.csv") as file:
         shown = [row["series"] for row in csv.DictReader(file)]
-    assert (
-        shown[1] == "Base, memory of lender in the prompt, top-3 (experience)"
-    )  # a series, whatever the row's name
+    # a series, whatever the row's name
+    assert shown[1] == "Base, memory of lender in the prompt, top-3 (experience)"
     with pytest.raises(
         SystemExit,
         match="nano has 1024 positions, and a prompt of 1000 tokens .*; give --max_reprompt 992",

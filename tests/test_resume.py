@@ -172,9 +172,8 @@ def test_a_signal_saves_after_the_step_and_the_rest_is_as_if_nothing_had_happene
         pmd.train(cfg)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     monkeypatch.setattr(mem.Memory, "record", record)
-    assert [c.name for c in checkpoints(Path(cfg.out, name))] == [
-        str(at)
-    ]  # although --save_every is 0
+    # although --save_every is 0
+    assert [c.name for c in checkpoints(Path(cfg.out, name))] == [str(at)]
     metrics = Path(cfg.out, name, "metrics.jsonl")
     rows = read_lines(metrics)
     assert max(row["step"] for row in rows if "split" in row) == at - 2
@@ -187,16 +186,14 @@ def test_the_second_signal_ends_it_at_once(tmp_path, monkeypatch):
     record = mem.Memory.record
 
     def told_twice(self, step, rollouts):
-        signal.raise_signal(
-            signal.SIGINT
-        )  # in this thread and at once: two that are sent may arrive as one
+        # in this thread and at once: two that are sent may arrive as one
+        signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         return record(self, step, rollouts)
 
     monkeypatch.setattr(mem.Memory, "record", told_twice)
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job is born deaf to it
+    # a shell's background job is born deaf to it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             pmd.train(small(tmp_path, name="x"))
@@ -209,9 +206,8 @@ def test_a_time_limit_and_the_exit_status(tmp_path):
     with pytest.raises(Stopped, match="--max_minutes: stopped after step 1 of 4") as stopped:
         pmd.train(cfg)
     assert stopped.value.code == 0 and Stopped("", "", 143).code == 143
-    pmd.train(
-        dataclasses.replace(cfg, resume=True, max_minutes=0.0)
-    )  # a limit is no part of what was run
+    # a limit is no part of what was run
+    pmd.train(dataclasses.replace(cfg, resume=True, max_minutes=0.0))
     assert (Path(cfg.out, "late", "final")).is_dir()
 
 
@@ -270,10 +266,8 @@ def test_a_fork_goes_on_from_a_kept_step_policy_and_memory_together(whole):
     assert before[:3] == after[:3]
     steps = [row for row in before[3] if row["step"] > 2]
     assert [row for row in after[3] if row["step"] > 2] == steps
-    assert {row["split"] for row in after[3] if row["step"] == 2} == {
-        "dev",
-        "test",
-    }  # its base is measured anew
+    # its base is measured anew
+    assert {row["split"] for row in after[3] if row["step"] == 2} == {"dev", "test"}
     other = dataclasses.replace(
         fork, name="other", method="sdpo", lr=1e-4, teacher="live", resume=True
     )

@@ -400,9 +400,8 @@ def test_a_second_process_is_refused_at_the_start_and_before_it_writes(
     with another_process(Path(cfg.out, "r")):
         with pytest.raises(ValueError, match="r is being written by process"):
             pmd.check(cfg)
-        monkeypatch.setattr(
-            check, "refuse_second_writer", lambda folder: None
-        )  # it came while the model was loaded
+        # it came while the model was loaded
+        monkeypatch.setattr(check, "refuse_second_writer", lambda folder: None)
         with pytest.raises(RunError, match="r is being written by process"):
             pmd.train(cfg)
     assert (Path(cfg.out, "r", "metrics.jsonl")).read_bytes() == before
@@ -572,9 +571,8 @@ def test_the_end_names_what_is_there_and_a_finished_run_stays(command, tmp_path)
         and "grpo, after training" in out
     )
     assert (tmp_path / "g" / "metrics.jsonl").stat().st_mtime_ns == metrics
-    cut(
-        tmp_path / "g" / "summary.json"
-    )  # by something else: it is written anew, from the checkpoint
+    # by something else: it is written anew, from the checkpoint
+    cut(tmp_path / "g" / "summary.json")
     assert command("--name", "g", "--method", "grpo", "--resume")[0] == 0
     assert json.loads((tmp_path / "g" / "summary.json").read_text())["steps"] == 1
     code, _, said = command("--name", "p", "--steps", "2")

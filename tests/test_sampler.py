@@ -338,6 +338,5 @@ def test_no_prompt_is_made_where_nobody_is_taught(tokenizer, make_config, monkey
         1, rollouts
     )
     assert not any(r.teacher_ids for r in rollouts[:4]) and all(r.teacher_ids for r in rollouts[4:])
-    assert len(encoded) == 2 and all(
-        "1 ka lo ti" in text for text in encoded
-    )  # by the first success, or the second
+    # by the first success, or the second
+    assert len(encoded) == 2 and all("1 ka lo ti" in text for text in encoded)

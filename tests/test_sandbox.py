@@ -404,9 +404,8 @@ def test_the_attacks_are_felt(outside):
         "sleeps": "Time Limit",
         "hides CPU time in forks": "Time Limit",
     }.items():
-        found = attack(
-            HOSTILE[name], outside, time_limit=0.4 if said == "Time Limit" else 5
-        )  # zeroing memory takes time
+        # zeroing memory takes time
+        found = attack(HOSTILE[name], outside, time_limit=0.4 if said == "Time Limit" else 5)
         assert said in found.feedback, name
     wrote = list(execute(outside(HOSTILE["writes everywhere"]), [""]))[0]
     assert wrote == ("ran", b"", "")
@@ -831,9 +830,8 @@ def test_many_tests_with_work_have_time_each():
         "import time\nend = time.process_time() + .1\nwhile time.process_time() < end:"
         " pass\nprint(1)"
     )
-    assert judge(
-        code, [""] * 12, ["1"] * 12, time_limit=0.3
-    ).passed  # all together they need the limit four times
+    # all together they need the limit four times
+    assert judge(code, [""] * 12, ["1"] * 12, time_limit=0.3).passed
 
 
 def test_the_runner_outlives_the_signals_of_its_programs():

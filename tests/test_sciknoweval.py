@@ -290,9 +290,8 @@ def test_three_tiers_and_the_teachers_prompt(problems, tokenizer, make_config):
 
     method_of(make_config(method="pmd"), memory=memory, tokenizer=tokenizer).condition(3, rollouts)
     first = problems[0]
-    prompt = rollouts[
-        0
-    ].teacher_prompt  # of a wrong answer to a problem that was also answered rightly
+    # of a wrong answer to a problem that was also answered rightly
+    prompt = rollouts[0].teacher_prompt
     print("\n" + prompt)
     behavior = memory.as_of(2, "behavior")[0]
     assert prompt == "\n".join(

@@ -157,9 +157,8 @@ def test_everything_the_engine_claims(name, request, problems, make_config):
     assert last.ids == many[-1].ids and len({tuple(s.ids) for s in many}) > 100
 
     # the first token follows the model's own distribution at the temperature asked for
-    prompt = (
-        alone[0][0].prompt_ids + alone[0][0].ids[:5]
-    )  # nano repeats the digits and the syllable, and has to guess
+    # nano repeats the digits and the syllable, and has to guess
+    prompt = alone[0][0].prompt_ids + alone[0][0].ids[:5]
     with torch.no_grad():
         p = (policy(torch.tensor([prompt])).logits[0, -1].double() / 0.7).softmax(-1).numpy()
     drawn = sampler.generate([prompt] * 3000, [("first", i) for i in range(3000)], 1, 0.7, 1.0)
@@ -295,9 +294,8 @@ def test_completions_are_distributed_as_transformers_are(problems, make_config):
     assert (
         p_value(drawn(fast, few[1]), before)[0] < 1e-9
     )  # weights of four updates ago would have been noticed
-    assert (
-        p_value(drawn(fast, few[1]), drawn(slow, few[1], 1.3))[0] < 1e-6
-    )  # so would another temperature
+    # so would another temperature
+    assert p_value(drawn(fast, few[1]), drawn(slow, few[1], 1.3))[0] < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +406,7 @@ def test_two_ranks_change_nothing(one, share):
 
 def test_a_comparison_on_two_ranks_runs_all_its_methods(tmp_path):
     """An engine that ends takes the process group of its process with it."""
+    # four engines, two at a time
     done = run(
         tmp_path,
         "both",
@@ -421,7 +420,7 @@ def test_a_comparison_on_two_ranks_runs_all_its_methods(tmp_path):
         "--eval_every",
         "0",
         timeout=900,
-    )  # four engines, two at a time
+    )
     assert done.returncode == 0, done.stderr
     for method in ("sdpo", "pmd"):
         rows = [
