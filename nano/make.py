@@ -20,7 +20,6 @@ import random
 import re
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +32,13 @@ from nano.examples import LEVELS, OPS, PHASES, Example, draw_examples, prompt_id
 from nano.probes import probe, reading, table  # noqa: E402
 from nano.world import OPERATIONS, SYLLABLES, write_world  # noqa: E402
 
-STEPS = 6500
-ENDS = (800, 1400, 2800, 4600, 6500)  # the last steps of the phases
+LENGTHS = (800, 600, 1400, 1800, 1900)  # steps of the phases
 RATES = (3e-3, 3e-3, 2e-3, 2e-3, 2e-3)  # their learning rates
 FALLING = (3, 4)  # the phases at whose end the rate is 0
+COMPARING = 1  # the phase that goes on until the model compares whole combinations
+LONGER = 3000  # the most steps by which it goes on
+ROUND = 200  # steps between two looks at whether it does
+COMPARES = 0.15  # what then is left at most on the operations that they warn of
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single tokens
@@ -328,102 +330,136 @@ def loss_of(model, tokenizer, examples):
     return loss, int(wanted.sum()) + len(where)
 
 
-def pretrain(seed, steps, batch_size, folder, hidden_size=96, layers=4, probe_every=1300):
+class Training:
+    """A model with the optimizer and the examples of its phase."""
+
+    def __init__(self, seed, batch_size, hidden_size, layers):
+        self.seed, self.batch_size, self.taken = seed, batch_size, 0
+        self.tokenizer = make_tokenizer()
+        self.model = make_model(self.tokenizer, seed, hidden_size, layers)
+        table = self.model.get_input_embeddings().weight
+        self.embeddings = Parts(self.tokenizer, table)
+        self.trained = [p for p in self.model.parameters() if p is not table]
+        self.trained.insert(0, self.embeddings.weight)
+
+    def begin(self, phase):
+        import torch
+
+        self.phase = phase
+        later = f", phase {phase}" if phase else ""
+        self.rng = random.Random(f"nano model {self.seed}{later}")
+        self.optimizer = torch.optim.AdamW(self.trained, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def step(self, rate) -> float:
+        """Takes a step at a learning rate, and gives its loss."""
+        import torch
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        examples = draw_examples(self.rng, self.batch_size, PHASES[self.phase])
+        examples.sort(key=lambda e: len(e.prompt) + len(e.given))  # little padding
+        parts = [examples[i : i + 16] for i in range(0, self.batch_size, 16)]
+        self.optimizer.zero_grad()
+        losses = [loss_of(self.model, self.tokenizer, part) for part in parts]
+        loss = sum(part for part, _ in losses) / sum(n for _, n in losses)
+        loss.backward()
+        self.embeddings.take_gradient()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.embeddings.fill()
+        self.taken += 1
+        return loss.item()
+
+    def compares(self) -> bool:
+        """Says whether whole combinations are read, by questions that no table asks."""
+        found = reading(self.model, self.tokenizer, 128, seed=20_000, blocks=("lessons, whole",))
+        return max(row["warned"][0] for row in found.values()) <= COMPARES
+
+    def looks(self) -> str:
+        """A line of probes."""
+        found = reading(self.model, self.tokenizer, n=32)
+        scores = probe(self.model, self.tokenizer, n=32)
+        warned = " ".join(f"{k} {v['warned'][0]:.3f}" for k, v in found.items() if "warned" in v)
+        distance = " ".join(f"{k} {v['distance']:.3f}" for k, v in found.items())
+        shares = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
+        return f"warned {warned}; distance {distance}; {shares}"
+
+    def save(self, folder):
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def pretrain(seed, folder, shorter=1, batch_size=32, hidden_size=96, layers=4, look_every=1300):
     """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU
-    time it took.
+    time it took. shorter: divides the phases, for a try.
 
     PHASES: first all that is short, until what is told is copied; then what holds after certain
-    steps only; then mostly warnings, which are slow to learn; then everything, at a rate that falls
-    to 0; then everything again, with more of what was not exact yet.
+    steps only, until it is compared with the steps before; then mostly warnings, which are slow to
+    learn; then everything, at a rate that falls to 0; then everything again, with more of what was
+    not exact yet.
     """
     import torch
     from tqdm import tqdm
 
     torch.set_num_threads(1)
     started = time.process_time()
-    rng, tokenizer = random.Random(f"nano model {seed}"), make_tokenizer()
-    ends = [round(end * steps / STEPS) for end in ENDS]
-    model = make_model(tokenizer, seed, hidden_size, layers)
-    print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)}"
-        " tokens"
-    )
-    embeddings = Parts(tokenizer, model.get_input_embeddings().weight)
-    trained = [embeddings.weight, *(p for p in model.parameters() if p is not embeddings.table)]
-    adam = partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.01)
-    optimizer = adam(trained)
-    bar = tqdm(range(1, steps + 1), mininterval=60)
-    for step in bar:
-        phase = sum(step > end for end in ends)
-        start, end = [0, *ends][phase], ends[phase]
-        if step - 1 in ends:
-            rng, optimizer = random.Random(f"nano model {seed}, phase {phase}"), adam(trained)
-        left = (end + 1 - step) / (end - start) if phase in FALLING else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = RATES[phase] * min(1, (step - start) / 50, left)
-        examples = draw_examples(rng, batch_size, PHASES[phase])
-        # like lengths together, little padding
-        examples.sort(key=lambda e: len(e.prompt) + len(e.given))
-        optimizer.zero_grad()
-        losses = [loss_of(model, tokenizer, examples[i : i + 16]) for i in range(0, batch_size, 16)]
-        loss = sum(part for part, _ in losses) / sum(n for _, n in losses)
-        loss.backward()
-        embeddings.take_gradient()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        embeddings.fill()
-        if step % probe_every == 0 or step == steps:
-            found = reading(model, tokenizer, n=32)
-            scores = probe(model, tokenizer, n=32)
-            bar.write(
-                f"{step} loss {loss.item():.3f} CPU {time.process_time() - started:.0f} s, warned "
-                + " ".join(f"{k} {v['warned'][0]:.3f}" for k, v in found.items() if "warned" in v)
-                + "; distance "
-                + " ".join(f"{k} {v['distance']:.3f}" for k, v in found.items())
-                + "; "
-                + " ".join(f"{k} {v:.2f}" for k, v in scores.items())
-            )
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    print(f"{time.process_time() - started:.0f} seconds of one core")
-    return model, tokenizer
+    training = Training(seed, batch_size, hidden_size, layers)
+    size = sum(p.numel() for p in training.model.parameters()) / 1e6
+    print(f"{size:.2f}M parameters, {len(training.tokenizer)} tokens")
+    lengths = [length // shorter for length in LENGTHS]
+    bar = tqdm(total=sum(lengths), mininterval=60)
+    for phase, length in enumerate(lengths):
+        training.begin(phase)
+        longest = length + (LONGER // shorter if phase == COMPARING else 0)
+        for i in range(longest):
+            if i >= length:
+                if (i - length) % ROUND == 0 and training.compares():
+                    break
+                bar.total += 1
+            left = (length - i) / length if phase in FALLING else 1.0
+            loss = training.step(RATES[phase] * min(1, (i + 1) / 50, left))
+            bar.update()
+            if training.taken % look_every == 0:
+                spent = time.process_time() - started
+                bar.write(f"{training.taken} loss {loss:.3f} CPU {spent:.0f} s, {training.looks()}")
+                training.save(folder)
+    training.save(folder)
+    bar.write(training.looks())
+    spent = time.process_time() - started
+    print(f"{training.taken} steps, {spent:.0f} seconds of one core")
+    return training.model, training.tokenizer
 
 
-if __name__ == "__main__":
+def main():
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("model", "world", "probe"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plain", action="store_true", help="a world whose verifier says nothing")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder to write to (default: nano/, nano/worlds/SEED or .../plain/SEED)",
-    )
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument(
-        "--hidden_size", type=int, default=96, help="with --layers: the study's other sizes"
-    )
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("-n", type=int, default=256, help="problems for each probe")
+    add = parser.add_argument
+    add("what", choices=("model", "world", "probe"))
+    add("--seed", type=int, default=0)
+    add("--plain", action="store_true", help="a world whose verifier says nothing")
+    out = "folder to write to, or to probe (default: nano/, nano/worlds/SEED or .../plain/SEED)"
+    add("--out", type=Path, help=out)
+    add("--shorter", type=int, default=1, help="divides the phases, for a try")
+    add("--batch_size", type=int, default=32)
+    add("--hidden_size", type=int, default=96, help="with --layers: the study's other sizes")
+    add("--layers", type=int, default=4)
+    add("-n", type=int, default=256, help="problems for each probe")
     args = parser.parse_args()
+    folder = args.out or HERE
     if args.what == "world":
         kind = HERE / "worlds" / "plain" if args.plain else HERE / "worlds"
         write_world(args.seed, args.out or kind / str(args.seed), speaks=not args.plain)
     elif args.what == "model":
-        pretrain(
-            args.seed, args.steps, args.batch_size, args.out or HERE, args.hidden_size, args.layers
-        )
+        sizes = args.batch_size, args.hidden_size, args.layers
+        pretrain(args.seed, folder, args.shorter, *sizes)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder = args.out or HERE
-        print(
-            table(
-                AutoModelForCausalLM.from_pretrained(folder),
-                AutoTokenizer.from_pretrained(folder),
-                args.n,
-            )
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        print(table(model, AutoTokenizer.from_pretrained(folder), args.n))
+
+
+if __name__ == "__main__":
+    main()
