@@ -38,7 +38,7 @@ FALLING = (3, 4)  # the phases at whose end the rate is 0
 COMPARING = 1  # the phase that goes on until the model compares whole combinations
 LONGER = 3000  # the most steps by which it goes on
 ROUND = 200  # steps between two looks at whether it does
-COMPARES = 0.15  # what then is left at most on the operations that they warn of
+COMPARES = 0.2  # what then is left at most on the operations that they warn of
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizer: words; the prompts' fixed lines and the pieces of the JSON frame are single tokens
