@@ -289,55 +289,41 @@ def compose(
     `compose(x) == x` tells that the teacher has nothing to add.
     """
     parts, solution = [], strip_thoughts(solution)
-    if strategies:
-        parts += [STRATEGIES, *(f"- {title}: {content}" for title, content in strategies)]
-    if lessons:
-        parts += [LESSONS, *(f"- {title}: {content}" for title, content in lessons)]
+    for header, items in {STRATEGIES: strategies, LESSONS: lessons}.items():
+        if items:
+            parts += [header, *(f"- {title}: {content}" for title, content in items)]
     if behaviors:
-        parts += [
-            BEHAVIORS,
-            *(f"{i}. {name}: {text}" for i, (name, text) in enumerate(behaviors, 1)),
-        ]
+        parts.append(BEHAVIORS)
+        parts += (f"{i}. {name}: {text}" for i, (name, text) in enumerate(behaviors, 1))
     if examples:
-        parts += [
-            EXAMPLES,
-            *(line for question, text in examples for line in (question, strip_thoughts(text))),
-        ]
-    if beginning:
-        parts += [BEGINNING, beginning]
-    if critique:
-        parts += [CRITIQUE, critique]
-    if solution:
-        parts += [SOLUTION, solution]
-    if feedback:
-        parts += [FEEDBACK, feedback]
+        parts.append(EXAMPLES)
+        for question, text in examples:
+            parts += [question, strip_thoughts(text)]
+    texts = {BEGINNING: beginning, CRITIQUE: critique, SOLUTION: solution, FEEDBACK: feedback}
+    for header, text in texts.items():
+        if text:
+            parts += [header, text]
     return "\n".join([problem, *parts, CLOSING]) if parts else problem
 
 
-CUT_FIRST = (
-    "examples",
-    "behaviors",
-    "lessons",
-    "strategies",
-    "feedback",
-    "critique",
-    "beginning",
-    "solution",
-)
+TEXTS = ("feedback", "critique", "beginning", "solution")
+CUT_FIRST = ("examples", "behaviors", "lessons", "strategies", *TEXTS)
 
 
 def compose_within(budget, count, problem, **context) -> str:
     """Composes within `budget` tokens, counted by count(text).
 
-    Blocks give way in the order of CUT_FIRST, the solution last. Lists give way from their end: the
-    least similar behavior, the newest insight. The problem itself is never cut.
+    A text that does not fit even alone is left out: all else would give way in vain. Then blocks
+    give way in the order of CUT_FIRST, the solution last. Lists give way from their end: the least
+    similar behavior, the newest insight. The problem itself is never cut.
     """
-    text = compose(problem, **context)
+    for block in TEXTS:
+        if count(compose(problem, **{block: context.get(block, "")})) > budget:
+            context[block] = ""
     for block in CUT_FIRST:
-        while context.get(block) and count(text) > budget:
-            context[block] = context[block][:-1] if isinstance(context[block], list) else ""
-            text = compose(problem, **context)
-    return text
+        while context.get(block) and count(compose(problem, **context)) > budget:
+            context[block] = "" if block in TEXTS else context[block][:-1]
+    return compose(problem, **context)
 
 
 def reprompt(problem, context, tokenizer, cfg, encode=None) -> str:
@@ -547,8 +533,8 @@ class Memory(Store):
     def reflect(self, step, problems):
         """Tier 2, Eq. 2: the model reads the experience of each problem and writes its insight.
 
-        All prompts of the step go out as one batch. Insights accumulate behind the gate and are
-        never overwritten.
+        All prompts of the step go out as one batch. Insights accumulate behind the gate, and at
+        their cap the most redundant ends.
         """
         jobs = self._reflection_jobs(step, problems)
         replies = self.generate([prompt for *_, prompt in jobs]) if jobs else []
@@ -856,19 +842,16 @@ class Memory(Store):
         if self.query_feedback and bank:
             queries = [f"{r.problem.prompt}\n{clean(r.feedback)}" for r in rollouts]
             return nearest(self.vectors(queries), bank, self.retrieve_k)
-        problems = {r.problem.id: r.problem for r in rollouts}
-        found = nearest(self.question_vectors(problems.values()), bank, self.retrieve_k)
-        of = dict(zip(problems, found, strict=True))
-        return [of[r.problem.id] for r in rollouts]
+        vectors = self.question_vectors([r.problem for r in rollouts])
+        return nearest(vectors, bank, self.retrieve_k)
 
-    def inference_contexts(self, problems, tiers=TIERS, neighbors=1) -> list[dict]:
+    def inference_contexts(self, problems, tiers=TIERS) -> list[dict]:
         """What may be put into the PROMPT of held-out problems, as keyword arguments of `compose`.
 
         They have no memory of their own, so they read the insight and the latest success of their
-        `neighbors` nearest training problems, by question embedding, and the nearest behaviors. A
+        retrieve_k nearest training problems, by question embedding, and as many behaviors. A
         problem that was trained on (see `own_problems`) reads nothing of itself: the next nearest
-        takes its place. Ours: the paper does not say how its frozen-policy rows feed memory at test
-        time.
+        takes its place. Ours: the paper says "top-3" (Table 4), and not of what.
         """
         known = self.query("SELECT id, text, embedding FROM problem ORDER BY id")
         vectors, own = self.vectors([p.prompt for p in problems]), self.own_problems(problems)
@@ -876,7 +859,7 @@ class Memory(Store):
         table = table.reshape(len(known), vectors.shape[1])
         order = np.argsort(-(vectors @ table.T), axis=1, kind="stable")
         near = [
-            [known[i] for i in row if not is_own[i]][:neighbors]
+            [known[i] for i in row if not is_own[i]][: self.retrieve_k]
             for row, is_own in zip(order, own, strict=True)
         ]
         ids = {id for row in near for id, *_ in row}

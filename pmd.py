@@ -25,9 +25,10 @@ Deviations from the paper
     The paper does not say.
  6. The policy of a step writes its insights before the step goes on. The paper has a server that
     may lag behind (B.1).
- 7. `--ground_insights` is on for nano and off elsewhere. Reflection reads one attempt at a time.
-    An insight must be contained in its evidence. A contradicting failure ends a strategy. A
-    behavior needs two supports. See nano/grounded.py.
+ 7. `--ground_insights` is on for nano and off elsewhere. Reflection reads one attempt at a time,
+    until that gave an insight. An insight must be contained in its evidence. A contradicting
+    failure ends a strategy, and a success a lesson. A behavior needs two supports. nano's line of
+    confidence has no counts. See nano/grounded.py.
  8. A batch without a single supervised token takes no optimizer step. verl would step on Adam's
     momentum alone.
  9. nano embeds text by hashing its words. The paper uses Qwen3-Embedding-0.6B.

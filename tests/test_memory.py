@@ -1679,11 +1679,23 @@ def test_the_budget_cuts_in_the_stated_order_and_the_solution_last(budget):
     }
     text = mem.compose_within(budget, lambda t: len(t.split()), "PROBLEM", **context)
     assert text.startswith("PROBLEM") and (len(text.split()) <= budget or text == "PROBLEM")
-    kept = [
-        any(w in text for w in block)
-        for block in (("four",), ("three",), ("one",), ("FED",), ("SOLVED",))
-    ]
+    words = {"behaviors": "four", "lessons": "three", "strategies": "one"}
+    words |= {"feedback": "FED", "solution": "SOLVED"}
+    kept = []
+    for block, word in words.items():
+        alone = mem.compose("PROBLEM", **{block: context[block]})
+        if block not in mem.TEXTS or len(alone.split()) <= budget:
+            kept.append(word in text)
+        else:  # and nothing gives way for what does not fit even alone
+            assert word not in text
     assert kept == sorted(kept)  # what gives way first is never kept while a later one is gone
+
+
+def test_a_solution_that_does_not_fit_alone_costs_no_other_block():
+    context = {"strategies": [("s", "one"), ("s", "far too long " * 40)], "solution": "digit " * 80}
+    text = mem.compose_within(40, lambda t: len(t.split()), "PROBLEM", **context)
+    assert text == mem.compose("PROBLEM", strategies=[("s", "one")])
+    assert context["solution"]  # the caller's own is left as it was
 
 
 @given(

@@ -1450,7 +1450,8 @@ def test_forks_into_and_out_of_the_controls(make_config, monkeypatch):
 def test_inference_contexts_read_the_nearest_training_problem(make_memory):
     train = [Question("p", "alpha beta"), Question("q", "gamma delta")]
     reply = json.dumps({"strategies": [{"title": "t", "content": "of {}"}]})
-    memory = make_memory(lambda prompt: reply.replace("{}", "p" if "alpha" in prompt else "q"))
+    rule = lambda prompt: reply.replace("{}", "p" if "alpha" in prompt else "q")  # noqa: E731
+    memory = make_memory(rule, retrieve_k=1)
     memory.add_problems(train)
     memory.record(1, [Attempt("1", p, "win", 1.0) for p in train])
     memory.reflect(1, train)
@@ -1528,8 +1529,9 @@ def memory_of_three(make_memory):
 )  # one by its id, another by its text
 def test_a_problem_never_reads_its_own_solution_at_test(memory_of_three, held_out, nearest):
     for n in (1, 2, 3):
+        memory_of_three.retrieve_k = n
         context, other = memory_of_three.inference_contexts(
-            [held_out, Question("new", "delta delta")], neighbors=n
+            [held_out, Question("new", "delta delta")]
         )
         (first,) = [p for p in TRAINED_ON if p.id == nearest]
         assert (

@@ -28,7 +28,7 @@ from tools.page import write_page
 
 HERE = Path(__file__).resolve().parent.parent
 # Of PMD, arXiv 2607.01480. i is a problem, j one of its J completions, n a token, t a step; E, I
-# and B are experience, insight and behavior, V is the verifier, g the feedback of this batch.
+# and B are experience, insight and behavior, V is the verifier, g what this batch adds.
 EQUATIONS = {
     1: (
         "the memory-free student answers, the verifier responds",
