@@ -62,7 +62,7 @@ from memory import Memory, MemoryOptions, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
 from runtime.chat import encode_prompt, encode_turns, encoder  # noqa: F401  two for methods
-from runtime.check import need_groups  # noqa: F401  for methods
+from runtime.check import need_groups, need_mastered  # noqa: F401  for methods
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
 from runtime.flags import Flags, given_flags
@@ -226,6 +226,15 @@ PRESETS = {
 }
 
 
+def preset_of(kind, method) -> dict:
+    """Gives the preset of a kind of task, but for the divergence and teacher of a method's own."""
+    preset = dict(PRESETS.get(kind, {}))
+    for name in ("alpha", "ema_rate"):
+        if getattr(method.Config, name) != getattr(Config, name):
+            preset.pop(name, None)
+    return preset | method.presets.get(kind, {})
+
+
 def train(cfg: Config, checked=None) -> dict:
     """Runs Algorithm 1 with the phases of the method that cfg names; returns the run's summary.
 
@@ -299,6 +308,7 @@ class PMD:
     memory_mode = "evolving"  # of memory.Memory; None: there is none
     reprompts = True  # prompts of up to --max_reprompt tokens are read
     teaches = True  # an update has a teacher's pass
+    needs = None  # called with each training problem before the run; raises what it lacks
 
     def __init__(self, cfg, task, tokenizer, policy):
         self.cfg, self.task, self.tokenizer, self.policy = cfg, task, tokenizer, policy
@@ -743,7 +753,7 @@ def parse_flags(argv=None) -> Config:
     given, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
     kind = "nano" if given.model == "nano" else task.split("/")[0]
-    parser.set_defaults(**PRESETS.get(kind, {}) | method.presets.get(kind, {}))
+    parser.set_defaults(**preset_of(kind, method))
     if given.model == "nano":  # too small to gain by a GPU, let alone by several
         parser.set_defaults(device="cpu")
     cfg = method.Config(**vars(parser.parse_args(argv)))

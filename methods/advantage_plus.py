@@ -18,7 +18,7 @@ Claims more than: grpo.
 from dataclasses import dataclass
 
 import pmd
-from methods import sdpo
+from methods import grpo, sdpo
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Config(pmd.Config):
 
 class Method(sdpo.Method):
     Config = Config
+    presets = grpo.Method.presets
 
     def strength(self, step) -> float:
         """Gives lambda at a step. From step plus_steps + 1 on it is 0, and the method is GRPO."""

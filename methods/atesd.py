@@ -21,7 +21,8 @@ from dataclasses import replace
 import torch
 
 import pmd
-from methods import atesd_scheduled, opsd
+from methods import atesd_scheduled
+from tasks.references import reference
 
 PERIOD, GAMMA = 5, 0.9  # steps of a decision, and the discount of what they earn [ours]
 LIKELIHOOD = 0.1  # weight of the reference's log-probability in it [ours]
@@ -67,8 +68,8 @@ class Method(atesd_scheduled.Method):
         """Scores the references under their teachers' prompts."""
         probes = []
         for r, *_ in pmd.groups_of(rows).values():
-            reference = self.tokenizer(opsd.reference(r.problem), add_special_tokens=False)
-            probes.append(replace(r, ids=reference.input_ids))
+            encoded = self.tokenizer(reference(r.problem), add_special_tokens=False)
+            probes.append(replace(r, ids=encoded.input_ids))
         scores = pmd.scored(self.teacher, probes, lambda r: r.teacher_ids or r.prompt_ids, self.cfg)
         self.likelihood = float(torch.cat([logprobs for logprobs, _ in scores.values()]).mean())
 
@@ -92,4 +93,4 @@ class Method(atesd_scheduled.Method):
         return self.memo
 
     def load(self, state):
-        self.memo = state or self.memo
+        self.memo |= state  # after a fork another method's, with other keys

@@ -1,8 +1,9 @@
 """ATESD without its controller (arXiv 2605.11458): the teacher reads a part of the reference.
 
 OPSD whose teacher is shown the first floor(a m) of the reference's m segments, and its answer
-always. The exposure a goes in a straight line from one value to another over the run; two equal
-values are the paper's fixed exposure, of which it finds 0.5 best. atesd.py learns it.
+always, where it is no program. The exposure a goes in a straight line from one value to another
+over the run; two equal values are the paper's fixed exposure, of which it finds 0.5 best. atesd.py
+learns it.
 
 Read in notes by others; no code was found. Ours: the line from one value to another. Segments are
 lines. On nano they are steps, rounded up: the checkpoint reads the first steps of a solution, and
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import pmd
 from methods import opsd
+from tasks.references import reference, short_answer
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Method(opsd.ReferenceTaught):
 
 def exposed(problem, exposure) -> dict:
     """Gives the context that shows a share of a problem's reference."""
-    text = opsd.reference(problem)
+    text = reference(problem)
     if problem.verifier == "steps":
         head, *segments = re.split(r" (?=[a-z]+ )", text)  # the digits, then a segment a syllable
         shown = math.ceil(exposure * len(segments))
@@ -64,5 +66,6 @@ def exposed(problem, exposure) -> dict:
     else:
         segments = text.splitlines()
         shown = math.floor(exposure * len(segments))
-        beginning = "\n".join([*segments[:shown], f"Answer: {problem.answer}"])
+        answer = short_answer(problem)
+        beginning = "\n".join([*segments[:shown], *([f"Answer: {answer}"] if answer else [])])
     return {"solution": text} if shown == len(segments) else {"beginning": beginning}

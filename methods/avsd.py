@@ -12,7 +12,8 @@ The authors' code was read; the paper only as notes report it. As the code was r
 a sampled token is log q* - log p. `--method avsd-full` has the paper's full vocabulary.
 
 Ours: nano's third view is the rule of the last step as a strategy, because the final digits alone
-tell its checkpoint nothing (measured). Left out: LoRA, and the code's other weights and gates.
+tell its checkpoint nothing (measured). A program's is its second half. Left out: LoRA, and the
+code's other weights and gates.
 
 Teacher reads: three views of the reference, each by itself.
 Loss: policy gradient with log q* - log p.
@@ -26,6 +27,7 @@ import torch
 
 import pmd
 from methods import opsd
+from tasks.references import reference, short_answer
 
 EPSILON = 1e-8
 VIEWS = 3
@@ -96,9 +98,9 @@ def scores_of_views(teacher, rows, cfg) -> dict:
 
 def views(problem) -> list[dict]:
     """Gives three contexts of one reference: the whole, its first half, its end."""
-    whole = opsd.reference(problem)
+    whole = reference(problem)
     half = whole[: len(whole) // 2]
-    end = {"solution": problem.answer}
+    end = {"solution": short_answer(problem) or whole[len(half) :]}
     if problem.verifier == "steps":  # nano: four digits, then six words a step
         rules = problem.extra["hidden"].split()
         half = " ".join(whole.split()[: 4 + 6 * math.ceil(len(rules) / 2)])

@@ -11,6 +11,7 @@ Claims more than: opsd.
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +19,24 @@ import pmd
 from methods import avsd, opsd
 
 
+@dataclass
+class Config(avsd.Config):
+    """AVSD over the full vocabulary."""
+
+    alpha: float = pmd.option(1.0, "reverse KL; see pmd.py [AVSD]", within="[0, 1]")
+
+
 class Method(avsd.Method):
+    Config = Config
+
+    @classmethod
+    def check(cls, cfg):
+        super().check(cfg)
+        if cfg.alpha != 1 or cfg.top_k:
+            raise ValueError(
+                "--method avsd-full follows q* by the full reverse KL: give --alpha 1 and --top_k 0"
+            )
+
     def condition(self, step, rollouts):
         rows = super().condition(step, rollouts)
         for r in rows:

@@ -24,6 +24,7 @@ import torch
 import pmd
 from memory import ASK_CONFIDENCE, CONFIDENCE
 from methods import opsd
+from tasks.references import reference
 
 UNTRAINED = 3  # tokens at the beginning of an answer [CaOPD]
 
@@ -58,9 +59,11 @@ class Method(opsd.ReferenceTaught):
         for id, group in pmd.groups_of(rollouts).items():
             share = sum(r.reward > pmd.SUCCESS for r in group) / len(group)
             self.lines[id] = f"\n{CONFIDENCE} {share:.2f}"
-        return [
-            {"solution": opsd.reference(r.problem) + self.lines[r.problem.id]} for r in rollouts
-        ]
+        contexts = []
+        for r in rollouts:
+            solution = reference(r.problem) + self.lines[r.problem.id]
+            contexts.append({"solution": solution})
+        return contexts
 
     def condition(self, step, rollouts):
         return [self.edited(r) for r in super().condition(step, rollouts)]

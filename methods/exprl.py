@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 
 import pmd
 from methods import grpo
-from methods.opsd import on_nano, reference
 from tasks.nano import verify_steps
+from tasks.references import on_nano, reference
 
 QUESTION = """Compare this answer with the reference solution. Reply with one number, from 1 where
 nothing of it is right to 5 where it agrees in every step that matters."""
@@ -38,11 +38,7 @@ class Config(pmd.Config):
 
 class Method(grpo.Method):
     Config = Config
-
-    def __init__(self, cfg, task, tokenizer, policy):
-        for problem in task.train:
-            reference(problem)  # before any work is lost
-        super().__init__(cfg, task, tokenizer, policy)
+    needs = staticmethod(reference)
 
     def condition(self, step, rollouts):
         score_of = self.scores(rollouts)

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 
 import pmd
-from methods import opsd, sdpo
+from methods import sdpo
+from tasks.references import reference
 
 KEPT = "id prompt_ids ids text finished reward feedback test_pass_rate".split()
 
@@ -40,13 +41,13 @@ class Config(pmd.Config):
 
 class Method(sdpo.Method):
     Config = Config
+    needs = staticmethod(reference)
     rollouts, scores = {}, {}  # {problem id: its rollouts}, {rollout id: (C,) log q}
 
     @classmethod
     def check(cls, cfg):
         pmd.PMD.check(cfg)  # groups of one will do
-        if not cfg.supervise_mastered:
-            raise ValueError("--no_supervise_mastered is not for lightning-opd; leave it out")
+        pmd.need_mastered(cfg)
 
     def make_teacher(self, policy):
         """Gives the policy: what is kept of the initial one are its scores, not its weights."""
@@ -59,7 +60,7 @@ class Method(sdpo.Method):
         return [replace(r) for p in problems for r in self.rollouts[p.id]]
 
     def contexts(self, step, rollouts):
-        return [{"solution": opsd.reference(r.problem)} for r in rollouts]
+        return [{"solution": reference(r.problem)} for r in rollouts]
 
     def condition(self, step, rollouts):
         for r in super().condition(step, rollouts):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import kernels
 import pmd
+from tasks.references import reference
 
 
 @dataclass
@@ -42,11 +43,7 @@ class ReferenceTaught(pmd.PMD):
 
     remembers = False
     memory_mode = None
-
-    def __init__(self, cfg, task, tokenizer, policy):
-        for problem in task.train:
-            reference(problem)  # before any work is lost
-        super().__init__(cfg, task, tokenizer, policy)
+    needs = staticmethod(reference)
 
     def remember(self, step, problems, rollouts):
         """Nothing is remembered."""
@@ -78,35 +75,6 @@ def capped_forward_kl(log_p, log_q, token_ids, cap):
     """Computes KL(q || p) (n,), each entry of its sum at most `cap`, and the entropy of q."""
     q = log_q.exp()
     return (q * (log_q - log_p)).clamp(max=cap).sum(-1), -(q * log_q).sum(-1)
-
-
-def reference(problem) -> str:
-    """Gives the reference solution: nano's answer with its operations, else the field `reference`.
-
-    Raises ValueError if the problem has none.
-    """
-    text = reference_or_nothing(problem)
-    if not text:
-        raise ValueError(
-            f"problem {problem.id} has no reference solution, which the teacher of this method"
-            " reads; add a field `reference` to the rows of the task"
-        )
-    return text
-
-
-def reference_or_nothing(problem) -> str:
-    rules = problem.extra.get("hidden", "").split()
-    if problem.verifier != "steps" or not rules:
-        return problem.extra.get("reference", "")
-    text = problem.answer
-    for rule in rules:
-        text = text.replace(rule.split("=")[0] + "=*", rule)
-    return text
-
-
-def on_nano(rollouts) -> bool:
-    """Says whether rollouts are of one of nano's worlds, whose hidden operations can be told."""
-    return all(r.problem.verifier == "steps" for r in rollouts)
 
 
 def by_formula(formula, hidden, head, teachers, weights, ids) -> kernels.Distilled:

@@ -8,8 +8,9 @@ R - beta mean_t(log q - log p), relative to the group. The plain row has the rat
 Of the paper the abstract and the authors' blog were read, and the code of a third party, which puts
 the KL into the reward and recommends beta 0.25. Ours: the ratio is at most 2, as every ratio to the
 sampler is here; no deviation in the advantage; the information is the reference solution, or its
-first steps. Nano's model follows a whole reference, which leaves no advantage but the KL's, so
-its preset shows half of the steps. `reward` in the records is that of the privileged prompt.
+first steps. Nano's model follows a whole reference, which leaves no advantage but the KL's, so its
+preset shows half of the steps, rounded down: nothing of a name of one syllable. `reward` in the
+records is that of the privileged prompt.
 
 Teacher reads: the reference or its first steps; it answers, too.
 Loss: policy gradient under both prompts.
@@ -20,7 +21,8 @@ import re
 from dataclasses import dataclass, replace
 
 import pmd
-from methods import opsd, sdpo
+from methods import sdpo
+from tasks.references import reference
 
 
 @dataclass
@@ -41,6 +43,12 @@ class Config(pmd.Config):
 class Method(sdpo.Method):
     Config = Config
     presets = {"nano": dict(pi_shown=0.5)}
+    needs = staticmethod(reference)
+
+    @classmethod
+    def check(cls, cfg):
+        super().check(cfg)
+        pmd.need_mastered(cfg)
 
     def make_teacher(self, policy):
         """Gives the policy, which teaches under another prompt."""
@@ -68,23 +76,25 @@ class Method(sdpo.Method):
     def weigh(self, step, rows):
         both = [row for pair in self.pairs for row in pair]
         logprobs = pmd.scored(self.policy, both, lambda r: r.prompt_ids, self.cfg)
-        d = {r.id: logprobs[r.id][0] - logprobs[plain.id][0] for r, plain in self.pairs}
-        # to six places: where both prompts are the same, float error is no reward
-        divergence = {r.id: round(float(d[r.id].mean()), 6) for r, _ in self.pairs}
-        penalised = [
-            replace(r, reward=r.reward - self.cfg.pi_beta * divergence[r.id]) for r, _ in self.pairs
-        ]
+        d, penalised = {}, []
+        for r, plain in self.pairs:
+            d[r.id] = logprobs[r.id][0] - logprobs[plain.id][0]
+            # to six places: where both prompts are the same, float error is no reward
+            divergence = round(float(d[r.id].mean()), 6)
+            penalised.append(replace(r, reward=r.reward - self.cfg.pi_beta * divergence))
         pmd.set_advantages(penalised)
-        share, kinds = self.cfg.pi_share, len(rows) / len(penalised)  # the mean is over all rows
+        share = self.cfg.pi_share
         for (r, plain), gain in zip(self.pairs, penalised, strict=True):
             ratio = (-d[r.id]).exp().clamp(max=pmd.ROLLOUT_CLIP)
-            r.advantage = kinds * share * gain.advantage
-            plain.advantage = kinds * (1 - share) * gain.advantage * ratio
+            # the mean is over all rows
+            advantage = gain.advantage * len(rows) / len(penalised)
+            r.advantage = share * advantage
+            plain.advantage = (1 - share) * advantage * ratio
 
 
 def privileged(problem, shown) -> dict:
     """Says what the privileged prompt adds: the reference, or its first steps or lines."""
-    text = opsd.reference(problem)
+    text = reference(problem)
     if shown == 1:
         return {"solution": text}
     step = r".*?=\S+(?: \d)+" if problem.verifier == "steps" else r".+\n*"

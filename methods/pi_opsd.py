@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pmd
-from methods import advantage_plus, opsd
+from methods import advantage_plus
+from tasks.references import reference
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Config(advantage_plus.Config):
 
 class Method(advantage_plus.Method):
     Config = Config
+    needs = staticmethod(reference)
 
     def contexts(self, step, rollouts):
-        return [{"solution": opsd.reference(r.problem)} for r in rollouts]
+        return [{"solution": reference(r.problem)} for r in rollouts]

@@ -20,24 +20,6 @@ import pmd
 from methods import advantage_plus
 
 
-@dataclass
-class Config(advantage_plus.Config):
-    """The student of pi-Play."""
-
-    plus_steps: int = pmd.option(
-        50,
-        "steps over which plus_lambda falls to 0 on a line; 0 keeps it constant [ours]",
-        within="[0, inf)",
-    )
-
-
-class Method(advantage_plus.Method):
-    Config = Config
-
-    def contexts(self, step, rollouts):
-        return [{"strategies": construction(r.problem)} for r in rollouts]
-
-
 def construction(problem) -> list[tuple]:
     """Gives the path on which a problem was made, as strategies (title, content).
 
@@ -51,3 +33,22 @@ def construction(problem) -> list[tuple]:
             " give each row of the task's train.jsonl a text `construction`, or use another method"
         )
     return [("construction", problem.extra["construction"])]
+
+
+@dataclass
+class Config(advantage_plus.Config):
+    """The student of pi-Play."""
+
+    plus_steps: int = pmd.option(
+        50,
+        "steps over which plus_lambda falls to 0 on a line; 0 keeps it constant [ours]",
+        within="[0, inf)",
+    )
+
+
+class Method(advantage_plus.Method):
+    Config = Config
+    needs = staticmethod(construction)
+
+    def contexts(self, step, rollouts):
+        return [{"strategies": construction(r.problem)} for r in rollouts]

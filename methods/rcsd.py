@@ -19,6 +19,7 @@ Claims more than: opsd.
 from memory import strip_thoughts
 from methods import opsd
 from methods.opsd import Config  # noqa: F401  RCSD's are the same
+from tasks.references import on_nano, reference, short_answer
 
 QUESTION = """Write the criteria that a good solution meets, at most eight, one a line, so that they
 can be checked without the reference. Do not write the answer."""
@@ -32,7 +33,7 @@ class Method(opsd.Method):
 
     def contexts(self, step, rollouts):
         problems = {r.problem.id: r.problem for r in rollouts}
-        write = exact if opsd.on_nano(rollouts) else self.written
+        write = exact if on_nano(rollouts) else self.written
         missing = [p for id, p in problems.items() if id not in self.rubrics]
         for p, criteria in zip(missing, write(missing), strict=True):
             self.rubrics[p.id] = criteria
@@ -40,15 +41,14 @@ class Method(opsd.Method):
         for r in rollouts:
             context = {"strategies": [("criterion", c) for c in self.rubrics[r.problem.id]]}
             if r.problem.verifier != "steps":
-                context["solution"] = r.problem.answer
+                context["solution"] = short_answer(r.problem)
             contexts.append(context)
         return contexts
 
     def written(self, problems) -> list[list[str]]:
         """Gives the criteria that the policy writes for each problem."""
         prompts = [
-            f"{p.prompt}\n\nReference solution:\n{opsd.reference(p)}\n\n{QUESTION}"
-            for p in problems
+            f"{p.prompt}\n\nReference solution:\n{reference(p)}\n\n{QUESTION}" for p in problems
         ]
         replies = self.sampler.ask(prompts) if prompts else []
         rubrics = []

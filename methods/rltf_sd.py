@@ -22,7 +22,8 @@ from typing import Literal
 
 import pmd
 from memory import AGAIN, critic_prompt
-from methods import grpo, opsd
+from methods import grpo
+from tasks.references import reference_or_nothing
 
 
 @dataclass
@@ -43,16 +44,17 @@ class Method(grpo.Method):
         pmd.set_advantages(rollouts)
         rows = []
         for again in self.second_attempts(rollouts):
-            first = self.prompts[again.problem.id]
-            rows.append(replace(again, prompt_ids=first, rollout_logprobs=None))
+            prompt_ids = self.prompts[again.problem.id]
+            rows.append(replace(again, prompt_ids=prompt_ids, rollout_logprobs=None))
         groups = {"first": pmd.groups_of(rollouts), "second": pmd.groups_of(rows)}
         for r in rows:
             group = groups[self.cfg.rltf_baseline][r.problem.id]
             r.advantage = r.reward - sum(other.reward for other in group) / len(group)
-        if not self.cfg.rltf_first:
-            for r in rollouts:
-                r.advantage = None
-        return rollouts + rows
+        if self.cfg.rltf_first:
+            return rollouts + rows
+        for r in rollouts:
+            r.advantage = None
+        return rows or rollouts  # the mean is over second attempts
 
     def second_attempts(self, rollouts) -> list:
         """Samples an answer after a critique to each failure."""
@@ -69,8 +71,7 @@ class Method(grpo.Method):
         """Gives a critique of each: the verifier's feedback, or what the policy says."""
         silent = [r for r in rollouts if not r.feedback]
         prompts = [
-            critic_prompt(r.problem.prompt, r.text, opsd.reference_or_nothing(r.problem))
-            for r in silent
+            critic_prompt(r.problem.prompt, r.text, reference_or_nothing(r.problem)) for r in silent
         ]
         replies = self.sampler.ask(prompts) if prompts else []
         critiques = {r.id: reply for r, reply in zip(silent, replies, strict=True)}
@@ -85,9 +86,11 @@ def answered(method, rollouts, conversations) -> list:
         pmd.encode_turns(method.tokenizer, turns, r.problem.system, *limits)
         for r, turns in zip(rollouts, conversations, strict=True)
     ]
-    keys, limit = [("again", r.id) for r in rollouts], cfg.max_completion
+    keys = [("again", r.id) for r in rollouts]
     with pmd.clock("sample"):
-        samples = method.sampler.generate(prompts, keys, limit, 1.0, 1.0) if prompts else []
+        samples = (
+            method.sampler.generate(prompts, keys, cfg.max_completion, 1.0, 1.0) if prompts else []
+        )
     problems, groups = [r.problem for r in rollouts], [[sample] for sample in samples]
     again = []
     for r, judged in zip(rollouts, pmd.verdicts(problems, groups, cfg), strict=True):

@@ -16,9 +16,9 @@ failure unlikely, too. There polarity validates no teacher.
 
 Ours: the bank is the memory's strategies and lessons of all problems, which grows with every step.
 Nobody reads its behaviors. The authors make it before training, and add to it every 25 steps. A
-pair may lack one of the two. All methods share one sampling budget, where the authors have
-`--group_size 1`. Left out: LoRA, gradient clipping at 0.1, masks of think tags and newlines, and
-the variant with a gated forward KL.
+pair may lack one of the two. Pairs are read whatever --tiers and --supervise. All methods share one
+sampling budget, where the authors have `--group_size 1`. Left out: LoRA, gradient clipping at 0.1,
+masks of think tags and newlines, and the variant with a gated forward KL.
 
 Teacher reads: pairs of a strategy and a lesson, each checked by the verdict.
 Loss: policy gradient with a gated d.
@@ -59,11 +59,11 @@ class Method(pmd.PMD):
     Config = Config
 
     def condition(self, step, rollouts):
-        pairs = None
-        if pmd.rank() == 0:  # whose memory it is
-            pairs = self.pairs({r.problem.id: r.problem for r in rollouts})
+        problems = {r.problem.id: r.problem for r in rollouts}
+        pairs = self.pairs(problems) if pmd.rank() == 0 else None  # whose memory it is
         contexts, self.pair_weights = pmd.broadcast(pairs)
-        give_teachers(self, rollouts, [contexts[r.problem.id] for r in rollouts])
+        taught = pmd.supervised(rollouts, self.cfg)
+        give_teachers(self, taught, [contexts[r.problem.id] for r in taught])
         for r in rollouts:
             r.advantage = 0.0 if r.teachers else None  # reinforced, by what weigh finds
         return rollouts
@@ -96,7 +96,7 @@ class Method(pmd.PMD):
     def pull(self, row, gain) -> torch.Tensor:
         """Says how one teacher pulls on each token (C,). gain: d_t (C,)."""
         content = torch.tensor([id not in self.tokenizer.all_special_ids for id in row.ids])
-        gain = gain * content
+        gain *= content
         support = gain.clamp(-CLIP, CLIP).sum() / content.sum().clamp(min=1)
         polarity = support.sign() * (support.abs() > LEAST_SUPPORT)
         outcome = 1 if row.reward > pmd.SUCCESS else -1

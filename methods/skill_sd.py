@@ -8,8 +8,8 @@ Of the paper third-party notes were read; no code was found. They give lambda 0.
 the loss. Ours, where they are silent: a skill is what reflection (memory.py) wrote about one set of
 attempts, by the policy itself and not by another model. The bandit is UCB1. A skill's gain is the
 problem's success rate at its next visit, after the student was taught with the skill. The copy is
-renewed every 10 steps. One turn, and a reward of 0 or 1. On nano lambda is 0.1, as in
-advantage_plus.py.
+renewed every 10 steps, whatever --ema_rate, and reads a skill whatever --tiers and --supervise. One
+turn, and a reward of 0 or 1. On nano lambda is 0.1, as in advantage_plus.py.
 
 Teacher reads: one insight that a bandit picks.
 Loss: policy gradient with A + lambda d.
@@ -42,7 +42,7 @@ class Config(advantage_plus.Config):
 
 class Method(advantage_plus.Method):
     Config = Config
-    presets = {"nano": dict(plus_lambda=0.1)}
+    presets = {**advantage_plus.Method.presets, "nano": dict(plus_lambda=0.1)}
     remembers = True
     memory_mode = "evolving"
 
@@ -67,7 +67,7 @@ class Method(advantage_plus.Method):
         self.memory.reflect(step, problems)
 
     def contexts(self, step, rollouts):
-        ids = list(pmd.groups_of(rollouts))
+        ids = list(pmd.groups_of(pmd.supervised(rollouts, self.cfg)))
         banks = self.memory.living_of("insight", ids)
         chosen = {id: self.choose(id, bank) for id, bank in banks.items()}
         return [chosen.get(r.problem.id, {}) for r in rollouts]

@@ -7,7 +7,8 @@ weighted by the teacher's certainty, exp(-beta H) over its mean, H the teacher's
 token. One mean over all tokens of both kinds.
 
 The paper was read in full; no authors' code was found. Ours, where it is silent: advantages are
-relative to all rollouts of a group, routed or not; the weights have no gradient; H is taken over
+relative to all rollouts of a group, routed or not; the weights have no gradient, and their
+mean is that of the batch, also with several updates; H is taken over
 the full vocabulary.
 
 Teacher reads: what SDPO's teacher reads, of failures alone.

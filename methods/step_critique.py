@@ -10,7 +10,8 @@ Read in notes by others; no code was found. Ours: on nano the critic is exact, a
 with the step that it put right, because the checkpoint reads this form. On nano that text is the
 beginning of the reference, too, as a step has only one spelling: what alignment gains over a
 reference in other words can't be seen there. Elsewhere the critic is the policy of this step, by a
-prompt of ours, beside the reference if the task has one. The authors' critic is a larger model.
+prompt of ours, beside the reference if the task has one. The authors' critic is a larger model,
+and condenses and finishes unfinished attempts; here they are copied as others are.
 
 Teacher reads: the rollout, put right from its first wrong step on.
 Loss: forward KL.
@@ -22,8 +23,9 @@ from itertools import takewhile
 from typing import Literal
 
 import pmd
-from methods import opsd, sdpo
+from methods import sdpo
 from runtime.sampler import MEMORY_TEMPERATURE, MEMORY_TOP_P
+from tasks.references import on_nano, reference, reference_or_nothing
 
 QUESTION = """Copy the attempt word for word up to its first wrong step. Leave that step out.
 Write it as it should be, and go on from there to the right answer."""
@@ -48,7 +50,7 @@ class Method(sdpo.Method):
 
     def contexts(self, step, rollouts):
         failed = [r for r in rollouts if r.reward <= pmd.SUCCESS]
-        rewrite = exact if opsd.on_nano(failed) else self.rewritten
+        rewrite = exact if on_nano(failed) else self.rewritten
         texts = {r.id: text for r, text in zip(failed, rewrite(failed), strict=True)}
         return [{"critique": texts.get(r.id, r.text)} for r in rollouts]
 
@@ -57,7 +59,7 @@ class Method(sdpo.Method):
         prompts = []
         for r in rollouts:
             parts = [r.problem.prompt, "Attempt:", r.text]
-            reference = opsd.reference_or_nothing(r.problem)
+            reference = reference_or_nothing(r.problem)
             parts += ["Reference solution:", reference] if reference else []
             prompts.append(pmd.encode_prompt(self.tokenizer, "\n\n".join([*parts, QUESTION])))
         keys, limit = [("critique", r.id) for r in rollouts], self.cfg.max_completion
@@ -71,7 +73,7 @@ def exact(rollouts) -> list[str]:
     """Gives the rewriting on nano: the right words, up to and with the step that was wrong."""
     texts = []
     for r in rollouts:
-        wanted = opsd.reference(r.problem).split()
+        wanted = reference(r.problem).split()
         pairs = zip(r.text.split(), wanted, strict=False)
         right = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         ends = range(10, len(wanted) + 1, 6)  # four digits, then six words a step

@@ -9,7 +9,8 @@ The first page of the paper was read, the rest in notes by others; no code was f
 these are silent: the prompt and the kinds of the annotator, which is the policy itself and marks
 lines. On nano it is exact and marks operations, and a kind names the operation, since the
 checkpoint reads nothing coarser: its teacher knows more than the paper's. Left out: both kinds of
-spans in one run, and the cap of 0.05 on the divergence of a vocabulary entry.
+spans in one run, and the cap of 0.05 on the divergence of a vocabulary entry. The teacher is a copy
+every 10 steps, whatever --ema_rate.
 
 Teacher reads: the kind of step that was marked.
 Loss: policy gradient, and forward KL on marked tokens of successes.
@@ -23,7 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 
 import pmd
-from methods import opsd, sdpo
+from methods import grpo, sdpo
+from tasks.references import on_nano
 
 SHARE = 0.25  # of a rollout's tokens are marked, at most [TRACE]
 HOLD, FALL = 10, 30  # steps of the whole divergence, and in which it falls to 0 [TRACE]
@@ -45,7 +47,7 @@ class Config(pmd.Config):
 
 class Method(sdpo.Method):
     Config = Config
-    presets = {"livecodebench": dict(alpha=0.0)}
+    presets = grpo.Method.presets
     succeeds = True  # of the rollouts that are marked
     sought = "decide that the answer is right"
     block = "strategies"  # of memory.compose, where the teacher reads a kind
@@ -56,8 +58,9 @@ class Method(sdpo.Method):
         weight = share * self.cfg.trace_lambda
         if weight <= 0:
             return rollouts
-        marked = [r for r in rollouts if (r.reward > pmd.SUCCESS) == self.succeeds]
-        annotate = self.exact if opsd.on_nano(marked) else self.told
+        taught = pmd.supervised(rollouts, self.cfg)
+        marked = [r for r in taught if (r.reward > pmd.SUCCESS) == self.succeeds]
+        annotate = self.exact if on_nano(marked) else self.told
         notes = list(annotate(marked))
         problems, contexts = [r.problem for r in marked], [context for context, _ in notes]
         prompts = pmd.teacher_prompts(problems, contexts, self.tokenizer, self.cfg)

@@ -23,7 +23,6 @@ class Config(trace.Config):
 
 class Method(trace.Method):
     Config = Config
-    presets = {}
     succeeds = False
     sought = "hold the error that makes the answer wrong"
     block = "lessons"

@@ -6,7 +6,8 @@ by a margin, all tokens of a success are raised, or those of a failure lowered, 
 
 The authors' code was read. Its teacher is another model; here SDPO's stands for it. Ours: a rollout
 of a mixed group without a teacher prompt has d = 0; of the larger class the first rollouts are
-kept. Left out: a margin over the batch in place of the group, and dropping the worst rollouts.
+kept, and the others count in the mean. Left out: a margin over the batch in place of the group, and
+dropping the worst rollouts.
 
 Teacher reads: what SDPO's teacher reads.
 Loss: policy gradient with d, calibrated by the verdicts.

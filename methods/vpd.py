@@ -1,9 +1,9 @@
 """VPD (arXiv 2605.15113): SDPO whose teacher prompt is trained, too, on the verdicts.
 
 The M-step is SDPO's: in every batch the student follows itself under the teacher's prompt, by
-reverse KL. In every F-th batch an E-step follows: the rollouts are trained under the teacher's
-prompt, so that R = beta (log q(y) - log p(y)) exceeds a threshold for successes, and falls below it
-for failures. The loss is BCO's, -log sigmoid(+-(R - threshold)).
+reverse KL. In every F-th batch an E-step joins it in the same updates: the rollouts are trained
+under the teacher's prompt, so that R = beta (log q(y) - log p(y)) exceeds a threshold for
+successes, and falls below it for failures. The loss is BCO's, -log sigmoid(+-(R - threshold)).
 
 Read in notes by others, which have the equations; no code was found. As BCO's gradient is that of a
 policy-gradient row, the E-step needs rows alone: the same completions under the teacher's prompt,
@@ -66,10 +66,14 @@ class Method(sdpo.Method):
             difference = teacher[twin.id][0] - student[r.id][0]
             gained[twin.id] = self.cfg.vpd_beta * difference.sum()
         self.move_threshold(twins, gained)
+        kinds = len(rows) / (len(rows) - len(twins))  # the mean is over the rows of both steps
+        for r in own:
+            r.weight = kinds
         for r in twins:
             sign = 1 if r.reward > pmd.SUCCESS else -1
             over = gained[r.id] - (self.threshold or 0.0)
-            r.advantage = sign * self.cfg.vpd_beta * float(torch.sigmoid(-sign * over))
+            pull = self.cfg.vpd_beta * float(torch.sigmoid(-sign * over))
+            r.advantage = kinds * sign * pull
 
     def move_threshold(self, twins, gained):
         """Moves the threshold towards the middle between the two classes' mean R."""

@@ -58,6 +58,8 @@ def check(cfg, method, quiet=False, ranks=0, checked=None, reads=0):
     if method:
         check_training(task, tokenizer, cfg)
         check_memory(task, method, cfg)
+        for problem in task.train if method.needs else ():
+            method.needs(problem)
         if method.remembers:
             check_format(task, tokenizer, cfg)
     check_lengths(task, tokenizer, cfg, reads, method)
@@ -79,6 +81,12 @@ def refuse_launcher():
             "--compare starts the processes of each method itself, on one machine; under torchrun"
             " give its methods one after the other, each as --method METHOD --name NAME/METHOD"
         )
+
+
+def need_mastered(cfg):
+    """Refuses --no_supervise_mastered for a method that can't leave such problems out."""
+    if not cfg.supervise_mastered:
+        raise ValueError(f"--no_supervise_mastered is not for {cfg.method}; leave it out")
 
 
 def need_groups(cfg):

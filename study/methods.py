@@ -176,8 +176,7 @@ def train(job, out, short) -> float:
 
 def run(flags):
     method = method_class(flags["method"])
-    preset = pmd.PRESETS["nano"] | method.presets.get("nano", {})
-    pmd.train(method.Config(**preset | flags))
+    pmd.train(method.Config(**pmd.preset_of("nano", method) | flags))
 
 
 # --------------------------------------------------------------------------------------------------

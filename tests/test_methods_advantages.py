@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 import memory as mem
 import pmd
-from methods import opsd, pi_distill, pi_play
+from methods import pi_distill, pi_play
 from runtime.chat import encode_prompt
 from runtime.sampler import Sampler
 from runtime.store import Item
-from tasks import load_task
+from tasks import load_task, references
 from tasks.nano import verify_steps
 
 ADDED = ["advantage-plus", "pi-opsd", "pi-play", "skill-sd", "sod"]
@@ -210,8 +210,8 @@ def test_lambda_falls_on_a_line_and_then_there_is_no_teacher(make_method, proble
 
 def test_a_reference_solves_its_problem(problems):
     for problem in problems:
-        assert verify_steps(problem, opsd.reference(problem)).reward == 1.0
-        assert "*" not in opsd.reference(problem)
+        assert verify_steps(problem, references.reference(problem)).reward == 1.0
+        assert "*" not in references.reference(problem)
 
 
 def test_what_a_task_does_not_hold_is_said_with_the_problem_named(make_method, problems):
@@ -219,11 +219,11 @@ def test_what_a_task_does_not_hold_is_said_with_the_problem_named(make_method, p
     choice = dataclasses.replace(problems[0], verifier="choice", answer="B", extra={})
     for problem in (bare, choice):
         with pytest.raises(ValueError, match=f"{problem.id} has no reference solution.*reference"):
-            opsd.reference(problem)
+            references.reference(problem)
         with pytest.raises(ValueError, match=f"{problem.id} has no construction path.*construct"):
             pi_play.construction(problem)
     own = dataclasses.replace(choice, extra={"reference": "Because B.", "construction": "From A."})
-    assert opsd.reference(own) == "Because B."
+    assert references.reference(own) == "Because B."
     assert pi_play.construction(own) == [("construction", "From A.")]
 
 
@@ -327,7 +327,7 @@ def test_the_weight_of_a_turn_is_the_product_over_turns(make_method, problems):
     assert (method.cfg.plus_lambda, method.cfg.sod_delta) == (1.0, 0.2)
     problem = next(p for p in problems if len(p.extra["hidden"].split()) == 3)
     row = method.attempt(1, [problem])[0]
-    row.ids = method.tokenizer.encode(opsd.reference(problem))
+    row.ids = method.tokenizer.encode(references.reference(problem))
     turns = method.turns(row)
     assert turns.tolist() == [0] * 10 + [1] * 6 + [2] * 6  # the digits, then six words a step
     for sizes in ([0.5, 2.0, 0.1], [0.2, 0.19, 3.0], [0.0, 1.0, 0.0]):
@@ -346,7 +346,7 @@ def test_the_weight_falls_at_a_wrong_step(make_method, problems):
     method = make_method("sod", teacher="live")
     method.teacher = method.policy
     problem = next(p for p in problems if len(p.extra["hidden"].split()) == 3)
-    solution = opsd.reference(problem)
+    solution = references.reference(problem)
     middle = problem.extra["hidden"].split()[1]
     other = "inc" if not middle.endswith("inc") else "dec"
     row = method.attempt(1, [problem])[0]
@@ -506,7 +506,7 @@ def test_the_plain_row_leaves_what_grpo_cannot(make_method, problems):
 def test_what_the_privileged_prompt_shows(problems):
     by_length = {len(p.extra["hidden"].split()): p for p in problems}
     for length, problem in by_length.items():
-        words = opsd.reference(problem).split()
+        words = references.reference(problem).split()
         assert pi_distill.privileged(problem, 1.0) == {"solution": " ".join(words)}
         for told in range(length):
             shown = pi_distill.privileged(problem, (told + 0.01) / length)

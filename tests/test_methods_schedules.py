@@ -375,12 +375,23 @@ def test_exprl_elsewhere_asks_the_policy_to_judge(make_config):
     assert len(asked) == 3 and "As 1 = 1." in asked[0] and "Since 0." in asked[0]
 
 
-@pytest.mark.parametrize("name", ["exprl", "atesd", "atesd-scheduled"])
-def test_a_task_without_references_is_refused(policy, tokenizer, task, make_config, name):
-    bare = dataclasses.replace(task.train[5], extra={})
-    broken = dataclasses.replace(task, train=[*task.train[:3], bare])
-    with pytest.raises(ValueError, match=bare.id):
-        method_class(name)(make_config(method=name), broken, tokenizer, policy)
+NEED = "atesd atesd-scheduled avsd avsd-full caopd exprl lightning-opd opsd pi-distill pi-opsd"
+
+
+@pytest.mark.parametrize("name", [*NEED.split(), "pi-play", "rcsd", "unisd"])
+def test_a_task_without_references_is_refused_before_the_run(tmp_path, make_config, name):
+    row = {"prompt": "Apply vo to 1 2 3 4", "answer": "2", "verifier": "last_number"}
+    row |= {"reference": "1 2", "construction": "3 4"}
+    kept = ("construction" if name == "pi-play" else "reference",)
+    bare = {key: value for key, value in row.items() if key not in kept}
+    for split, last in (("train", bare), ("test", row)):
+        rows = [row | {"id": f"{split}-1"}, last | {"id": f"{split}-bare"}]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = make_config(method=name, task=str(tmp_path), batch_size=2)
+    with pytest.raises(ValueError, match="problem train-bare has no"):
+        pmd.check(cfg)
+    (tmp_path / "train.jsonl").write_text(json.dumps(row | {"id": "train-1"}))
+    pmd.check(dataclasses.replace(cfg, batch_size=1))
 
 
 # -- Uni-OPD
@@ -441,6 +452,7 @@ def test_uni_opd_leaves_a_group_with_its_margin_alone(
     policy, tokenizer, task, make_config, attempts
 ):
     """Then the advantage is d alone, whose gradient is that of sampled reverse KL."""
+    policy = copy.deepcopy(policy).double()  # its two distributions are close: float32 cancels
     cfg = make_config(
         method="uni-opd", batch_size=1, mini_batch_size=1, uni_opd_margin=0.0, uni_opd_balance=False
     )
@@ -648,12 +660,24 @@ def conditioned(policy, tokenizer, task, make_config, attempts, successes):
 
 
 def test_vpd_trains_the_teachers_prompt_by_bco(policy, tokenizer, task, make_config, attempts):
-    """The gradient of an E-step is that of BCO's loss, differentiated from logits."""
+    """The gradient of an E-step is that of BCO's loss, differentiated from logits.
+
+    Both steps take their mean over the batch's rollouts, as a batch without an E-step does.
+    """
+    policy = copy.deepcopy(policy).double()  # a difference of two gradients is taken below
     method, rows, taught, twins = conditioned(
         policy, tokenizer, task, make_config, attempts, [1, 2]
     )
     method.weigh(1, rows)
-    (found,), _ = gradient(method, twins)
+    (both,), _ = gradient(method, rows)
+    for twin in twins:
+        twin.advantage = None
+    (first,), _ = gradient(method, rows)
+    for r in rows:
+        r.weight = 1.0
+    (alone,), _ = gradient(method, rows[:8])
+    assert first.any() and close(first, alone)
+    found = (both - first) * 8 / len(twins)
     policy.zero_grad()
     table = returns(policy, taught, twins)
     wins = torch.tensor([r.reward > 0.5 for r in twins])

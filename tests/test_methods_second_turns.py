@@ -29,11 +29,11 @@ from test_methods_teachers import (
 
 import memory as mem
 import pmd
-from methods import caopd, ccopd, opsd, rcsd, step_critique
+from methods import caopd, ccopd, rcsd, step_critique
 from nano.world import OPERATIONS, attempt_text
 from runtime.chat import chat_of, encode_prompt, encode_turns
 from runtime.sampler import Sampler
-from tasks import load_task, verify
+from tasks import load_task, references, verify
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_a_silent_verifier_leaves_the_critique_to_the_policy(
     asked = []
     method.sampler = SimpleNamespace(ask=lambda prompts: asked.extend(prompts) or ["vo!rev"])
     assert method.criticise(rows) == [rows[0].feedback, "vo!rev"]
-    assert asked == [mem.critic_prompt(p.prompt, rows[1].text, opsd.reference(p))]
+    assert asked == [mem.critic_prompt(p.prompt, rows[1].text, references.reference(p))]
 
 
 def test_rltf_fm_learns_to_say_what_its_critic_said(policy, tokenizer, problems, make_config):
@@ -418,7 +418,9 @@ def test_caopd_states_the_groups_success_in_rollout_and_demonstration(
     rollouts[3].finished = False
     rows = method.condition(1, rollouts)
     line = f"{mem.CONFIDENCE} 0.25"
-    wanted = encode_prompt(tokenizer, mem.compose(p.prompt, solution=f"{opsd.reference(p)} {line}"))
+    wanted = encode_prompt(
+        tokenizer, mem.compose(p.prompt, solution=f"{references.reference(p)} {line}")
+    )
     for r, row in zip(rollouts, rows, strict=True):
         assert row.teacher_ids == wanted and row.weight[:3].tolist() == [0, 0, 0]
         assert row.weight[3:].tolist() == [1] * (len(row.ids) - 3)

@@ -20,11 +20,11 @@ from conftest import method_of
 import kernels
 import memory as mem
 import pmd
-from methods import avsd, opsd
+from methods import atesd_scheduled, avsd, opsd
 from nano.world import OPERATIONS, attempt_text
 from runtime.chat import encode_prompt
 from runtime.store import Item
-from tasks import load_task, verify
+from tasks import Problem, load_task, references, verify
 
 NAMES = ["opsd", "sgsd", "avsd", "avsd-full", "unisd", "selfci"]
 
@@ -172,15 +172,25 @@ def test_micro_batches_change_no_gradient(policy, tokenizer, problems, make_conf
 
 
 def test_a_reference_is_a_right_answer_or_a_refusal(problems):
-    assert all(verify(p, opsd.reference(p)).reward == 1 for p in problems)
-    assert {opsd.reference(p).count("=") for p in problems} == {1, 2, 3}
+    assert all(verify(p, references.reference(p)).reward == 1 for p in problems)
+    assert {references.reference(p).count("=") for p in problems} == {1, 2, 3}
     bare = dataclasses.replace(problems[0], verifier="choice", id="q7", extra={})
     with pytest.raises(ValueError, match="problem q7 has no reference solution"):
-        opsd.reference(bare)
-    assert opsd.reference(dataclasses.replace(bare, extra={"reference": "So b."})) == "So b."
-    task = SimpleNamespace(train=[problems[0], bare])
-    with pytest.raises(ValueError, match="q7"):
-        opsd.Method(None, task, None, None)
+        references.reference(bare)
+    assert references.reference(dataclasses.replace(bare, extra={"reference": "So b."})) == "So b."
+
+
+def test_a_program_has_no_short_answer_to_show():
+    """Its `answer` says that tests judge it, which no teacher is shown."""
+    extra = {"reference": "a = 1\nprint(a)"}
+    program = Problem("x", "print one", "its tests", "code", extra=extra)
+    shown = [*avsd.views(program), atesd_scheduled.exposed(program, 0.5)]
+    assert "its tests" not in str(shown)
+    assert shown[1]["beginning"] + shown[2]["solution"] == shown[0]["solution"]
+    assert shown[3] == {"beginning": "a = 1"}
+    number = Problem("y", "1 + 1", "2", "last_number", extra=extra)
+    assert avsd.views(number)[2] == {"solution": "2"}
+    assert atesd_scheduled.exposed(number, 0.5) == {"beginning": "a = 1\nAnswer: 2"}
 
 
 def test_opsd_learns_where_no_attempt_succeeds(policy, tokenizer, make_config):
@@ -259,6 +269,9 @@ def test_a_cap_that_nothing_reaches_changes_nothing(policy, tokenizer, problems,
         (["opsd", "--opsd_cap", "0.05", "--alpha", "0.5"], "--opsd_cap bounds the entries"),
         (["opsd", "--opsd_cap", "0.05", "--top_k", "5"], "--opsd_cap bounds the entries"),
         (["opsd", "--opsd_cap", "-1"], "--opsd_cap -1.0 must be at least 0"),
+        (["avsd-full", "--alpha", "0"], "avsd-full follows q"),
+        (["avsd-full", "--top_k", "5"], "avsd-full follows q"),
+        (["pi-distill", "--no_supervise_mastered"], "--no_supervise_mastered is not for"),
         (["sgsd", "--sgsd_pairs", "0"], "--sgsd_pairs 0 must be at least 1"),
         (["unisd", "--unisd_every", "0"], "--unisd_every 0 must be at least 1"),
         (["selfci", "--alpha", "0.5"], "--alpha 1 and --top_k 0"),

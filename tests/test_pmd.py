@@ -33,7 +33,7 @@ from runtime import check, clock, methods, plan, ranks, vllm_sampler
 from runtime.chat import encode_prompt
 from runtime.clock import Clock
 from runtime.flags import ELSEWHERE
-from runtime.methods import method_class
+from runtime.methods import cards, method_class
 from runtime.model import follow, load_policy, make_optimizer
 from runtime.options import check_numbers
 from runtime.ranks import start_ranks
@@ -729,6 +729,24 @@ def test_grpo_equals_the_policy_gradient_at_the_first_update(
     assert torch.allclose(found, wanted, rtol=1e-4, atol=5e-6 * wanted.abs().max()), (
         (found - wanted).abs().max()
     )
+
+
+@pytest.mark.parametrize("name", [name for name in cards() if name not in ("pmd", "sdpo")])
+def test_a_tasks_preset_leaves_a_method_its_divergence_and_teacher(name):
+    """LiveCodeBench's preset has alpha 1 and an average at 0.01, for PMD, SDPO and their like."""
+    flags = ["--model", "Qwen3-8B", "--task", "livecodebench", "--method", name]
+    if name == "frozen-memory":
+        flags += ["--memory_from", "lender"]
+    cfg, own = pmd.parse_flags(flags), method_class(name).Config
+    assert cfg.alpha == (1.0 if own.alpha == pmd.Config.alpha else own.alpha)
+    assert cfg.ema_rate == (0.01 if own.ema_rate == pmd.Config.ema_rate else own.ema_rate)
+    assert pmd.parse_flags([*flags, "--alpha", "0.3"]).alpha == 0.3
+
+
+@pytest.mark.parametrize("name", ["advantage-plus", "skill-sd", "sod", "trace", "trace-rkl"])
+def test_what_becomes_grpo_has_its_mini_batch(name):
+    flags = ["--model", "Qwen3-8B", "--task", "livecodebench", "--method", name]
+    assert pmd.parse_flags(flags).mini_batch_size == 8
 
 
 def test_grpo_on_livecodebench_has_the_mini_batch_of_sdpos_baseline():
