@@ -10,7 +10,8 @@ DECLARATION. This text, the grid below and tables.py were committed before the f
 Worlds. 24 a kind: 510 to 533, whose verifier names the first wrong step (feedback), and 534 to
 557, whose verifier says nothing (plain). 558 to 563 are those of part `mastered`. No draft and no
 table has used any of them. A world's number is the seed of its run. Checkpoints go round three,
-which differ in the seed of their pre-training and pass the reading probes of nano/README.md.
+which differ in the seed of their pre-training and pass the reading probes of nano/README.md, but
+for what study/README.md names.
 
 Score. avg@4 on 80 held-out problems, without memory in the prompt. AUC is its mean over steps 10,
 20, ..., 80. A run is 80 steps of 8 problems and 4 rollouts each, one update a step, for every arm.
