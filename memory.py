@@ -318,7 +318,7 @@ def compose_within(budget, count, problem, **context) -> str:
     similar behavior, the newest insight. The problem itself is never cut.
     """
     for block in TEXTS:
-        if count(compose(problem, **{block: context.get(block, "")})) > budget:
+        if context.get(block) and count(compose(problem, **{block: context[block]})) > budget:
             context[block] = ""
     for block in CUT_FIRST:
         while context.get(block) and count(compose(problem, **context)) > budget:

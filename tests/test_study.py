@@ -229,6 +229,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_program(tmp_path):
     """A killed study leaves no worker behind that writes into the runs of its next start."""
     path, beat = tmp_path / "program.py", tmp_path / "beat"
