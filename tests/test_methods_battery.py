@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent.parent
 NAMES = sorted(p.stem.replace("_", "-") for p in (HERE / "methods").glob("[a-z]*.py"))
 SMALL = dict(
     steps=3,
+    lr=3e-5,
     batch_size=4,
     mini_batch_size=2,
     group_size=4,
@@ -40,8 +41,10 @@ OFTEN = {  # what a method does now and then, it does here within three steps
     "unisd": dict(unisd_every=2),
     "vpd": dict(vpd_every=2),
 }
-# Where a gradient is rounding alone, each of the six updates moves a weight by up to the rate
-LARGEST = 6e-3
+# Where a gradient is rounding alone, each of the six updates moves a weight by up to the rate. At
+# nano's own rate of 1e-3 such weights move the entropy of the third step by 1e-3 of it.
+LARGEST = 6 * SMALL["lr"]
+SELDOM = SMALL["lr"] / 10  # by which at most a hundredth of the weights is apart
 LENDER = "frozen-policy"  # whose memory frozen-memory reads
 
 pytestmark = pytest.mark.slow  # minutes for all of them
@@ -124,15 +127,16 @@ def test_resume_equals_never_having_stopped(out, whole, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_of_one_row_change_nothing(out, whole, name, monkeypatch):
+    one = whole(name)  # and the lender of a frozen memory
     cfg = config(out, name, f"{name}-micro")
     monkeypatch.setattr(
         rows, "by_tokens", lambda lengths, budget: [[i] for i in range(len(lengths))]
     )
     pmd.train(cfg)
-    assert_same(whole(name), out / cfg.name, LARGEST)
+    assert_same(one, out / cfg.name, LARGEST, SELDOM)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one(out, whole, two_ranks, name):
     assert (out / f"{name}-ranks" / "summary.json").exists(), two_ranks.stderr[-4000:]
-    assert_same(whole(name), out / f"{name}-ranks", LARGEST)
+    assert_same(whole(name), out / f"{name}-ranks", LARGEST, SELDOM)
