@@ -307,8 +307,8 @@ def answer_task(argv, parse_flags):
         "--memory",
         default="",
         help=(
-            "a run's memory.db, for the prompt: the insight and the latest\nsuccess of the nearest"
-            " training problem, and the --retrieve_k\nnearest behaviors [Tab. 4, Fig. 2]"
+            "a run's memory.db, for the prompt: the insight and the latest\nsuccess of the"
+            " --retrieve_k nearest training problems, and as\nmany behaviors [Tab. 4, Fig. 2]"
         ),
     )
     args, rest = parser.parse_known_args(argv)

@@ -74,7 +74,10 @@ class MemoryOptions:
         10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]", within="[1, inf)"
     )
     retrieve_k: int = option(
-        3, "behaviors shown to the teacher [paper, main experiments]", within="[0, inf)"
+        3,
+        "behaviors shown to the teacher; training problems and behaviors that a held-out problem"
+        " reads, where a memory is in its prompt [paper, main experiments; Tab. 4]",
+        within="[0, inf)",
     )
     behavior_every: int = option(
         0,
@@ -317,7 +320,7 @@ def compose_within(budget, count, problem, **context) -> str:
     give way in the order of CUT_FIRST, the solution last. Lists give way from their end: the least
     similar behavior, the newest insight. The problem itself is never cut.
     """
-    for block in TEXTS:
+    for block in TEXTS if count(compose(problem, **context)) > budget else ():
         if context.get(block) and count(compose(problem, **{block: context[block]})) > budget:
             context[block] = ""
     for block in CUT_FIRST:

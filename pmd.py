@@ -62,7 +62,11 @@ from memory import Memory, MemoryOptions, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
 from runtime.chat import encode_prompt, encode_turns, encoder  # noqa: F401  two for methods
-from runtime.check import need_groups, need_mastered  # noqa: F401  for methods
+from runtime.check import (  # noqa: F401  for methods
+    need_groups,
+    need_mastered,
+    need_reverse_kl,
+)
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
 from runtime.flags import Flags, given_flags
@@ -123,10 +127,10 @@ CLIP_DUAL = 3.0  # of GRPO's ratio where the advantage is negative [SDPO: verl's
 class Config(TaskOptions, ModelOptions, SamplerOptions, MemoryOptions, EvalOptions, RunOptions):
     """The method and its training.
 
-    The defaults are the paper's SciKnowEval run. A task's preset overrides them, and a flag
-    overrides both. In brackets stands where a default comes from: Tab. 11, B.1 and "paper" are the
-    PMD paper, "SDPO" its authors' code, "ours" ours. Every room of the code declares the options
-    that it reads; here are those of this file.
+    The defaults are the paper's SciKnowEval run. A task's preset overrides them, but for what
+    `preset_of` leaves a method, and a flag overrides both. In brackets stands where a default comes
+    from: Tab. 11, B.1 and "paper" are the PMD paper, "SDPO" its authors' code, "ours" ours. Every
+    room of the code declares the options that it reads; here are those of this file.
     """
 
     method: str = option(

@@ -32,10 +32,7 @@ class Method(avsd.Method):
     @classmethod
     def check(cls, cfg):
         super().check(cfg)
-        if cfg.alpha != 1 or cfg.top_k:
-            raise ValueError(
-                "--method avsd-full follows q* by the full reverse KL: give --alpha 1 and --top_k 0"
-            )
+        pmd.need_reverse_kl(cfg)
 
     def condition(self, step, rollouts):
         rows = super().condition(step, rollouts)

@@ -2,8 +2,8 @@
 learns.
 
 Nothing is trained. The policy would score as the base model does, so that held-out problems read
-the memory in their prompt: the insight and the latest success of the nearest training problem, and
-the nearest behaviors (ours: the paper does not say how these rows feed memory at test time).
+the memory in their prompt: the insight and the latest success of the --retrieve_k nearest training
+problems, and as many behaviors (ours: the paper's "top-3" does not say of what).
 
 Teacher reads: nothing: there is none.
 Loss: none: nothing is trained.

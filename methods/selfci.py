@@ -34,11 +34,7 @@ class Method(sdpo.Method):
     @classmethod
     def check(cls, cfg):
         super().check(cfg)
-        if cfg.alpha != 1 or cfg.top_k:
-            raise ValueError(
-                "--method selfci follows two teachers as one, which is exact for the full reverse"
-                " KL alone: give --alpha 1 and --top_k 0"
-            )
+        pmd.need_reverse_kl(cfg)  # two teachers are followed as one
 
     def condition(self, step, rollouts):
         rows = super().condition(step, rollouts)

@@ -59,8 +59,8 @@ class Method(sdpo.Method):
         prompts = []
         for r in rollouts:
             parts = [r.problem.prompt, "Attempt:", r.text]
-            reference = reference_or_nothing(r.problem)
-            parts += ["Reference solution:", reference] if reference else []
+            solution = reference_or_nothing(r.problem)
+            parts += ["Reference solution:", solution] if solution else []
             prompts.append(pmd.encode_prompt(self.tokenizer, "\n\n".join([*parts, QUESTION])))
         keys, limit = [("critique", r.id) for r in rollouts], self.cfg.max_completion
         sampling = MEMORY_TEMPERATURE, MEMORY_TOP_P

@@ -415,6 +415,8 @@ def pretrain(seed, folder, shorter=1, batch_size=32, hidden_size=96, layers=4, l
             if i >= length:
                 if (i - length) % ROUND == 0 and training.compares():
                     break
+                if i == longest - 1:
+                    bar.write("whole combinations are not compared: a seed to leave out")
                 bar.total += 1
             left = (length - i) / length if phase in FALLING else 1.0
             loss = training.step(RATES[phase] * min(1, (i + 1) / 50, left))

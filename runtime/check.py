@@ -89,6 +89,15 @@ def need_mastered(cfg):
         raise ValueError(f"--no_supervise_mastered is not for {cfg.method}; leave it out")
 
 
+def need_reverse_kl(cfg):
+    """Refuses another divergence than the full reverse KL, for a method that has no other."""
+    if cfg.alpha != 1 or cfg.top_k:
+        raise ValueError(
+            f"--method {cfg.method} is exact for the full reverse KL alone: give --alpha 1 and"
+            " --top_k 0"
+        )
+
+
 def need_groups(cfg):
     """Refuses groups of one for a method that compares the answers of a group.
 

@@ -5,7 +5,9 @@
     python study/study.py --report        # study/results.md and the figures, from the records
     python study/study.py --quick --out X # a world a kind, 10 steps: the machinery, no result
 
-DECLARATION. This text, the grid below and tables.py were committed before the first run.
+DECLARATION. This text, the grid below and tables.py were committed before the first run. Changed
+since, before the first run of `main`: what is said of the probes, under Worlds, and that a part is
+shown when all of its runs are made.
 
 Worlds. 24 a kind: 510 to 533, whose verifier names the first wrong step (feedback), and 534 to
 557, whose verifier says nothing (plain). 558 to 563 are those of part `mastered`. No draft and no

@@ -304,7 +304,6 @@ def report(records, rates, out, planned) -> str:
     runs}. A part is shown when all of its runs have a record: nobody looks at a comparison before.
     """
     made = {part: sum(row["part"] == part for row in records.values()) for part in planned}
-    left = {part: planned[part] - made[part] for part in planned}
     runs = frame(records)
     failed = [f"{r['job']} ({r['failed']})" for r in records.values() if "failed" in r]
     lines = ["# Results of the study", ""]
@@ -337,13 +336,11 @@ def report(records, rates, out, planned) -> str:
         ],
         "mastered": [("Mastered problems left out", lambda: mastered(runs))],
     }
-    parts = {part for part in planned if made[part] and not left[part]}
+    parts = {part for part in planned if made[part] == planned[part]}
     for part in planned:
-        if made[part] and left[part]:
-            lines += [
-                f"Part {part} has {made[part]} of its {planned[part]} runs: not shown yet.",
-                "",
-            ]
+        if 0 < made[part] < planned[part]:
+            count = f"{made[part]} of its {planned[part]} runs"
+            lines += [f"Part {part} has {count}: not shown yet.", ""]
     for part, tables in sections.items():
         for title, write in tables if part in parts else ():
             lines += [f"## {title}", "", write(), ""]

@@ -137,6 +137,26 @@ def test_everything_it_reads_and_writes_is_in_its_vocabulary(tokenizer):
     assert fixed == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"}
 
 
+@pytest.mark.parametrize("compared", [0, 1, None])  # at which look; None: at none
+def test_a_phase_lasts_until_combinations_are_compared(tmp_path, monkeypatch, capsys, compared):
+    looks = []
+
+    def compares(training):
+        looks.append(training.taken)
+        return len(looks) - 1 == compared
+
+    monkeypatch.setattr(make.Training, "compares", compares)
+    monkeypatch.setattr(make.Training, "looks", lambda training: "")
+    for name, value in dict(LENGTHS=(1, 2, 1, 1, 1), LONGER=5, ROUND=2).items():
+        monkeypatch.setattr(make, name, value)
+    make.pretrain(3, tmp_path, batch_size=2)
+    out = capsys.readouterr().out
+    further = {0: 0, 1: 2, None: 5}[compared]
+    assert looks == [3, 5, 7][: further // 2 + 1]
+    assert f"{6 + further} steps" in out and (compared is None) == ("not compared" in out)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 # -- the exact reader
 
 

@@ -1468,7 +1468,10 @@ def test_forks_into_and_out_of_the_controls(make_config, monkeypatch):
 def test_inference_contexts_read_the_nearest_training_problem(make_memory):
     train = [Question("p", "alpha beta"), Question("q", "gamma delta")]
     reply = json.dumps({"strategies": [{"title": "t", "content": "of {}"}]})
-    rule = lambda prompt: reply.replace("{}", "p" if "alpha" in prompt else "q")  # noqa: E731
+
+    def rule(prompt):
+        return reply.replace("{}", "p" if "alpha" in prompt else "q")
+
     memory = make_memory(rule, retrieve_k=1)
     memory.add_problems(train)
     memory.record(1, [Attempt("1", p, "win", 1.0) for p in train])
