@@ -11,13 +11,13 @@ from runtime import model
 from runtime.model import copy_of, load_policy, make_optimizer
 
 
-def updated(cfg, updates=2):
-    """Weights and gradients after updates by a teacher with a longer prompt."""
+def updated(cfg, updates=2, draw=0):
+    """Weights and gradients after updates by a teacher with a longer prompt. draw: of the texts."""
     policy = load_policy(cfg)
     method, optimizer = method_of(cfg, policy, copy_of(policy, cfg)), make_optimizer(policy, cfg)
     rows = []
     for i, length in enumerate((5, 9, 12)):
-        ids = [30 + (7 * i + 3 * t) % 50 for t in range(length)]
+        ids = [30 + (7 * i + 3 * t + 11 * draw) % 50 for t in range(length)]
         sample = [20 + i, 21, 22], ids, torch.full((length,), -3.0), "", True
         teacher_ids = [40, 41, 42, 43, 20 + i]
         rows.append(pmd.Rollout(*sample, str(i), None, 0.0, teacher_ids=teacher_ids))
@@ -48,15 +48,22 @@ def test_what_would_compile_for_each_length_is_refused(cfg):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, recomputes", [("float32", False), ("bfloat16", True)])
 def test_compiled_layers_give_the_same_gradients(cfg, dtype, recomputes):
-    """Up to the order of float32 sums, or within what bfloat16 rounds, of a first update."""
+    """Up to the order of float32 sums, or within what bfloat16 rounds, of a first update.
+
+    What bfloat16 rounds is a draw: errors are root mean squares over ten.
+    """
     cfg = dataclasses.replace(cfg, dtype=dtype, gradient_checkpointing=recomputes)
-    exact = updated(dataclasses.replace(cfg, dtype="float32"), 1)[1]
-    plain = updated(cfg, 1)[1]
-    compiled = updated(dataclasses.replace(cfg, compile_layers=True), 1)[1]
-    for name, gradient in plain.items():
-        size = exact[name].norm()
-        if dtype == "float32":
-            assert (compiled[name] - gradient).norm() < 1e-3 * size, name
-        else:
-            error, noise = ((g - exact[name]).norm() for g in (compiled[name], gradient))
-            assert error < 1.5 * noise + 0.01 * size, name
+    squares = {}  # {name: those of the error, of the noise and of the size}
+    for draw in range(10 if dtype == "bfloat16" else 1):
+        exact = updated(dataclasses.replace(cfg, dtype="float32"), 1, draw)[1]
+        plain = updated(cfg, 1, draw)[1]
+        compiled = updated(dataclasses.replace(cfg, compile_layers=True), 1, draw)[1]
+        for name, gradient in plain.items():
+            if dtype == "float32":
+                assert (compiled[name] - gradient).norm() < 1e-3 * exact[name].norm(), name
+            vectors = compiled[name] - exact[name], gradient - exact[name], exact[name]
+            norms = torch.stack([vector.norm() for vector in vectors])
+            squares[name] = squares.get(name, 0) + norms**2
+    for name, sums in squares.items() if dtype == "bfloat16" else ():
+        error, noise, size = sums.sqrt()
+        assert error < 1.5 * noise + 0.01 * size, name
