@@ -18,31 +18,31 @@ Deviations from the paper
  1. The divergence is over the full vocabulary and exact (Eq. 7). Table 11's top-k is `--top_k`.
  2. The top-k's tail is a logsumexp over the logits outside it. SDPO's expm1 form is wrong where the
     student is confident.
- 3. A dev split is held out of train to select checkpoints on. `--dev 0` trains on all, as Table 10
-    does.
+ 3. A dev split is held out of the training problems, to select checkpoints on. `--dev 0` trains on
+    all, as Table 10 does.
  4. Behaviors are written by the policy itself, not by GPT-5.4.
  5. A rollout is supervised whenever its teacher prompt differs from its own (`--supervise all`).
-    The paper does not say.
- 6. The policy of a step writes its insights before the step goes on. The paper has a server that
-    may lag behind (B.1).
+    The paper does not say which rollouts are supervised.
+ 6. Insights are written by the step's own policy before the step goes on. The paper has a server
+    that may lag behind (B.1).
  7. `--ground_insights` is on for nano and off elsewhere. Reflection reads one attempt at a time,
-    until that gave an insight. An insight must be contained in its evidence. A contradicting
-    failure ends a strategy, and a success a lesson. A behavior needs two supports. nano's line of
-    confidence has no counts. See nano/grounded.py.
+    until that attempt has given an insight. An insight must be contained in its evidence. A failure
+    that contradicts a strategy ends it, and a success that contradicts a lesson ends it. A behavior
+    needs two supports. nano's line of confidence has no counts. See nano/grounded.py.
  8. A batch without a single supervised token takes no optimizer step. verl would step on Adam's
     momentum alone.
  9. nano embeds text by hashing its words. The paper uses Qwen3-Embedding-0.6B.
-10. LiveCodeBench's prompts are published forms in our words. So is SciKnowEval's system message
-    where the data come from the Hub.
-11. Recomputation of activations is on outside nano (`--no_gradient_checkpointing`). Without it 8B
-    does not fit on one node.
-12. The mean over tokens is that of SDPO's code, each rollout's own mean over all rollouts of the
-    mini-batch. Eq. 7 sums over a response's tokens (`--loss_mean sum`). For GRPO it is the mean of
-    SDPO's code too.
-13. `--lora_rank` trains adapters of a frozen base. Off by default. The paper trains all weights. An
-    averaged teacher averages the two factors of each adapter, not their product.
-14. `--memory_format` asks for reflections and abstractions in another form than B.3's free JSON.
-    guided: the sampler can write no other JSON. lines: plain lines, for small models.
+10. LiveCodeBench's prompts are the published forms in our words. So is SciKnowEval's system message
+    if the data come from the Hub.
+11. Activations are recomputed in the backward pass outside nano (`--no_gradient_checkpointing`
+    switches it off). Without recomputation 8B does not fit on one node.
+12. The mean over tokens is that of SDPO's code: the token mean of each rollout, summed, divided by
+    the number of all rollouts of the mini-batch. This holds for GRPO too. Eq. 7 sums over a
+    response's tokens (`--loss_mean sum`).
+13. `--lora_rank` trains adapters of a frozen base. It is off by default. The paper trains all
+    weights. An averaged teacher averages the two factors of each adapter, not their product.
+14. `--memory_format` can ask for reflections and abstractions in another form than B.3's free JSON.
+    guided: the sampler can write only the JSON asked for. lines: plain lines, for small models.
 """
 
 import functools
