@@ -1,18 +1,23 @@
 """The embedded world: a tiny chat model that knows how to learn, and worlds whose secret only
 experience reveals.
 
-    python nano/make.py model --seed 0             # tokenizer and checkpoint (41 CPU-minutes)
+    python nano/make.py model --seed 0             # tokenizer and checkpoint (30 to 70 CPU-minutes)
     python nano/make.py world --seed 3 [--plain]   # task files, into nano/worlds/[plain/]3
     python nano/make.py probe                      # what the checkpoint reads and can do
 
-world.py says what a problem is. The model is trained on endless worlds drawn afresh for every
-example (examples.py), so that nothing about any of them can be memorised, to (1) attempt problems,
-guessing operations it was not told; (2) use memory in its prompt, in the words of memory.compose,
-lessons of both forms included; (3) write strategies and lessons from attempts, and (4) behaviors
-from insights, in the words and the JSON of memory.py; (5) read what other methods show: a critique,
-the beginning of a solution, a cue to revise, a second message, and say how sure it is. It is a
-Qwen3 decoder and an ordinary Hugging Face folder. probes.py compares what it believes with what an
-exact reader would.
+world.py says what a problem is. Every training example has a world of its own (examples.py), so
+that nothing about a world can be memorised. The model learns to
+
+- attempt problems, and guess the operations that it was not told;
+- use a memory in its prompt, in the words of memory.compose, lessons of both forms included;
+- write strategies and lessons from attempts, and behaviors from insights, in the words and the
+  JSON of memory.py;
+- read the prompts of other methods: a critique, the beginning of a solution, a cue to revise, a
+  second message;
+- say how sure it is.
+
+It is a Qwen3 decoder in an ordinary Hugging Face folder. probes.py compares its beliefs with those
+of an exact reader.
 """
 
 import argparse
