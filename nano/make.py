@@ -443,16 +443,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=("model", "world", "probe"))
-    add("--seed", type=int, default=0)
-    add("--plain", action="store_true", help="a world whose verifier says nothing")
-    out = "folder to write to, or to probe (default: nano/, nano/worlds/SEED or .../plain/SEED)"
+    add("what", choices=("model", "world", "probe"), help="what to make, or to probe the model")
+    seed = "of the model's training, or the number of the world (default: 0)"
+    add("--seed", type=int, default=0, help=seed)
+    add("--plain", action="store_true", help="world: its verifier gives no feedback")
+    out = (
+        "the folder that is written or probed. Without it `model` replaces the model that ships"
+        " (default: nano/, nano/worlds/SEED or nano/worlds/plain/SEED)"
+    )
     add("--out", type=Path, help=out)
-    add("--shorter", type=int, default=1, help="divides the phases, for a try")
-    add("--batch_size", type=int, default=32)
-    add("--hidden_size", type=int, default=96, help="with --layers: the study's other sizes")
-    add("--layers", type=int, default=4)
-    add("-n", type=int, default=256, help="problems for each probe")
+    shorter = "model: divides the steps of each phase, for a try (default: 1)"
+    add("--shorter", type=int, default=1, help=shorter)
+    add("--batch_size", type=int, default=32, help="model: examples a step (default: 32)")
+    sizes = "model: its width (default: 96). study/README.md has the other sizes of the study"
+    add("--hidden_size", type=int, default=96, help=sizes)
+    add("--layers", type=int, default=4, help="model: its decoder layers (default: 4)")
+    add("-n", type=int, default=256, help="probe: problems for each row (default: 256)")
     args = parser.parse_args()
     folder = args.out or HERE
     if args.what == "world":
