@@ -49,7 +49,7 @@ from tasks.verdicts import verify_all
 
 @dataclass
 class EvalOptions:
-    """Evaluation, without memory but for frozen-policy and eval.py --memory."""
+    """Evaluation, without memory except for frozen-policy and eval.py --memory."""
 
     eval_every: int = option(
         5,
@@ -60,8 +60,10 @@ class EvalOptions:
     eval_problems: int = option(
         0, "evaluate on at most this many problems of a split; 0 for all [ours]", within="[0, inf)"
     )
-    eval_temperature: float = option(0.6, "[SDPO]", "--temperature", within="[0.01, inf)")
-    eval_top_p: float = option(0.95, "[SDPO]", "--top_p", within="(0, 1]")
+    eval_temperature: float = option(
+        0.6, "temperature of evaluations [SDPO]", "--temperature", within="[0.01, inf)"
+    )
+    eval_top_p: float = option(0.95, "top-p of evaluations [SDPO]", "--top_p", within="(0, 1]")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,9 +297,10 @@ def answer_task(argv, parse_flags):
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
         epilog=(
-            "--task, --data, --n, --temperature, --top_p, --retrieve_k, --tiers, --embedder,"
-            " --seed, --max_completion,\n--batch_size (problems between two writes), --nproc,"
-            " --out, --name and all others are those of pmd.py."
+            "All other flags are those of pmd.py (python pmd.py --help): --task, --data, --n,"
+            " --temperature, --top_p,\n--retrieve_k, --tiers, --embedder, --seed, --max_completion,"
+            " --nproc, --out, --name, and so on.\n--batch_size is the number of problems between"
+            " two writes to disk."
         ),
     )
     parser.add_argument(
@@ -307,8 +310,8 @@ def answer_task(argv, parse_flags):
         "--memory",
         default="",
         help=(
-            "a run's memory.db, for the prompt: the insight and the latest\nsuccess of the"
-            " --retrieve_k nearest training problems, and as\nmany behaviors [Tab. 4, Fig. 2]"
+            "a run's memory.db, to put into the prompts: the insight and the\nlatest success of the"
+            " --retrieve_k nearest training problems, and\nas many behaviors [Tab. 4, Fig. 2]"
         ),
     )
     args, rest = parser.parse_known_args(argv)
@@ -426,10 +429,14 @@ def look_at_runs(argv):
     from tools import figures, report  # pandas takes a second to import
 
     command, *rest = argv
-    parser = argparse.ArgumentParser(prog=f"python eval.py {command}")
-    runs = "a run's folder, or that of an evaluation"
+    does = {
+        "compare": "Prints the paper's Tables 2, 3, 4, 5 and 7 for runs, and paired differences.",
+        "figures": "Draws the paper's Figures 2 to 6 for runs: PNG files, with their data as CSV.",
+    }
+    parser = argparse.ArgumentParser(prog=f"python eval.py {command}", description=does[command])
+    runs = "the folder of a run or of an evaluation"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
-    out = "for figures: the folder of pictures and data"
+    out = "figures only: the folder of pictures and data (default: figures)"
     parser.add_argument("--out", default="figures", help=out)
     args = parser.parse_args(rest)
     if command == "compare":

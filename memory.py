@@ -67,16 +67,17 @@ class MemoryOptions:
 
     tiers: str = option(
         "experience,insight,behavior",
-        "what the teacher reads; hides blocks and changes no extraction [Tab. 4]",
+        "the tiers that the teacher reads; the others are written all the same [Tab. 4]",
     )
     memory_from: str = option("", "frozen-memory: the run RUN, or RUN@STEP, whose memory is read")
     max_insights: int = option(
-        10, "insight: strategies, and as many lessons, kept per problem [Fig. 6]", within="[1, inf)"
+        10, "maximum strategies, and maximum lessons, kept per problem [Fig. 6]", within="[1, inf)"
     )
     retrieve_k: int = option(
         3,
-        "behaviors shown to the teacher; training problems and behaviors that a held-out problem"
-        " reads, where a memory is in its prompt [paper, main experiments; Tab. 4]",
+        "behaviors shown to the teacher. With a memory in the prompt of held-out problems: the"
+        " nearest training problems, and the behaviors, that each reads [paper, main experiments;"
+        " Tab. 4]",
         within="[0, inf)",
     )
     behavior_every: int = option(
@@ -90,36 +91,38 @@ class MemoryOptions:
         "before it [Eq. 4]",
     )
     query_feedback: bool = option(
-        False, "the query for behaviors is the question and the feedback [optional in B.5]"
+        False, "retrieve behaviors by question and feedback together [optional in B.5]"
     )
     clusters: int = option(
-        16, "clusters of questions that behaviors are abstracted from [ours]", within="[1, inf)"
+        16, "number of clusters of questions, for abstraction [ours]", within="[1, inf)"
     )
     drop_shortcuts: bool = option(
         False,
-        "drop insights and behaviors with shortcut-like phrasing; it is counted either way "
-        "[B.3 measures it]",
+        "drop insights and behaviors with shortcut-like phrasing; they are counted either way "
+        "[B.3 counts them]",
     )
     ground_insights: bool = option(
-        False, "write only insights that their evidence contains, and more [deviation 7]"
+        False,
+        "keep only insights that their evidence contains, with further rules: see"
+        " nano/grounded.py [deviation 7]",
     )
     abstractor: str = option(
         "policy",
-        "who writes behaviors: the policy, or openai:MODEL on the server of OPENAI_BASE_URL "
+        "the writer of behaviors: policy, or openai:MODEL on the server of OPENAI_BASE_URL "
         "with OPENAI_API_KEY [deviation 4; C.1: GPT-5.4]",
     )
     memory_format: Format = option(
         "json",
-        "of reflections and abstractions. json: as in the paper. guided: the sampler can write no"
-        " other JSON. lines: plain lines, for small models [deviation 14]",
+        "the form of reflections and abstractions. json: as in the paper. guided: the sampler can"
+        " write only the JSON asked for. lines: plain lines, for small models [deviation 14]",
     )
     memory_completion: int = option(
-        768, "tokens of a reflection or abstraction [ours]", within="[1, inf)"
+        768, "maximum tokens of a reflection or abstraction [ours]", within="[1, inf)"
     )
     embedder: str = option(
         "Qwen/Qwen3-Embedding-0.6B",
-        "embeds questions, attempts and insights: a sentence-transformers "
-        "folder or Hub name [paper]; hashing, of words, needs no download",
+        "embeds questions, attempts and insights: a sentence-transformers folder or Hub name"
+        " [paper], or hashing, which hashes words and needs no download",
     )
 
 

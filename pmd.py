@@ -135,8 +135,8 @@ class Config(TaskOptions, ModelOptions, SamplerOptions, MemoryOptions, EvalOptio
 
     method: str = option(
         "pmd",
-        "pmd; a file of methods/, such as sdpo, grpo or srpo (it begins with what it does); or the"
-        " path of a file of your own. --method NAME --help shows its flags",
+        "the name of a file of methods/, such as pmd, sdpo or grpo (its docstring says what it"
+        " does), or the path of a file of your own. --method NAME --help shows its flags",
     )
     compare: str = option("", "methods to run in turn on equal budgets, such as grpo,sdpo,pmd")
     epochs: int = option(20, "passes over the training problems [Tab. 11]", within="[1, inf)")
@@ -147,14 +147,14 @@ class Config(TaskOptions, ModelOptions, SamplerOptions, MemoryOptions, EvalOptio
     group_size: int = option(8, "rollouts per problem [Tab. 11]", within="[1, inf)")
     mini_batch_size: int = option(
         32,
-        "problems per update; at least batch_size: one update per batch [Tab. 11]",
+        "problems per update; with batch_size or more there is one update per batch [Tab. 11]",
         within="[1, inf)",
     )
     lr: float = option(
         1e-5, "AdamW's learning rate, constant after the warm-up [Tab. 11]", within="(0, inf)"
     )
     warmup_steps: int = option(10, "updates of linear warm-up [Tab. 11]", within="[0, inf)")
-    beta2: float = option(0.999, "AdamW [SDPO]", within="[0, 1)")
+    beta2: float = option(0.999, "AdamW's second beta [SDPO]", within="[0, 1)")
     loss_mean: Literal["sequence", "token", "sum"] = option(
         "sequence",
         "how the tokens of a mini-batch are averaged, for every method. sequence: each trained"
@@ -166,38 +166,42 @@ class Config(TaskOptions, ModelOptions, SamplerOptions, MemoryOptions, EvalOptio
     # distillation
     alpha: float = option(
         0.5,
-        "0 forward KL, 1 reverse KL (Eq. 7), between a generalized JSD [Tab. 11]",
+        "the divergence. 0: forward KL. 1: reverse KL (Eq. 7). Between: generalized JSD [Tab. 11]",
         within="[0, 1]",
     )
     top_k: int = option(
         0,
-        "the student's k likeliest tokens and a tail; 0 for the full vocabulary, exact "
-        "[deviation 1; Tab. 11 has 100 and 20]",
+        "take the divergence over the student's k likeliest tokens and a tail; 0 for the full"
+        " vocabulary, exact [deviation 1; Tab. 11 has 100 and 20]",
         within="[0, inf)",
     )
     teacher: Literal["ema", "live"] = option(
         "ema",
-        "ema: a moving average of the student [SDPO; Tab. 11]. live: the "
-        "student's own weights of this update (Eq. 6)",
+        "the teacher's weights. ema: a moving average of the student's [SDPO; Tab. 11]. live: the "
+        "student's own weights at this update (Eq. 6)",
     )
     ema_rate: float = option(
         0.05,
-        "of the teacher, once per batch: 0 keeps the initial policy, 1 follows it [SDPO]",
+        "how far the moving average goes towards the student, once per batch: 0 keeps the initial"
+        " policy, 1 copies the student [SDPO]",
         within="[0, 1]",
     )
     max_reprompt: int = option(
-        10240, "tokens of the teacher's prompt; see memory.compose_within [SDPO]", within="[1, inf)"
+        10240,
+        "maximum tokens of the teacher's prompt; blocks that do not fit are dropped, see"
+        " memory.compose_within [SDPO]",
+        within="[1, inf)",
     )
     supervise: Literal["all", "solved"] = option(
         "all",
-        "the rollouts a memory's teacher supervises. all: whose teacher reads more than the student"
-        " [deviation 5]. solved: of problems with a success so far, or feedback, which is SDPO's"
-        " rule over all that is remembered",
+        "which rollouts a teacher with a memory supervises. all: those whose teacher reads more"
+        " than the student [deviation 5]. solved: those of problems with a success so far, or with"
+        " feedback, which is SDPO's rule applied to the whole memory",
     )
     supervise_mastered: bool = option(
         True,
-        "also problems whose attempts of this step all succeed; with "
-        "--no_supervise_mastered they teach nothing, as under GRPO [ours]",
+        "also supervise problems whose attempts of this step all succeed; "
+        "--no_supervise_mastered leaves them out, as GRPO does in effect [ours]",
     )
 
 

@@ -5,15 +5,15 @@ every time.
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --kills 20 --ranks 2      of which one dies first,
                                                                            as on a cluster
 
-Half of the kills go to PMD, half to a GRPO run whose first update comes late, so that checkpoints
-are written before it. Whenever a run has come to its end, whatever it went through, its final
-weights, the rows and events of its memory, its evaluations and all its metrics but the times must
-be those of the run that was never interrupted: nothing lost, nothing twice. Prints how many kills
-hit each phase, how far the runs had come, and how many ends were compared; exits with 1 at the
-first difference.
+Half of the kills hit a PMD run. The other half hit a GRPO run whose first update comes late, so
+that checkpoints are written before it. When a run ends, it is compared with a run that was never
+interrupted. The final weights, the rows and events of the memory, the evaluations, and all metrics
+except the times must be equal: nothing lost, nothing twice. The program prints how many kills hit
+each phase, how far the runs had come, and how many ends were compared. It exits with status 1 at
+the first difference.
 
-The children are forked from a process that has everything imported, so that a kill costs a second
-and not ten.
+The children are forked from a process that has everything imported, so that a kill costs one second
+in place of ten.
 """
 
 import argparse
@@ -230,9 +230,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="in all (default: 50)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     args = parser.parse_args()
     if args.kills < 1 or args.ranks < 1:
         parser.error("--kills and --ranks must be at least 1")

@@ -3,21 +3,21 @@
     python benchmarks/gpu.py [--parts exact,loss,update,engine] [--out table.md]
     python benchmarks/gpu.py --dry                  every part at toy size, on a CPU too
 
-It prints a table of Markdown with card, driver, versions and date, row by row as they come. It ends
-with status 1 if a part failed. Weights are random, of the shapes of Qwen3. Planned for ten minutes
-on an H100 or H200. What came out on one: docs/gpu.md.
+It prints a Markdown table with card, driver, versions and date, row by row. It exits with status 1
+if a part failed. Weights are random and have the shapes of Qwen3. It should take ten minutes on an
+H100 or H200. docs/gpu.md has its results on an H200.
 
-- exact: the gradients of the loss against float64, all alphas, with and without top-k.
+- exact: the gradients of the loss against float64, for several alphas, with and without top-k.
 - loss: milliseconds beside its four matrix products alone (V 151,936, N 8,192), and GiB added.
-- update: 16 rollouts with prompts of 512 and 2,560 tokens and completions of 3,584, by an averaged
-  teacher, the second of two in a row. The first one compiles, where layers are. MFU counts each
-  product of the model and of the loss once, over 989 TFLOP/s. HFU counts recomputed products too.
-  The plan is beside what PyTorch reserved. A case that the plan says does not fit is left out, and
-  the row says so.
+- update: the second of two updates in a row, with an averaged teacher. It has 16 rollouts, with
+  prompts of 512 (student) and 2,560 (teacher) tokens and completions of 3,584. The first update
+  compiles, if layers are compiled. MFU counts each product of the model and of the loss once,
+  relative to 989 TFLOP/s. HFU counts recomputed products too. The planned memory is beside what
+  PyTorch reserved. A case that does not fit by the plan is left out, and its row says so.
 - engine: starting vLLM, waking it with new weights, its gap to the trainer, and tokens a second.
 
-A machine without a network takes vLLM from the kit of tools/offline_vllm.py of our measurements:
-PYTHONPATH=KIT/site HF_HUB_OFFLINE=1. The engine has nano's tokenizer and needs no download.
+The engine has nano's tokenizer and needs no download. On a machine without a network set
+HF_HUB_OFFLINE=1.
 """
 
 import argparse

@@ -1,20 +1,22 @@
-"""Speed of verdicts: against the official algorithm, per test, over a thousand programs, and on
-multiple choice.
+"""Measures the speed of verdicts: beside the official algorithm, per test, and on multiple choice.
+Also measures the memory over a thousand programs.
 
     python benchmarks/harness.py [--quick] [--data ../shared/data/livecodebench/sample.jsonl]
     [--workers 2]
 
-The programs are made here: for each problem of the sample one that knows the tests by heart (right,
-so every test is run) and one that forgets the third (wrong, where the official algorithm stops and
-ours goes on, for the pass rate). Without the file, 90 small problems of our own take its place.
-`official` is the published algorithm in our own words: a process forked for each program, which
-sends its result through a multiprocessing.Manager, all tests one after another in one interpreter,
-stdin and stdout mocked, the program wrapped in a function, an alarm per test. `lean` is the same
-with a pipe for the manager. Both fork from the process that asks, so its size decides their speed,
-and they are measured from three: a bare one, one that has loaded `datasets`, as LiveCodeBench's own
-harness has, and one that has loaded all that a trainer has. Rounds alternate between the
-contestants, since the machine is shared; the ratios come last. A child loads the data, or the first
-of the three processes would not be bare.
+The programs are made here. For each problem of the sample there are two. The right one knows all
+tests by heart, so every test is run. The wrong one forgets the third test: there the official
+algorithm stops, and ours goes on, for the pass rate. If the file is missing, 90 small problems of
+our own take its place.
+
+`official` is the published algorithm in our own code. It forks a process for each program, which
+sends its result through a multiprocessing.Manager. All tests run one after another in one
+interpreter, with stdin and stdout mocked, the program wrapped in a function, and an alarm per test.
+`lean` is the same with a pipe in place of the manager. Both fork from the process that asks, so its
+size decides their speed. They are measured from three processes: a bare one, one that has loaded
+`datasets`, as LiveCodeBench's own harness has, and one that has loaded all that a trainer has.
+Rounds alternate between the contestants, since the machine may be shared. The ratios come last. A
+child loads the data, or the first of the three processes would not be bare.
 """
 
 import argparse
@@ -282,10 +284,13 @@ def choices(n):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shared = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser.add_argument("--data", default=str(shared / "livecodebench" / "sample.jsonl"))
-    parser.add_argument("--workers", type=int, default=2)
+    data = "problems with tests, as JSON lines; without the file 90 problems are made"
+    parser.add_argument("--data", default=str(shared / "livecodebench" / "sample.jsonl"), help=data)
+    parser.add_argument("--workers", type=int, default=2, help="programs at a time (default: 2)")
     parser.add_argument(
         "--quick", action="store_true", help="fewer rounds, 100 programs for memory"
     )

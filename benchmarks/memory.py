@@ -1,5 +1,5 @@
-"""What the memory costs beside its bare SQL and matrix products, and whether size or history make a
-step slower.
+"""Measures what the memory costs beside its bare SQL and matrix products, and whether its size or
+its history makes a step slower.
 
     python benchmarks/memory.py            stores of 100, 1,000 and 10,000 problems with full tiers:
                                            5 + 3 attempts and
@@ -10,8 +10,8 @@ step slower.
 A step is 32 problems with 8 rollouts each. Embedding and generation are excluded: vectors and
 replies are made beforehand. SQLite's automatic checkpoint of its log is taken out of the operations
 and timed after each step, with the writes of both sides in it. Everything that is compared is timed
-in turn, in one run; times mean little on a busy machine, so the ratios, with their quartiles, are
-what to read. They come last. Needs 5 GB for temporary files; --scratch says where.
+in turn, in one run. Times mean little on a busy machine, so read the ratios and their quartiles,
+which come last. It needs 5 GB for temporary files. --scratch says where.
 """
 
 import argparse

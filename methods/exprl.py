@@ -10,7 +10,7 @@ whole of it; elsewhere the policy of this step judges, by a prompt of ours, and 
 points counts as 1. A success is 1 by the verifier. Left out: the judge of single steps, and the KL
 to the initial policy, as for GRPO.
 
-Teacher reads: nothing: there is none.
+Teacher reads: nothing (there is no teacher).
 Loss: policy gradient with the dense reward, relative to the group.
 Claims more than: grpo.
 """

@@ -5,7 +5,7 @@ Nothing is trained. The policy would score as the base model does, so that held-
 the memory in their prompt: the insight and the latest success of the --retrieve_k nearest training
 problems, and as many behaviors (ours: the paper's "top-3" does not say of what).
 
-Teacher reads: nothing: there is none.
+Teacher reads: nothing (there is no teacher).
 Loss: none: nothing is trained.
 Claims more than: none, a control of the paper.
 """

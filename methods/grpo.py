@@ -3,7 +3,7 @@
 Advantages are group-relative and not divided by their deviation; there is no reference KL. The
 clips are 0.2 and 0.28, with a dual clip of 3 (CLIP_LOW, CLIP_HIGH and CLIP_DUAL of pmd.py).
 
-Teacher reads: nothing: there is none.
+Teacher reads: nothing (there is no teacher).
 Loss: policy gradient with A.
 Claims more than: none, a baseline.
 """

@@ -9,7 +9,7 @@ Read in notes by others, as rltf_sd.py says, which gives the second attempts and
 weight is unknown; 0.1 is ours. Ours, too: each turn's advantage is relative to the same turn of the
 group, and the critic's prompt for the policy shows no reference.
 
-Teacher reads: nothing: there is none; a critic names the first wrong step.
+Teacher reads: nothing (there is no teacher); a critic names the first wrong step.
 Loss: policy gradient over two turns, and the critique's log-probability.
 Claims more than: grpo.
 """

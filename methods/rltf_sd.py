@@ -12,7 +12,7 @@ the task has one (the authors' critic is a larger model); a success is not answe
 attempts are reinforced, too, as by GRPO; a conversation longer than --max_reprompt loses the
 beginning of the attempt in it. `reward` in the records is that of first attempts.
 
-Teacher reads: nothing: there is none; a critic names the first wrong step.
+Teacher reads: nothing (there is no teacher); a critic names the first wrong step.
 Loss: policy gradient on second attempts under the plain prompt.
 Claims more than: grpo.
 """

@@ -84,8 +84,8 @@ class Flags(HfArgumentParser):
         self.add_argument(  # given_flags has read it by then
             "--config",
             default=argparse.SUPPRESS,
-            help="a run's config.json, or a YAML file of flags, to run again; flags given beside it"
-            " count more",
+            help="a run's config.json, or a YAML file of flags, to take flags from; flags on the"
+            " command line override them",
         )
         order = [title_of(base) for base in config.__mro__]
         self._action_groups.sort(

@@ -38,12 +38,12 @@ class ModelOptions:
     )
     nproc: int = option(
         0,
-        "processes on this machine, each with its part of every weight (default: one per GPU)",
+        "processes on this machine, over which the weights are sharded (default: one per GPU)",
         within="[0, inf)",
     )
     dtype: Literal["", "float32", "bfloat16"] = option(
         "",
-        "of the computation (default: bfloat16 on cuda, float32 on cpu); "
+        "type of the computation (default: bfloat16 on cuda, float32 on cpu); "
         "weights and optimizer are always float32 [Tab. 11]",
     )
     gradient_checkpointing: bool = option(
@@ -51,19 +51,21 @@ class ModelOptions:
     )
     micro_tokens: int = option(
         32768,
-        "padded tokens per forward pass: a memory knob that changes no result [ours]",
+        "maximum padded tokens per forward pass: lower it if memory runs out, the result stays the"
+        " same [ours]",
         within="[1, inf)",
     )
     compile_layers: bool = option(
         False,
-        "compile each decoder layer, by torch.compile: an update takes about two thirds of the time"
-        " on a GPU, and a minute more at the start; needs --sampler vllm and one process [ours]",
+        "compile each decoder layer with torch.compile: on a GPU an update takes about two thirds"
+        " of the time, and the first one a minute more; needs --sampler vllm and one process"
+        " [ours]",
     )
     lora_rank: int = option(
         0,
-        "train adapters of this rank on a frozen base in the type of the computation, in place of"
-        " all weights: 8B on one GPU; needs a higher --lr; 0 trains all weights [deviation 13;"
-        " OPSD, SGSD and AVSD: 64]",
+        "train adapters of this rank on a frozen base, instead of all weights, so that 8B fits on"
+        " one GPU; needs a higher --lr; 0 trains all weights [deviation 13; OPSD, SGSD and AVSD:"
+        " 64]",
         within="[0, inf)",
     )
 

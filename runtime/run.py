@@ -67,7 +67,7 @@ KEPT = ("step", "avg_at_k", "k", "n_problems", "interval", "maj_at_k", "best_at_
 class RunOptions:
     """The run and its records."""
 
-    seed: int = option(0, "of everything random in the run", within="[0, 4294967295]")
+    seed: int = option(0, "seed of everything random in the run", within="[0, 4294967295]")
     name: str = option("", "the run's folder under --out (default: task-method-seed-date-time)")
     out: str = option("runs", "where runs are written")
     resume: bool = option(
@@ -83,20 +83,20 @@ class RunOptions:
     )
     save_every: int = option(
         50,
-        "steps between checkpoints; 0 for none but the one of a run that is stopped [ours]",
+        "steps between checkpoints; with 0 there is one only if the run is stopped [ours]",
         within="[0, inf)",
     )
     keep: int = option(
-        2, "checkpoints kept, besides the one that was best on dev [ours]", within="[1, inf)"
+        2, "newest checkpoints kept, beside the one that was best on dev [ours]", within="[1, inf)"
     )
     max_minutes: float = option(
         0.0,
-        "save and stop after the step at hand when so many minutes have passed, as on SIGTERM "
-        "and Ctrl-C; --resume goes on; 0 for no limit [ours]",
+        "after so many minutes finish the step, save and stop, as on SIGTERM and Ctrl-C; --resume "
+        "continues; 0 for no limit [ours]",
         within="[0, inf)",
     )
     log: Literal["", "tensorboard", "wandb", "trackio"] = option(
-        "", "send the metrics there too, through its own library [ours]"
+        "", "also send the metrics to this library, which must be installed [ours]"
     )
 
 

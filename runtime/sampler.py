@@ -30,24 +30,26 @@ class SamplerOptions:
         "installed, else transformers) [paper: SGLang]",
     )
     max_completion: int = option(
-        8192, "tokens; longer completions are cut and counted [Tab. 11]", within="[1, inf)"
+        8192,
+        "maximum tokens of a completion; longer ones are cut and counted [Tab. 11]",
+        within="[1, inf)",
     )
     thinking: bool = option(
         False,
-        "student and teacher think, where the chat template has the switch; reflections do not."
-        " Nothing of the paper was measured so [SDPO: off]",
+        "student and teacher think, if the chat template has a switch for it; reflections do not."
+        " The paper has no measurement with thinking [SDPO: off]",
     )
     gpu_memory_utilization: float = option(
         0.5, "share of a GPU's memory that vLLM may use while it is awake [C.1]", within="(0, 1]"
     )
     tensor_parallel: int = option(
         1,
-        "ranks that share one vLLM engine, for models that need it (run on CPU only) [ours]",
+        "ranks that share one vLLM engine, for models that need it (tested on a CPU only) [ours]",
         within="[1, inf)",
     )
     max_sampler_gap: float = option(
         0.1,
-        "stop when sampler and trainer differ by more nats a token in the mean [ours]",
+        "stop if sampler and trainer differ by more nats per token in the mean [ours]",
         within="(0, inf)",
     )
 

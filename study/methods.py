@@ -269,36 +269,43 @@ def introduction(part, runs) -> str:
     if part == "quick":
         return (
             f"{made} Its {runs} records are those of `--quick`: {QUICK['steps']} steps, evaluations"
-            f" of {QUICK['eval_problems']} problems, no tuned rate, one world of each kind. They"
-            " show that each method runs. Their scores say nothing and are left out. Their costs"
-            " are those of first steps, in which few groups have a success to learn from."
+            f" of {QUICK['eval_problems']} problems, no tuned learning rate, one world of each"
+            " kind. They show that each method runs. Their scores mean nothing and are left out."
+            " Their costs are those of the first steps, in which few groups have a success to learn"
+            " from."
         )
     return (
-        f"{made} {runs} runs: {len(MAIN)} of each method, in {len(MAIN) // 2} worlds whose verifier"
-        " says nothing (plain) and in as many others with a verifier that names the first wrong"
-        " step (feedback). study/methods.py has what was declared before."
+        f"{made} There are {runs} runs: {len(MAIN)} of each method, in {len(MAIN) // 2} worlds"
+        " whose verifier gives no feedback (plain) and in as many others whose verifier names the"
+        " first wrong step (feedback). The docstring of study/methods.py has what was declared"
+        " before the runs."
     )
 
 
-NOTES = """AUC: the mean of avg@4 on held-out problems after steps 10 to 80, with its 95% t
-interval over worlds. Rate: the learning rate. Tokens: those that the policy and its teacher pass
-forward in training, rollouts and reflections included, divided by SDPO's. CPU: seconds of one core,
-evaluations included, divided by SDPO's. The run that lends a frozen memory is in neither. Status:
-the difference in AUC to the method that a paper claims more than, paired by world, with its
-interval, after the full run. Until then `runs` says that short runs ended without a fault. `wiring
-only`: these worlds can't test the claim. What teachers read and what losses are, is said in the
-last lines of each file's docstring.
+NOTES = """The columns:
 
-Each file begins with its paper, with what was read of it, and with our readings.
+- Rate: the learning rate. `preset` is that of the task's or the method's preset.
+- AUC: the mean of avg@4 on held-out problems after steps 10 to 80, with its 95% t interval over
+  worlds.
+- Tokens: the tokens that the policy and its teacher pass forward in training, rollouts and
+  reflections included, divided by SDPO's.
+- CPU: seconds of one core, evaluations included, divided by SDPO's. Neither tokens nor CPU include
+  the run that lends a frozen memory.
+- Status: after the full run, the difference in AUC to the method that the paper claims to beat,
+  paired by world, with its interval. Until then `runs` means that short runs ended without a fault.
+  `wiring only` means that these worlds can't test the claim.
 
-Not here, and why:
+The texts about teachers and losses are the last lines of each file's docstring. The docstring also
+names the paper, the sources that were read, and our readings.
+
+These methods are not here, for these reasons:
 
 - d-OPSD (arXiv 2606.18195) needs a diffusion language model.
 - OPCoD (arXiv 2606.14368) trains two policies with two optimizers.
-- The whole of pi-Play (arXiv 2604.14054) has a policy that writes problems. Its student is here.
+- pi-Play as a whole (arXiv 2604.14054) has a policy that writes problems. Only its student is here.
 - SPD (arXiv 2605.22675) changes activations while it generates, and has no equations or code.
 - TSD-KD (arXiv 2603.13260) has three losses of its own, and a teacher that is another model.
-- CurioSFT is fine-tuning on demonstrations: no rollout of the policy is trained on."""
+- CurioSFT fine-tunes on demonstrations. It trains on no rollout of the policy."""
 
 
 # --------------------------------------------------------------------------------------------------

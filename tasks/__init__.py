@@ -62,28 +62,30 @@ class TaskOptions:
         within="[0, 1)",
     )
     max_prompt: int = option(
-        2048, "tokens; longer problems are dropped and listed [Tab. 11]", within="[1, inf)"
+        2048,
+        "maximum tokens of a problem's prompt; longer problems are dropped and listed [Tab. 11]",
+        within="[1, inf)",
     )
     exclude_flagged: bool = option(
         False, "sciknoweval: leave out the items that the data card flags [ours]"
     )
     mcq: Literal["sdpo", "lenient"] = option(
         "sdpo",
-        "sdpo: the answer is the bare letter [SDPO]. lenient: also `b`, `(B)`, "
-        "`\\boxed{B}`; reported apart [ours]",
+        "how an answer to multiple choice is read. sdpo: the bare letter [SDPO]. lenient: also `b`,"
+        " `(B)`, `\\boxed{B}`; reported apart [ours]",
     )
     protocol: Literal["sdpo", "older", "official"] = option(
         "sdpo",
-        "livecodebench. sdpo: train on half of the hidden tests of the window's problems [SDPO,"
-        " C.2]. older: on the problems before the window [Tab. 10's 924, it seems]. official: on"
-        " the public tests, in official form",
+        "livecodebench: what is trained on. sdpo: half of the hidden tests of the window's problems"
+        " [SDPO, C.2]. older: the problems before the window [probably Tab. 10's 924]. official:"
+        " the public tests, with prompts in the official form",
     )
     since: str = option(
         WINDOW[0], "livecodebench: the first day of the window that is evaluated [SDPO]"
     )
-    until: str = option(WINDOW[1], "livecodebench: the day after its last [SDPO]")
+    until: str = option(WINDOW[1], "livecodebench: the day after the window's last day [SDPO]")
     unsafe_exec: bool = option(
-        False, "run generated programs without a sandbox where there is none [ours]"
+        False, "run generated programs unprotected if no sandbox can be made [ours]"
     )
 
 

@@ -2,10 +2,10 @@
 
     python tools/companion.py [--out FILE]
 
-Left stand docstrings and comments, as they are in the code, and each equation that they name. Right
-stands the code. Nothing is written twice: the page is made from the files of this checkout, and the
-paper's equations are in `EQUATIONS` alone, in the letters of this code. Equations become MathML by
-latex2mathml, code is coloured by pygments.
+The left side has the docstrings and comments of the code, and each equation that they name. The
+right side has the code. The page is made from the files of this checkout. Only the paper's
+equations are written here, in `EQUATIONS`, with the letters of this code. latex2mathml turns them
+into MathML, and pygments colours the code.
 """
 
 import argparse

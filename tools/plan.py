@@ -1,6 +1,6 @@
-"""Prints the bytes per GPU of a run of pmd.py, phase by phase, before anything is loaded.
+"""Prints the memory per GPU that a run of pmd.py needs, phase by phase, before anything is loaded.
 
-runtime/plan.py has the formulas.
+It also says whether the run fits, and which --micro_tokens fit. runtime/plan.py has the formulas.
 
 python tools/plan.py --model Qwen3-8B --gpus 8 --gpu_memory 80
 python tools/plan.py --model Qwen3-8B --gpus 1 --gpu_memory 80 --lora_rank 64
@@ -168,21 +168,24 @@ def main():
     parser.add_argument(
         "--model", default="Qwen3-8B", help="a name of pmd.py, a Hub name or a folder"
     )
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the job (default: 8)")
+    parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU (default: 80)")
+    share = "vLLM's share of a GPU's memory (default: 0.5); 0 without vLLM"
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.5, help=share)
     parser.add_argument(
-        "--gpu_memory_utilization", type=float, default=0.5, help="vLLM's share; 0 without vLLM"
+        "--no_gradient_checkpointing",
+        dest="gradient_checkpointing",
+        action="store_false",
+        help="as in pmd.py: activations are kept, not recomputed",
     )
-    parser.add_argument(
-        "--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false"
-    )
-    parser.add_argument("--compile_layers", action="store_true")
+    parser.add_argument("--compile_layers", action="store_true", help="as in pmd.py")
     parser.add_argument(
         "--what_fits", action="store_true", help="only the table of models, lengths and cards"
     )
     for name in OPTIONS:
         default = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        told = f"as in pmd.py (default: {default or 'bfloat16'})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=told)
     args = parser.parse_args()
     if args.lora_rank < 0 or args.lora_rank and args.gpus > 1:
         parser.error(f"--lora_rank {args.lora_rank} is at least 0, and trains on one GPU")

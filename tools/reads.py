@@ -8,12 +8,12 @@ The problems are training problems of the run RUN that have a right and a failed
 memory. Each completion is scored under the plain prompt, and under the prompt with one block of
 what RUN's teacher would read at the end of the run: strategies, lessons, behaviors, the solution,
 feedback, and all of them. A block that is read raises right completions above failed ones. A
-teacher that reads a block the other way round pulls its student towards what failed.
+teacher that reads a block the wrong way round pulls its student towards what failed.
 
-The solution is another success, where there is one, else the completion itself, which a model only
-has to copy. Numbers are nats a completion, means over problems, with 95% bootstrap intervals over
-problems (on nano over names). Completions are tokenised anew from their text, without the token
-that ends a turn.
+The solution is another success, if there is one. Otherwise it is the completion itself, which a
+model only has to copy. Numbers are in nats per completion, means over problems, with 95% bootstrap
+intervals over problems (on nano over names). Completions are tokenised anew from their text,
+without the token that ends a turn.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Compares this checkout with another commit: six methods, some steps each, equal but for times.
+"""Checks that this checkout and another commit give the same results: six methods, some steps each.
 
     python tools/same.py HEAD              what is changed but not committed, against the last
                                            commit
     python tools/same.py 406e6d3           this checkout, against an older commit
     python tools/same.py HEAD --steps 8 --methods pmd,grpo
 
-A step that moves or rewrites code changes no result: run this before each commit of such a step.
-Every method runs in a process of its own on the embedded model, once here and once in a temporary
-worktree of the other commit. All rows of metrics.jsonl must be equal in all but the times; the
-first that is not is printed, and the exit status is 1. The runs take about two minutes on one core.
-A commit that is meant to change numbers, or the name of a metric, fails here: say so in it.
+Run this before a commit that moves or rewrites code and should change no result. Every method runs
+in a process of its own on the embedded model, once here and once in a temporary worktree of the
+other commit. All rows of metrics.jsonl must be equal except for the times. The first row that is
+not is printed, and the exit status is 1. The runs take about two minutes on one core. A commit that
+is meant to change numbers, or the name of a metric, fails here: its message should say so.
 """
 
 import argparse

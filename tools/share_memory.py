@@ -4,8 +4,8 @@
     python tools/show_memory.py import bank.jsonl runs/bank/memory.db
     python pmd.py --method frozen-memory --memory_from bank
 
-The first line says what made the embeddings. They are not in the file: whoever imports it embeds
-the texts anew, with the same model.
+The first line names the embedder. The embeddings are not in the file: `import` embeds the texts
+anew, with the same embedder.
 """
 
 import argparse
@@ -124,11 +124,16 @@ def is_json(text) -> bool:
 
 def main(argv=None):
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python tools/show_memory.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python tools/show_memory.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("command", choices=("export", "import"))
-    parser.add_argument("source", help="a memory.db, or a file of lines")
+    parser.add_argument("source", help="export: a memory.db; import: a file of lines")
     parser.add_argument("target", help="the file to write")
-    parser.add_argument("--embedder", default="", help="import: another than the file names")
+    other = "import: embed with this model instead of the one that the file names"
+    parser.add_argument("--embedder", default="", help=other)
     args = parser.parse_args(argv)
     try:
         if args.command == "export":

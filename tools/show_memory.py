@@ -151,14 +151,16 @@ def make_parser():
     """Makes the parser of `show` and `stats`."""
     parser = argparse.ArgumentParser(
         prog="python tools/show_memory.py",
-        description="Look at the memory of a run; nothing is changed.",
-        epilog="`python tools/show_memory.py RUN --html` writes it as a page, RUN/memory.html;"
-        " `export RUN FILE` and `import FILE RUN` write and read it as JSON lines",
+        description="Shows the memory of a run, or writes it as a page or as JSON lines. The memory"
+        " itself is not changed.",
+        epilog="`python tools/show_memory.py RUN --html` writes the page RUN/memory.html."
+        " `python tools/show_memory.py export` and `import` write and read JSON lines: see"
+        " `export --help`.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
-        "show": "print what is remembered",
-        "stats": "how each tier grew: a table and a picture",
+        "show": "prints what is remembered",
+        "stats": "prints how each tier grew, as a table, and draws a picture",
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -178,10 +180,10 @@ def make_parser():
                 "--step",
                 type=int,
                 metavar="N",
-                help="as it was at the end of step N (default: now)",
+                help="the memory as it was at the end of step N (default: now)",
             )
             command.add_argument(
-                "--grep", metavar="TEXT", help="only items that hold TEXT, in upper or lower case"
+                "--grep", metavar="TEXT", help="only items that contain TEXT; case is ignored"
             )
         else:
             command.add_argument(

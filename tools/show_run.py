@@ -5,8 +5,8 @@
 
 It shows curves with intervals, alarms, results and samples. Each sample is a heat map: how many
 nats the teacher pulled at each token, and what the teacher had read. RUN/memory.html, the page of
-show_memory.py, is written beside it and has each problem's story. A run that is still going can be
-looked at too. Nothing of the run is changed.
+show_memory.py, is written beside it and has each problem's story. You can also look at a run that
+is still going. No other file of the run is changed.
 """
 
 import argparse
