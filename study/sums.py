@@ -1,11 +1,11 @@
-"""The task of the demonstration on real text: sums of two one-digit numbers, as the library
-reasoning-gym asks for them.
+"""The task of the demonstration on real text: sums and differences of two one-digit
+numbers, as the library reasoning-gym asks for them.
 
     pip install reasoning-gym==0.1.25
     python study/sums.py sums
 
 Writes a folder of JSON lines: 32 problems to train on, which 30 steps of 4 see almost four times,
-and 64 others to test.
+and 64 others to test on.
 """
 
 import argparse
