@@ -17,7 +17,8 @@ def strip_thoughts(text) -> str:
 
     Some templates open the part in the prompt, so that a completion only ends it.
     """
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    before, end, after = text.rpartition("</think>")  # after it no thought ends: linear in time
+    text = re.sub(r"<think>.*?</think>", "", before + end, flags=re.DOTALL) + after
     return text.rpartition("</think>")[2].strip()
 
 

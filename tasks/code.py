@@ -147,7 +147,7 @@ def no_code(completion) -> str:
         return "Incorrect Format\nThere is no code block: put the code between ```python and ```."
     if completion.count("```") % 2:
         return "Truncated Attempt\nThe code block has no end."
-    if any(map(str.strip, re.findall(r"```[^\n]*\n(.*?)```", completion, re.DOTALL))):
+    if any(block.partition("\n")[2].strip() for block in completion.split("```")[1::2]):
         return (
             "Incorrect Format\nThe code block can't be read: its first line has to be ```python"
             " with nothing after it, not even a blank or a carriage return."

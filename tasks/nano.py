@@ -41,7 +41,7 @@ def verify_steps(problem, completion) -> Verdict:
     was named there: `vo!rev`. It names none where no operation is to blame: the right one was
     miscalculated, or the completion lost the form of an answer.
     """
-    words = re.sub(r"\s+Confidence: \d\.\d\d\s*\Z", "", completion).split()
+    words = re.sub(r"(?<!\s)\s+Confidence: \d\.\d\d\s*\Z", "", completion).split()
     wanted = problem.answer.split()
     fits = []
     for word, want in zip(words, wanted, strict=False):

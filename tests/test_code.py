@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_sandbox import reason
 
 from tasks import livecodebench, load_task
-from tasks.code import extract_code, judge, same_text, same_value
+from tasks.code import extract_code, judge, no_code, same_text, same_value
 from tasks.livecodebench import LIVECODEBENCH_FILES, LIVECODEBENCH_HUB, code_problem, decode_tests
 from tasks.problem import Problem
 from tasks.reading import read_problems
@@ -277,6 +277,13 @@ def test_the_feedback_says_what_is_wrong_with_the_block(text, said):
     assert said in found.feedback and ("There is no code block" in found.feedback) == (
         "```" not in text
     )
+
+
+def test_the_feedback_on_many_fences_takes_linear_time():
+    started = time.process_time()
+    for part in ("`", "``` ", "```a", "```\n"):
+        no_code(part * 40_000)
+    assert time.process_time() - started < 1
 
 
 # -- files

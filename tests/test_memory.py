@@ -27,7 +27,7 @@ import memory as mem
 from nano.grounded import GroundedMemory
 from runtime.chat import neutralise
 from runtime.formats import BEHAVIOR, ITEM, is_echo
-from runtime.replies import MAX_CONTENT, MAX_ITEMS, parse, was_cut
+from runtime.replies import MAX_CONTENT, MAX_ITEMS, parse, strip_thoughts, was_cut
 from runtime.services import unit_rows
 from runtime.store import Item, describe, nearest
 from tools import show_memory
@@ -408,6 +408,15 @@ def test_hostile_replies_take_no_time(reply):
     start = time.process_time()
     assert insights_of(reply) == {"strategies": [], "lessons": []}
     assert time.process_time() - start < 1
+
+
+def test_thoughts_are_stripped_in_linear_time():
+    start = time.process_time()
+    for text in ("<think>" * 40_000, "a</think>" + "<think>" * 40_000, "<think></think>" * 40_000):
+        strip_thoughts(text)
+    assert time.process_time() - start < 1
+    assert strip_thoughts("b <think>a</think> c <think> d") == "b  c <think> d"
+    assert strip_thoughts("<think>a<think>b</think>c</think> d") == "d"
 
 
 # A formula as a model writes it into JSON, with too few backslashes
