@@ -1,5 +1,6 @@
 """A problem, a task and a verdict, with the checks of what a verifier returns."""
 
+import math
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
@@ -94,7 +95,10 @@ def checked(verdict) -> Verdict:
 
 def number(value) -> float | None:
     """Makes a float of a number or truth value of Python or numpy; None of anything else."""
-    return float(value) if isinstance(value, (Real, np.bool_)) else None
+    try:
+        return float(value) if isinstance(value, (Real, np.bool_)) else None
+    except OverflowError:  # a whole number, or a fraction, beyond floats
+        return math.inf
 
 
 def shown(value) -> str:

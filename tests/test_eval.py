@@ -626,6 +626,8 @@ NOT_NUMBERS = [
     {"reward": 1},
     1j,
     Decimal(1),
+    10**400,
+    -Fraction(10**400, 3),
     object(),
 ]
 
@@ -717,11 +719,12 @@ def test_a_verifier_that_fails_is_one_sentence(judged):
 
 
 def test_answers_that_are_numbers_become_texts(judged):
-    assert [judged(Verdict(1.0, a)).answer for a in (7, 7.5, np.int64(7), True)] == [
+    assert [judged(Verdict(1.0, a)).answer for a in (7, 7.5, np.int64(7), True, 10**400)] == [
         "7",
         "7.5",
         "7",
         "True",
+        "1" + "0" * 400,
     ]
 
 
@@ -1026,6 +1029,14 @@ def test_reading_numbers_takes_linear_time(part, start, end):
 
     short, long = (min(seconds(length) for _ in range(3)) for length in (5_000, 20_000))
     assert long < 8 * short + 0.02  # linear: 4 times, quadratic: 16 times
+
+
+def test_a_reply_of_white_space_is_judged_in_linear_time():
+    started = time.process_time()
+    for text in (" " * 50_000, "1" + "\n" * 50_000 + "x"):
+        assert verify(Problem("x", "q", "vo=* 7", "steps"), text).reward == 0
+    assert time.process_time() - started < 1
+    assert verify(Problem("x", "q", "vo=* 7", "steps"), "vo=a 7 \n Confidence: 0.50").reward == 1
 
 
 def test_parquet_files_are_read_like_json_lines(tmp_path):
