@@ -1,5 +1,7 @@
 """What a problem's reference solution and answer are, for the methods whose teachers read them."""
 
+from tasks.problem import shown
+
 
 def reference(problem) -> str:
     """Gives the reference solution: nano's answer with its operations, else the field `reference`.
@@ -18,7 +20,13 @@ def reference(problem) -> str:
 def reference_or_nothing(problem) -> str:
     rules = problem.extra.get("hidden", "").split()
     if problem.verifier != "steps" or not rules:
-        return problem.extra.get("reference", "")
+        text = problem.extra.get("reference", "")
+        if not isinstance(text, str):
+            raise ValueError(
+                f"problem {problem.id} has the reference {shown(text)}, which is no text; write it"
+                " as one"
+            )
+        return text
     text = problem.answer
     for rule in rules:
         text = text.replace(rule.split("=")[0] + "=*", rule)

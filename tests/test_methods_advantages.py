@@ -224,6 +224,10 @@ def test_what_a_task_does_not_hold_is_said_with_the_problem_named(make_method, p
             pi_play.construction(problem)
     own = dataclasses.replace(choice, extra={"reference": "Because B.", "construction": "From A."})
     assert references.reference(own) == "Because B."
+    for value in (7, ["Because B."], {"text": "Because B."}):
+        odd = dataclasses.replace(choice, extra={"reference": value})
+        with pytest.raises(ValueError, match=f"{problem.id} has the reference .* no text"):
+            references.reference(odd)
     assert pi_play.construction(own) == [("construction", "From A.")]
 
 
