@@ -43,10 +43,14 @@ UNREPEATABLE = {
     "ransom_note",
     "word_ladder",
 }
+# Their scorers take wrong answers for right: any text for an end, 0 for the chance 0.25
+MISJUDGED = {"coin_flip", "game_of_life_halting"}
 FUNCTIONS = {"sqrt", "exp", "log", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh"}
 GROWING = {"exp", "sinh", "cosh"}  # of a number alone they are never needed, and can be endless
 # coin_flip reads with fractions.Fraction, which writes 1e9999999 out and can't be interrupted
 LONG_EXPONENT = re.compile(r"[eE][+,-]*\d[\d_,]{3,}")
+# A number that nothing is far from: some scorers take it for any
+NOT_A_NUMBER = re.compile(r"(?i)(?<![a-z])nan[ij]?(?![a-z])")
 VALUES = (ast.Expression, ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.UAdd, ast.Load)
 ARITHMETIC = (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 
@@ -61,8 +65,8 @@ def library():
 def load_gym(name) -> tuple[list, list, str]:
     """Makes the train and test problems of `gym/NAME`, and says so.
 
-    A question of test is not asked in train. Raises ValueError if there is no such task, or if its
-    problems would differ between the processes of a run.
+    A question of test is not asked in train. Raises ValueError if there is no such task, if its
+    problems would differ between the processes of a run, or if its scorer takes wrong answers.
     """
     task = name.removeprefix("gym/")
     known = library().factory.DATASETS
@@ -72,6 +76,10 @@ def load_gym(name) -> tuple[list, list, str]:
         raise ValueError(
             f"--task {name} makes other problems or keys in each process, so that no run of it can"
             " be resumed or shared by ranks; take another"
+        )
+    if task in MISJUDGED:
+        raise ValueError(
+            f"--task {name} has a scorer that takes wrong answers for right; take another"
         )
     made, state = {}, random.getstate()
     for split, size in (("test", TEST), ("train", TRAIN)):
@@ -114,7 +122,8 @@ def verify_gym(problem, completion) -> Verdict:
     if answer in keys_of(entry):
         return Verdict(1.0, problem.answer)
     endless = task == "coin_flip" and LONG_EXPONENT.search(answer)
-    if not answer or endless or task in EVALUATES and not is_safe(answer):
+    refused = endless or NOT_A_NUMBER.search(answer) or task in EVALUATES and not is_safe(answer)
+    if not answer or refused:
         return Verdict(0.0, answer[:200])
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("a scorer of reasoning-gym can be interrupted in the main thread alone")

@@ -4,7 +4,9 @@ It reads LaTeX with a grammar and compares with sympy, and runs nothing of a mod
 """
 
 import logging
+import math
 import re
+from decimal import Decimal
 
 from tasks.problem import Verdict
 
@@ -14,6 +16,14 @@ MAX_TEXT = 4000  # characters of a completion that are read, its last ones
 THOUSANDS = re.compile(r"[-+]?\\?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 # Letters alone, with a run of two: as mathematics, cat is c*a*t and equals act
 WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[ '-]+[^\W\d_]+)*", re.DOTALL)
+# A number as programs write it: 1e-05, 6.02e23. Not 2e-1, which is twice Euler's number less one
+SCIENTIFIC = re.compile(
+    r"(?<![\w.])(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e(?:[-+]?\d\d|\d)|E[-+]?\d\d?)"
+    r"|(?:1|\d*\.\d+)e[-+]\d)(?!\w|\.\d)"
+)
+# \boxed{7}, and as some solutions write it: \boxed {7}, \fbox{7}, \boxed 7
+BOX = re.compile(r"\\(?:boxed|fbox)(?: *(\{)| +([^$\n]+?)(?= *(?:\$|\\[)\]]|\n|\Z)))")
+TINY, DIGITS = 0.01, 2e-3  # math-verify compares decimals to six places, whatever their size [ours]
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\{([^{}]*)\}")
 
 
@@ -33,13 +43,31 @@ def verify_math(problem, completion) -> Verdict:
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its timeouts are verdicts here
     limits = {"parsing_timeout": SECONDS}
-    key = math_verify.parse(f"\\boxed{{{problem.answer}}}", **limits)
-    said = math_verify.parse(completion[-MAX_TEXT:], **limits)
+    key = math_verify.parse(spelled(f"\\boxed{{{problem.answer}}}"), **limits)
+    said = math_verify.parse(spelled(completion[-MAX_TEXT:])[-MAX_TEXT:], **limits)
     if not said:
         return Verdict(0.0, "")
-    if math_verify.verify(key, said, timeout_seconds=SECONDS):
+    if math_verify.verify(key, said, timeout_seconds=SECONDS) and not is_other(key[0], said[0]):
         return Verdict(1.0, problem.answer)
     return Verdict(0.0, str(said[-1])[:200])
+
+
+def spelled(text) -> str:
+    r"""Writes 1e-05 as 0.00001, and `\boxed{7.}` without its full stop: math-verify would read
+    neither as the number.
+    """
+    text = SCIENTIFIC.sub(lambda number: f"{Decimal(number[0]):f}", text)
+    return re.sub(r"(?<=\d)\.(?=\s*\$?\})", "", text)
+
+
+def is_other(key, said) -> bool:
+    """Says whether a key is a small number, and what was said one with other leading digits."""
+    try:
+        if not 0 < abs(float(key)) < TINY:
+            return False
+        return abs(float(said)) < TINY and not math.isclose(key, said, rel_tol=DIGITS)
+    except (TypeError, ValueError, ArithmeticError):  # no number
+        return False
 
 
 def word_of(text) -> str:
@@ -62,10 +90,13 @@ def key_of(text) -> str:
 
 def boxed(text) -> str | None:
     r"""Returns what stands in the last \boxed{} of a text, or None where there is none."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    boxes = list(BOX.finditer(text))
+    if not boxes:
         return None
-    depth, begin = 0, start + len("\\boxed{")
+    last = boxes[-1]
+    if last[2]:
+        return last[2]
+    depth, begin = 0, last.end()
     for at in range(begin, len(text)):
         if text[at] == "}" and not depth:
             return text[begin:at].strip()

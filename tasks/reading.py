@@ -89,6 +89,10 @@ def read_problem(row) -> Problem:
     if row.get("verifier") == "code":
         row.setdefault("answer", "its tests")
         code_tests(row)
+    if row.get("verifier") == "gym" and not {"task", "entry"} <= row.keys():
+        raise ValueError(
+            "gym needs task and entry, as reasoning-gym has them; give --task gym/NAME"
+        )
     row.setdefault("system", "")
     missing = []
     for key in ("id", "prompt", "answer", "verifier"):

@@ -9,6 +9,7 @@ key, and `messages` has a chat. `id`, `system` and `verifier` are read where the
 
 import csv
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -74,7 +75,7 @@ def file_rows(path) -> list[dict]:
         return [row for _, row in table_rows(path)]
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else json.load(file)
+            rows = csv_rows(file) if path.suffix == ".csv" else json.load(file)
     except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -82,6 +83,19 @@ def file_rows(path) -> list[dict]:
     if any(None in row for row in rows):
         raise ValueError(f"{path} has a row with more fields than its first line names")
     return rows
+
+
+def csv_rows(file) -> list[dict]:
+    """Reads the rows of a CSV file.
+
+    Raises ValueError if its first line names a column twice: the first of the two would be lost.
+    """
+    table = csv.DictReader(file)
+    names = [name for name in table.fieldnames or () if name.strip()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"its first line names the column {twice!r} twice; rename or remove one")
+    return list(table)
 
 
 def hub_rows(name) -> dict:
@@ -112,7 +126,7 @@ def hub_rows(name) -> dict:
 def problem_of(row, id) -> Problem:
     """Makes a problem of a row by the names of its columns.
 
-    Raises ValueError if the row has no question or no answer, or if that is a list or a truth.
+    Raises ValueError if the row has no question or no answer, or one that is no text or number.
     """
     row = {key: value for key, value in row.items() if value is not None}
     asked = next((row.pop(key) for key in ASKS if key in row), None)
@@ -126,11 +140,13 @@ def problem_of(row, id) -> Problem:
     if asked is None or answer is None:
         names = f"{', '.join(ASKS)} or messages, and {' or '.join(ANSWERS)}"
         raise ValueError(f"it needs the columns {names}, and has {', '.join(row) or 'none'}")
-    if isinstance(answer, (bool, list, dict)):
-        raise ValueError(
-            f"the answer {shown(answer)} is no text or number; write it as text, with a verifier"
-            " that reads it"
-        )
+    for name, value, cure in (
+        ("question", asked, "write it as text"),
+        ("answer", answer, "write it as text, with a verifier that reads it"),
+    ):
+        endless = isinstance(value, float) and not math.isfinite(value)  # NaN is an empty cell
+        if endless or isinstance(value, (bool, bytes, list, dict)):
+            raise ValueError(f"the {name} {shown(value)} is no text or number; {cure}")
     verifier = row.pop("verifier", "math")
     answer = str(answer)
     if verifier == "math":
@@ -146,7 +162,7 @@ def read_chat(messages) -> tuple[str, str, str]:
 
     Raises ValueError if it has another form.
     """
-    roles = [m.get("role") for m in messages if isinstance(m, dict)]
+    roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
     if roles not in (
         ["user"],
         ["system", "user"],
@@ -154,7 +170,9 @@ def read_chat(messages) -> tuple[str, str, str]:
         ["system", "user", "assistant"],
     ):
         raise ValueError(f"a chat has one turn of user and assistant, not {shown(roles)}")
-    texts = {m["role"]: str(m.get("content", "")) for m in messages}
+    texts = {m["role"]: m.get("content") or "" for m in messages}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError("the content of a message has to be a text, and not parts of one")
     return texts.get("system", ""), texts["user"], texts.get("assistant", "")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import pmd
 from tasks import gym, load_task, verify
-from tasks.gym import EVALUATES, SEEDS, TRAIN, UNREPEATABLE, is_safe, library
+from tasks.gym import EVALUATES, MISJUDGED, SEEDS, TRAIN, UNREPEATABLE, is_safe, library
 from tasks.maths import key_of
 from tasks.problem import Problem
 from tasks.table import held_out, problem_of
@@ -99,11 +99,29 @@ def test_columns_are_found_by_name(row, wanted):
         ({"question": "q", "answer": "7", "verifier": "none"}, "no verifier 'none'"),
         ({"question": "q", "answer": [1, 2]}, "is no text or number; write it as text"),
         ({"question": "q", "answer": True}, "is no text or number; write it as text"),
+        ({"question": "q", "answer": float("nan")}, "the answer nan is no text or number"),
+        ({"question": "q", "answer": float("inf")}, "the answer inf is no text or number"),
+        ({"question": "q", "answer": b"7"}, "the answer b'7' is no text or number"),
+        ({"question": {"text": "q"}, "answer": "7"}, "the question .* is no text or number"),
+        ({"question": True, "answer": "7"}, "the question True is no text or number"),
+        ({"messages": [{"role": "user", "content": "q"}, "a"], "answer": 1}, "one turn"),
+        ({"messages": [{"role": "user", "content": None}], "answer": 1}, "prompt must be given"),
+        ({"messages": [{"role": "user", "content": ["q"]}], "answer": 1}, "has to be a text"),
+        ({"question": "q", "answer": "7", "verifier": "gym"}, "gym needs task and entry"),
     ],
 )
 def test_a_row_that_can_not_be_judged_is_refused(row, why):
     with pytest.raises(ValueError, match=why):
         problem_of(row, "a")
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "sums.csv"
+    path.write_text("question,answer,answer\nq,1,2\nr,3,4\n")
+    with pytest.raises(ValueError, match="names the column 'answer' twice"):
+        load_task(str(path))
+    path.write_text("question,answer,,\nq,1,,\nr,3,,\n")  # a spreadsheet's empty columns
+    assert len(load_task(str(path), dev=0).train) == 1
 
 
 def test_a_name_that_is_nowhere_is_refused_in_a_sentence():
@@ -160,6 +178,25 @@ def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path, kind):
         ("\\frac{ab}{2}", "\\boxed{\\frac{ba}{2}}", 1),
         ("\\sqrt{2}", "\\boxed{2^{1/2}}", 1),
         ("x", "\\boxed{x}", 1),
+        ("1e-05", "\\boxed{0.00001}", 1),
+        ("1e-05", "It is 1e-5.", 1),
+        ("1e-05", "\\boxed{e-5}", 0),
+        ("1e-7", "\\boxed{10^{-7}}", 1),
+        ("1e+22", "\\boxed{10^{22}}", 1),
+        ("1500", "$1.5e3$", 1),
+        ("1.5", "It is 1.5e3.", 0),
+        ("2e-1", "\\boxed{-1+2e}", 1),
+        ("2e-1", "\\boxed{0.2}", 0),
+        ("0.0000001", "\\boxed{0.0000002}", 0),
+        ("0.0000001", "\\boxed{0.0}", 0),
+        ("0.0000123", "\\boxed{1.23 \\times 10^{-5}}", 1),
+        ("1.6 \\times 10^{-19}", "\\boxed{1.7 \\times 10^{-19}}", 0),
+        ("1.6 \\times 10^{-19}", "\\boxed{1.6e-19}", 1),
+        ("\\frac{1}{300}", "\\boxed{0.003333}", 1),
+        ("0.05\\%", "\\boxed{0.0005}", 1),
+        ("7.", "\\boxed{7}", 1),
+        ("7", "\\boxed{7.}", 1),
+        ("$1,234.", "\\boxed{1234}", 1),
     ],
 )
 def test_mathematics_is_compared_as_such(answer, reply, right):
@@ -190,6 +227,27 @@ def test_key_of_keeps_nested_braces():
 )
 def test_key_of_takes_thousands_separators_out_and_no_other_comma(text, key):
     assert key_of(text) == key
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("We add: $3 + 4 = \\boxed 7$.", "7"),
+        ("So \\(\\boxed 12\\), not 13.", "12"),
+        ("So $\\boxed {\\frac{1}{2}}$.", "\\frac{1}{2}"),
+        ("First \\boxed{1}, then $\\fbox{2}$ of 3.", "2"),
+        ("No \\boxedness here", "No \\boxedness here"),
+    ],
+)
+def test_key_of_finds_the_box_however_it_is_written(text, key):
+    assert key_of(text) == key
+
+
+def test_looking_for_a_box_takes_linear_time():
+    before = time.process_time()
+    for part in ("\\boxed ", "\\boxed 1 ", "\\boxed{", "\\fbox", "\\boxed 1" + " " * 50):
+        key_of(part * 20_000)
+    assert time.process_time() - before < 5
 
 
 def test_verdicts_keep_their_order_beside_programs():
@@ -249,6 +307,20 @@ def test_hostile_answers_never_reach_an_evaluating_scorer(tmp_path, monkeypatch)
         assert is_safe(text)
     for problem in task.test[:10]:
         assert verify(problem, f"<answer>{problem.answer}</answer>").reward == 1
+
+
+@pytest.mark.parametrize("task, wrong", [("coin_flip", "0"), ("game_of_life_halting", "?")])
+def test_a_task_whose_scorer_takes_wrong_answers_is_refused(task, wrong):
+    assert task in MISJUDGED and verify(made(task, 0), f"<answer>{wrong}</answer>").reward == 1
+    with pytest.raises(ValueError, match="takes wrong answers for right"):
+        load_task(f"gym/{task}")
+
+
+@pytest.mark.parametrize("task", ["complex_arithmetic", "number_sorting"])
+def test_what_is_no_number_is_not_right(task):
+    problem = made(task, 0)
+    for answer in ("nan", "nan + nani", re.sub(r"\d+(\.\d+)?", "NaN", problem.answer)):
+        assert verify(problem, f"<answer>{answer}</answer>").reward == 0
 
 
 def test_all_scorers_that_evaluate_are_known():
