@@ -46,6 +46,7 @@ from runtime.formats import (
     Format,
     in_format,
     is_echo,
+    was_cut,
 )
 from runtime.options import option
 from runtime.replies import (
@@ -54,7 +55,6 @@ from runtime.replies import (
     parse,  # noqa: F401  as the next
     parse_items,  # noqa: F401  also for those who import memory
     strip_thoughts,
-    was_cut,
 )
 from runtime.shortcuts import shortcuts
 from runtime.store import TIERS, WITH_EMBEDDING, Item, Store, nearest

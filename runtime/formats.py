@@ -12,6 +12,7 @@ import re
 from dataclasses import replace
 from typing import Literal
 
+from runtime import replies
 from runtime.replies import MAX_REPLY, SENTENCE_END, parse, strip_thoughts, text_of
 
 Format = Literal["json", "guided", "lines"]
@@ -126,9 +127,20 @@ def as_lines(forms):
 def parse_lines(reply) -> dict | None:
     """Returns {key: its rows} as replies.parse does, of a reply in lines; None if it has none.
 
-    A line without a divider is its own title. A last line that does not end as a sentence was
-    perhaps cut by the limit: it is left out where another stands before it. The name of a behavior
-    to remove is no sentence.
+    A line without a divider is its own title.
+    """
+    found = {}
+    for kind, text in whole_lines(reply)[0]:
+        key, row = row_of(kind, text)
+        found.setdefault(key, []).append(row)
+    return found or None
+
+
+def whole_lines(reply) -> tuple[list[tuple[str, str]], bool]:
+    """Returns (kind, text) of each line of a reply that has a kind, and whether one was left out.
+
+    A last line that does not end as a sentence was perhaps cut by the limit: it is left out where
+    another stands before it. The name of a behavior to remove is no sentence.
     """
     text = strip_thoughts(str(reply)[:MAX_REPLY])
     lines = [line for line in text.splitlines() if line.strip()]
@@ -136,12 +148,13 @@ def parse_lines(reply) -> dict | None:
     rows = [(match[1].lower(), match[2]) for match in matches if match]
     is_cut = matches and matches[-1] and not SENTENCE_END.search(lines[-1].rstrip())
     if len(rows) > 1 and is_cut and rows[-1][0] != "remove":
-        rows.pop()
-    found = {}
-    for kind, text in rows:
-        key, row = row_of(kind, text)
-        found.setdefault(key, []).append(row)
-    return found or None
+        return rows[:-1], True
+    return rows, False
+
+
+def was_cut(reply) -> bool:
+    """Says whether a reply of any format ended within an item, which was left out."""
+    return replies.was_cut(reply) or whole_lines(reply)[1]
 
 
 def row_of(kind, text) -> tuple[str, dict]:

@@ -20,6 +20,7 @@ from runtime.formats import (
     in_format,
     parse_lines,
     schema_of,
+    was_cut,
 )
 from runtime.guide import Guide
 from runtime.replies import decisions, items_under, parse
@@ -125,6 +126,21 @@ def test_lines_are_read(reply, wanted):
         items, odd = items_under(found, key, "title", "content")
         assert items == wanted.get(key, []) and not odd
     assert (found is None) == (not wanted)
+
+
+@pytest.mark.parametrize(
+    "reply, cut",
+    [
+        ("Lesson: a - one.\nLesson: b - cut off by the li", True),
+        ("Lesson: a - one.\nLesson: b - two.", False),
+        ("Lesson: a - without a stop", False),
+        ("Update: behavior_b - Better.\nRemove: behavior_c", False),
+        ('{"lessons": [{"title": "a", "content": "b."}, {"title": "c", "cont', True),
+        ('{"lessons": [{"title": "a", "content": "b."}]}', False),
+    ],
+)
+def test_a_reply_that_lost_its_last_item_is_told(reply, cut):
+    assert was_cut(reply) == cut
 
 
 def test_behaviors_in_lines_become_decisions():

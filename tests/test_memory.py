@@ -592,6 +592,14 @@ def test_a_reply_that_its_limit_cut_is_counted_and_its_whole_items_stay(make_mem
     whole.record(1, attempts(["win"], [1]))
     whole.reflect(1, [P])
     assert "reflection_truncated" not in whole.counts()
+    lines = make_memory(
+        lambda prompt: "Strategy: a - One rule.\nStrategy: b - Another that",
+        forms="question",
+        format="lines",
+    )
+    lines.record(1, attempts(["win"], [1]))
+    lines.reflect(1, [P])
+    assert lines.counts()["reflection_truncated"] == 1 == len(lines.living("insight"))
 
 
 @pytest.mark.parametrize(
