@@ -73,7 +73,10 @@ def decode_tests(text) -> list[dict]:
             packed = zlib.decompress(base64.b64decode(text, validate=True))
             text = Strings(io.BytesIO(packed)).load()
         tests = json.loads(text)
-        return [{"input": str(t["input"]), "output": str(t["output"])} for t in tests]
+        tests = [{key: t[key] for key in ("input", "output")} for t in tests]
+        if not all(isinstance(text, str) for t in tests for text in t.values()):
+            raise TypeError("an input or output is no text")  # "None" would be an answer
+        return tests
     except Exception as error:  # a broken pickle raises whatever it likes
         raise ValueError(
             f"its tests can't be decoded: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -146,9 +149,12 @@ def day_of(row) -> str:
     Raises ValueError if it is no day.
     """
     day = row["contest_date"][:10]
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
-        raise ValueError(f"its contest_date {row['contest_date']!r} is no day like {WINDOW[0]}")
-    return day
+    try:
+        return str(date.fromisoformat(day))
+    except ValueError as error:
+        raise ValueError(
+            f"its contest_date {row['contest_date']!r} is no day like {WINDOW[0]}"
+        ) from error
 
 
 def read_tests(row) -> tuple[list, list, str | None]:
@@ -228,6 +234,8 @@ def load_livecodebench(data, protocol, since, until):
             if day >= until or day < since and protocol != "older":
                 continue
             public, hidden, name = read_tests(row)
+            if protocol == "official" and not public:
+                raise ValueError("it has no public tests, on which protocol official trains")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
         known = question_of(row, name, protocol)

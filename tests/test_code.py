@@ -418,6 +418,8 @@ class Evil:
         (packed([{}])[:-20], "rror"),
         (packed([{"input": "1"}]), "KeyError: 'output'"),
         ("[1, 2", "JSONDecodeError"),
+        ('[{"input": "1", "output": null}]', "an input or output is no text"),
+        ('[{"input": [1], "output": "1"}]', "an input or output is no text"),
     ],
 )
 def test_hidden_tests_are_decoded_without_running_anything(text, message, capsys):
@@ -537,6 +539,7 @@ def test_broken_files_are_named(write, tmp_path):
             (good, row(2, "yesterday")),
             "line 2: its contest_date 'yesterday.*' is no day like 2025-02-01",
         ),
+        ((good, row(2, "2025-02-30")), "line 2: its contest_date '2025-02-30.*' is no day like"),
         ((json.dumps([good, good]),), "line 1 is not a JSON object"),
         ((json.dumps(good, indent=1),), "line 1 is not JSON"),
         (
@@ -585,6 +588,10 @@ def test_broken_files_are_named(write, tmp_path):
         load_task("livecodebench", data=write(good), since="2025-02-30")
     with pytest.raises(ValueError, match="none to train on with protocol older"):
         load_task("livecodebench", data=write(good), protocol="older")
+    bare = row(2, "2025-03-01", public_test_cases="[]")  # judged by its hidden tests elsewhere
+    assert len(load_task("livecodebench", dev=0, data=write(good, bare)).train) == 2
+    with pytest.raises(ValueError, match="line 2: it has no public tests"):
+        load_task("livecodebench", data=write(good, bare), protocol="official")
 
 
 @runs_code
