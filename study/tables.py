@@ -16,7 +16,7 @@ NAMES = {
     "grpo": "GRPO",
     "sdpo": "SDPO",
     "pmd": "PMD",
-    "pmd-solved": "PMD, supervised as SDPO is",
+    "pmd-solved": "PMD, supervise solved",
     "pmd-nolessons": "PMD, lessons hidden",
     "pmd-transient": "PMD, transient memory",
     "frozen-memory": "frozen memory",
@@ -37,6 +37,15 @@ BLOCKS = ("weights", "solution", "strategies", "lessons", "behaviors", "feedback
 COSTS = {"cpu": "CPU seconds", "tokens": "forward tokens"}
 BUDGET_OF = ["sdpo", "pmd"]  # the cheaper of them sets the budget of equal compute
 MARGIN = 0.02  # by which the mean of a run without mastered problems may be lower
+# What stands under tables
+OF_PRIMARIES = """won, lost: the first is higher or lower, and Holm's p is below 0.05. open: neither
+is shown. p: two-sided t test, paired by world. by checkpoint: the mean over the worlds of each, by
+seed of pre-training."""
+OF_COMPUTE = """The mean score over a budget, which in each world is the smaller total of its SDPO
+and PMD runs."""
+OF_TEACHERS = """student: its own probability, on all problems. Each other column: what is added by
+the teacher's weights alone, by one block alone, or by all that it reads, on the problems that have
+such a block. Means over looks, then over worlds."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -101,8 +110,8 @@ def holm(p_values) -> list[float]:
 
 
 def p_of(test, values) -> float:
-    """Runs a test of scipy on differences; 1 if there are none, or too few."""
-    return float(test(values).pvalue) if len(values) > 1 and np.ptp(values) else 1.0
+    """Runs a test of scipy on differences; 1 if all are 0, or if there are too few."""
+    return float(test(values).pvalue) if len(values) > 1 and np.any(values) else 1.0
 
 
 def t_test(values):
@@ -113,13 +122,16 @@ def at_equal_cost(runs, others, cost) -> pd.Series:
     """The mean score of runs over a budget of CPU seconds or forward tokens, by world.
 
     The score is linear between evaluations, and after the last one as it was there. others: cells;
-    the cheapest of their runs in a world sets its budget, for every arm alike.
+    the cheapest of their runs in a world sets its budget, for every arm alike. A world in which one
+    of them failed has no budget, and is left out.
     """
     means = {}
     for world, run in runs.iterrows():
-        totals = [other.test[world][-1].get(cost) for other in others if world in other.index]
+        if not all(world in other.index for other in others):
+            continue
+        totals = [other.test[world][-1].get(cost) for other in others]
         spent = [row.get(cost) for row in run.test]
-        if None in spent or None in totals or not totals:
+        if None in spent or None in totals:
             continue
         spent[0] = 0
         budget = min(totals)
@@ -149,7 +161,10 @@ def markdown(head, rows) -> str:
 
 
 def difference(values, checkpoints) -> list:
-    """The cells of a difference: mean and interval, worlds won, its p by Wilcoxon, checkpoints."""
+    """The cells of a difference: mean and interval, worlds won, its p by Wilcoxon, checkpoints.
+
+    checkpoints: {world: checkpoint}, as a Series.
+    """
     won = f"{int((values > 1e-9).sum())} of {len(values)}"
     means = values.groupby(checkpoints[values.index]).mean()
     each = ", ".join(f"{mean:+.3f}" for mean in means)
@@ -171,12 +186,12 @@ def primaries(runs, checkpoints) -> str:
     rows = []
     for (name, values), p, corrected in zip(found.items(), p_values, holm(p_values), strict=True):
         arm, other, kinds = PRIMARIES[name]
-        title = f"{name}: {NAMES[arm]} - {NAMES[other]}, {' and '.join(kinds)}"
+        title = f"{name}: {NAMES[arm]} minus {NAMES[other]} ({' and '.join(kinds)})"
         cells = difference(values, checkpoints)
         rows.append([title, f"**{verdict(values, corrected)}**", *cells])
         rows[-1][3:3] = [f"{p:.2g}", f"{corrected:.2g}"]
     head = ["AUC", "", "difference", "p", "Holm", "worlds won", "Wilcoxon", "by checkpoint"]
-    return markdown(head, rows)
+    return f"{markdown(head, rows)}\n\n{OF_PRIMARIES}"
 
 
 def methods(runs) -> str:
@@ -196,7 +211,7 @@ def methods(runs) -> str:
         scores = [text(lent[lent.kind == kind].lender) for kind in kinds]
         name = "frozen policy, memory in the prompt"
         rows.append([name, scores[0], "-", scores[1], "-", 54.0])
-    head = ["method", "feedback: final", "AUC", "plain: final", "AUC", "paper"]
+    head = ["method", "feedback: final", "AUC", "plain: final", "AUC", "paper, %"]
     return markdown(head, rows)
 
 
@@ -205,23 +220,47 @@ def explored(runs, checkpoints) -> str:
     for kind in ("feedback", "plain"):
         for arm, other in [("pmd", "sdpo"), *EXPLORED]:
             values = gaps(cell(runs, "main", arm, [kind]), cell(runs, "main", other, [kind]))
-            title = f"{NAMES[arm]} - {NAMES[other]}, {kind}"
+            title = f"{NAMES[arm]} minus {NAMES[other]} ({kind})"
             rows.append([title, *difference(values, checkpoints)])
-    return markdown(["AUC", "difference", "worlds won", "Wilcoxon", "by checkpoint"], rows)
+    head = ["AUC", "difference", "worlds won", "Wilcoxon", "by checkpoint"]
+    exploratory = "Exploratory: no p is corrected."
+    return f"{markdown(head, rows)}\n\n{exploratory} {supervise_rule(runs)}"
+
+
+def supervise_rule(runs) -> str:
+    """What the declared criterion says of `--supervise`.
+
+    Not below in feedback worlds: the interval does not lie below 0.
+    """
+    spans = {}
+    for kind in ("plain", "feedback"):
+        ours, theirs = (cell(runs, "main", arm, [kind]) for arm in ("pmd-solved", "pmd"))
+        spans[kind] = ends(gaps(ours, theirs))
+    above, not_below = spans["plain"][0] > 0, spans["feedback"][1] >= 0
+    said = "is met" if above and not_below else "is not met"
+    return (
+        f"The declared criterion for `--supervise solved` as the default {said}. Its interval in"
+        f" plain worlds lies above 0: {'yes' if above else 'no'}. That in feedback worlds does not"
+        f" lie below 0: {'yes' if not_below else 'no'}."
+    )
 
 
 def rates_table(runs, rates) -> str:
     tuning = runs[runs.part == "tuning"]
     columns = sorted(tuning.label.unique(), key=float)
-    rows = []
+    rows, worlds, failed = [], tuning.world.nunique(), False
     for arm in tuning.arm.unique():
         row = [NAMES[arm]]
         for rate in columns:
             scores = tuning[(tuning.arm == arm) & (tuning.label == rate)].auc
             mean = f"{scores.mean():.3f}" if len(scores) else "-"
-            row.append(f"**{mean}**" if float(rate) == rates[arm] else mean)
+            mean = f"**{mean}**" if float(rate) == rates[arm] else mean
+            if len(scores) < worlds:
+                mean, failed = f"{mean} ({len(scores)} of {worlds} worlds)", True
+            row.append(mean)
         rows.append(row)
-    return markdown(["", *columns], rows)
+    table = markdown(["", *columns], rows)
+    return table + "\n\nAn arm with a failed run has the preset's rate, 0.001." * failed
 
 
 def compute(runs) -> str:
@@ -236,7 +275,8 @@ def compute(runs) -> str:
             for arm, values in scores.items():
                 gap = text(less[arm], "+") if arm != "sdpo" else "-"
                 rows.append([f"{kind}, {name}", NAMES[arm], text(values), gap])
-    return markdown(["equal", "method", "mean score", "less SDPO"], rows)
+    table = markdown(["equal", "method", "mean score", "minus SDPO"], rows)
+    return f"{table}\n\n{OF_COMPUTE}"
 
 
 def teachers(runs) -> str:
@@ -251,21 +291,22 @@ def teachers(runs) -> str:
                     means = quality(found, group, reader).mean(axis=1).dropna()
                     row.append(f"{means.mean():.3f}" if len(means) else "-")
                 rows.append(row)
-    return markdown(["", "student", *BLOCKS], rows)
+    return f"{markdown(['', 'student', *BLOCKS], rows)}\n\n{OF_TEACHERS}"
 
 
 def sizes_of(runs) -> dict:
-    """{size: (cell of SDPO, cell of PMD)}. The shipped checkpoint's are runs of main.
+    """{size: (cell of SDPO, cell of PMD)}, plain worlds last.
 
-    The one that misreads ran in plain worlds.
+    The shipped checkpoint's are runs of main. The one that misreads ran in plain worlds.
     """
     found = {}
     for size in runs[runs.part == "scale"].checkpoint.unique():
-        found[size] = [cell(runs, "scale", arm, label=size) for arm in ("sdpo", "pmd")]
+        name = "misreads, plain" if size == "misreads" else size
+        found[name] = [cell(runs, "scale", arm, label=size) for arm in ("sdpo", "pmd")]
     for name, kind in (("0.9M", "feedback"), ("0.9M, plain", "plain")):
         shipped = [cell(runs, "main", arm, [kind]) for arm in ("sdpo", "pmd")]
         found[name] = [rows[rows.checkpoint == "0"] for rows in shipped]
-    return dict(sorted(found.items(), key=lambda item: (item[0] == "misreads", item[0])))
+    return dict(sorted(found.items(), key=lambda item: ("plain" in item[0], item[0])))
 
 
 def scale(runs) -> str:
@@ -275,8 +316,9 @@ def scale(runs) -> str:
         for reader in ("lessons", "all"):
             row.append(text(quality(pmd, "unsolved", reader).mean(axis=1).dropna(), "+"))
         rows.append(row)
-    head = ["checkpoint", "base", "SDPO", "PMD", "PMD - SDPO"]
-    return markdown([*head, "lessons, unsolved", "all, unsolved"], rows)
+    head = ["checkpoint", "base", "SDPO", "PMD", "PMD minus SDPO"]
+    head += ["what lessons add, unsolved", "what all adds, unsolved"]
+    return markdown(head, rows)
 
 
 def mastered(runs) -> str:
@@ -293,7 +335,8 @@ def mastered(runs) -> str:
             if mean == "sequence":
                 holds.append(ends(final)[0] > 0 and ends(whole)[0] > -MARGIN)
     said = "is met" if len(holds) == 3 and all(holds) else "is not met"
-    head = ["", "mean", "final, supervised", "final, left out", "final: less", "AUC: less"]
+    head = ["", "mean", "final, supervised", "final, left out"]
+    head += ["final: left out minus supervised", "AUC: left out minus supervised"]
     return f"{markdown(head, rows)}\n\nThe declared criterion for leaving them out {said}."
 
 
@@ -307,7 +350,7 @@ def report(records, rates, out, planned) -> str:
     runs = frame(records)
     failed = [f"{r['job']} ({r['failed']})" for r in records.values() if "failed" in r]
     lines = ["# Results of the study", ""]
-    if runs.empty:
+    if not records:
         lines += ["There are no records yet: `python study/study.py` makes them."]
     else:
         lines += [
@@ -316,7 +359,9 @@ def report(records, rates, out, planned) -> str:
             " declaration stands at the top of study.py. Intervals are over worlds.",
             "",
         ]
-    checkpoints = runs.groupby("world").checkpoint.first()
+    parts = {part for part in planned if made[part] == planned[part]}
+    runs = runs[runs.part.isin(parts)]
+    checkpoints = runs[runs.part == "main"].groupby("world").checkpoint.first()
     sections = {  # {part: [(title, what writes the table)]}
         "tuning": [
             ("Learning rates: AUC, the chosen one in bold", lambda: rates_table(runs, rates))
@@ -327,7 +372,7 @@ def report(records, rates, out, planned) -> str:
             ("Other comparisons", lambda: explored(runs, checkpoints)),
             ("Equal compute", lambda: compute(runs)),
             (
-                "The teacher: probability of the right operation, less the student's",
+                "The teacher: what it adds to the probability of the right operation",
                 lambda: teachers(runs),
             ),
         ],
@@ -336,7 +381,6 @@ def report(records, rates, out, planned) -> str:
         ],
         "mastered": [("Mastered problems left out", lambda: mastered(runs))],
     }
-    parts = {part for part in planned if made[part] == planned[part]}
     for part in planned:
         if 0 < made[part] < planned[part]:
             count = f"{made[part]} of its {planned[part]} runs"
@@ -402,11 +446,11 @@ def teacher_curves(runs, path):
             if len(values.dropna()):
                 label = name if group == "unsolved" else None
                 axes[0].plot(values.index, values, style, color=COLORS[arm], label=label)
-    axes[0].set(title="all that it reads; dotted: solved problems", xlabel="step")
-    axes[0].set(ylabel="probability of the right operation, less the student's")
+    axes[0].set(title="feedback: all that it reads\n(dotted: solved problems)", xlabel="step")
+    axes[0].set(ylabel="probability of the right operation,\nless the student's")
     misreads = cell(runs, "scale", "pmd", label="misreads")
-    shown = {"PMD, unsolved problems": cell(runs, "main", "pmd", ["feedback"])}
-    shown["a checkpoint that misreads lessons, plain"] = misreads
+    shown = {"feedback: PMD by block,\nunsolved problems": cell(runs, "main", "pmd", ["feedback"])}
+    shown["plain: PMD by block, unsolved problems,\na checkpoint that misreads lessons"] = misreads
     for axis, (title, found) in zip(axes[1:], shown.items(), strict=True):
         for number, block in enumerate(BLOCKS):
             values = quality(found, "unsolved", block).mean()
@@ -435,7 +479,9 @@ def scale_figure(runs, path):
                 label = name if x == 0 else None
                 axis.vlines(x + offset, low, high, color=color)
                 axis.plot(x + offset, values.mean(), "o", color=color, label=label)
-    axis.set_xticks(range(len(sizes)), sizes)
+    names = [name.replace(", plain", "\nplain") for name in sizes]
+    axis.set_xticks(range(len(sizes)), names)
+    axis.set(ylabel="difference, with its 95% interval")
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.legend()
     save(figure, path)

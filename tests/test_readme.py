@@ -247,7 +247,7 @@ def test_every_column_of_the_metrics_is_explained(make_config):
             assert counted <= known_events, counted - known_events
 
 
-INTERVAL = re.compile(r"-?\d\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\]")
+INTERVAL = re.compile(r"[-+]?\d\.\d{3} \[[-+]?\d\.\d{3}, [-+]?\d\.\d{3}\]")
 
 
 def test_the_results_are_those_of_the_study():

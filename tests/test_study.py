@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import method_of
+from scipy import stats
 
 import pmd
 from memory import compose
@@ -182,12 +183,130 @@ def test_the_report(records, tmp_path):
     assert cells["P3"][4].endswith("of 12")
     assert "| frozen policy, memory in the prompt | 0.300 [0.300, 0.300] | - |" in text
     assert "The declared criterion for leaving them out is met." in text
-    assert "| misreads | 0.000 [0.000, 0.000] | 0.300 [0.300, 0.300] |" in text
+    assert "| misreads, plain | 0.000 [0.000, 0.000] | 0.300 [0.300, 0.300] |" in text
     assert "| PMD, feedback, unsolved | 0.200 | - | - | - | 0.150 | - | - | 0.300 |" in text
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     tables.report(records, RATES, tmp_path, planned(records))
     assert {"curves.png", "teacher.png", "scale.png"} <= first.keys()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_primaries_are_those_of_scipy():
+    """In the whole grid, from records in no order, of which some failed."""
+    rng, rows, auc = np.random.default_rng(0), [], {}
+    for world, kind, checkpoint in study.MAIN:
+        for arm in study.ARMS:
+            score = 0.5 + 0.05 * (world % 7) + rng.normal(0, 0.03) - 0.04 * (arm == "sdpo")
+            score -= 0.1 * (arm == "frozen-memory")
+            row = record("main", arm, world, kind, checkpoint, scores=(0.9, score, score + 0.1))
+            auc[arm, world] = score + 0.05
+            rows.append(row)
+    for job in study.scale(RATES):  # of the same worlds, by other checkpoints
+        rows.append(record("scale", job.arm, job.world, job.kind, job.checkpoint, job.label))
+    rng.shuffle(rows)
+    for row in rows:
+        if row["job"] in ("main/pmd/512", "main/sdpo/540"):
+            del row["test"]
+            del auc[row["arm"], row["world"]]
+    runs = tables.frame(by_name(rows))
+    checkpoints = runs[runs.part == "main"].groupby("world").checkpoint.first()
+    cells, p_values = {}, []
+    for line in tables.primaries(runs, checkpoints).splitlines()[2:7]:
+        name, *rest = [cell.strip() for cell in line.strip("|").split("|")]
+        cells[name] = rest
+    feedback, plain = range(510, 534), range(534, 558)
+    asked = {
+        "P1: PMD minus SDPO (feedback)": ("sdpo", [*feedback]),
+        "P2: PMD minus SDPO (plain)": ("sdpo", [*plain]),
+        "P3: PMD minus PMD, transient memory (feedback and plain)": (
+            "pmd-transient",
+            [*feedback, *plain],
+        ),
+        "P4: PMD minus frozen memory (feedback and plain)": ("frozen-memory", [*feedback, *plain]),
+        "P5: PMD minus PMD, lessons hidden (plain)": ("pmd-nolessons", [*plain]),
+    }
+    assert list(cells) == list(asked)
+    for (arm, worlds), row in zip(asked.values(), cells.values(), strict=True):
+        both = [w for w in worlds if ("pmd", w) in auc and (arm, w) in auc]
+        ours, theirs = (np.array([auc[a, w] for w in both]) for a in ("pmd", arm))
+        test = stats.ttest_rel(ours, theirs)
+        low, high = test.confidence_interval(0.95)
+        assert row[1] == f"{(ours - theirs).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        assert row[2] == f"{test.pvalue:.2g}"
+        assert row[4] == f"{(ours > theirs).sum()} of {len(both)}"
+        assert row[5] == f"{stats.wilcoxon(ours, theirs).pvalue:.2g}"
+        seeds = np.array([(w - 510) % 24 % 3 for w in both])
+        means = [(ours - theirs)[seeds == seed].mean() for seed in range(3)]
+        assert row[6] == ", ".join(f"{mean:+.3f}" for mean in means)
+        p_values.append(test.pvalue)
+    assert [row[3] for row in cells.values()] == [f"{p:.2g}" for p in tables.holm(p_values)]
+    verdicts = [row[0] for row in cells.values()]
+    assert verdicts == ["**won**", "**won**", "**open**", "**won**", "**open**"]
+
+
+def test_a_difference_that_is_the_same_in_all_worlds_has_a_p():
+    values = pd.Series([0.25] * 6)
+    assert tables.p_of(tables.t_test, values) < 1e-10
+    assert tables.p_of(stats.wilcoxon, values) == pytest.approx(2 / 2**6)
+    assert tables.p_of(tables.t_test, values * 0) == tables.p_of(stats.wilcoxon, values * 0) == 1
+
+
+def test_a_world_whose_budget_failed_is_in_no_comparison_at_equal_compute():
+    rows = [record("main", arm, world) for world in (1, 2) for arm in ("sdpo", "pmd", "grpo")]
+    del rows[0]["test"]  # SDPO's, in world 1
+    runs = tables.frame(by_name(rows))
+    sdpo, pmd_, grpo = (tables.cell(runs, "main", arm) for arm in ("sdpo", "pmd", "grpo"))
+    for cell in (pmd_, grpo):
+        assert list(tables.at_equal_cost(cell, [sdpo, pmd_], "cpu").index) == [2]
+
+
+@pytest.mark.parametrize(
+    "plain, feedback, said",
+    [
+        ((0.1, 0.11), (0.1, 0.11), "is met. Its interval in plain worlds lies above 0: yes."),
+        ((0.1, 0.11), (-0.1, 0.1), "is met. "),
+        ((0.1, 0.11), (-0.11, -0.1), "is not met. "),
+        ((-0.1, 0.2), (0.1, 0.11), "is not met. Its interval in plain worlds lies above 0: no."),
+    ],
+)
+def test_the_declared_criterion_for_supervise_solved(plain, feedback, said):
+    rows = []
+    for i in range(6):
+        for kind, gaps in (("plain", plain), ("feedback", feedback)):
+            for arm, score in (("pmd", 0.5), ("pmd-solved", 0.5 + gaps[i % 2])):
+                world = i + 10 * (kind == "plain")
+                rows.append(record("main", arm, world, kind, scores=(0, score, score)))
+    found = tables.supervise_rule(tables.frame(by_name(rows)))
+    assert f"`--supervise solved` as the default {said}" in found
+
+
+def test_an_arm_of_which_a_run_failed_is_named_in_the_table_of_rates():
+    rows = []
+    for world in study.TUNING:
+        for arm in ("sdpo", "pmd"):
+            for rate, score in zip(study.RATES, (0.1, 0.3, 0.2, 0.25), strict=True):
+                rows.append(record("tuning", arm, *world, f"{rate:g}", (1, score, score)))
+    whole = tables.rates_table(tables.frame(by_name(rows)), study.tuned(by_name(rows)))
+    assert "| PMD | 0.100 | **0.300** | 0.200 | 0.250 |" in whole and "failed" not in whole
+    del rows[-1]["test"]  # PMD's at the highest rate
+    found = tables.rates_table(tables.frame(by_name(rows)), study.tuned(by_name(rows)))
+    assert "| PMD | 0.100 | 0.300 | **0.200** | 0.250 (5 of 6 worlds) |" in found
+    assert "| SDPO | 0.100 | **0.300** | 0.200 | 0.250 |" in found
+    assert "An arm with a failed run has the preset's rate, 0.001." in found
+
+
+def test_no_other_part_shows_runs_of_a_part_that_is_not_complete(records, tmp_path):
+    tables.report(records, RATES, tmp_path, planned(records) | {"main": 336})
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "| 0.9M | - | - | - | - | - | - |" in lines
+    assert (tmp_path / "scale.png").exists()
+
+
+def test_runs_that_all_failed_are_named(tmp_path):
+    failed = {"job": "tuning/pmd/0.001/411", "part": "tuning", "failed": "OSError: disk"}
+    tables.report(by_name([failed]), RATES, tmp_path, {"tuning": 1, "main": 336})
+    text = (tmp_path / "results.md").read_text()
+    assert "1 runs failed: tuning/pmd/0.001/411 (OSError: disk)" in text
 
 
 def test_a_part_is_shown_when_all_its_runs_are_made(records, tmp_path):
