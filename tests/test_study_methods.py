@@ -66,6 +66,8 @@ def test_a_claim_is_shown_by_paired_differences():
         ):
             rows.append(record(methods.Job("main", name, *place).name, score))
     rows.append({"job": methods.Job("main", "vpd", *methods.MAIN[0]).name, "failed": "x"})
+    tried = methods.Job("tuning", "srpo", *methods.TUNING[0], methods.RATES[-1]).name
+    rows.append({"job": tried, "failed": "the loss is nan"})  # which takes no claim away
     for row in rows:
         row["cpu"], row["tokens"] = (25.0, 150) if "/srpo/" in row["job"] else (10.0, 100)
     page = methods.report(by_name(*rows), "main")
@@ -77,6 +79,7 @@ def test_a_claim_is_shown_by_paired_differences():
     assert "runs, claim not shown and less than that: -0.046 [" in lines["g-opd"]
     assert "wiring only: its claim is calibration" in lines["caopd"]
     assert "1 runs failed" in lines["vpd"] and "not run" in lines["opsd"]
+    assert f"Runs that failed: main/vpd/plain/461 (x); {tried} (the loss is nan)." in page
     plain = [0.1 * i for i, (kind, _) in enumerate(methods.MAIN) if kind == "plain"]
     assert f"| {sum(plain) / 4:.3f} [" in lines["sdpo"]
 
@@ -95,7 +98,8 @@ def test_the_page_is_what_the_committed_records_give():
         out, part = out / "quick", "quick"
     records = methods.read_records(out / "records.jsonl")
     assert methods.PAGE.read_text() == methods.report(records, part)
-    assert not [name for name, row in records.items() if "failed" in row]
+    # a full run that fails is named on the page
+    assert part == "main" or not [name for name, row in records.items() if "failed" in row]
 
 
 @pytest.mark.slow  # some runs of six steps
