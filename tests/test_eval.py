@@ -10,10 +10,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from conftest import Attempt, Question
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import avg_at_k, best_at_k, headroom, interval, maj_at_k
+from eval import Answers, avg_at_k, best_at_k, headroom, interval, maj_at_k
 from nano import make, world
 from runtime.tables import plot_curves
 from tasks import load_task
@@ -164,8 +165,26 @@ def test_what_votes_together_is_rewarded_alike(verifier, data):
         assert not (a.reward and b.reward) or a.answer == b.answer
 
 
-def test_a_success_is_the_same_for_memory_and_estimators():
-    assert SUCCESS == SUCCESS
+def test_a_success_is_the_same_for_memory_and_estimators(make_memory):
+    """A reward of 0.5 is none."""
+    memory, rewards = make_memory(), [0.0, 0.5, 0.51, 1.0]
+    for i, reward in enumerate(rewards):
+        memory.record(1, [Attempt(str(i), Question(str(i), "x"), f"text {i}", reward)])
+    kinds = [memory.living("experience", str(i))[0].kind for i in range(4)]
+    assert kinds == ["failure", "failure", "success", "success"]
+    assert [best_at_k([[reward]]) for reward in rewards] == [0, 0, 1, 1]
+
+
+def test_the_interval_of_nano_is_over_names():
+    """Ten problems about each of six names, which are all solved or none."""
+    ids = [f"{name}-{i}" for name in "abcdef" for i in range(10)]
+    rewards = np.repeat([[1.0], [0.0]] * 3, 10, axis=0)
+    answers = Answers(ids, rewards, [[""]] * 60, np.ones((60, 1)))
+    low, high = answers.estimates("nano")["interval"]
+    assert answers.estimates("nano/plain")["interval"] == (low, high)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 6), rel=0.2)
+    low, high = answers.estimates("other")["interval"]
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 60), rel=0.2)
 
 
 def test_interval_is_the_normal_one_where_that_is_right():

@@ -512,6 +512,16 @@ def test_unisd_weighs_by_agreement(policy, tokenizer, problems, make_config, kin
     assert sums["loss"] == pytest.approx((w * d).sum() / w.sum(), rel=2e-3)
 
 
+def test_unisd_bounds_a_variance_and_leaves_a_token_a_least_weight(policy, tokenizer, make_config):
+    method = made(make_config, "unisd", policy, tokenizer)
+    rare = {"a": torch.zeros(3, 100)}
+    rare["a"][0, 7] = 3.0  # the 0.95 quantile is 0: its variance counts as 10 quantiles
+    assert float(method.agreement(rare)["a"].min()) == pytest.approx(1 / 11)
+    method = made(make_config, "unisd", policy, tokenizer, "--unisd_gamma", "1000")
+    weights = method.agreement({"a": torch.tensor([[0.0, 0.0], [0.0, 3.0], [0.0, 0.0]])})["a"]
+    assert weights.tolist() == pytest.approx([1.0, 0.01])
+
+
 def test_unisd_trusts_least_where_a_corrupted_context_disagrees(
     policy, tokenizer, problems, make_config
 ):

@@ -37,8 +37,8 @@ from runtime.methods import cards, method_class
 from runtime.model import follow, load_policy, make_optimizer
 from runtime.options import check_numbers
 from runtime.ranks import start_ranks
-from runtime.rows import own_logprobs
-from runtime.sampler import Sampler, dealt, likeliest
+from runtime.rows import micro_batches, own_logprobs, require_small_gap
+from runtime.sampler import KeyedSampling, Sampler, dealt, likeliest
 from runtime.services import make_embedder
 from runtime.vllm_sampler import VLLM, VLLM_VERSION, fast_sampler
 from tasks import load_task
@@ -144,6 +144,16 @@ def test_frequencies_follow_the_distribution(sampler, policy, problems):
     for token in probs.topk(5).indices.tolist():
         p = probs[token].item()
         assert abs(counts[token] / n - p) < 4.5 * math.sqrt(p * (1 - p) / n) + 1e-9
+
+
+def test_each_token_is_drawn_with_its_own_number():
+    """By hand: the inverse of the cumulative distribution at each number, token after token."""
+    logits = torch.tensor([[0.0, 0.2, 0.3, 0.5], [0.0, 0.5, 0.3, 0.2]]).log()
+    numbers = torch.tensor([[0.1, 0.4, 0.9, 0.0], [0.1, 0.7, 0.0, 0.9]], dtype=torch.float64)
+    draw = KeyedSampling(numbers, 1.0, 1.0)
+    drawn = torch.stack([draw(None, logits).argmax(1) for _ in range(4)], 1)
+    assert drawn.tolist() == [[1, 2, 3, 1], [1, 2, 1, 3]]  # never the first, whose share is 0
+    assert torch.allclose(torch.stack(draw.chosen, 1), logits.gather(1, drawn), atol=1e-6)
 
 
 def test_eos_ends_a_completion_and_the_limit_is_told_apart(sampler, problems):
@@ -873,7 +883,18 @@ def test_a_batch_without_signal_changes_nothing_and_is_counted(
         match="differ by 0.200 nats a token at step 1, more than --max_sampler_gap",
     ):
         pmd.update(method_of(cfg, policy, policy), make_optimizer(policy, cfg), rollouts, 1)
-        assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_a_row_whose_advantage_is_0_at_some_tokens_has_a_signal(problems):
+    row = rollout(problems[0], "", 0.0)
+    signals = []
+    for advantage in (None, 0.0, torch.zeros(2), torch.tensor([0.0, 1.0]), -0.5):
+        row.advantage = advantage
+        signals.append(pmd.has_signal(row))
+    assert signals == [False, False, False, True, True]
+    row.teacher_ids, row.advantage = [1], None
+    assert pmd.has_signal(row)
 
 
 def test_a_non_finite_loss_stops_before_the_weights_move(
@@ -914,6 +935,28 @@ def test_a_sampler_that_runs_other_weights_stops_the_run_before_the_weights_move
             method_of(cfg, policy, copy.deepcopy(policy)), make_optimizer(policy, cfg), rollouts, 3
         )
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_the_gap_that_stops_a_run_is_a_mean_over_tokens(make_config):
+    """One token may be far off. The largest of all micro-batches is reported."""
+    parts = [(0.5, 0.4, 8), (0.2, 0.2, 2)]
+    names = "sampler_gap", "sampler_gap_max", "compared"
+    gaps = [dict(zip(names, part, strict=True)) for part in parts]
+    found = require_small_gap(gaps, 1, make_config())
+    assert found == {"sampler_gap": pytest.approx(0.7), "sampler_gap_max": 0.4, "compared": 10}
+    with pytest.raises(FloatingPointError, match="differ by 0.117 nats"):
+        require_small_gap([*gaps, {"sampler_gap": 0.7, "compared": 2}], 1, make_config())
+
+
+def test_a_micro_batch_is_measured_by_the_longest_prompt_that_is_read(problems, make_config):
+    cfg = make_config(micro_tokens=40)
+    rows = [rollout(problems[0], "", 0.0, g) for g in range(6)]  # of two tokens
+    assert [len(batch) for batch in micro_batches(rows, cfg)] == [6]
+    read = [len(batch) for batch in micro_batches(rows, cfg, lambda r: [1] * 19)]
+    assert read == [2, 2, 2]  # `scored` reads another prompt
+    for r in rows:
+        r.teachers = [[1], [1] * 19]
+    assert [len(batch) for batch in micro_batches(rows, cfg)] == [2, 2, 2]
 
 
 # -- conditioning

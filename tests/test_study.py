@@ -70,6 +70,8 @@ def test_the_grid_is_the_declared_one():
     kinds = {(job.checkpoint, job.kind) for job in jobs["scale"]}
     passing = {("0.2M", "feedback"), ("0.7M", "feedback"), ("6M", "feedback")}
     assert kinds == passing | {("misreads", "plain")}
+    rates = {job.checkpoint: job.flags["lr"] for job in jobs["scale"]}  # 1e-3 times 96 / width
+    assert rates == {"0.2M": 2e-3, "0.7M": 1e-3 * 96 / 80, "6M": 1e-3 * 96 / 256, "misreads": 1e-3}
 
 
 def test_no_arm_gets_a_knob_that_another_does_not():
@@ -97,7 +99,8 @@ def test_the_rate_of_an_arm_is_its_best_by_auc():
     for world in study.TUNING:
         for rate, score in zip(study.RATES, (0.1, 0.3, 0.2, 0.25), strict=True):
             rows.append(record("tuning", "pmd", *world, f"{rate:g}", (1, score, score)))
-    assert study.tuned(by_name(rows))["pmd"] == study.RATES[1]
+    rates = study.tuned(by_name(rows))
+    assert rates["pmd"] == rates["pmd-solved"] == study.RATES[1]
     assert study.tuned(by_name(rows[:-1]))["pmd"] == 1e-3  # not before all of its runs are there
     assert study.auc(rows[0]) == pytest.approx(0.1)  # the base's score is not counted
 
@@ -318,6 +321,32 @@ def test_a_part_is_shown_when_all_its_runs_are_made(records, tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.parametrize(
+    "finals, means, unmet, said",
+    [
+        ((0.1, 0.11), (0.0, 0.01), "token", "is met"),  # it is of `sequence` alone
+        ((0.1, 0.11), (0.0, 0.01), "sequence", "is not met"),
+        ((0.1, 0.11), (-0.019, -0.018), "token", "is met"),  # within the margin
+        ((0.1, 0.11), (-0.021, -0.0201), "token", "is not met"),
+        ((-0.1, 0.3), (0.0, 0.01), "token", "is not met"),  # above 0 in the mean, not by interval
+    ],
+)
+def test_the_declared_criterion_for_mastered_problems(finals, means, unmet, said):
+    """unmet: of the two means over tokens, the one under which leaving them out loses."""
+    rows = []
+    for number, (world, *_) in enumerate(study.MASTERED):
+        for job in study.mastered(RATES):
+            final, mean = 0.5, 0.4
+            if job.world == world and "unmastered" in job.label:
+                final, mean = 0.5 + finals[number % 2], 0.4 + means[number % 2]
+                if job.label.startswith(unmet):
+                    final -= 0.5
+            if job.world == world:
+                scores = (0, 2 * mean - final, final)  # whose mean is `mean`
+                rows.append(record("mastered", job.arm, world, label=job.label, scores=scores))
+    assert f"leaving them out {said}." in tables.mastered(tables.frame(by_name(rows)))
+
+
 def test_mastered_problems_stay_supervised_if_one_teacher_loses(records, tmp_path):
     for row in records.values():
         if row["part"] == "mastered" and row["arm"] == "sdpo" and "unmastered" in row["label"]:
@@ -365,6 +394,27 @@ def test_workers_end_with_the_program(tmp_path):
     assert beat.read_text() == last
 
 
+def test_a_record_is_what_its_run_left(tmp_path):
+    """Tokens and CPU seconds of an evaluation are those of all steps up to and with its own."""
+    lines = []
+    for step in range(21):
+        if step:
+            tokens = {"sample": 3, "teacher": step}
+            lines.append({"step": step, "forward_tokens": tokens, "memory": {"insight": step}})
+        if step % 10 == 0:
+            scores = {"avg_at_k": step / 100, "maj_at_k": 0.5, "best_at_k": 0.75}
+            lines += [{"step": step, "split": split, **scores} for split in ("dev", "test")]
+    looks = [{"step": step, "cpu": 1.5 * step, "teacher": {}} for step in (10, 20)]
+    for name, rows in (("metrics", lines), ("watched", looks)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    found = study.harvest(tmp_path)
+    costs = [(row["step"], row["avg"], row["cpu"], row["tokens"]) for row in found["test"]]
+    assert costs == [(0, 0.0, 0.0, 0), (10, 0.1, 15.0, 30 + 55), (20, 0.2, 30.0, 60 + 210)]
+    assert [(row["step"], row["insight"]) for row in found["memory"]] == [(10, 10), (20, 20)]
+    assert found["teacher"] == looks
+
+
 # -- what is watched
 
 
@@ -390,6 +440,7 @@ def test_the_quality_of_a_teacher_is_what_its_readers_believe(method, policy, to
     told = [("rule", f"{s}={o}") for s, o in zip(syllables, operations, strict=True)]
     method.rollouts, method.solved = rollouts, {solved.id}
     method.read = {rollouts[2].id: {"strategies": told, "lessons": []}}
+    method.read[rollouts[0].id] = {"solution": "read of a success, and not looked at"}
     found = method.look()
     assert found["solved"].keys() == {"student", "weights", "all"}  # of the failed rollout
     readers = found["unsolved"]
@@ -446,6 +497,29 @@ def test_watching_changes_nothing(name, make_config, monkeypatch):
     assert 0 < looks[0]["cpu"] < looks[1]["cpu"]
     readers = set(looks[1]["teacher"]["unsolved"])
     assert readers == {"student"} if name == "grpo" else {"student", "weights", "all"} <= readers
+
+
+def test_the_seconds_of_a_run_are_those_of_its_steps_without_watching(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def work(seconds):
+        now[0] += seconds
+
+    class Base:
+        attempt = weigh = follow = lambda self, *args: work(1)
+
+    monkeypatch.setattr(variants.time, "process_time", lambda: now[0])
+    kind = variants.watched(Base)
+    method = kind.__new__(kind)
+    method.folder, method.spent = tmp_path, 0.0
+    method.look = lambda: work(100)
+    for step in range(1, 21):
+        method.attempt(step, [])
+        method.weigh(step, [])
+        method.follow(step)
+        work(1000)  # evaluation
+    looks = read_lines(tmp_path / "watched.jsonl")
+    assert [(look["step"], look["cpu"]) for look in looks] == [(10, 30.0), (20, 60.0)]
 
 
 def test_an_arm_is_the_method_that_its_name_says():
