@@ -7,6 +7,7 @@ import json
 import time
 from decimal import Context, Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import Attempt, Question
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import Answers, avg_at_k, best_at_k, headroom, interval, maj_at_k
+from eval import Answers, avg_at_k, best_at_k, evaluate, headroom, interval, maj_at_k
 from nano import make, world
 from runtime.tables import plot_curves
 from tasks import load_task
@@ -185,6 +186,14 @@ def test_the_interval_of_nano_is_over_names():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 6), rel=0.2)
     low, high = answers.estimates("other")["interval"]
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 60), rel=0.2)
+
+
+def test_an_evaluation_samples_as_its_flags_say(make_config):
+    asked = []
+    sampler = SimpleNamespace(answer=lambda *args: asked.append(args) or [])
+    cfg = make_config(eval_k=3, eval_temperature=0.7, eval_top_p=0.8)
+    assert evaluate(sampler, [], cfg, "dev", ["text"]) == []
+    assert asked == [([], 3, "dev", 0.7, 0.8, ["text"])]
 
 
 def test_interval_is_the_normal_one_where_that_is_right():

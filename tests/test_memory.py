@@ -62,6 +62,18 @@ def test_gate_refuses_near_duplicates_and_counts_them(make_memory):
     assert memory.counts() == {"experience_duplicate": 1, "success": 3}
 
 
+def test_attempts_may_be_more_alike_than_insights(make_memory):
+    """At a cosine of 0.9 both of two attempts stay, and one of two insights."""
+
+    def embed(texts):
+        return np.array([[0.9, 0.19**0.5] if "second" in t else [1, 0] for t in texts], np.float32)
+
+    memory = make_memory(lambda prompt: insight_reply(["first rule.", "second rule."]), embed=embed)
+    memory.record(1, attempts(["first", "second"], [1, 1]))
+    memory.reflect(1, [P])
+    assert len(memory.living("experience")) == 2 and len(memory.living("insight")) == 1
+
+
 def test_successes_and_failures_have_their_own_caps_and_gate(make_memory):
     memory = make_memory(max_successes=5, max_failures=3)
     memory.record(

@@ -369,6 +369,19 @@ def test_an_empty_completion_is_reinforced_by_nothing(policy, tokenizer, problem
     assert r.advantage.tolist() == [0.0]
 
 
+def test_the_support_of_a_teacher_is_clipped(policy, tokenizer, problems, make_config):
+    """One token that it likes by far doesn't make up for two that it finds unlikely."""
+    method = made(make_config, "sgsd", policy, tokenizer)
+    row = attempted(policy, tokenizer, problems[0], 0, 1)
+    row.ids, row.reward = row.ids[:3], 1.0
+    d = torch.tensor([5.0, -3.0, -1.0])
+    pull = method.pull(row, d.clone())
+    assert torch.allclose(pull, -torch.sigmoid(-(d**2) / 2) * d)
+    row.reward = 0.0
+    assert torch.allclose(method.pull(row, d.clone()), -pull)
+    assert not method.pull(row, torch.tensor([0.04, 0.06, 0.04])).any()  # too little to say
+
+
 def test_polarity_validates_teachers_on_successes_only(policy, tokenizer, problems, make_config):
     """Its sign, at the operation: a wrong teacher does not lower a success, as it would unchecked.
 

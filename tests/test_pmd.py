@@ -687,6 +687,47 @@ def test_who_is_supervised(tokenizer, sampler, problems, make_config):
         assert [bool(r.teacher_ids) for r in rollouts] == wanted
 
 
+def test_experience_comes_before_insight_and_behaviors_now_and_then(problems, make_config):
+    """behavior_every 0: once an epoch, here of three batches."""
+    calls = []
+    memory = SimpleNamespace(
+        record=lambda step, rollouts: calls.append((step, "record")),
+        reflect=lambda step, problems: calls.append((step, "reflect")),
+        abstract=lambda step: calls.append((step, "abstract")),
+    )
+    task = SimpleNamespace(train=problems[:9])
+    for name, every, refreshed in (
+        ("pmd", 2, [2, 4, 6]),
+        ("pmd", 0, [3, 6]),
+        ("pmd-transient", 0, [1, 2, 3, 4, 5, 6]),
+    ):
+        cfg = make_config(method=name, batch_size=3, behavior_every=every)
+        calls.clear()
+        for step in range(1, 7):
+            method_of(cfg, memory=memory, task=task).remember(step, [], [])
+        wanted = []
+        for step in range(1, 7):
+            wanted += [(step, "record"), (step, "reflect")]
+            wanted += [(step, "abstract")] * (step in refreshed)
+        assert calls == wanted
+
+
+@pytest.mark.parametrize(
+    "flags, refreshed",
+    [
+        (["--method", "pmd"], False),
+        (["--method", "pmd", "--behaviors_refreshed"], True),
+        (["--method", "pmd-transient"], True),
+    ],
+)
+def test_which_bank_the_teacher_reads(make_config, flags, refreshed):
+    asked = []
+    memory = SimpleNamespace(contexts=lambda *args: asked.append(args) or [])
+    cfg = make_config(*flags, "--tiers", "insight,behavior")
+    method_of(cfg, memory=memory).contexts(7, [])
+    assert asked == [([], 7, ["insight", "behavior"], refreshed)]
+
+
 @pytest.mark.parametrize("method", ("sdpo", "pmd"))
 def test_problems_that_are_mastered_need_not_be_supervised(
     tokenizer, sampler, problems, make_config, method
