@@ -22,6 +22,7 @@ from runtime.ranks import (
     shard,
     world,
 )
+from runtime.rows import logit_scale
 
 
 @dataclass
@@ -152,7 +153,7 @@ def load_policy(cfg):
     Without dropout, so that sampling and training see one and the same distribution. On several
     ranks only rank 0 reads the weights, on its host, and `shard` deals them out: elsewhere the
     model is on the meta device. Raises Unsupported for an architecture whose logits are not its
-    head times its last hidden state, which is what kernels.py takes them for.
+    head times its last hidden state and a scale, which is what kernels.py takes them for.
     """
     device, policy, about = device_of(cfg), None, None
     if rank() == 0:
@@ -207,7 +208,7 @@ def outline(config):
 
 @torch.no_grad()
 def require_plain_head(policy, cfg):
-    """Raises Unsupported unless the logits are the head times the last hidden state.
+    """Raises Unsupported unless the logits are the head times the last hidden state, and a scale.
 
     A softcap is read from the configuration too: where weights are random, it does not show.
     """
@@ -216,6 +217,7 @@ def require_plain_head(policy, cfg):
     hidden = policy.get_decoder()(input_ids=probe).last_hidden_state
     # the product as the model has it, or bfloat16 would round it otherwise
     logits = torch.nn.functional.linear(hidden, policy.get_output_embeddings().weight)
+    logits = logits * logit_scale(policy.config)
     same = torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3)
     if softcap or not same:
         how = f" (final_logit_softcapping {softcap})" if softcap else ""

@@ -55,7 +55,7 @@ def micro_batches(rollouts, cfg, prompt_of=None) -> list[list]:
 
 def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
     """(N, H): the hidden states that predict each token of each rollout's completion, rollout after
-    rollout.
+    rollout. Their products with the head are the logits.
 
     This is the alignment of student and teacher: both predict the same completion ids, each after
     its own prompt. Rows are padded on the right, where causal attention never looks, and lengths,
@@ -74,7 +74,21 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
     hidden = model.get_decoder()(
         input_ids=tokens.to(model.device), use_cache=False
     ).last_hidden_state
-    return hidden[rows, columns]
+    hidden = hidden[rows, columns]
+    scale = logit_scale(model.config)
+    return hidden if scale == 1 else hidden * scale
+
+
+def logit_scale(config) -> float:
+    """Gives the number that a model multiplies its logits by: Cohere's, Falcon-H1's, Granite's.
+
+    Hidden states are multiplied by it in place of the logits, which the kernels form.
+    """
+    text = config.get_text_config()
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if isinstance(getattr(text, name, None), float):
+            return getattr(text, name)
+    return 1 / getattr(text, "logits_scaling", 1.0)
 
 
 @torch.no_grad()

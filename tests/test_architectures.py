@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import pmd
 from runtime.model import load_policy
 from runtime.ranks import Unsupported
+from runtime.rows import Continuation, own_logprobs
 
 HERE = Path(__file__).resolve().parent.parent
 SMALL = dict(
@@ -73,7 +74,8 @@ ARCHITECTURES = [
         dict(num_hidden_layers=4, full_attn_idxs=[1, 3], block_multiple_of=16, conv_L_cache=3),
     ),
     ("Mistral", "mistral", dict(sliding_window=None)),
-    ("Granite", "granite", dict(logits_scaling=1.0)),
+    ("Granite", "granite", dict(logits_scaling=0.25)),
+    ("Cohere 2", "cohere2", dict(logit_scale=4.0, sliding_window=32, num_hidden_layers=4)),
 ]
 TOKENS = ("<|im_start|>", "<|im_end|>")
 ASCII = "".join(map(chr, range(33, 127))) + "ĠĊ"  # and blank and line break
@@ -117,7 +119,7 @@ def test_the_loop_runs_on(name, kind, changes, tmp_path):
     "kind, changes",
     [
         ("gemma2", dict(final_logit_softcapping=30.0, sliding_window=32)),
-        ("cohere2", dict(logit_scale=0.25, sliding_window=32)),
+        ("hyperclovax", dict(logits_scaling=4.0)),  # multiplies by what Granite divides by
     ],
 )
 def test_logits_that_are_changed_after_the_head_are_refused(kind, changes, tmp_path):
@@ -125,6 +127,27 @@ def test_logits_that_are_changed_after_the_head_are_refused(kind, changes, tmp_p
     folder = random_model(tmp_path / "model", kind, changes)
     with pytest.raises(Unsupported, match="transforms its logits after the head"):
         load_policy(small_config(tmp_path, f"--model={folder}"))
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("granite", dict(logits_scaling=0.25)),
+        ("cohere2", dict(logit_scale=4.0, sliding_window=32, num_hidden_layers=4)),
+        ("falcon_h1", dict(lm_head_multiplier=4.0, mamba_d_ssm=64, mamba_n_heads=4)),
+    ],
+)
+def test_scaled_logits_give_the_log_probabilities_of_the_model(kind, changes, tmp_path):
+    folder = random_model(tmp_path / "model", kind, changes)
+    cfg = small_config(tmp_path, f"--model={folder}")
+    policy = load_policy(cfg)
+    row = Continuation("x", [40, 50, 60], [10, 20, 30])
+    found = own_logprobs(policy, [row], cfg)
+    with torch.no_grad():
+        log_p = policy(torch.tensor([row.prompt_ids + row.ids])).logits[0, 2:-1].log_softmax(-1)
+    assert torch.allclose(found, log_p[torch.arange(3), row.ids], atol=1e-5)
+    unscaled = (log_p / 4).log_softmax(-1)[torch.arange(3), row.ids]
+    assert not torch.allclose(found, unscaled, atol=1e-2)
 
 
 def table() -> str:

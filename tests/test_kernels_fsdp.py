@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import method_of
+from transformers import PreTrainedConfig
 
 import pmd
 from kernels import chunked_loss, logprobs_of, oracle
@@ -42,6 +43,7 @@ class Tiny(torch.nn.Module):
     """What the trainer asks of a model of transformers."""
 
     device = torch.device("cpu")
+    config = PreTrainedConfig()
 
     def __init__(self, tied):
         super().__init__()
