@@ -188,6 +188,14 @@ def test_the_interval_of_nano_is_over_names():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 60), rel=0.2)
 
 
+def test_the_estimates_of_one_problem():
+    """Two of three samples are right and agree: a perfect choice adds nothing to their vote."""
+    answers = Answers(["a-1"], np.array([[1.0, 1.0, 0.0]]), [["x", "x", "y"]], np.ones((1, 3)))
+    found = answers.estimates("nano")
+    assert found["avg_at_k"] == pytest.approx(2 / 3) and found["interval"] is None
+    assert (found["best_at_k"], found["maj_at_k"], found["headroom"]) == (1, 1, 0)
+
+
 def test_an_evaluation_samples_as_its_flags_say(make_config):
     asked = []
     sampler = SimpleNamespace(answer=lambda *args: asked.append(args) or [])

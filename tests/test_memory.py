@@ -189,6 +189,25 @@ def test_prompts_are_cut_until_the_model_can_read_them_and_that_is_counted(make_
     assert memory.counts()["reflection_cut"] == 2 and memory.counts()["abstraction_cut"] == 1
 
 
+def test_a_behavior_comes_from_the_problems_that_its_prompt_showed(make_memory):
+    def rule(prompt):
+        if "strategies" in prompt:
+            return insight_reply(["alpha"])
+        return json.dumps({"behaviors": [{"name": "behavior_a", "instruction": "do alpha"}]})
+
+    memory = make_memory(
+        rule, fits=lambda prompt: not (P.prompt in prompt and Q.prompt in prompt), clusters=1
+    )
+    memory.add_problems([P, Q])
+    for problem in (P, Q):
+        memory.record(1, attempts(["a win"], [1], problem))
+    memory.reflect(1, [P, Q])
+    memory.abstract(1)
+    prompt, (behavior,) = memory.generate.prompts[-1], memory.living("behavior")
+    assert behavior.sources == [p.id for p in (P, Q) if p.prompt in prompt]
+    assert len(behavior.sources) == 1
+
+
 def test_a_kind_without_evidence_is_rejected(make_memory):
     memory = make_memory(lambda prompt: insight_reply(["strategy out of a failure"], ["lesson"]))
     memory.record(1, attempts(["loss"], [0]))
@@ -1650,6 +1669,9 @@ def test_the_solution_is_not_the_rollouts_own_and_is_the_most_recent(make_memory
     rollouts = attempts(["first win", "second way"], [1, 1])
     memory.record(1, rollouts)
     assert [c["solution"] for c in memory.contexts(rollouts, 1)] == ["second way", "first win"]
+    memory.record(2, attempts(["third road"], [1], step=2))
+    shown = [c["solution"] for c in memory.contexts(rollouts, 2)]
+    assert shown == ["third road", "third road"]  # and not the first that is another's
     alone = attempts(["only win"], [1], Q)
     memory.record(1, alone)
     assert memory.contexts(alone, 1)[0]["solution"] == ""

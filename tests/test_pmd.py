@@ -901,6 +901,20 @@ def test_ema(policy, make_config, rate):
         assert torch.allclose(t, f + rate, atol=1e-6)
 
 
+def test_the_teacher_moves_once_a_batch_after_its_updates(make_config, monkeypatch):
+    calls, update = [], pmd.update
+
+    def noted(method, optimizer, rows, step):
+        calls.append(("update", step))
+        return update(method, optimizer, rows, step)
+
+    monkeypatch.setattr(pmd, "update", noted)
+    monkeypatch.setattr(pmd.PMD, "follow", lambda self, step: calls.append(("follow", step)))
+    pmd.train(make_config(mini_batch_size=1, eval_problems=1, name="run"))  # batches of three
+    one, two = ([("update", step)] * 3 + [("follow", step)] for step in (1, 2))
+    assert calls == one + two
+
+
 def test_a_batch_without_signal_changes_nothing_and_is_counted(
     policy, tokenizer, sampler, problems, make_config
 ):
