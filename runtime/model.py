@@ -190,10 +190,24 @@ def prepare(policy, cfg):
 
 
 def read_policy(name, device, cfg):
-    """Reads a model on the host. Of a checkpoint of --lora_rank the adapter is merged."""
+    """Reads a model on the host. Of a checkpoint of --lora_rank the adapter is merged.
+
+    Raises Unsupported if a weight is missing or of another shape, which transformers would draw at
+    random.
+    """
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     dtype = compute_dtype(device, cfg) if cfg.lora_rank else torch.float32
     base = base_of(name)
-    policy = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype).eval()
+    policy, loading = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype, **options)
+    absent, others = loading["missing_keys"], [key for key, *_ in loading["mismatched_keys"]]
+    if absent or others:
+        first = sorted([*absent, *others])[0]
+        raise Unsupported(
+            f"the weights of --model {cfg.model} are not those of its config.json: {len(absent)}"
+            f" are missing and {len(others)} of another shape, such as {first}; get the folder"
+            " anew, or give another --model"
+        )
+    policy.eval()
     if base:
         policy.load_adapter(str(name))
         policy = without_adapters(policy, outline(policy.config)).eval()
