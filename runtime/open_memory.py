@@ -73,6 +73,8 @@ def take_memory(path, run, method):
     Raises RunError if a checkpoint's file is no memory.
     """
     partial = path.with_name("memory.partial")
+    for log in ("memory.db-wal", "memory.db-shm"):  # of a file that is gone, not of its successor
+        path.with_name(log).unlink(missing_ok=True)
     if method.memory_mode == "frozen":
         source, step = memory_source(method.cfg)
         partial.unlink(missing_ok=True)
