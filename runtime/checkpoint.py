@@ -162,12 +162,18 @@ def checkpoints(folder) -> list[Path]:
 
 
 def run_and_step(text, cfg) -> tuple[Path, str]:
-    """Splits RUN[@STEP] into a folder and a step, or "". RUN: a folder, or a name under --out."""
-    run, _, step = text.partition("@")
-    folder = Path(run)
-    if not folder.is_dir():
-        folder = Path(cfg.out) / run
-    return folder, step
+    """Splits RUN[@STEP] into a folder and a step, or "". RUN: a folder, or a name under --out.
+
+    An @ may stand in RUN, too.
+    """
+    run, at, step = text.rpartition("@")
+    for name, number in ((text, ""), (run, step)):
+        for folder in (Path(name), Path(cfg.out) / name):
+            if name and folder.is_dir():
+                return folder, number
+    if not at or "/" in step:
+        run, step = text, ""
+    return Path(cfg.out) / run, step
 
 
 def memory_source(cfg) -> tuple[Path, str]:
@@ -282,7 +288,8 @@ def prune(run_folder, keep):
     best = max(evaluated, key=merit, default=None)
     for checkpoint in saved[:-keep]:
         if checkpoint != best:
-            shutil.rmtree(checkpoint)
+            # a kill leaves what is no checkpoint: see Run.restore
+            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.partial")))
 
 
 # --------------------------------------------------------------------------------------------------
