@@ -153,6 +153,8 @@ class Run:
         lines += [f"set otherwise than by default: {', '.join(settings)}"]
         if self.saved:
             lines += [f"going on from {self.saved}"]
+        elif (self.folder / "metrics.jsonl").is_file():
+            lines += ["there is no checkpoint to go on from: it starts over"]
         if self.saved and cfg.fork_from:
             other = self.saved.parent.parent / "problems.json"
             changed = changes(read_json(other, "remove it"), digests) if other.is_file() else []
