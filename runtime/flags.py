@@ -127,12 +127,14 @@ def advice(word, known) -> str:
 def given_flags(argv=None) -> list[str]:
     """Returns the flags of the command line, with those of a --config FILE before them.
 
-    Raises ValueError, in one sentence, if the file can't be read.
+    Raises ValueError, in one sentence, if the file can't be read, or if there are two.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", action="append", default=[])
     given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    return rest if given.config is None else flags_of(given.config) + rest
+    if len(given.config) > 1:
+        raise ValueError(f"--config takes one file, not {' and '.join(given.config)}")
+    return [flag for path in given.config for flag in flags_of(path)] + rest
 
 
 def flags_of(path) -> list[str]:
@@ -152,6 +154,8 @@ def flags_of(path) -> list[str]:
     for name, value in values.items():
         if isinstance(value, (dict, list)):
             raise ValueError(f"--config {path}: {name} must be one value, as behind its flag")
+        if name == "config":
+            raise ValueError(f"--config {path} names another file; put its flags into this one")
         is_of_that_run = path.endswith(".json") and name in ("name", "resume")
         if value is not None and not is_of_that_run:
             flags.append(f"--{name}={value}")
