@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from memory import Memory, reprompt
-from runtime.check import check, check_name
+from runtime.check import check, check_name, refuse_idle_flags
 from runtime.checkpoint import claim, release
-from runtime.files import RunError, append, read_lines, write_lines
+from runtime.files import RunError, append, read_rows, write_lines
 from runtime.jobs import failure, quiet_libraries
 from runtime.model import load_policy
 from runtime.options import check_numbers, option
@@ -40,6 +40,7 @@ from runtime.ranks import (
     world,
 )
 from runtime.services import make_embedder
+from runtime.store import memory_file
 from runtime.tables import evaluated
 from runtime.vllm_sampler import make_sampler
 from tasks import VERIFIERS, Problem, Verdict, load_task, verify  # noqa: F401  for those who import eval
@@ -280,6 +281,9 @@ def verdicts(problems, samples, cfg) -> list:
     return [(*pair, parts[i % world()][i // world()]) for i, pair in enumerate(pairs)]
 
 
+# of a row of evals/
+ANSWER = {"problem": str, "answer": str, "reward": (int, float), "tokens": int}
+
 # --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
@@ -309,6 +313,7 @@ def answer_task(argv, parse_flags):
     parser.add_argument(
         "--memory",
         default="",
+        type=memory_file,
         help=(
             "a run's memory.db, to put into the prompts: the insight and the\nlatest success of the"
             " --retrieve_k nearest training problems, and\nas many behaviors [Tab. 4, Fig. 2]"
@@ -322,6 +327,7 @@ def answer_task(argv, parse_flags):
     ranks = count_ranks(cfg)
     with ranks_around(cfg) as restarts:
         check_name(cfg)
+        refuse_idle_flags(cfg, args.memory)
         check_numbers(cfg)  # batch_size too, which is another one below
         asked = replace(cfg, batch_size=ranks, name="", resume=False)
         quiet = restarts or rank() > 0
@@ -417,7 +423,7 @@ def whole_problems(path, cfg) -> list[dict]:
     The other rows are taken out of the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_lines(path) if path.exists() else []
+    rows = read_rows(path, **ANSWER) if path.exists() else []
     samples = Counter(row["problem"] for row in rows)
     rows = [row for row in rows if samples[row["problem"]] == cfg.eval_k]
     write_lines(path, rows)
@@ -436,8 +442,9 @@ def look_at_runs(argv):
     parser = argparse.ArgumentParser(prog=f"python eval.py {command}", description=does[command])
     runs = "the folder of a run or of an evaluation"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
-    out = "figures only: the folder of pictures and data (default: figures)"
-    parser.add_argument("--out", default="figures", help=out)
+    if command == "figures":
+        out = "the folder of pictures and data (default: figures)"
+        parser.add_argument("--out", default="figures", help=out)
     args = parser.parse_args(rest)
     if command == "compare":
         print(report.compare(args.runs))

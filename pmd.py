@@ -234,6 +234,11 @@ PRESETS = {
 }
 
 
+def kind_of(model, task) -> str:
+    """Gives the kind of a task, by which PRESETS go; that of the embedded model is nano."""
+    return "nano" if model == "nano" else task.split("/")[0]
+
+
 def preset_of(kind, method) -> dict:
     """Gives the preset of a kind of task, but for the divergence and teacher of a method's own."""
     preset = dict(PRESETS.get(kind, {}))
@@ -740,6 +745,8 @@ def check(cfg, quiet=False, ranks=0, checked=None):
     """
     method = method_of(cfg)
     method.check(cfg)
+    if not quiet:
+        checks.name_idle_flags(cfg, method, preset_of(kind_of(cfg.model, cfg.task), method))
     return checks.check(cfg, method, quiet, ranks or world(), checked)
 
 
@@ -760,8 +767,7 @@ def parse_flags(argv=None) -> Config:
         parser.epilog += f"\n\n{listed()}"
     given, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
-    kind = "nano" if given.model == "nano" else task.split("/")[0]
-    parser.set_defaults(**preset_of(kind, method))
+    parser.set_defaults(**preset_of(kind_of(given.model, task), method))
     if given.model == "nano":  # too small to gain by a GPU, let alone by several
         parser.set_defaults(device="cpu")
     cfg = method.Config(**vars(parser.parse_args(argv)))
@@ -772,15 +778,19 @@ def compared(cfg, argv=None):
     """Gives the folder of a comparison and its runs: several methods, same flags, same budget."""
     checks.refuse_launcher()
     argv = given_flags(argv)
-    methods = [name.strip() for name in cfg.compare.split(",")]
-    if len({method_class(name) for name in methods}) < len(methods):
-        raise ValueError(f"--compare takes different methods, not {cfg.compare!r}")
     folder = cfg.name or default_name(cfg)
-    runs = []
-    for name in methods:
-        run = parse_flags([*argv, "--method", name])  # a method may have a preset of its own
-        runs.append(replace(run, compare="", name=f"{folder}/{Path(run.method).stem}"))
-    return Path(cfg.out) / folder, runs
+    runs = {}
+    for name in cfg.compare.split(","):
+        # a method may have a preset of its own
+        run = parse_flags([*argv, "--method", name.strip()])
+        run = replace(run, compare="", name=f"{folder}/{Path(run.method).stem}")
+        if run.name in runs:
+            raise ValueError(
+                f"--compare takes different methods, in files of different names, since"
+                f" {run.name} is a run's folder; not {cfg.compare!r}"
+            )
+        runs[run.name] = run
+    return Path(cfg.out) / folder, list(runs.values())
 
 
 def checked_totals(runs, ranks) -> list[int]:

@@ -6,7 +6,7 @@ Nothing is made here.
 import contextlib
 import importlib.util
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from runtime.checkpoint import (
     starting_point,
     total_steps,
 )
-from runtime.files import read_json
+from runtime.files import read_json, reason
 from runtime.guide import reader_of
 from runtime.lora import base_of
 from runtime.model import MODELS
@@ -34,6 +34,13 @@ from runtime.store import TIERS, Store
 from runtime.vllm_sampler import VLLM_VERSION, fast_sampler, slow_generation, vllm_version
 from tasks import load_task, need_sandbox
 
+# What only a teacher's pass reads, only a memory, and only a memory that is written
+OF_TEACHERS = ["alpha", "top_k", "teacher", "ema_rate"]
+OF_MEMORIES = ["tiers", "retrieve_k", "query_feedback", "supervise"]
+OF_WRITERS = (
+    "max_insights behavior_every behaviors_refreshed clusters drop_shortcuts ground_insights"
+    " abstractor"
+).split()
 MOST_UNKNOWN = 0.2  # of a problem's tokens; nano knows about a third of those of a plain sentence
 
 
@@ -108,6 +115,44 @@ def need_groups(cfg):
             f"--group_size 1 leaves {cfg.method} nothing to learn from: it compares the answers of"
             " a group; use 2 or more"
         )
+
+
+def name_idle_flags(cfg, method, preset):
+    """Prints the flags that have a value of their own, and that the method does not read.
+
+    preset: {flag: default} of the task.
+    """
+    idle = [] if method.teaches else list(OF_TEACHERS)
+    if method.teaches and cfg.teacher == "live":
+        idle += ["ema_rate"]
+    if not method.memory_mode:
+        idle += OF_MEMORIES
+    if not method.remembers:
+        idle += OF_WRITERS
+    defaults = {f.name: f.default for f in fields(cfg)} | preset
+    given = [name for name in idle if getattr(cfg, name) != defaults[name]]
+    if given:
+        names = ", ".join(f"--{name} {getattr(cfg, name)}" for name in given)
+        print(f"without effect on this {cfg.method}: {names}")
+
+
+def refuse_idle_flags(cfg, memory):
+    """Refuses flags of pmd.py that an evaluation does not read, and that say what it should do.
+
+    memory: that of eval.py's --memory.
+    Raises ValueError if one is not at its default.
+    """
+    idle = ["memory_from", "fork_from", "compare", "max_minutes", "log"]
+    kind = "an evaluation"
+    if not memory:
+        idle, kind = [*idle, "tiers", "retrieve_k"], "an evaluation without --memory"
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.name in idle and value != f.default:
+            raise ValueError(
+                f"--{f.name} {value} is nothing that {kind} reads; leave it out, or give"
+                f" --{f.name} {f.default or repr(f.default)}"
+            )
 
 
 def check_words(cfg):
@@ -354,6 +399,13 @@ def share_unknown(tokenizer, problems) -> float:
     return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
 
 
+def unreadable(cfg, part, error) -> ValueError:
+    return ValueError(
+        f"the {part} of --model {cfg.model} can't be read ({reason(error)}); name the folder of a"
+        " whole model, such as RUN/final"
+    )
+
+
 def load_tokenizer(cfg):
     """Loads the tokenizer of --model.
 
@@ -361,10 +413,13 @@ def load_tokenizer(cfg):
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(MODELS.get(cfg.model, cfg.model))
-    except OSError as error:
-        raise ValueError(
-            f"--model {cfg.model} is neither a Hugging Face folder nor a reachable name on the Hub"
-        ) from error
+    except Exception as error:  # of a file that is no JSON, or holds what nobody expects
+        if isinstance(error, OSError) and not Path(cfg.model).is_dir():
+            raise ValueError(
+                f"--model {cfg.model} is neither a Hugging Face folder nor a reachable name on the"
+                " Hub"
+            ) from error
+        raise unreadable(cfg, "tokenizer", error) from error
     for need in ("chat_template", "eos_token_id"):
         if getattr(tokenizer, need) is None:
             raise ValueError(
@@ -506,7 +561,10 @@ def check_lengths(task, tokenizer, cfg, reads, method):
 
     Raises ValueError if there are too few of either.
     """
-    shape = AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model))
+    try:
+        shape = AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model))
+    except (OSError, ValueError) as error:
+        raise unreadable(cfg, "config.json", error) from error
     vocabulary = getattr(shape.get_text_config(), "vocab_size", None)
     if vocabulary and cfg.top_k > vocabulary:
         raise ValueError(

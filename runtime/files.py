@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tasks.files import json_lines
 
+ELSEWHERE = "name a place that is there, with some space, and yours to write to"
 FREE_SPACE = "free some space on the disk; --resume then goes on from the newest checkpoint"
 
 
@@ -93,16 +94,16 @@ def append_text(path, text):
         file.write(text)
 
 
-def write(path, text):
+def write(path, text, cure=FREE_SPACE):
     """Writes a file aside and renames it: a reader finds the old text or the new one."""
     partial = path.with_name(path.name + ".partial")
-    with writing(path):
+    with writing(path, cure):
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.rename(path)
 
 
-def write_lines(path, rows):
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_lines(path, rows, cure=FREE_SPACE):
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), cure)
 
 
 def read_lines(path):
@@ -113,10 +114,11 @@ def read_lines(path):
     return [row for _, row in json_lines(path, cut=True)]
 
 
-def read_rows(path):
+def read_rows(path, **kinds):
     """Reads the rows of a run's metrics.jsonl or samples.jsonl, each of a step.
 
-    Raises RunError if a line is no JSON or has no step.
+    kinds: the types of the values that other rows must have, in place of a step.
+    Raises RunError if a line is no JSON or lacks such a value.
     """
     cure = "mend that line, or take it out; the same command then goes on"
     try:
@@ -124,8 +126,9 @@ def read_rows(path):
     except ValueError as error:
         raise RunError(f"{error}: {cure}") from error
     for n, row in rows:
-        if not isinstance(row.get("step"), int):
-            raise RunError(f"{path}, line {n} has no step: {cure}")
+        for key, kind in (kinds or {"step": int}).items():
+            if not isinstance(row.get(key), kind):
+                raise RunError(f"{path}, line {n} has no {key}: {cure}")
     return [row for _, row in rows]
 
 

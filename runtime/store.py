@@ -469,6 +469,11 @@ class Store:
         self.db.close()
 
 
+def memory_file(path) -> str:
+    """Gives the file of a memory: that of a run, if a folder is named."""
+    return str(Path(path, "memory.db")) if path and Path(path).is_dir() else path
+
+
 def in_order(rows) -> list[Item]:
     """Items of rows, oldest first."""
     return sorted(map(Item.from_row, rows), key=lambda item: item.id)

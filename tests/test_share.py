@@ -95,6 +95,51 @@ def test_lines_that_are_no_memory_are_refused(tmp_path, line):
         import_memory(tmp_path / "x.jsonl", tmp_path / "x.db")
 
 
+def test_items_that_no_memory_has_are_refused(tmp_path):
+    """And a behavior that another model wrote is an item like others: it has no policy's step."""
+    a_memory(tmp_path / "a.db").close()
+    export_memory(tmp_path / "a.db", tmp_path / "a.jsonl")
+    head, *lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    problem, item = lines[0]["problem"], lines[-1]["item"]
+
+    def brought(head, lines):
+        text = "".join(json.dumps(line) + "\n" for line in [head, *lines])
+        (tmp_path / "b.jsonl").write_text(text)
+        import_memory(tmp_path / "b.jsonl", tmp_path / "b" / "memory.db")
+
+    for change in ({"kind": "x"}, {"problem": "nobody"}, {"text": None}, {"born": -1}):
+        with pytest.raises(ValueError, match="no memory has"):
+            brought(head, [*lines[:-1], {"item": item | change}])
+    for change in ({"cluster": "x"}, {"cluster": None}):
+        with pytest.raises(ValueError, match="no memory has"):
+            brought(head, [{"problem": problem | change}, *lines[1:]])
+    with pytest.raises(ValueError, match="a problem twice"):
+        brought(head | {"problems": 3}, [lines[0], *lines])
+    with pytest.raises(ValueError, match="its first line does not say so"):
+        brought({key: value for key, value in head.items() if key != "caps"}, lines)
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(ValueError, match="its first line does not say so"):
+        import_memory(tmp_path / "b.jsonl", tmp_path / "b" / "memory.db")
+    brought(head, [*lines[:-1], {"item": item | {"policy_step": None}}])
+    show_memory.main(["stats", str(tmp_path / "b")])
+    assert (tmp_path / "b" / "memory.png").is_file()  # beside the file, not beside the folder
+    assert not (tmp_path / "memory.png").exists()
+
+
+@pytest.mark.parametrize("flags", (["--tier", "insight"], ["--grep", "x"]))
+def test_one_problem_is_shown_whole_or_not_at_all(tmp_path, capsys, flags):
+    a_memory(tmp_path / "memory.db").close()
+    with pytest.raises(SystemExit):
+        show_memory.main(["show", str(tmp_path), "--problem", "one", *flags])
+    assert "leave --tier and --grep out" in capsys.readouterr().err
+
+
+def test_a_place_that_is_not_there_is_named(tmp_path):
+    a_memory(tmp_path / "a.db").close()
+    with pytest.raises(ValueError, match="can't be written .*name a place that is there"):
+        export_memory(tmp_path / "a.db", tmp_path / "nowhere" / "a.jsonl")
+
+
 def test_no_memory_reads_dev_or_test(make_config, tmp_path):
     """After a run every problem, rollout and prompt that the memory holds is of train."""
     cfg = make_config(name="x", steps=2, eval_every=1)

@@ -24,6 +24,7 @@ from pygments.lexers import PythonLexer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from runtime.files import RunError
 from tools.page import write_page
 
 HERE = Path(__file__).resolve().parent.parent
@@ -199,7 +200,10 @@ def main(argv=None):
     dark = HtmlFormatter(style="github-dark").get_style_defs(".code")
     title = "Procedural Memory Distillation, line by line"
     page = companion() | {"title": title, "light": Markup(light), "dark": Markup(dark)}
-    print(write_page(args.out, "companion.html", **page))
+    try:
+        print(write_page(args.out, "companion.html", **page))
+    except RunError as error:
+        sys.exit(f"companion.py: {error}")
 
 
 if __name__ == "__main__":

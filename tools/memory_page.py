@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from memory import BEHAVIORS, CLOSING, LESSONS, SOLUTION, STRATEGIES
-from runtime.files import read_rows
+from runtime.files import read_json, read_rows
 from runtime.store import Store, nearest
 from tools.page import write_page
 from tools.show_memory import growth
@@ -97,7 +97,8 @@ def write_memory_page(path) -> Path:
         samples = read_rows(path.with_name("samples.jsonl"))
     config = path.with_name("config.json")
     if config.is_file():
-        shown = json.loads(config.read_text(encoding="utf-8")).get("retrieve_k", SHOWN)
+        cure = f"remove it, and the page shows {SHOWN} behaviors"
+        shown = read_json(config, cure).get("retrieve_k", SHOWN)
     data = memory_data(Store(path, frozen=True), samples, shown)
     data["run"] = path.with_name("run.html").is_file() or config.is_file()
     return write_page(path.with_name("memory.html"), "memory.html", title=f"{path}", data=data)

@@ -26,5 +26,6 @@ def write_page(path, template, **values) -> Path:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     nonce = secrets.token_urlsafe()  # of this page's scripts; no other may run
-    write(Path(path), environment.get_template(template).render(nonce=nonce, **values))
+    text = environment.get_template(template).render(nonce=nonce, **values)
+    write(Path(path), text, "make its folder, with some space, writable for you")
     return Path(path)

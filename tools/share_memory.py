@@ -18,13 +18,18 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.chat import clean
-from runtime.files import write_lines
+from runtime.files import ELSEWHERE, write_lines
 from runtime.services import make_embedder
-from runtime.store import COLUMNS, TIERS, WITH_EMBEDDING, Item, Store
+from runtime.store import COLUMNS, WITH_EMBEDDING, Item, Store
 from tasks.files import json_lines
 
 FORM = "pmd memory, version 1"
 NAMES = COLUMNS.replace(" ", "").split(",")  # of an item, in order
+KINDS = {
+    "experience": ("success", "failure"),
+    "insight": ("strategy", "lesson"),
+    "behavior": ("behavior",),
+}
 PROBLEM = ("id", "text", "cluster")
 TEXTS = ("tier", "kind", "problem", "title", "text", "feedback", "evidence", "shortcuts")
 
@@ -43,7 +48,7 @@ def export_memory(source, target) -> str:
         head = {"form": FORM, "problems": len(problems), "items": len(items), **memory.meta}
         lines = [{"problem": dict(zip(PROBLEM, row, strict=True))} for row in problems]
         lines += [{"item": dict(zip(NAMES, row, strict=True))} for row in items]
-        write_lines(target, [head, *lines])
+        write_lines(target, [head, *lines], ELSEWHERE)
     return f"{len(problems)} problems and {len(items)} items: {target}"
 
 
@@ -56,11 +61,14 @@ def import_memory(source, target, embedder="", device="") -> str:
     target = Path(target)
     if target.exists():
         raise ValueError(f"{target} exists; name another file, or remove it")
-    head, *rows = [row for _, row in json_lines(source)]
-    if head.get("form") != FORM:
+    head, *rows = [row for _, row in json_lines(source)] or [{}]
+    if head.get("form") != FORM or not is_json(head.get("caps")):
         raise ValueError(f"{source} is no {FORM!r}: its first line does not say so")
-    problems = [problem_of(row["problem"]) for row in rows if "problem" in row]
-    items = [item_of(row["item"], source) for row in rows if "item" in row]
+    problems = [problem_of(row["problem"], source) for row in rows if "problem" in row]
+    ids = {id for id, *_ in problems}
+    if len(ids) < len(problems):
+        raise ValueError(f"{source} has a problem twice: it was changed")
+    items = [item_of(row["item"], ids, source) for row in rows if "item" in row]
     promised = head.get("problems"), head.get("items")
     if promised != (len(problems), len(items)) or len(rows) != len(problems) + len(items):
         raise ValueError(
@@ -98,16 +106,22 @@ def fill(memory, problems, items):
             )
 
 
-def problem_of(row) -> tuple[str, str, int]:
-    return clean(row["id"]), clean(row["text"]), int(row["cluster"])
+def problem_of(row, source) -> tuple[str, str, int]:
+    """Makes a problem of a row. Raises ValueError if it is none of a memory."""
+    try:
+        return clean(row["id"]), clean(row["text"]), int(row["cluster"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{source} has a problem that no memory has: {str(row)[:80]}") from error
 
 
-def item_of(row, source) -> Item:
-    """Makes an item of a row. Raises ValueError if it is none of a memory."""
-    is_item = set(row) == set(NAMES) and row["tier"] in TIERS
+def item_of(row, problems, source) -> Item:
+    """Makes an item of a row. problems: their ids. Raises ValueError if it is none of a memory."""
+    is_item = set(row) == set(NAMES) and row["kind"] in KINDS.get(row["tier"], ())
     if is_item:
-        steps = [row["id"], row["born"], row["policy_step"], row["ended"] or 0]
-        is_item = all(type(step) is int for step in steps) and is_json(row["evidence"])
+        steps = [row["id"], row["born"], row["policy_step"] or 0, row["ended"] or 0]
+        is_item = all(type(step) is int and step >= 0 for step in steps)
+        is_item &= is_json(row["evidence"]) and isinstance(row["text"], str)
+        is_item &= row["problem"] == "" if row["tier"] == "behavior" else row["problem"] in problems
     if not is_item:
         raise ValueError(f"{source} has an item that no memory has: {str(row)[:80]}")
     texts = {name: clean(row[name]) for name in TEXTS if row[name] is not None}

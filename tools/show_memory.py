@@ -134,6 +134,8 @@ def main(argv=None):
             sys.exit(f"show_memory.py: {error}")
     parser = make_parser()
     args = vars(parser.parse_args(argv))
+    if args.get("problem") is not None and (args["tier"] or args["grep"]):
+        parser.error("--problem shows all that is remembered of it: leave --tier and --grep out")
     if not 0 <= (args.get("step") or 0) < 2**63:  # SQLite holds no larger one
         parser.error(f"--step {args['step']} is no step of a run")
     if hasattr(signal, "SIGPIPE"):
@@ -141,7 +143,7 @@ def main(argv=None):
     command, path = args.pop("command"), args.pop("path")
     try:
         memory = Store(path, frozen=True)
-        png = args.pop("png", None) or Path(path).with_name("memory.png")
+        png = args.pop("png", None) or Path(memory.path).with_name("memory.png")
         print(show(memory, **args) if command == "show" else stats(memory, png))
     except (ValueError, OSError) as error:
         sys.exit(f"show_memory.py: {error}")
