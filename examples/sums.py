@@ -10,6 +10,8 @@ import random
 import sys
 from pathlib import Path
 
+if len(sys.argv) != 2:
+    sys.exit("python examples/sums.py FOLDER: the folder that the task is written to")
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 pairs = random.Random(0).sample([(a, b) for a in range(10) for b in range(10)], 100)

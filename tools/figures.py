@@ -16,7 +16,7 @@ import pandas as pd
 
 from eval import headroom
 from tasks.problem import SUCCESS
-from tools.report import blocks_of
+from tools.report import blocks_of, unfinished
 
 matplotlib.use("Agg")  # figures are files; no screen is needed
 
@@ -147,6 +147,7 @@ def draw_figures(folders, out) -> str:
     words = by_step(rows, "keywords", 'share of completions with "{}"')
     sizes = by_step(rows, "memory", "{}: living items")
     sentences = [
+        *unfinished(blocks),
         draw(out / "figure2", "Figure 2, memory in the prompt of other models", transfer(rows)),
         draw(out / "figure3", "Figure 3, headroom at the final step", headrooms(rows), bars=True),
         draw(out / "figure4", "Figure 4, problems solved at the final step", solved, bars=True),

@@ -182,13 +182,20 @@ def main():
     parser.add_argument(
         "--what_fits", action="store_true", help="only the table of models, lengths and cards"
     )
+    choices = {"teacher": ("ema", "live"), "dtype": ("", "float32", "bfloat16")}
     for name in OPTIONS:
         default = getattr(defaults, name)
         told = f"as in pmd.py (default: {default or 'bfloat16'})"
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=told)
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, choices=choices.get(name), help=told
+        )
     args = parser.parse_args()
     if args.lora_rank < 0 or args.lora_rank and args.gpus > 1:
-        parser.error(f"--lora_rank {args.lora_rank} is at least 0, and trains on one GPU")
+        parser.error(f"--lora_rank {args.lora_rank} must be at least 0, and 0 with several --gpus")
+    if args.gpus > 0 and args.gpus % max(1, args.tensor_parallel):
+        parser.error(f"--tensor_parallel {args.tensor_parallel} does not divide --gpus {args.gpus}")
+    if args.compile_layers and args.gpus > 1:
+        parser.error("--compile_layers is for one process: give --gpus 1, or leave it out")
     for name in POSITIVE:
         if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name} {getattr(args, name)} must be above 0")

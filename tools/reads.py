@@ -26,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import pmd
@@ -33,7 +34,7 @@ from eval import interval, names, some_of
 from memory import as_context, reprompt
 from nano.world import attempt_text
 from runtime.chat import encoder
-from runtime.check import load_problems
+from runtime.check import check_device, load_problems
 from runtime.files import read_json
 from runtime.jobs import quiet_libraries
 from runtime.model import load_policy
@@ -69,7 +70,12 @@ def config_of(run, model, device):
     values = {k: v for k, v in read_json(path, "name another run").items() if k in known}
     cfg = pmd.Config(**values)
     return dataclasses.replace(
-        cfg, model=model, device=device, gradient_checkpointing=False, nproc=1
+        cfg,
+        model=model,
+        device=device,
+        gradient_checkpointing=False,
+        nproc=1,
+        sampler="transformers",  # nothing is sampled
     )
 
 
@@ -229,6 +235,7 @@ def report(model, run, limit, device) -> str:
     """
     run = run.parent if run.name == "memory.db" else run
     cfg = config_of(run, model, device)
+    check_device(cfg, 1)
     task, tokenizer = load_problems(cfg, True, ("train",))
     with contextlib.closing(Store(run / "memory.db", frozen=True)) as store:
         remembered = set(store.prompts())
@@ -273,7 +280,7 @@ def main(argv=None):
     quiet_libraries()
     try:
         print(report(args.model, args.memory, args.problems, args.device))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"reads.py: {error}")
 
 

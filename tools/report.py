@@ -438,12 +438,22 @@ def differences(blocks):
             yield line | {"problems": f"{len(groups)}", "difference": difference}
 
 
+def unfinished(blocks):
+    """Yields a sentence for each training run that has not come to its end."""
+    for run in dict.fromkeys(chain(*(row.trained for row in chain(*blocks)))):
+        if run.config["method"] != "eval" and not (run.folder / "summary.json").is_file():
+            yield (
+                f"{run.folder} is not finished: its final step here is"
+                f" {run.selected['final']}, the last that was evaluated"
+            )
+
+
 def compare(folders) -> str:
     """Prints Tables 2, 3, 4, 5 and 7 of the paper for runs, and their differences by problem."""
     blocks = blocks_of(folders)
     single = [rows for rows in blocks if rows[0].task != "AVG"]
     known = {"Base"}
-    text = [COMPARED]
+    text = [COMPARED, *unfinished(single)]
     for number, (title, numbers) in TABLES.items():
         known |= numbers.keys()
         text += [f"\nTable {number}: {title}", aligned(results(blocks, numbers))]

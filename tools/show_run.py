@@ -73,7 +73,7 @@ def parse_failures(last) -> dict:
     """Counts the reflections and abstractions of the last steps that held no well-formed item."""
     asked = failed = 0
     for row in last:
-        events = row["memory_events"]
+        events = row.get("memory_events", {})
         asked += events.get("reflection", 0) + events.get("abstraction", 0)
         failed += events.get("reflect_parse_failure", 0) + events.get("abstract_parse_failure", 0)
     if not asked:
@@ -86,6 +86,9 @@ def sampler_gap(steps, config) -> dict:
     """Looks for the largest gap between the sampler's and the trainer's log-probabilities."""
     limit = GAPS["float32" if config.get("device") == "cpu" else "bfloat16"]
     limit = GAPS.get(config.get("dtype"), limit)
+    steps = [row for row in steps if "sampler_gap" in row]
+    if not steps:  # of another commit
+        return alarm("sampler gap", False, "it was not logged")
     worst = max(steps, key=lambda row: row["sampler_gap"])
     says = f"at most {worst['sampler_gap']:.1e} nats a token, at step {worst['step']}"
     return alarm("sampler gap", worst["sampler_gap"] > limit, f"{says}; {limit} is too much")
@@ -124,9 +127,9 @@ def write_run_page(folder) -> Path:
     if has_memory:
         write_memory_page(folder / "memory.db")
     about = f"{config['method']} on {config['task']} with {config['model']}, seed {config['seed']}"
-    about += f"; alpha {config['alpha']}"
+    about += f"; alpha {config.get('alpha', 'unknown')}"
     if summary:
-        about += f"; commit {summary['commit'][:9]}"
+        about += f"; commit {summary.get('commit', 'unknown')[:9]}"
     data = {
         "rows": rows,
         "samples": samples,
