@@ -293,6 +293,33 @@ def test_a_folder_without_a_run_is_named(tmp_path, capsys):
         assert f"{tmp_path}: no {file}, left out" in capsys.readouterr().out
 
 
+def test_a_run_of_another_commit_is_shown_without_what_it_lacks(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    lacking = {"config.json": ["alpha"], "summary.json": ["commit"]}
+    for name, keys in lacking.items():
+        if (other / name).is_file():
+            values = json.loads((other / name).read_text())
+            kept = {key: value for key, value in values.items() if key not in keys}
+            (other / name).write_text(json.dumps(kept))
+    rows = read_lines(other / "metrics.jsonl")
+    for row in rows:
+        row.pop("sampler_gap", None)
+        row.pop("memory_events", None)
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    show_run.main([str(other)])
+    assert "it was not logged" in (other / "run.html").read_text()
+    for text in ("{", "[]"):
+        (other / "config.json").write_text(text)
+        with pytest.raises(SystemExit, match="config.json .*remove it, and the page shows 3"):
+            show_memory.main([str(other), "--html"])
+
+
+def test_a_page_that_can_t_be_written_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="companion.py: .*x.html can't be written .*make its fold"):
+        companion.main(["--out", str(tmp_path / "nowhere" / "x.html")])
+
+
 def test_a_page_needs_nothing_from_outside(folder):
     show_run.main([str(folder)])
     for page in (folder / "run.html", folder / "memory.html"):

@@ -2031,10 +2031,17 @@ def test_a_config_may_be_yaml(tmp_path):
     file.write_text("method: sdpo\nlr: 1e-4\ngradient_checkpointing: true\nalpha: 0\n")
     cfg = pmd.parse_flags(["--config", str(file)])
     assert (cfg.method, cfg.lr, cfg.gradient_checkpointing, cfg.alpha) == ("sdpo", 1e-4, True, 0)
-    for text, why in (("lr: [1, 2]", "lr must be one value"), ("- lr", "no table"), ("{", "read")):
+    for text, why in (
+        ("lr: [1, 2]", "lr must be one value"),
+        ("- lr", "no table"),
+        ("{", "read"),
+        ("config: other.yaml", "x.yaml names another file"),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match=why):
             pmd.parse_flags(["--config", str(file)])
+    with pytest.raises(ValueError, match="--config takes one file, not a.json and b.json"):
+        pmd.parse_flags(["--config", "a.json", "--config=b.json"])
 
 
 def test_names_of_other_projects_lead_to_flags_of_ours():

@@ -117,6 +117,12 @@ def test_what_is_no_run_is_refused(tmp_path):
         reads.main(["--model", "nano", "--memory", str(tmp_path)])
 
 
+@pytest.mark.parametrize("device", ["nowhere", "cuda"])
+def test_a_device_that_is_not_there_is_refused(make_run, device):
+    with pytest.raises(SystemExit, match=f"reads.py: --device {device}"):
+        reads.main(["--model", "nano", "--memory", str(make_run("{}={}")), "--device", device])
+
+
 def test_lessons_that_are_misread_are_noticed(make_run, make_config, policy, tokenizer):
     """The same lessons, shown as strategies, are advice."""
     memory = Memory(make_run("{}={}") / "memory.db", words, None, mode="frozen")

@@ -24,6 +24,7 @@ from memory import EXAMPLES, Memory
 from runtime import tables
 from runtime.sampler import Sample, Sampler
 from runtime.services import make_embedder
+from runtime.store import memory_file
 from runtime.tables import evaluated
 from tasks import load_task
 from tasks.problem import Problem
@@ -570,6 +571,52 @@ def test_no_run_at_all():
         SystemExit, match="nowhere is no run: it has no config.json and metrics.jsonl"
     ):
         ev.main(pmd.parse_flags, ["compare", "nowhere"])
+
+
+def test_a_run_that_is_not_finished_is_named(make_run, tmp_path, capsys):
+    whole, stopped = make_run("whole"), make_run("stopped", "sdpo")
+    Path(whole, "summary.json").write_text("{}")
+    for command in (["compare"], ["figures", "--out", str(tmp_path / "f")]):
+        ev.main(pmd.parse_flags, [*command, whole, stopped])
+        said = capsys.readouterr().out
+        assert f"{stopped} is not finished: its final step here is 10" in said
+        assert f"{whole} is not" not in said
+    with pytest.raises(SystemExit):  # it writes nothing
+        ev.main(pmd.parse_flags, ["compare", whole, "--out", "x"])
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--memory_from x", "--memory_from x is nothing that an evaluation without --memory reads"),
+        ("--tiers insight", "--tiers insight is nothing that an evaluation without --memory"),
+        ("--compare pmd,grpo", "--compare pmd,grpo is nothing that"),
+        ("--from x@3", "--fork_from x@3 is nothing that"),
+        ("--max_minutes 3", "--max_minutes 3.0 is nothing that .* give --max_minutes 0.0"),
+        ("--memory x --max_minutes 3", "--max_minutes 3.0 is nothing that an evaluation reads"),
+    ],
+)
+def test_an_evaluation_refuses_what_it_does_not_read(tmp_path, flags, said):
+    with pytest.raises(SystemExit, match=f"eval.py: {said}"):
+        flags = ["--model", "nano", "--out", str(tmp_path), *flags.split()]
+        ev.main(pmd.parse_flags, flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_of_an_evaluation_that_lacks_something_is_named(tmp_path):
+    flags = ["--model", "nano", "--eval_problems", "2", "--n", "1", "--out", str(tmp_path)]
+    path = tmp_path / "x" / "evals" / "0-test.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"step": 3}\n')
+    with pytest.raises(SystemExit, match="0-test.jsonl, line 1 has no problem: mend that line"):
+        ev.main(pmd.parse_flags, [*flags, "--name", "x"])
+
+
+def test_a_folder_lends_its_memory_under_its_own_name(tmp_path):
+    """A lender is named by its folder in tables: see report.names_of."""
+    (tmp_path / "memory.db").touch()
+    assert memory_file(str(tmp_path)) == str(tmp_path / "memory.db")
+    assert memory_file("x/memory.db") == "x/memory.db" and memory_file("") == ""
 
 
 def test_figures_and_their_data(make_run, tmp_path, capsys):

@@ -224,6 +224,22 @@ def test_the_last_ones_and_the_best_on_dev_are_kept(tmp_path):
     assert saved >= {5, 6} and len(saved) <= 3 and max(dev[s] for s in saved) == max(dev.values())
 
 
+def test_a_checkpoint_that_is_half_removed_is_none(tmp_path, monkeypatch):
+    """A kill while an old one is removed leaves it under another name."""
+    for step in ("1", "2"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("")
+
+    def killed(folder, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(tmp_path, 1)
+    assert [c.name for c in checkpoints(tmp_path)] == ["2"]
+    assert (tmp_path / "checkpoints" / "1.partial").is_dir()  # which a resumed run removes
+
+
 def test_what_a_kill_leaves_half_written_is_no_checkpoint_and_no_row(whole, monkeypatch):
     cfg = dataclasses.replace(whole, name="killed", resume=True)
     save = checkpoint.dcp.save

@@ -11,6 +11,8 @@ import resource
 import runpy
 import shutil
 import signal
+import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 from conftest import Here
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import eval as ev
@@ -31,10 +34,12 @@ from runtime.checkpoint import (
     default_name,
     refuse_second_writer,
     release,
+    run_and_step,
 )
 from runtime.files import RunError, append, read_lines, write_lines
 from runtime.jobs import failure
-from runtime.model import MODELS
+from runtime.methods import method_of
+from runtime.model import MODELS, load_policy
 from runtime.options import check_numbers
 from runtime.provenance import FORMERLY, FREE, HERE, fingerprint, model_identity, refuse_changes
 from runtime.ranks import Unsupported, count_ranks
@@ -173,6 +178,9 @@ DAMAGE = {  # file: (what is done to it, what is said)
 }
 
 
+SMALL_CHANGES = dict(eval_problems=2, eval_k=1, save_every=1, group_size=2)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     out = tmp_path_factory.mktemp("saved")
@@ -237,6 +245,29 @@ def test_a_damaged_memory_in_a_checkpoint_is_not_taken_for_the_runs(make_config,
     ):
         pmd.train(cfg)
     assert not Path(cfg.out, "r", "memory.db").exists()
+
+
+def test_a_log_of_a_memory_that_is_gone_is_no_part_of_its_successor(make_config, saved):
+    """A process that is killed leaves commits in memory.db-wal, which SQLite would read into any
+    file of that name.
+    """
+    cfg = make_config(**SMALL_CHANGES, name="r", steps=3, resume=True)
+    folder = Path(cfg.out, "r")
+    shutil.copytree(saved, folder)
+    killed = (
+        "from runtime.store import Store\n"
+        f"store = Store({str(folder / 'memory.db')!r})\n"
+        "with store.writing(9):\n"
+        "    store.db.execute('UPDATE item SET text = text || hex(randomblob(5000))')\n"
+        "import os\nos._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", killed], cwd=HERE)
+    assert (folder / "memory.db-wal").stat().st_size
+    (folder / "memory.db").unlink()
+    pmd.train(cfg)
+    with contextlib.closing(sqlite3.connect(folder / "memory.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert not db.execute("SELECT 1 FROM item WHERE length(text) > 5000").fetchall()
 
 
 def test_a_forks_damaged_checkpoint_names_the_others(make_config, saved):
@@ -766,6 +797,10 @@ TOOLS = [
     ("tools/plan.py", "--gpu_memory_utilization=2"),
     ("tools/plan.py", "--gpu_memory_utilization=nan"),
     ("tools/plan.py", "--max_completion=-5"),
+    ("tools/plan.py", "--teacher=x"),
+    ("tools/plan.py", "--dtype=x"),
+    ("tools/plan.py", "--tensor_parallel=3"),
+    ("tools/plan.py", "--compile_layers"),
     ("tools/same.py", "nosuch"),
     ("tools/same.py", "--steps=0"),
     ("tools/same.py", "--methods=x"),
@@ -786,3 +821,89 @@ def test_the_scripts_refuse_what_means_nothing(monkeypatch, capsys, script, flag
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(Path(HERE, script)), run_name="__main__")
     assert end.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_example_of_a_task_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sums.py"])
+    with pytest.raises(SystemExit, match="FOLDER"):
+        runpy.run_path(str(Path(HERE, "examples", "sums.py")), run_name="__main__")
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_a_model_that_lacks_a_weight_is_refused(tmp_path, change):
+    """transformers would draw it at random, and train on."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODELS["nano"], folder, ignore=shutil.ignore_patterns("*.py", "worlds"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "q_proj" in name)
+    whole = weights.pop(name)
+    if change == "shape":
+        weights[name] = whole[1:].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    cfg = pmd.parse_flags([*SMALL, "--task", "nano", "--model", str(folder)])
+    with pytest.raises(Unsupported, match=f"are not those of its config.json: .* {name}; get"):
+        load_policy(cfg)
+
+
+@pytest.mark.parametrize(
+    "file, text, said",
+    [
+        ("tokenizer.json", '{"a": 1}', "the tokenizer of --model .* can't be read"),
+        ("tokenizer_config.json", "{", "the tokenizer of --model .* can't be read"),
+        ("config.json", '{"hidden_size": 8}', "the config.json of --model .* can't be read"),
+        ("config.json", '{"model_type": "x9"}', "the config.json of --model .* can't be read"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_one_sentence(make_config, tmp_path, file, text, said):
+    folder = tmp_path / "model"
+    shutil.copytree(MODELS["nano"], folder, ignore=shutil.ignore_patterns("*.py", "worlds"))
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=said) as caught:
+        pmd.check(make_config(model=str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_may_have_an_at_in_its_place(make_config):
+    cfg = make_config()
+    place = Path(cfg.out, "a@b", "x")
+    place.mkdir(parents=True)
+    inside = f"{cfg.out}/a@b/x"
+    assert run_and_step(inside, cfg) == (place, "")
+    assert run_and_step(f"{inside}@3", cfg) == run_and_step("a@b/x@3", cfg) == (place, "3")
+    assert run_and_step(f"{cfg.out}/a@b/y", cfg)[1] == ""
+    assert run_and_step("y@z", cfg) == (Path(cfg.out, "y"), "z")
+
+
+@pytest.mark.parametrize("methods", ["pmd,OWN", "grpo,grpo", "pmd_transient,pmd-transient"])
+def test_no_two_runs_of_a_comparison_share_a_folder(tmp_path, methods):
+    """The second would be taken for finished, with the numbers of the first."""
+    (tmp_path / "pmd.py").write_text("import pmd\n\n\nclass Method(pmd.PMD):\n    pass\n")
+    flags = ["--compare", methods.replace("OWN", str(tmp_path / "pmd.py"))]
+    with pytest.raises(ValueError, match="--compare takes different methods"):
+        pmd.compared(pmd.parse_flags(flags), flags)
+
+
+def test_a_run_without_a_checkpoint_says_that_it_starts_over(make_config, capsys):
+    cfg = make_config(name="r", steps=1, method="grpo")
+    pmd.train(cfg)
+    assert "starts over" not in capsys.readouterr().out
+    pmd.train(dataclasses.replace(cfg, steps=2, resume=True))
+    assert "there is no checkpoint to go on from: it starts over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--method grpo --tiers insight --alpha 0.2", "this grpo: --alpha 0.2, --tiers insight"),
+        ("--method sdpo --behavior_every 3 --alpha 0.2", "this sdpo: --behavior_every 3"),
+        ("--teacher live --ema_rate 0.3", "this pmd: --ema_rate 0.3"),
+        ("--method grpo", ""),
+        ("--alpha 0.2 --tiers insight", ""),
+        ("--method grpo --task livecodebench --model x", ""),
+    ],
+)
+def test_flags_without_effect_are_named(capsys, flags, said):
+    cfg = pmd.parse_flags(flags.split())
+    preset = pmd.preset_of(pmd.kind_of(cfg.model, cfg.task), method_of(cfg))
+    check.name_idle_flags(cfg, method_of(cfg), preset)
+    assert capsys.readouterr().out == (f"without effect on {said}\n" if said else "")
