@@ -185,7 +185,7 @@ def main():
     choices = {"teacher": ("ema", "live"), "dtype": ("", "float32", "bfloat16")}
     for name in OPTIONS:
         default = getattr(defaults, name)
-        told = f"as in pmd.py (default: {default or 'bfloat16'})"
+        told = f"as in pmd.py (default: {'bfloat16' if default == '' else default})"
         parser.add_argument(
             f"--{name}", type=type(default), default=default, choices=choices.get(name), help=told
         )
