@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from runtime.chat import can_think, chat_of, encoder, plain, turn_ends
 from runtime.checkpoint import (
     checkpoints,
+    default_name,
     fork_source,
     memory_source,
     refuse_second_writer,
@@ -297,9 +298,7 @@ def check_folder(cfg, method, quiet):
     Raises ValueError if the folder can't be written, or is not that of the run that --resume means.
     """
     check_name(cfg)
-    folder = Path(cfg.out) / cfg.name
-    if cfg.resume and not cfg.name:
-        raise ValueError("--resume continues the run given by --name; name it")
+    folder = Path(cfg.out) / (cfg.name or default_name(cfg))
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not yours to write to" if there.is_dir() else "is a file"

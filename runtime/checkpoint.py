@@ -44,7 +44,9 @@ LOCKS = {}  # by folder: the open file whose lock makes this process its only wr
 
 
 def default_name(cfg) -> str:
-    """Names a run after its task, method, seed and time."""
+    """Names a run after its task, method, seed and time. Raises ValueError with --resume."""
+    if cfg.resume:
+        raise ValueError("--resume continues the run given by --name; name it")
     task = cfg.task.strip("/").replace("/", "-")
     method = "compare" if cfg.compare else Path(cfg.method).stem
     now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # microseconds: the jobs of an array start together

@@ -2015,6 +2015,14 @@ def command(*flags, **kwargs):
     )
 
 
+@pytest.mark.parametrize("more", [[], ["--compare", "sdpo,pmd"]])
+def test_the_command_line_resumes_nothing_without_a_name(more, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["pmd.py", "--resume", "--out", str(tmp_path), *more])
+    with pytest.raises(SystemExit, match="--resume continues the run given by --name; name it"):
+        pmd.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_config_gives_the_same_run(tmp_path, make_config):
     """Every flag of a run comes back from its config.json, and a flag beside it counts more."""
     first = make_config("--task=nano/plain", method="sdpo", name="x", lr=3e-4, tiers="insight")
