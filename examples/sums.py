@@ -5,14 +5,14 @@ python examples/sums.py sums
 python pmd.py --model DIR --task sums --max_completion 64 --max_reprompt 4096
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
-if len(sys.argv) != 2:
-    sys.exit("python examples/sums.py FOLDER: the folder that the task is written to")
-folder = Path(sys.argv[1])
+parser = argparse.ArgumentParser(description="Writes a task: sums of two one-digit numbers.")
+parser.add_argument("folder", type=Path, help="the folder that the task is written to")
+folder = parser.parse_args().folder
 folder.mkdir(parents=True, exist_ok=True)
 pairs = random.Random(0).sample([(a, b) for a in range(10) for b in range(10)], 100)
 for split, part in (("train", pairs[:70]), ("test", pairs[70:])):
