@@ -435,14 +435,14 @@ def look_at_runs(argv):
     from tools import figures, report  # pandas takes a second to import
 
     command, *rest = argv
-    does = {
-        "compare": "Prints the paper's Tables 2, 3, 4, 5 and 7 for runs, and paired differences.",
-        "figures": "Draws the paper's Figures 2 to 6 for runs: PNG files, with their data as CSV.",
-    }
-    parser = argparse.ArgumentParser(prog=f"python eval.py {command}", description=does[command])
+    parser = argparse.ArgumentParser(
+        prog=f"python eval.py {command}",
+        description="Prints the paper's Tables 2, 3, 4, 5 and 7 for runs, and paired differences.",
+    )
     runs = "the folder of a run or of an evaluation"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
     if command == "figures":
+        parser.description = "Draws the paper's Figures 2 to 6 for runs: PNG, with the data as CSV."
         out = "the folder of pictures and data (default: figures)"
         parser.add_argument("--out", default="figures", help=out)
     args = parser.parse_args(rest)

@@ -373,10 +373,10 @@ def load_problems(cfg, quiet, asked):
         until=cfg.until,
         exclude_flagged=cfg.exclude_flagged,
     )
-    need_sandbox(task, cfg.unsafe_exec)
+    sandboxed = need_sandbox(task, cfg.unsafe_exec)
     tokenizer = load_tokenizer(cfg)
     splits = {split: within_prompt(task, split, tokenizer, cfg, quiet) for split in asked}
-    remarks = [task.card]
+    remarks = [task.card, sandboxed]
     unknown = share_unknown(tokenizer, next(filter(None, splits.values()), []))
     if unknown > MOST_UNKNOWN:
         remarks.append(

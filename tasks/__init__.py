@@ -25,6 +25,7 @@ the usual columns (tasks/table.py), a path any folder of yours.
 """
 
 import random
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,11 @@ from tasks.sandbox import allow_unsafe_exec, sandbox_command
 from tasks.sciknoweval import load_sciknoweval
 from tasks.table import is_table, load_table_task
 from tasks.verdicts import VERIFIERS, verify, verify_all  # noqa: F401
+
+SHALLOW = (
+    "Python {}.{} fails programs that recurse some hundreds or thousands of calls deep through"
+    " functools.cache. Python 3.11 runs them."
+)
 
 
 @dataclass
@@ -138,14 +144,16 @@ def load_task(
     return Task(name, rest, held_out, test, card)
 
 
-def need_sandbox(task, unsafe_exec=False):
+def need_sandbox(task, unsafe_exec=False) -> str:
     """Looks for a sandbox where a task's answers are programs.
 
-    Raises ValueError, in one sentence, if there is none.
+    Returns what to tell of it, or "". Raises ValueError, in one sentence, if there is none.
     """
     if not any(p.verifier == "code" for p in task.test):
-        return
+        return ""
     if unsafe_exec:
         allow_unsafe_exec()
     else:
         sandbox_command()
+    version = sys.version_info[:2]
+    return SHALLOW.format(*version) if version in ((3, 12), (3, 13)) else ""
