@@ -67,6 +67,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action):
+        if action.const is False:  # --no_X, which HfArgumentParser explains as it does --X
+            return f"switches --{action.dest} off"
         if action.default in ("", None):
             return action.help
         return super()._get_help_string(action)

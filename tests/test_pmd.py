@@ -2161,6 +2161,7 @@ def test_help_shows_each_flag_once_and_both_spellings_are_read(capsys):
     text = capsys.readouterr().out
     assert "--batch_size BATCH_SIZE" in text and "--no_supervise_mastered" in text
     assert "--batch-size" not in text and "--no-supervise-mastered" not in text
+    assert "switches --supervise_mastered off" in " ".join(text.split())
     assert pmd.parse_flags(["--batch-size", "3", "--no-supervise-mastered"]).batch_size == 3
 
 
