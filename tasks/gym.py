@@ -45,6 +45,7 @@ UNREPEATABLE = {
 }
 # Their scorers take wrong answers for right: any text for an end, 0 for the chance 0.25
 MISJUDGED = {"coin_flip", "game_of_life_halting"}
+UNSIGNED = {"gsm_symbolic"}  # their scorers read past a minus sign
 FUNCTIONS = {"sqrt", "exp", "log", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh"}
 GROWING = {"exp", "sinh", "cosh"}  # of a number alone they are never needed, and can be endless
 # coin_flip reads with fractions.Fraction, which writes 1e9999999 out and can't be interrupted
@@ -123,6 +124,7 @@ def verify_gym(problem, completion) -> Verdict:
         return Verdict(1.0, problem.answer)
     endless = task == "coin_flip" and LONG_EXPONENT.search(answer)
     refused = endless or NOT_A_NUMBER.search(answer) or task in EVALUATES and not is_safe(answer)
+    refused = refused or task in UNSIGNED and re.search(r"[-\u2212]\s*\d", answer)
     if not answer or refused:
         return Verdict(0.0, answer[:200])
     if threading.current_thread() is not threading.main_thread():

@@ -323,6 +323,13 @@ def test_what_is_no_number_is_not_right(task):
         assert verify(problem, f"<answer>{answer}</answer>").reward == 0
 
 
+@pytest.mark.parametrize("sign", ["-", "\u2212", "- "])
+def test_a_minus_sign_is_read(sign):
+    problem = made("gsm_symbolic", 0)
+    assert verify(problem, f"<answer>{problem.answer} eggs</answer>").reward == 1
+    assert verify(problem, f"<answer>{sign}{problem.answer}</answer>").reward == 0
+
+
 def test_all_scorers_that_evaluate_are_known():
     """By the library's source: which scorers hand anything but their own data to an evaluator."""
     found = set()
