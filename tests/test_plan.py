@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Two updates, so that gradients and AdamW's states are there in the second, which has two full
 # micro-batches a process. Prints the peak of resident memory during them, over that before the
-# model was made. Large blocks are mapped one by one (see `environment`) and go back to the system
-# when freed, so what is resident is what is alive.
+# model was made. Blocks of 16 KiB and more are mapped one by one (see `environment`) and go back to
+# the system when freed, so what is resident is what is alive. Adapters are smaller than 256 KiB.
 CHILD = """
 import ctypes, gc, json, os, sys
 from pathlib import Path
@@ -124,7 +124,7 @@ def measure(cases, *launcher):
         pytest.skip("resident memory is read from Linux's /proc")
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(2**18),
+        "MALLOC_MMAP_THRESHOLD_": str(2**14),
         "PYTHONPATH": str(ROOT),
     }
     child = subprocess.run(
