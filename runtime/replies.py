@@ -29,8 +29,8 @@ ASKED = re.compile(
     r"""(?i)(?<![\w\\])["'“]?(strategies|lessons|behaviors|actions)["'”]?\s*+[:=]\s*+(?=[\[{"])"""
 )
 # What opens or ends a value, with the string that follows. A quote inside a string need not be
-# escaped: one that no delimiter follows does not end it. Not
-# possessive: Python 3.11.2 misreads that
+# escaped: one that no delimiter follows does not end it. The repeat is not possessive, because
+# Python 3.11.2 misreads a possessive group
 STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*(?P=quote)?"""
 # Where a model's thoughts begin and end: <think>, <thinking>, [THINK], <|begin_of_thought|> ...
 THOUGHTS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"

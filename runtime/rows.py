@@ -85,10 +85,12 @@ def logit_scale(config) -> float:
     Hidden states are multiplied by it in place of the logits, which the kernels form.
     """
     text = config.get_text_config()
-    for name in ("logit_scale", "lm_head_multiplier"):
-        if isinstance(getattr(text, name, None), float):
-            return getattr(text, name)
-    return 1 / getattr(text, "logits_scaling", 1.0)
+    scale = 1.0
+    for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+        value = getattr(text, name, None)
+        if isinstance(value, (int, float)):
+            scale *= value**power
+    return scale
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ FUNCTIONS = {"sqrt", "exp", "log", "sin", "cos", "tan", "asin", "acos", "atan", 
 GROWING = {"exp", "sinh", "cosh"}  # of a number alone they are never needed, and can be endless
 # coin_flip reads with fractions.Fraction, which writes 1e9999999 out and can't be interrupted
 LONG_EXPONENT = re.compile(r"[eE][+,-]*\d[\d_,]{3,}")
+NEGATIVE = re.compile(r"[-\u2212]\s*\d")
 # A number that nothing is far from: some scorers take it for any
 NOT_A_NUMBER = re.compile(r"(?i)(?<![a-z])nan[ij]?(?![a-z])")
 VALUES = (ast.Expression, ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.UAdd, ast.Load)
@@ -122,10 +123,7 @@ def verify_gym(problem, completion) -> Verdict:
     task, entry = problem.extra["task"], problem.extra["entry"]
     if answer in keys_of(entry):
         return Verdict(1.0, problem.answer)
-    endless = task == "coin_flip" and LONG_EXPONENT.search(answer)
-    refused = endless or NOT_A_NUMBER.search(answer) or task in EVALUATES and not is_safe(answer)
-    refused = refused or task in UNSIGNED and re.search(r"[-\u2212]\s*\d", answer)
-    if not answer or refused:
+    if not answer or misleads(task, answer):
         return Verdict(0.0, answer[:200])
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("a scorer of reasoning-gym can be interrupted in the main thread alone")
@@ -135,6 +133,17 @@ def verify_gym(problem, completion) -> Verdict:
         score = 0.0
     right = score >= 1
     return Verdict(min(1.0, max(0.0, float(score))), problem.answer if right else answer[:200])
+
+
+def misleads(task, answer) -> bool:
+    """Says whether the task's scorer would run an answer, never end with it, or take it wrongly."""
+    if NOT_A_NUMBER.search(answer):
+        return True
+    if task == "coin_flip":
+        return bool(LONG_EXPONENT.search(answer))
+    if task in UNSIGNED:
+        return bool(NEGATIVE.search(answer))
+    return task in EVALUATES and not is_safe(answer)
 
 
 def keys_of(entry) -> list[str]:
