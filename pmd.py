@@ -61,7 +61,7 @@ from kernels import distill_loss
 from memory import Memory, MemoryOptions, reprompt
 from nano.grounded import GroundedMemory
 from runtime import check as checks
-from runtime.chat import encode_prompt, encode_turns, encoder  # noqa: F401  two for methods
+from runtime.chat import encode_turns, encode_within, encoder  # noqa: F401  for methods
 from runtime.check import (  # noqa: F401  for methods
     need_groups,
     need_mastered,
@@ -71,7 +71,7 @@ from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock
 from runtime.flags import Flags, given_flags
 from runtime.jobs import at_end, compare, explained, quiet_libraries
-from runtime.methods import listed, method_class, method_name, method_of
+from runtime.methods import declared, listed, method_class, method_name, method_of
 from runtime.model import ModelOptions, copy_of, follow, load_policy, make_optimizer
 from runtime.open_memory import open_memory
 from runtime.options import option
@@ -240,10 +240,13 @@ def kind_of(model, task) -> str:
 
 
 def preset_of(kind, method) -> dict:
-    """Gives the preset of a kind of task, but for the divergence and teacher of a method's own."""
+    """Gives the preset of a kind of task, but for what a method declares anew.
+
+    These are its divergence, its teacher and its learning rate. nano's rate holds for all methods.
+    """
     preset = dict(PRESETS.get(kind, {}))
-    for name in ("alpha", "ema_rate"):
-        if getattr(method.Config, name) != getattr(Config, name):
+    for name in declared(method.Config, Config):
+        if name in ("alpha", "ema_rate") or (name == "lr" and kind != "nano"):
             preset.pop(name, None)
     return preset | method.presets.get(kind, {})
 
@@ -321,6 +324,8 @@ class PMD:
     memory_mode = "evolving"  # of memory.Memory; None: there is none
     reprompts = True  # prompts of up to --max_reprompt tokens are read
     teaches = True  # an update has a teacher's pass
+    asks = False  # the policy is asked for other text than answers, beside a memory's
+    idle = ""  # flags without effect, beside those that the attributes above leave without
     needs = None  # called with each training problem before the run; raises what it lacks
 
     def __init__(self, cfg, task, tokenizer, policy):
@@ -534,6 +539,12 @@ def teacher_prompts(problems, contexts, tokenizer, cfg) -> list:
 # --------------------------------------------------------------------------------------------------
 
 
+def parts_of(rows, cfg):
+    """Cuts a batch into the rows of each update: `mini_batch_size` problems, as they first come."""
+    groups, size = list(groups_of(rows).values()), cfg.mini_batch_size
+    return [sum(groups[i : i + size], []) for i in range(0, len(groups), size)]
+
+
 def mini_batches(rows, policy, cfg):
     """Cuts a batch into `mini_batch_size` problems an update, with all rows of each problem.
 
@@ -541,10 +552,10 @@ def mini_batches(rows, policy, cfg):
     with several updates a batch, and for rows that are reinforced or were sampled under another
     prompt. A single distillation update goes without: its policy IS the one that would be scored.
     """
-    groups, size = list(groups_of(rows).values()), cfg.mini_batch_size
-    parts = [sum(groups[i : i + size], []) for i in range(0, len(groups), size)]
+    parts = parts_of(rows, cfg)
     has_ratio = any(r.advantage is not None or r.rollout_logprobs is None for r in rows)
-    if has_ratio or len(parts) > 1:
+    several = len(parts) > 1 and any(map(is_trained, rows))
+    if has_ratio or several:
         note_old_logprobs(policy, parts, cfg)
     yield from parts
 

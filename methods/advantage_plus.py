@@ -38,6 +38,7 @@ class Config(pmd.Config):
 class Method(sdpo.Method):
     Config = Config
     presets = grpo.Method.presets
+    idle = "alpha top_k"
 
     def strength(self, step) -> float:
         """Gives lambda at a step. From step plus_steps + 1 on it is 0, and the method is GRPO."""

@@ -27,7 +27,7 @@ import torch
 
 import pmd
 from methods import opsd
-from tasks.references import reference, short_answer
+from tasks.references import hidden_rules, reference, short_answer
 
 EPSILON = 1e-8
 VIEWS = 3
@@ -45,6 +45,7 @@ class Config(pmd.Config):
 
 class Method(opsd.ReferenceTaught):
     Config = Config
+    idle = "alpha top_k"
 
     def condition(self, step, rollouts):
         rows = super().condition(step, rollouts)
@@ -64,7 +65,7 @@ class Method(opsd.ReferenceTaught):
             r.advantage = target(log_p, teachers[r.id]) - log_p
 
 
-def target(log_p, log_q) -> torch.Tensor:
+def target(log_p, log_q):
     """Computes log q*, not renormalised, from log_p (...) and the teachers' log_q (M, ...)."""
     consensus = log_q.mean(0) - log_p
     residual = log_q.logsumexp(0) - log_q.mean(0) - math.log(len(log_q))
@@ -101,8 +102,7 @@ def views(problem) -> list[dict]:
     whole = reference(problem)
     half = whole[: len(whole) // 2]
     end = {"solution": short_answer(problem) or whole[len(half) :]}
-    if problem.verifier == "steps":  # nano: four digits, then six words a step
-        rules = problem.extra["hidden"].split()
+    if rules := hidden_rules(problem):  # nano: four digits, then six words a step
         half = " ".join(whole.split()[: 4 + 6 * math.ceil(len(rules) / 2)])
         end = {"strategies": [("rule", rules[-1])]}
     return [{"solution": whole}, {"beginning": half}, end]

@@ -3,7 +3,8 @@
 The loss of a token is the reverse KL to the renormalised q* of avsd.py, which has no gradient.
 
 This is the form of the paper, which was read only as notes report it; the authors' code holds it
-and was run with the sampled token. Ours: as in avsd.py, and no ratio to the sampler.
+and was run with the sampled token. Ours: as in avsd.py, and no ratio of the policy of now to that
+of the batch.
 
 Teacher reads: three views of the reference, each by itself.
 Loss: reverse KL to q*.

@@ -8,8 +8,9 @@ teacher likes the edited line, and the student learns it beside the solution.
 
 The authors' code was read: forward KL, an EMA of 0.01, and the first three tokens are not trained.
 Ours: the demonstration is the reference solution, so that groups without a success are taught, too;
-a rollout that the limit cut is not edited. Held-out problems are asked for a confidence as well. A
-verifier must ignore the line, as nano's does. On nano all of the claim can be seen but its scale.
+a rollout that the limit cut is not edited. Left out: the note that asks the teacher for s once
+more. Held-out problems are asked for a confidence as well. A verifier must ignore the line, as
+nano's does. On nano all of the claim can be seen but its scale.
 
 Teacher reads: the reference and the group's success rate.
 Loss: forward KL on rollouts that state this rate.
@@ -76,7 +77,8 @@ class Method(opsd.ReferenceTaught):
             text = answer + self.lines[rollout.problem.id]
             ids = self.tokenizer(text, add_special_tokens=False).input_ids + rollout.ids[-1:]
             row = replace(rollout, text=text, ids=ids, rollout_logprobs=None)
-        row.weight = torch.ones(len(row.ids))
+        trained = max(1, len(row.ids) - UNTRAINED)
+        row.weight = torch.full((len(row.ids),), len(row.ids) / trained)  # 1 in the mean
         row.weight[:UNTRAINED] = 0.0
         return row
 

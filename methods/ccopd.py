@@ -6,11 +6,12 @@ teacher is the frozen initial policy, and reads all of the problem in one messag
 the student follows it by reverse KL.
 
 Read in notes by others; no code was found, and only the abstract's claims. Ours: two turns; the
-first part is the first half of the problem's sentences. On nano a problem has one sentence, so that
-the evidence is parted and not the problem: the first message has the problem with the operations of
-all steps but the last, and the second message has the last one. There the teacher knows nothing but
-what the student is told, and only the answers to prompts in pieces get better. `reward` in the
-records is that of last replies. Held-out problems are asked plainly, and should stay as they are.
+first part is the first half of the problem's sentences, or all of a single one, which the second
+message then repeats. On nano a problem has one sentence, so that the evidence is parted and not the
+problem: the first message has the problem with the operations of all steps but the last, and the
+second message has the last one. There the teacher knows nothing but what the student is told, and
+only the answers to prompts in pieces get better. `reward` in the records is that of last replies.
+Held-out problems are asked plainly, and should stay as they are.
 
 Teacher reads: the whole problem, told to the student in two turns.
 Loss: reverse KL.
@@ -24,6 +25,7 @@ import pmd
 from memory import AGAIN, compose
 from methods import sdpo
 from methods.rltf_sd import answered
+from tasks.references import hidden_rules
 
 
 @dataclass
@@ -69,7 +71,7 @@ def whole(problem) -> str:
 
 def parts(problem) -> tuple[str, str]:
     """Gives the two messages in which the student is told the same."""
-    if problem.verifier == "steps":
+    if hidden_rules(problem):
         *others, (_, last) = rules(problem)
         return compose(problem.prompt, strategies=others), f"{AGAIN}\n{last}"
     sentences = re.split(r"(?<=[.?!])\s+", problem.prompt)
@@ -78,4 +80,4 @@ def parts(problem) -> tuple[str, str]:
 
 
 def rules(problem) -> list[tuple]:
-    return [("rule", rule) for rule in problem.extra.get("hidden", "").split()]
+    return [("rule", rule) for rule in hidden_rules(problem)]

@@ -38,6 +38,7 @@ class Config(pmd.Config):
 
 class Method(grpo.Method):
     Config = Config
+    reprompts = asks = True
     needs = staticmethod(reference)
 
     def condition(self, step, rollouts):

@@ -42,6 +42,7 @@ class Config(pmd.Config):
 class Method(sdpo.Method):
     Config = Config
     needs = staticmethod(reference)
+    idle = "alpha top_k teacher ema_rate"
     rollouts, scores = {}, {}  # {problem id: its rollouts}, {rollout id: (C,) log q}
 
     @classmethod
@@ -97,8 +98,9 @@ class Method(sdpo.Method):
 
     def load(self, state):
         problems = {p.id: p for p in self.task.train}
-        pairs = [pair for pair in state.get("rollouts", []) if pair[0] in problems]
         self.rollouts = pmd.groups_of(
-            pmd.Rollout(rollout_logprobs=None, problem=problems[id], **kept) for id, kept in pairs
+            pmd.Rollout(rollout_logprobs=None, problem=problems[id], **kept)
+            for id, kept in state.get("rollouts", [])
+            if id in problems
         )
         self.scores = {id: torch.tensor(row) for id, row in state.get("scores", {}).items()}

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, replace
 
 import pmd
-from methods import sdpo
+from methods import grpo, sdpo
 from tasks.references import reference
 
 
@@ -42,7 +42,8 @@ class Config(pmd.Config):
 
 class Method(sdpo.Method):
     Config = Config
-    presets = {"nano": dict(pi_shown=0.5)}
+    presets = {**grpo.Method.presets, "nano": dict(pi_shown=0.5)}
+    idle = "alpha top_k teacher ema_rate"
     needs = staticmethod(reference)
 
     @classmethod
@@ -58,14 +59,17 @@ class Method(sdpo.Method):
         contexts = [privileged(p, self.cfg.pi_shown) for p in problems]
         prompts = pmd.teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
         told = [replace(p, prompt=text) for p, (text, _) in zip(problems, prompts, strict=True)]
-        rollouts, plain = pmd.attempt(self.sampler, told, self.cfg), {p.id: p for p in problems}
+        rollouts = pmd.attempt(self.sampler, told, self.cfg)
+        plain = {p.id: p for p in problems}
         for r in rollouts:
-            r.teacher_prompt, r.problem = r.problem.prompt, plain[r.problem.id]
+            r.teacher_prompt = r.problem.prompt
+            r.problem = plain[r.problem.id]
         return rollouts
 
     def condition(self, step, rollouts):
         pmd.set_advantages(rollouts)
-        self.pairs, rows = [], []
+        self.pairs = []
+        rows = []
         for r in rollouts:
             ids = pmd.encoder(self.tokenizer, self.cfg)(r.problem.prompt, r.problem.system)
             plain = replace(r, id=f"{r.id}/plain", prompt_ids=ids, rollout_logprobs=None)
@@ -74,9 +78,10 @@ class Method(sdpo.Method):
         return rows
 
     def weigh(self, step, rows):
-        both = [row for pair in self.pairs for row in pair]
+        both = sum(self.pairs, ())
         logprobs = pmd.scored(self.policy, both, lambda r: r.prompt_ids, self.cfg)
-        d, penalised = {}, []
+        d = {}
+        penalised = []
         for r, plain in self.pairs:
             d[r.id] = logprobs[r.id][0] - logprobs[plain.id][0]
             # to six places: where both prompts are the same, float error is no reward
@@ -92,7 +97,7 @@ class Method(sdpo.Method):
             plain.advantage = (1 - share) * advantage * ratio
 
 
-def privileged(problem, shown) -> dict:
+def privileged(problem, shown):
     """Says what the privileged prompt adds: the reference, or its first steps or lines."""
     text = reference(problem)
     if shown == 1:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import pmd
 from methods import advantage_plus
+from tasks.references import hidden_rules
 
 
 def construction(problem) -> list[tuple]:
@@ -25,8 +26,8 @@ def construction(problem) -> list[tuple]:
 
     Raises ValueError if the problem has none.
     """
-    if problem.verifier == "steps" and problem.extra.get("hidden"):
-        return [("rule", operation) for operation in problem.extra["hidden"].split()]
+    if rules := hidden_rules(problem):
+        return [("rule", operation) for operation in rules]
     if not problem.extra.get("construction"):
         raise ValueError(
             f"problem {problem.id} has no construction path, which the teacher of pi-play reads;"
@@ -39,6 +40,9 @@ def construction(problem) -> list[tuple]:
 class Config(advantage_plus.Config):
     """The student of pi-Play."""
 
+    ema_rate: float = pmd.option(
+        0.05, "of the teacher, once a batch; see pmd.py [pi-Play, by notes]", within="[0, 1]"
+    )
     plus_steps: int = pmd.option(
         50,
         "steps over which plus_lambda falls to 0 on a line; 0 keeps it constant [ours]",

@@ -13,6 +13,7 @@ import pmd
 
 class Method(pmd.PMD):
     memory_mode = "transient"
+    idle = "behavior_every behaviors_refreshed"
 
     def refresh_period(self):
         return 1

@@ -2,19 +2,23 @@
 the answer, in place of a reference solution.
 
 A rubric is a list of criteria that a good solution meets. Each problem's is written once and kept.
-The loss is OPSD's: forward KL to the frozen initial policy, over one rollout.
+The loss is OPSD's: forward KL to the frozen initial policy.
 
 The authors' code was read; it is a fork of OPSD's. Their rubrics are those of a generator that was
 not released. Ours: the policy writes the rubric, from the problem and its reference, by a prompt of
 ours, when the problem first comes. On nano the criteria are exact, one for each step, since the
 checkpoint can't write any, and the answer is left out, because its digits tell the checkpoint
-nothing. The cap of 0.05 on a vocabulary entry is off, see opsd.py. Left out: that the teacher first
-writes what the rubric demands, and its top 20.
+nothing. The cap of 0.05 on a vocabulary entry is off, see opsd.py. All methods share one sampling
+budget. Left out: that the teacher first writes what the rubric demands, its top 20, sampling at
+temperature 1.2 with top-p 0.95 and top-k 20, and thinking, which the authors have on for student
+and teacher (here see --thinking).
 
-Teacher reads: a rubric, and the answer.
+Teacher reads: a rubric, and the answer unless it is a program.
 Loss: forward KL.
-Claims more than: opsd.
+Claims more than: none, wiring only: its claim is about rubrics that a model writes.
 """
+
+import re
 
 from memory import strip_thoughts
 from methods import opsd
@@ -24,9 +28,12 @@ from tasks.references import on_nano, reference, short_answer
 QUESTION = """Write the criteria that a good solution meets, at most eight, one a line, so that they
 can be checked without the reference. Do not write the answer."""
 MOST = 8  # criteria that are kept [ours]
+BULLET = r"^\s*(?:[-*]+|\d+[.)])(?:\s+|$)"  # one of a line, so that no number of a criterion goes
 
 
 class Method(opsd.Method):
+    asks = True
+
     def __init__(self, *parts):
         super().__init__(*parts)
         self.rubrics = {}  # {problem id: its criteria}
@@ -53,8 +60,9 @@ class Method(opsd.Method):
         replies = self.sampler.ask(prompts) if prompts else []
         rubrics = []
         for reply in replies:
-            lines = [line.strip(" -*0123456789.") for line in strip_thoughts(reply).splitlines()]
-            rubrics.append([line for line in lines if line][:MOST])
+            lines = strip_thoughts(reply).splitlines()
+            criteria = [re.sub(BULLET, "", line).strip() for line in lines]
+            rubrics.append([line for line in criteria if line][:MOST])
         return rubrics
 
     def state(self):

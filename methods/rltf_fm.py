@@ -7,7 +7,8 @@ time it can criticise itself. With a weight of 0 this is GRPO over two turns.
 
 Read in notes by others, as rltf_sd.py says, which gives the second attempts and the critiques. The
 weight is unknown; 0.1 is ours. Ours, too: each turn's advantage is relative to the same turn of the
-group, and the critic's prompt for the policy shows no reference.
+group, and the critic's prompt for the policy shows no reference. Control tokens in a critique are
+broken before it is learned, and the end of a critique that the limit cut is not learned.
 
 Teacher reads: nothing (there is no teacher); a critic names the first wrong step.
 Loss: policy gradient over two turns, and the critique's log-probability.
@@ -41,14 +42,16 @@ class Method(rltf_sd.Method):
 
     def critiques_to_learn(self) -> list:
         """Gives the rows that train the policy as its own critic."""
-        rows = []
+        rows, empty = [], [("user", "")]
         for r, critique in zip(self.failed, self.critiques, strict=True):
             prompt = critic_prompt(r.problem.prompt, r.text)
             row = replace(r, id=f"{r.id}/critique", text=critique)
             row.advantage = self.cfg.rltf_feedback
-            row.prompt_ids = pmd.encode_prompt(self.tokenizer, prompt)
-            row.ids = self.tokenizer(critique, add_special_tokens=False).input_ids
-            row.ids += [self.tokenizer.eos_token_id]
+            row.prompt_ids = pmd.encode_within(self.tokenizer, prompt, self.cfg.max_reprompt)
+            begun = pmd.encode_turns(self.tokenizer, empty, given=critique)
+            row.ids = begun[len(pmd.encode_turns(self.tokenizer, empty)) :]
+            if r.feedback or self.written[r.id].finished:
+                row.ids.append(self.tokenizer.eos_token_id)
             row.rollout_logprobs = None  # it was not sampled under this prompt
             rows.append(row)
-        return rows
+        return [row for row in rows if row.ids]

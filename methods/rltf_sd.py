@@ -38,14 +38,15 @@ class Config(pmd.Config):
 
 class Method(grpo.Method):
     Config = Config
-    reprompts = True
+    reprompts = asks = True
+    needs = staticmethod(reference_or_nothing)  # where there is one, it is a text
 
     def condition(self, step, rollouts):
         pmd.set_advantages(rollouts)
+        prompts = {r.problem.id: r.prompt_ids for r in rollouts}
         rows = []
         for again in self.second_attempts(rollouts):
-            prompt_ids = self.prompts[again.problem.id]
-            rows.append(replace(again, prompt_ids=prompt_ids, rollout_logprobs=None))
+            rows.append(replace(again, prompt_ids=prompts[again.problem.id], rollout_logprobs=None))
         groups = {"first": pmd.groups_of(rollouts), "second": pmd.groups_of(rows)}
         for r in rows:
             group = groups[self.cfg.rltf_baseline][r.problem.id]
@@ -58,13 +59,13 @@ class Method(grpo.Method):
 
     def second_attempts(self, rollouts) -> list:
         """Samples an answer after a critique to each failure."""
-        self.prompts = {r.problem.id: r.prompt_ids for r in rollouts}
         self.failed = [r for r in rollouts if r.reward <= pmd.SUCCESS]
         self.critiques = self.criticise(self.failed)
         conversations = []
         for r, critique in zip(self.failed, self.critiques, strict=True):
-            turns = [("user", r.problem.prompt), ("assistant", r.text)]
-            conversations.append([*turns, ("user", f"{AGAIN}\n{critique}")])
+            again = f"{AGAIN}\n{critique}"
+            turns = ("user", r.problem.prompt), ("assistant", r.text), ("user", again)
+            conversations.append(turns)
         return answered(self, self.failed, conversations)
 
     def criticise(self, rollouts) -> list[str]:
@@ -73,12 +74,12 @@ class Method(grpo.Method):
         prompts = [
             critic_prompt(r.problem.prompt, r.text, reference_or_nothing(r.problem)) for r in silent
         ]
-        replies = self.sampler.ask(prompts) if prompts else []
-        critiques = {r.id: reply for r, reply in zip(silent, replies, strict=True)}
-        return [critiques.get(r.id, r.feedback) for r in rollouts]
+        replies = self.sampler.replies(prompts) if prompts else []
+        self.written = {r.id: reply for r, reply in zip(silent, replies, strict=True)}
+        return [r.feedback or self.written[r.id].text for r in rollouts]
 
 
-def answered(method, rollouts, conversations) -> list:
+def answered(method, rollouts, conversations):
     """Samples what each conversation of (role, text) turns is answered by; gives new rollouts."""
     cfg = method.cfg
     limits = "", cfg.max_reprompt, cfg.thinking
@@ -91,7 +92,8 @@ def answered(method, rollouts, conversations) -> list:
         samples = (
             method.sampler.generate(prompts, keys, cfg.max_completion, 1.0, 1.0) if prompts else []
         )
-    problems, groups = [r.problem for r in rollouts], [[sample] for sample in samples]
+    problems = [r.problem for r in rollouts]
+    groups = [[sample] for sample in samples]
     again = []
     for r, judged in zip(rollouts, pmd.verdicts(problems, groups, cfg), strict=True):
         _, sample, verdict = judged

@@ -7,7 +7,8 @@ whose logits are the mean of theirs. So the mean of their last hidden states is 
 Only the abstract was read, and no hyper-parameters were found. There, one feedback is about utility
 and the other about what must not be disclosed. Ours: the first teacher reads a successful sibling,
 the second the verifier's feedback, by SDPO's rules otherwise. A rollout with one of the two has one
-teacher. Where the verifier says nothing, this is SDPO with a reverse KL.
+teacher. Where the verifier says nothing, this is SDPO with a reverse KL, so that plain worlds can't
+test the claim.
 
 Teacher reads: two contexts, a successful sibling and feedback.
 Loss: reverse KL to the product of both.
@@ -42,7 +43,10 @@ class Method(sdpo.Method):
         both = [r for r, context in shown if "solution" in context and r.feedback and r.teacher_ids]
         give_teachers(self, both, [[{"feedback": r.feedback}] for r in both])
         for r in both:
-            r.weight = 2.0  # the loss is a sum over two teachers
+            if r.teachers == [r.prompt_ids]:  # its feedback did not fit into --max_reprompt
+                r.teachers = []
+            else:
+                r.weight = 2.0  # the loss is a sum over two teachers
         return rows
 
     def teacher_hidden(self, batch):

@@ -5,13 +5,17 @@ A_t = A + lambda d_t: see advantage_plus.py. Each problem has a bank of skills, 
 picks one for its whole group. The teacher is a copy of the student, renewed now and then.
 
 Of the paper third-party notes were read; no code was found. They give lambda 0.001 and the form of
-the loss. Ours, where they are silent: a skill is what reflection (memory.py) wrote about one set of
-attempts, by the policy itself and not by another model. The bandit is UCB1. A skill's gain is the
-problem's success rate at its next visit, after the student was taught with the skill. The copy is
-renewed every 10 steps, whatever --ema_rate, and reads a skill whatever --tiers and --supervise. One
-turn, and a reward of 0 or 1. On nano lambda is 0.1, as in advantage_plus.py.
+the loss. Ours, where they are silent: a skill is what reflection (memory.py) wrote about a problem
+in one step, strategies and lessons together, by the policy itself and not by another model. A
+skill's gain is the problem's success rate at its next visit, after the student was taught with the
+skill. The bandit is UCB1. Each skill starts with one virtual trial, half won, so that a good record
+can beat a new skill within the few visits that a problem gets. For the same reason --ucb is small.
+A skill whose insights end in part goes on with the rest. The record of a skill without living
+insights stays and is not read. The copy is renewed every 10 steps, whatever --ema_rate, and reads a
+skill whatever --tiers and --supervise. One turn, and a reward of 0 or 1. On nano lambda is 0.1, as
+in advantage_plus.py.
 
-Teacher reads: one insight that a bandit picks.
+Teacher reads: what reflection wrote in one step, picked by a bandit.
 Loss: policy gradient with A + lambda d.
 Claims more than: grpo.
 """
@@ -21,6 +25,8 @@ from dataclasses import dataclass, replace
 
 import pmd
 from methods import advantage_plus
+
+NEW = (1, 0.5)  # times judged, and sum of gains, of a skill at first [ours]
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Config(advantage_plus.Config):
         10, "steps between the copies of the student to its teacher [ours]", within="[1, inf)"
     )
     ucb: float = pmd.option(
-        1.0, "how much UCB favours skills that were shown less often [ours]", within="[0, inf)"
+        0.1, "how much UCB favours skills that were shown less often [ours]", within="[0, inf)"
     )
 
 
@@ -45,6 +51,10 @@ class Method(advantage_plus.Method):
     presets = {**advantage_plus.Method.presets, "nano": dict(plus_lambda=0.1)}
     remembers = True
     memory_mode = "evolving"
+    idle = (
+        "alpha top_k ema_rate tiers retrieve_k query_feedback supervise behavior_every"
+        " behaviors_refreshed clusters abstractor"
+    )
 
     def __init__(self, *parts):
         super().__init__(*parts)
@@ -55,12 +65,12 @@ class Method(advantage_plus.Method):
 
     def load(self, state):
         self.shown = dict(state.get("shown", {}))  # {problem id: skill}, not judged yet
-        self.trials = dict(state.get("trials", {}))  # {skill: [times judged, sum of gains]}
+        self.trials = dict(state.get("trials", {}))  # {skill: as NEW, of those judged}
 
     def remember(self, step, problems, rollouts):
         for id, group in pmd.groups_of(rollouts).items():
             if id in self.shown:
-                times, gains = self.trials.get(self.shown[id], (0, 0.0))
+                times, gains = self.trials.get(self.shown[id], NEW)
                 gain = sum(r.reward > pmd.SUCCESS for r in group) / len(group)
                 self.trials[self.shown.pop(id)] = [times + 1, gains + gain]
         self.memory.record(step, rollouts)
@@ -73,16 +83,15 @@ class Method(advantage_plus.Method):
         return [chosen.get(r.problem.id, {}) for r in rollouts]
 
     def choose(self, id, bank) -> dict:
-        """Picks a problem's skill by UCB1, and notes it: the insights that share their evidence."""
+        """Picks a problem's skill by UCB1, and notes it: the insights of one step."""
         skills = {}
         for item in bank:
-            skills.setdefault(f"{id} {item.evidence}", []).append(item)
-        total = sum(self.trials.get(skill, (0,))[0] for skill in skills)
+            skills.setdefault(f"{id} {item.born}", []).append(item)
+        records = {skill: self.trials.get(skill, NEW) for skill in skills}
+        total = sum(times for times, _ in records.values())
 
         def bound(skill):
-            times, gains = self.trials.get(skill, (0, 0.0))
-            if not times:
-                return math.inf
+            times, gains = records[skill]
             return gains / times + self.cfg.ucb * math.sqrt(2 * math.log(total) / times)
 
         self.shown[id] = max(skills, key=bound)  # of equal ones the oldest

@@ -15,7 +15,7 @@ and condenses and finishes unfinished attempts; here they are copied as others a
 
 Teacher reads: the rollout, put right from its first wrong step on.
 Loss: forward KL.
-Claims more than: opsd.
+Claims more than: none, wiring only: its claim is about references in other words.
 """
 
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ class Config(pmd.Config):
 
 class Method(sdpo.Method):
     Config = Config
+    needs = staticmethod(reference_or_nothing)  # where there is one, it is a text
 
     @classmethod
     def check(cls, cfg):
@@ -61,7 +62,8 @@ class Method(sdpo.Method):
             parts = [r.problem.prompt, "Attempt:", r.text]
             solution = reference_or_nothing(r.problem)
             parts += ["Reference solution:", solution] if solution else []
-            prompts.append(pmd.encode_prompt(self.tokenizer, "\n\n".join([*parts, QUESTION])))
+            request = "\n\n".join([*parts, QUESTION])
+            prompts.append(pmd.encode_within(self.tokenizer, request, self.cfg.max_reprompt))
         keys, limit = [("critique", r.id) for r in rollouts], self.cfg.max_completion
         sampling = MEMORY_TEMPERATURE, MEMORY_TOP_P
         with pmd.clock("reflect"):

@@ -9,8 +9,9 @@ The first page of the paper was read, the rest in notes by others; no code was f
 these are silent: the prompt and the kinds of the annotator, which is the policy itself and marks
 lines. On nano it is exact and marks operations, and a kind names the operation, since the
 checkpoint reads nothing coarser: its teacher knows more than the paper's. Left out: both kinds of
-spans in one run, and the cap of 0.05 on the divergence of a vocabulary entry. The teacher is a copy
-every 10 steps, whatever --ema_rate.
+spans in one run, the cap of 0.05 on the divergence of a vocabulary entry, and thinking, which the
+paper has on for student and teacher (here see --thinking). The teacher is a copy every 10 steps,
+whatever --ema_rate.
 
 Teacher reads: the kind of step that was marked.
 Loss: policy gradient, and forward KL on marked tokens of successes.
@@ -25,10 +26,11 @@ import torch
 
 import pmd
 from methods import grpo, sdpo
-from tasks.references import on_nano
+from tasks.references import hidden_rules, on_nano
 
 SHARE = 0.25  # of a rollout's tokens are marked, at most [TRACE]
-HOLD, FALL = 10, 30  # steps of the whole divergence, and in which it falls to 0 [TRACE]
+HOLD = 10  # steps of the whole divergence [TRACE]
+FALL = 30  # further steps, in which it falls to 0 [TRACE]
 SYNC = 10  # steps between copies of the policy to the teacher [TRACE]
 KINDS = "calculation, case analysis, definition, method, reading of the problem"
 QUESTION = """Which of these lines {}? Reply with the numbers of at most a quarter of the lines, and
@@ -48,6 +50,8 @@ class Config(pmd.Config):
 class Method(sdpo.Method):
     Config = Config
     presets = grpo.Method.presets
+    asks = True
+    idle = "ema_rate"
     succeeds = True  # of the rollouts that are marked
     sought = "decide that the answer is right"
     block = "strategies"  # of memory.compose, where the teacher reads a kind
@@ -62,12 +66,14 @@ class Method(sdpo.Method):
         marked = [r for r in taught if (r.reward > pmd.SUCCESS) == self.succeeds]
         annotate = self.exact if on_nano(marked) else self.told
         notes = list(annotate(marked))
-        problems, contexts = [r.problem for r in marked], [context for context, _ in notes]
+        problems = [r.problem for r in marked]
+        contexts = [context for context, _ in notes]
         prompts = pmd.teacher_prompts(problems, contexts, self.tokenizer, self.cfg)
         for r, (_, names), (prompt, ids) in zip(marked, notes, prompts, strict=True):
             mask = self.mask_of(r, names)
             if ids and mask.any():
-                r.teacher_prompt, r.teacher_ids = prompt, ids
+                r.teacher_prompt = prompt
+                r.teacher_ids = ids
                 r.weight = weight * mask
                 r.advantage = r.advantage * (1 - share * mask)
         return rollouts
@@ -84,17 +90,18 @@ class Method(sdpo.Method):
     def exact(self, rollouts):
         """Yields contexts and the tokens to mark on nano: the hidden operations."""
         for r in rollouts:
-            names = r.problem.extra["hidden"].split()
+            names = hidden_rules(r.problem)
             yield {"strategies": [("rule", name) for name in names]}, names
 
     def told(self, rollouts):
         """Yields contexts and the numbers of lines to mark, as the policy itself names them."""
         prompts = []
-        request = QUESTION.format(self.sought, KINDS)
         for r in rollouts:
             text = self.tokenizer.decode(r.ids, skip_special_tokens=True)
             lines = [f"{i}. {line}" for i, line in enumerate(text.split("\n"), 1)]
-            prompts.append("\n".join([r.problem.prompt, *lines, request]))
+            prompts.append(
+                "\n".join([r.problem.prompt, *lines, QUESTION.format(self.sought, KINDS)])
+            )
         for reply in self.sampler.ask(prompts):
             kinds = [("kind", kind) for kind in KINDS.split(", ") if kind in reply.lower()]
             numbers = [int(number) for number in re.findall(r"\d+", reply)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pmd
 from methods import trace
+from tasks.references import hidden_rules
 
 
 @dataclass
@@ -29,6 +30,6 @@ class Method(trace.Method):
 
     def exact(self, rollouts):
         for r in rollouts:
-            hidden = r.problem.extra["hidden"].split()
+            hidden = hidden_rules(r.problem)
             wrong = [word for word in r.text.split() if "=" in word and word not in hidden][:1]
             yield {"feedback": "".join(wrong).replace("=", "!")}, wrong

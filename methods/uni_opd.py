@@ -43,6 +43,7 @@ class Config(pmd.Config):
 
 class Method(sdpo.Method):
     Config = Config
+    idle = "alpha top_k"
 
     def weigh(self, step, rows):
         taught = [r for r in rows if r.teacher_ids]

@@ -12,7 +12,8 @@ The loss is the sum of w times divergence over the sum of w. The EMA teacher mov
 The authors' code was read. Ours: the contexts are the three views of avsd.py, the first of them is
 the teacher's, and variances are over these three, without Bessel's correction; quantile and sum are
 of a batch. Left out: their contrast with a wrong demonstration, the match of hidden states, the
-clip of a token's divergence at 10, the cosine schedule of the rate, and `--group_size 1`.
+clip of a token's divergence at 10, the cosine schedule of the rate and its warm-up over 10% of the
+steps, sampling at temperature 0.7, and `--group_size 1`.
 
 Teacher reads: the reference, and two other views of it.
 Loss: forward KL, weighted by agreement.

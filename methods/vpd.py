@@ -9,8 +9,9 @@ Read in notes by others, which have the equations; no code was found. As BCO's g
 policy-gradient row, the E-step needs rows alone: the same completions under the teacher's prompt,
 with one advantage each. Ours, where the notes are silent: R is a sum over tokens, and so are both
 losses; the threshold's momentum; a batch without successes or without failures leaves it as it is;
-R is that of the weights before the batch. The weight of the divergence, for which the notes give
-two values, is 1.
+R is that of the weights before the batch. Two notes list a weight of a KL, 0.01 and 0.1, and none
+says which KL that is. We read it as the weight of the M-step. The M-step's equation has no weight,
+so --vpd_kl is 1.
 
 Teacher reads: what SDPO's teacher reads; its prompt is trained, too.
 Loss: reverse KL, and BCO under the teacher's prompt.
@@ -42,6 +43,11 @@ class Config(pmd.Config):
     )
     vpd_every: int = pmd.option(5, "batches between E-steps; 0 for none [VPD]", within="[0, inf)")
     vpd_beta: float = pmd.option(0.1, "of the implicit reward R [VPD]", within="(0, inf)")
+    vpd_kl: float = pmd.option(
+        1.0,
+        "weight of the M-step's divergence [ours; VPD: of a KL, 0.01 or 0.1]",
+        within="(0, inf)",
+    )
 
 
 class Method(sdpo.Method):
@@ -56,9 +62,23 @@ class Method(sdpo.Method):
         return rows + [teacher_row(r) for r in taught]
 
     def weigh(self, step, rows):
+        gained = self.gains(rows)
+        for part in pmd.parts_of(rows, self.cfg):
+            # the mean is over the rows of both steps in an update
+            kinds = len(part) / sum(r.id not in gained for r in part)
+            for r in part:
+                r.weight = kinds * self.cfg.vpd_kl
+                if r.id in gained:
+                    sign = 1 if r.reward > pmd.SUCCESS else -1
+                    over = gained[r.id] - (self.threshold or 0.0)
+                    pull = self.cfg.vpd_beta * float(torch.sigmoid(-sign * over))
+                    r.advantage = kinds * sign * pull
+
+    def gains(self, rows) -> dict:
+        """Gives R of each row of the E-step, {} where there is none, and moves the threshold."""
         own, twins = [r for r in rows if r.teacher_ids], [r for r in rows if r.id.endswith(E_STEP)]
         if not twins:
-            return
+            return {}
         student = pmd.scored(self.policy, own, lambda r: r.prompt_ids, self.cfg)
         teacher = pmd.scored(self.policy, twins, lambda r: r.prompt_ids, self.cfg)
         gained = {}
@@ -66,14 +86,7 @@ class Method(sdpo.Method):
             difference = teacher[twin.id][0] - student[r.id][0]
             gained[twin.id] = self.cfg.vpd_beta * difference.sum()
         self.move_threshold(twins, gained)
-        kinds = len(rows) / (len(rows) - len(twins))  # the mean is over the rows of both steps
-        for r in own:
-            r.weight = kinds
-        for r in twins:
-            sign = 1 if r.reward > pmd.SUCCESS else -1
-            over = gained[r.id] - (self.threshold or 0.0)
-            pull = self.cfg.vpd_beta * float(torch.sigmoid(-sign * over))
-            r.advantage = kinds * sign * pull
+        return gained
 
     def move_threshold(self, twins, gained):
         """Moves the threshold towards the middle between the two classes' mean R."""

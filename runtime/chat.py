@@ -29,6 +29,20 @@ def encode_prompt(tokenizer, user, system="", thinking=False) -> list[int]:
     return ids
 
 
+def encode_within(tokenizer, user, budget) -> list[int]:
+    """Encodes a chat prompt of at most `budget` tokens: a longer text loses its middle.
+
+    Its beginning, mostly the problem, stays, and so does the request at its end.
+    """
+    ids = encode_prompt(tokenizer, user)
+    while len(ids) > budget and user:
+        cut = max(1, len(user) * (len(ids) - budget) // len(ids))
+        middle = (len(user) - cut) // 2
+        user = user[:middle] + user[middle + cut :]
+        ids = encode_prompt(tokenizer, user)
+    return ids
+
+
 def encode_turns(tokenizer, turns, system="", given="", budget=None, thinking=False) -> list[int]:
     """Encodes a conversation up to where the assistant answers, and `given`, how its answer begins.
 

@@ -123,6 +123,15 @@ def name_idle_flags(cfg, method, preset):
 
     preset: {flag: default} of the task.
     """
+    defaults = {f.name: f.default for f in fields(cfg)} | preset
+    given = [name for name in idle_flags(cfg, method) if getattr(cfg, name) != defaults[name]]
+    if given:
+        names = ", ".join(f"--{name} {getattr(cfg, name)}" for name in given)
+        print(f"without effect on this {cfg.method}: {names}")
+
+
+def idle_flags(cfg, method) -> list[str]:
+    """Lists the flags that a method does not read."""
     idle = [] if method.teaches else list(OF_TEACHERS)
     if method.teaches and cfg.teacher == "live":
         idle += ["ema_rate"]
@@ -130,11 +139,7 @@ def name_idle_flags(cfg, method, preset):
         idle += OF_MEMORIES
     if not method.remembers:
         idle += OF_WRITERS
-    defaults = {f.name: f.default for f in fields(cfg)} | preset
-    given = [name for name in idle if getattr(cfg, name) != defaults[name]]
-    if given:
-        names = ", ".join(f"--{name} {getattr(cfg, name)}" for name in given)
-        print(f"without effect on this {cfg.method}: {names}")
+    return idle + [name for name in method.idle.split() if name not in idle]
 
 
 def refuse_idle_flags(cfg, memory):
@@ -584,7 +589,7 @@ def check_lengths(task, tokenizer, cfg, reads, method):
     reads, writes = max(cfg.max_prompt, reads), cfg.max_completion
     if taught:
         reads = max(reads, cfg.max_reprompt)
-        if method.remembers:
+        if method.remembers or method.asks:
             writes = max(writes, cfg.memory_completion)
     if positions and reads + writes > positions:
         cure = "a lower --max_completion"

@@ -44,6 +44,12 @@ def method_of(cfg) -> type:
     return method_class(cfg.method)
 
 
+def declared(config, base) -> set[str]:
+    """Returns the flags that a method's Config declares itself, between it and the class `base`."""
+    own = config.__mro__[: config.__mro__.index(base)]
+    return set().union(*(room.__annotations__ for room in own))
+
+
 def method_name(argv) -> str:
     """Returns --method in the spelling of records: pmd-transient, also for pmd_transient."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

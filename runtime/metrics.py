@@ -10,6 +10,7 @@ import torch
 from runtime.checkpoint import batches_per_epoch
 from runtime.clock import clock
 from tasks.problem import SUCCESS
+from tasks.references import hidden_rules
 
 KEYWORDS = ("strategy", "lesson", "behavior")  # counted in completions (Fig. 5)
 # A mean of an update's sums: the name of the sum, and the count that it is divided by.
@@ -119,7 +120,7 @@ def memory_precision(memory, problems) -> float | None:
     None for a task that hides none. It serves diagnosis alone: neither student nor teacher may read
     the hidden truth, and only the log calls this.
     """
-    hidden = {p.id: p.extra.get("hidden", "").split() for p in problems}
+    hidden = {p.id: hidden_rules(p) for p in problems}
     if not any(hidden.values()):
         return None
     strategies = [i for i in memory.living("insight") if i.kind == "strategy"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from runtime.chat import encode_prompt, encoder, turn_ends
+from runtime.chat import encode_within, encoder, turn_ends
 from runtime.clock import clock
 from runtime.formats import schema_of
 from runtime.guide import Guide
@@ -155,8 +155,13 @@ class Sampler:
         return [samples[i * k : (i + 1) * k] for i in range(len(problems))]
 
     def ask(self, prompts) -> list[str]:
-        """The policy's replies to a memory's prompts (user messages): reflection and
-        abstraction.
+        """The texts of `replies`."""
+        return [s.text for s in self.replies(prompts)]
+
+    def replies(self, prompts) -> list[Sample]:
+        """The policy's replies to the prompts (user messages) of a memory, or of a method's critic.
+
+        Whatever is longer than --max_reprompt loses its middle; a memory asks for nothing longer.
         """
         limit = self.cfg.memory_completion
         schemas = [None] * len(prompts)
@@ -164,15 +169,14 @@ class Sampler:
             schemas = [schema_of(prompt, limit) for prompt in prompts]
         digests = [hashlib.sha256(p.encode()).hexdigest() for p in prompts]
         with clock("reflect"):
-            samples = self.generate(
-                [encode_prompt(self.tokenizer, p) for p in prompts],
+            return self.generate(
+                [encode_within(self.tokenizer, p, self.cfg.max_reprompt) for p in prompts],
                 [("ask", d) for d in digests],
                 limit,
                 MEMORY_TEMPERATURE,
                 MEMORY_TOP_P,
                 schemas,
             )
-        return [s.text for s in samples]
 
     def generate(
         self, prompts, keys, max_new_tokens, temperature, top_p, schemas=None

@@ -104,6 +104,8 @@ def read_problem(row) -> Problem:
         raise ValueError(f"{' and '.join(missing)} must be given, as text")
     if row["verifier"] not in VERIFIERS:
         raise ValueError(f"no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
+    if row["verifier"] == "steps" and not isinstance(row.get("hidden", ""), str):
+        raise ValueError("hidden must be text: the operations of the problem's steps, with blanks")
     known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier", "system")}
     problem = Problem(**known, extra=row)
     refuse_unreachable(problem)

@@ -3,6 +3,11 @@
 from tasks.problem import shown
 
 
+def hidden_rules(problem) -> list[str]:
+    """Gives the hidden operations of a problem of nano, one a step; none for any other problem."""
+    return problem.extra.get("hidden", "").split() if problem.verifier == "steps" else []
+
+
 def reference(problem) -> str:
     """Gives the reference solution: nano's answer with its operations, else the field `reference`.
 
@@ -18,8 +23,8 @@ def reference(problem) -> str:
 
 
 def reference_or_nothing(problem) -> str:
-    rules = problem.extra.get("hidden", "").split()
-    if problem.verifier != "steps" or not rules:
+    rules = hidden_rules(problem)
+    if not rules:
         text = problem.extra.get("reference", "")
         if not isinstance(text, str):
             raise ValueError(
@@ -40,4 +45,4 @@ def short_answer(problem) -> str:
 
 def on_nano(rollouts) -> bool:
     """Says whether rollouts are of one of nano's worlds, whose hidden operations can be told."""
-    return all(r.problem.verifier == "steps" for r in rollouts)
+    return all(hidden_rules(r.problem) for r in rollouts)

@@ -10,10 +10,13 @@ import time
 import pytest
 
 import pmd
+from runtime.metrics import memory_precision
 from tasks import gym, load_task, verify
 from tasks.gym import EVALUATES, MISJUDGED, SEEDS, TRAIN, UNREPEATABLE, is_safe, library
 from tasks.maths import key_of
 from tasks.problem import Problem
+from tasks.reading import read_problem
+from tasks.references import reference
 from tasks.table import held_out, problem_of
 from tasks.verdicts import verify_all
 
@@ -419,3 +422,16 @@ def test_a_generator_that_draws_from_the_global_state_repeats(monkeypatch):
 def test_the_seeds_of_train_and_test_share_no_problem():
     """A generator makes problem n with seed + n."""
     assert abs(SEEDS["train"] - SEEDS["test"]) > TRAIN
+
+
+@pytest.mark.parametrize("value", [True, "vo=zim", ["vo=zim"], None])
+def test_a_column_called_hidden_is_only_kept(value):
+    """The operations of nano's problems have that name; no other task's column means them."""
+    row = dict(id="a", prompt="How many?", answer="7", verifier="last_number", reference="3 + 4")
+    problem = read_problem({**row, "hidden": value})
+    assert problem.extra["hidden"] == value
+    assert memory_precision(None, [problem]) is None
+    assert reference(problem) == "3 + 4"
+    if not isinstance(value, str):
+        with pytest.raises(ValueError, match="hidden must be text"):
+            read_problem({**row, "verifier": "steps", "answer": "1 2", "hidden": value})

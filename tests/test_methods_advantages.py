@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import method_of
+from conftest import Attempt, Question, method_of
 from safetensors.torch import load_file
 
 import memory as mem
@@ -241,15 +241,13 @@ def test_a_group_of_one_is_refused_where_answers_are_compared(make_config, name)
 
 
 class Bank:
-    """A memory that holds two skills of one problem: strategies of a success, a lesson of a
-    failure.
-    """
+    """A memory that holds two skills of one problem: strategies of a step, a lesson of the next."""
 
     def __init__(self, id):
         self.items = [
-            Item(1, "insight", "strategy", id, "rule", "vo=rev", evidence="[1]"),
-            Item(2, "insight", "lesson", id, "trap", "mi!inc", evidence="[2]"),
-            Item(3, "insight", "strategy", id, "rule", "mi=neg", evidence="[1]"),
+            Item(1, "insight", "strategy", id, "rule", "vo=rev", evidence="[1]", born=1),
+            Item(2, "insight", "lesson", id, "trap", "mi!inc", evidence="[2]", born=2),
+            Item(3, "insight", "strategy", id, "rule", "mi=neg", evidence="[1]", born=1),
         ]
 
     def living_of(self, tier, ids):
@@ -269,12 +267,12 @@ SKILLS = [
 
 
 def test_a_bandit_picks_the_skill(make_method, problems):
-    """Each skill once, then by the bound of UCB1; it concentrates on the one that helps."""
+    """By the bound of UCB1, with a virtual trial half won; it concentrates on the one that helps."""
     method = make_method("skill-sd", ucb=0.5)
     method.load({})
     method.memory = Bank(problems[0].id)
     rollouts = method.attempt(1, problems[:1])
-    times, gains, picked = [0, 0], [0.0, 0.0], []
+    times, gains, picked = [1, 1], [0.5, 0.5], []
     for step in range(1, 60):
         # the group's answers after it was taught: half are right with skill 0, else none
         if picked:
@@ -286,7 +284,7 @@ def test_a_bandit_picks_the_skill(make_method, problems):
         contexts = method.contexts(step, rollouts)
         assert all(context == contexts[0] for context in contexts)
         bounds = [
-            math.inf if not n else g / n + 0.5 * math.sqrt(2 * math.log(sum(times)) / n)
+            g / n + 0.5 * math.sqrt(2 * math.log(sum(times)) / n)
             for n, g in zip(times, gains, strict=True)
         ]
         picked.append(int(np.argmax(bounds)))
@@ -299,7 +297,77 @@ def test_a_bandit_picks_the_skill(make_method, problems):
     for one in (method, again):
         one.remember(60, problems[:1], rollouts)
     assert again.contexts(60, rollouts) == method.contexts(60, rollouts)
-    assert again.state() == method.state() and sum(n for n, _ in again.trials.values()) == 59
+    assert again.state() == method.state() and sum(n for n, _ in again.trials.values()) == 59 + 2
+
+
+def skilled_visits(make_method, make_memory, rate_of, visits, ground_insights=False):
+    """Visits a problem again and again, with the real memory: yields what its teacher reads.
+
+    Each visit's attempts are new, one of them right at first, and their reflection is new, too.
+    rate_of: {text of a strategy: success rate of the group that was taught with it}, else 1/4.
+    """
+    names = [f"{a}{b}" for a in "bdfgklmnprstvz" for b in "aeiou"]
+
+    def reply(prompt):
+        seen = [name for name in names if f"{name}=rev" in prompt]
+        items = {"strategies": [], "lessons": []}
+        if "Correct attempt:" in prompt:
+            items["strategies"] = [{"title": "rule", "content": f"{seen[-1]}=rev"}]
+        if "Wrong attempt:" in prompt:
+            items["lessons"] = [{"title": "trap", "content": f"{seen[-1]}!rev"}]
+        return json.dumps(items)
+
+    method = make_method("skill-sd")
+    method.load({})
+    method.memory = make_memory(reply, ground_insights=ground_insights, max_insights=99)
+    problem, context = Question("p", "Apply a name to 1 2 3 4"), {}
+    for visit in range(1, visits + 1):
+        taught = [text for _, text in context.get("strategies", [])]
+        rate = max([rate_of.get(text, 0.25) for text in taught], default=0.25)
+        rollouts = []
+        for i in range(4):
+            text = f"{names[visit]}=rev {i if i < 4 * rate else 9 - i}"
+            reward = float(i < 4 * rate)
+            rollouts.append(Attempt(f"{visit}/p/{i}", problem, text, reward, ""))
+        method.remember(visit, [problem], rollouts)
+        (context,) = {id(c): c for c in method.contexts(visit, rollouts)}.values()
+        yield names[visit], context, method
+
+
+@pytest.mark.parametrize("ground_insights", [False, True])
+def test_what_reflection_wrote_in_a_step_is_one_skill(make_method, make_memory, ground_insights):
+    """Strategies of the success and lessons of the failures are read together."""
+    ((name, context, method),) = skilled_visits(make_method, make_memory, {}, 1, ground_insights)
+    strategies, lessons = context["strategies"], context["lessons"]
+    assert strategies == [("rule", f"{name}=rev")] and lessons == [("trap", f"{name}!rev")]
+
+
+def test_a_skill_that_helped_comes_again_within_a_few_visits(make_method, make_memory):
+    """Although the memory grows at every visit. Where no skill helps more, new ones are tried."""
+    names = [name for name, *_ in skilled_visits(make_method, make_memory, {}, 3)]
+    for rate, least, most in ((1.0, 12, 18), (0.75, 12, 18), (0.25, 0, 2)):
+        good = f"{names[-1]}=rev"
+        shown = []
+        for _, context, _ in skilled_visits(make_method, make_memory, {good: rate}, 20):
+            shown.append(context["strategies"][0][1])
+        assert len(set(shown)) > 1 and least <= shown.count(good) <= most
+
+
+def test_a_skill_goes_on_with_what_is_left_of_it(make_method, make_memory):
+    """And the record of a skill of which nothing lives is not read."""
+    *_, (name, context, method) = skilled_visits(make_method, make_memory, {}, 2)
+    memory, before = method.memory, method.choose("p", method.memory.living("insight", "p"))
+    skill = method.shown["p"]
+    strategy, lesson = (i for i in memory.living("insight", "p") if f"p {i.born}" == skill)
+    with memory.writing(3):
+        memory.end(3, "insight", [lesson.id])
+    assert method.choose("p", memory.living("insight", "p")) == before | {"lessons": []}
+    assert method.shown["p"] == skill
+    with memory.writing(3):
+        memory.end(3, "insight", [strategy.id])
+    method.trials[skill] = [1, 99.0]
+    method.choose("p", memory.living("insight", "p"))
+    assert method.shown["p"] != skill
 
 
 def test_a_problem_without_a_skill_has_no_teacher(make_method, problems):
@@ -491,20 +559,35 @@ def test_the_gradient_is_the_mean_of_both_objectives(make_method, problems):
     assert torch.allclose(grads[0.3], wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max())
 
 
-def test_the_plain_row_leaves_what_grpo_cannot(make_method, problems):
-    """The privileged prompt's group has a success and pulls the plain policy to it. A group of the
-    plain policy that never succeeds has no gradient under GRPO.
+def test_it_learns_what_the_plain_prompt_never_gets_right(make_method, problems, tokenizer):
+    """Its sign, on attempts that the verifier judged: GRPO has no gradient on such problems, and
+    one step of pi-Distill's makes their right answers likelier without the information.
     """
-    method, _, rows = distilled(make_method, problems, pi_share=0.0, pi_beta=0.0)
-    gradient, _ = gradient_of(method, rows)
-    assert {tuple(r.prompt_ids) for r in rows} == {
-        tuple(encode_prompt(method.tokenizer, r.problem.prompt)) for r in rows
-    }
-    assert gradient.abs().max() > 0
+    hard = [p for p in problems if len(p.extra["hidden"].split()) == 3][:16:2]
     grpo = make_method("grpo")
-    failed = trained(grpo, with_rewards(grpo.attempt(1, problems[:3]), [0] * 12))
-    (batch,) = pmd.mini_batches(failed, grpo.policy, grpo.cfg)
+    failed = grpo.attempt(1, hard)
+    assert not any(r.reward for r in failed)
+    (batch,) = pmd.mini_batches(trained(grpo, failed), grpo.policy, grpo.cfg)
     assert pmd.update(grpo, None, batch, 1)["updates_skipped"] == 1
+    method = make_method("pi-distill", pi_share=0.5, pi_shown=0.67)
+    method.teacher = method.policy
+    rows = trained(method, method.attempt(1, hard))
+    assert any(r.reward for r in rows)
+
+    def likelihood():
+        pairs = [
+            (encode_prompt(tokenizer, p.prompt), tokenizer(references.reference(p)).input_ids)
+            for p in hard
+        ]
+        return sum(float(of_tokens(method.policy, *pair).sum()) for pair in pairs)
+
+    before = likelihood()
+    gradient, _ = gradient_of(method, rows)
+    sizes = [p.numel() for p in method.policy.parameters()]
+    with torch.no_grad():
+        for p, part in zip(method.policy.parameters(), gradient.split(sizes), strict=True):
+            p.sub_(0.1 / float(gradient.norm()) * part.view_as(p))
+    assert likelihood() > before
 
 
 def test_what_the_privileged_prompt_shows(problems):

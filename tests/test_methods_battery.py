@@ -1,5 +1,6 @@
 """The battery that every file of methods/ passes: three steps, a run that resumes equals one that
-never stopped, micro-batches of one row equal those of many, two ranks equal one.
+never stopped, micro-batches of one row equal those of many, two ranks equal one, and flags that a
+method is said not to read change nothing.
 
 The two ranks run all methods in one job, because its start takes longer than their steps. Bounds
 and their reasons are those of test_ranks.py.
@@ -19,8 +20,10 @@ from test_ranks import assert_same, records
 from test_resume import state
 
 import pmd
+from methods import atesd, trace
 from nano.world import write_world
-from runtime import rows
+from runtime import check, rows
+from runtime.methods import method_class
 
 HERE = Path(__file__).resolve().parent.parent
 NAMES = sorted(p.stem.replace("_", "-") for p in (HERE / "methods").glob("[a-z]*.py"))
@@ -37,9 +40,12 @@ SMALL = dict(
     log_every=9,
 )
 OFTEN = {  # what a method does now and then, it does here within three steps
+    "sd-zero": dict(sd_zero_stage1=1),
     "skill-sd": dict(teacher_every=2),
     "unisd": dict(unisd_every=2),
     "vpd": dict(vpd_every=2),
+    "paced": dict(paced_stages=True),
+    "pi-play": dict(plus_steps=2),
 }
 # Where a gradient is rounding alone, each of the six updates moves a weight by up to the rate. At
 # nano's own rate of 1e-3 such weights move the entropy of the third step by 1e-3 of it.
@@ -62,7 +68,10 @@ def config(out, name, run):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("battery")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atesd, "PERIOD", 2)
+        patch.setattr(trace, "SYNC", 2)
+        yield tmp_path_factory.mktemp("battery")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +101,7 @@ def two_ranks(out, whole):
     program = out / "ranks.py"
     program.write_text(
         f"import json, sys\nsys.path.insert(0, {str(HERE)!r})\nimport pmd\n"
+        "from methods import atesd, trace\natesd.PERIOD = trace.SYNC = 2\n"
         "from runtime.ranks import end_ranks, start_ranks\n"
         "runs = json.loads(sys.argv[1])\nstart_ranks(pmd.parse_flags(runs[0]))\n"
         "for flags in runs:\n    pmd.train(pmd.parse_flags(flags))\nend_ranks()\n"
@@ -134,6 +144,36 @@ def test_micro_batches_of_one_row_change_nothing(out, whole, name, monkeypatch):
     )
     pmd.train(cfg)
     assert_same(one, out / cfg.name, LARGEST, SELDOM)
+
+
+OTHERWISE = dict(  # another value of what a method may not read
+    alpha=0.25,
+    top_k=3,
+    ema_rate=0.5,
+    tiers="insight",
+    retrieve_k=1,
+    query_feedback=True,
+    supervise="solved",
+    max_insights=1,
+    behavior_every=2,
+    behaviors_refreshed=True,
+    clusters=2,
+    drop_shortcuts=True,
+    ground_insights=False,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_method_is_said_not_to_read_changes_nothing(out, whole, name):
+    cfg = config(out, name, f"{name}-idle")
+    idle = check.idle_flags(cfg, method_class(name))
+    changes = {flag: OTHERWISE[flag] for flag in idle if flag in OTHERWISE}
+    if "teacher" in idle:
+        changes["teacher"] = "live" if cfg.teacher == "ema" else "ema"
+    if not changes:
+        pytest.skip("it reads all of them")
+    pmd.train(dataclasses.replace(cfg, **changes))
+    assert state(out / cfg.name) == state(whole(name))
 
 
 @pytest.mark.parametrize("name", NAMES)

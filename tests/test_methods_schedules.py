@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import math
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -591,25 +592,75 @@ def test_atesd_earns_drops_and_the_likelihood_of_the_reference(
     for r in rows[::4]:
         ids = tokenizer(right(r.problem), add_special_tokens=False).input_ids
         scores.append(chosen(log_p(policy, r.teacher_ids, ids), ids).detach())
-    assert method.likelihood == pytest.approx(float(torch.cat(scores).mean()), rel=1e-4)
-    earned = []
-    for step, values in ((1, [3.0, 1.0]), (2, [0.5]), (3, [1.0])):
-        method.seen, method.likelihood = list(values), -2.0
-        method.follow(step)
-        earned.append(method.memo["decisions"][-1]["earned"])
-    steps = [-0.2, 0.9 * (1.5 - 0.2), 0.81 * -0.2]
-    assert earned == pytest.approx([steps[0], sum(steps[:2]), sum(steps)])
-    gradient(method, rows)
-    assert len(method.seen) == sum(len(r.ids) for r in rows) and min(method.seen) > -1e-6
+    assert method.memo["logprob"] == pytest.approx(float(torch.cat(scores).mean()), rel=1e-4)
+    # the first step of a decision earns no drop, and a step that teaches nobody is no end of a gap
+    for step, values in ((1, [3.0, 1.0]), (2, [0.5]), (3, []), (4, [1.0]), (5, [0.2, 0.4])):
+        lived(method, step, values, logprob=-2.0)
+    drops = [0, 2 - 0.5, 0, 0, 1 - 0.3]
+    weights = [0.9**i for i in range(5)]
+    mean = sum(w * -2.0 for w in weights) / sum(weights)
+    reward = sum(w * drop for w, drop in zip(weights, drops, strict=True)) + 0.1 * mean
+    assert method.memo["decisions"][-1]["earned"] == pytest.approx(reward, rel=1e-3)
+
+
+def lived(method, step, divergences, logprob):
+    """Lets a method see divergences of tokens and a log-probability of references in a step."""
+    method.exposure(step)
+    row = SimpleNamespace(divergence=torch.tensor(divergences) if divergences else None)
+    method.rows, method.memo["logprob"] = [row], logprob
+    method.follow(step)
+
+
+def test_atesd_probes_the_prompts_that_teach(policy, tokenizer, task, make_config, attempts):
+    """With mastered problems left out, their references are not scored, under no prompt at all."""
+    cfg = make_config(
+        method="atesd", batch_size=2, mini_batch_size=2, steps=80, supervise_mastered=False
+    )
+    method = method_class("atesd")(cfg, task, tokenizer, policy)
+    rows = method.condition(1, attempts(cfg, task.train[:20:10], [4, 1]))
+    method.weigh(1, rows)
+    taught = rows[4]
+    ids = tokenizer(right(taught.problem), add_special_tokens=False).input_ids
+    logprobs = chosen(log_p(policy, taught.teacher_ids, ids), ids).detach()
+    assert not rows[0].teacher_ids
+    assert method.memo["logprob"] == pytest.approx(float(logprobs.mean()), rel=1e-4)
+    method.weigh(1, method.condition(1, attempts(cfg, task.train[:20:10], [4, 4])))  # nobody
+
+
+def test_atesds_controller_leaves_exposures_that_do_not_help(policy, tokenizer, task, make_config):
+    """The sign: where no exposure below 1/2 closes the gap, the mean leaves the low half.
+
+    A random exposure, which a controller that never learns draws, leaves a larger gap.
+    """
+    means, gaps, of_random = [], [], []
+    for seed in range(8):
+        cfg = make_config(method="atesd", steps=80, seed=seed)
+        learning = method_class("atesd")(cfg, task, tokenizer, policy)
+        gaps.append(gap_after(learning, 80))
+        shape, _ = learning.controller([1.0, 1.0, learning.memo["divergence"]])
+        means.append(float((shape[0] / shape.sum()).detach()))
+        still = method_class("atesd")(cfg, task, tokenizer, policy)
+        still.learn = lambda decisions: None
+        of_random.append(gap_after(still, 80))
+    assert statistics.mean(means) > 0.6
+    assert statistics.mean(gaps) < 0.8 * statistics.mean(of_random)
+
+
+def gap_after(method, steps) -> float:
+    gap = 2.0
+    for step in range(1, steps + 1):
+        exposure = method.exposure(step)
+        lived(method, step, [gap * exposure], logprob=-1.0)  # more exposure shows more of the gap
+        if exposure > 0.5:
+            gap *= 0.97
+    return gap
 
 
 def test_atesd_goes_on_from_its_state(policy, tokenizer, task, make_config):
     cfg = make_config(method="atesd", steps=80)
     method, again = (method_class("atesd")(cfg, task, tokenizer, policy) for _ in range(2))
     for step in range(1, 14):
-        method.exposure(step)
-        method.seen, method.likelihood = [1 / step], -1.0
-        method.follow(step)
+        lived(method, step, [1 / step], logprob=-1.0)
     again.load(json.loads(json.dumps(method.state())))
     assert any(map(any, method.memo["weights"]))
     assert [again.exposure(s) for s in (14, 15, 16)] == [method.exposure(s) for s in (14, 15, 16)]
@@ -644,10 +695,9 @@ def returns(policy, rows, twins, beta=0.1):
     return torch.stack(table)
 
 
-def conditioned(policy, tokenizer, task, make_config, attempts, successes):
-    cfg = make_config(
-        method="vpd", batch_size=len(successes), mini_batch_size=len(successes), vpd_every=1
-    )
+def conditioned(policy, tokenizer, task, make_config, attempts, successes, **flags):
+    shared = dict(batch_size=len(successes), mini_batch_size=len(successes), vpd_every=1)
+    cfg = make_config(method="vpd", **shared | flags)
     method = method_of(cfg, policy, policy, tokenizer=tokenizer)
     rows = method.condition(1, attempts(cfg, task.train[: 10 * len(successes) : 10], successes))
     taught, twins = [r for r in rows if r.teacher_ids], rows[4 * len(successes) :]
@@ -659,33 +709,93 @@ def conditioned(policy, tokenizer, task, make_config, attempts, successes):
     return method, rows, taught, twins
 
 
-def test_vpd_trains_the_teachers_prompt_by_bco(policy, tokenizer, task, make_config, attempts):
+@pytest.mark.parametrize("problems", [2, 1])  # an update
+def test_vpd_trains_the_teachers_prompt_by_bco(
+    policy, tokenizer, task, make_config, attempts, problems
+):
     """The gradient of an E-step is that of BCO's loss, differentiated from logits.
 
-    Both steps take their mean over the batch's rollouts, as a batch without an E-step does.
+    Both steps take their mean over an update's rollouts, as an update without an E-step does. With
+    several updates a batch, too, although the two problems have three and four supervised rollouts.
     """
     policy = copy.deepcopy(policy).double()  # a difference of two gradients is taken below
     method, rows, taught, twins = conditioned(
-        policy, tokenizer, task, make_config, attempts, [1, 2]
+        policy, tokenizer, task, make_config, attempts, [1, 2], mini_batch_size=problems
     )
     method.weigh(1, rows)
-    (both,), _ = gradient(method, rows)
+    both, _ = gradient(method, rows)
     for twin in twins:
         twin.advantage = None
-    (first,), _ = gradient(method, rows)
+    first, _ = gradient(method, rows)
     for r in rows:
         r.weight = 1.0
-    (alone,), _ = gradient(method, rows[:8])
-    assert first.any() and close(first, alone)
-    found = (both - first) * 8 / len(twins)
-    policy.zero_grad()
-    table = returns(policy, taught, twins)
+    alone, _ = gradient(method, rows[:8])
+    assert len(both) == len(first) == len(alone) == 2 // problems
+    ids = [id for id in dict.fromkeys(r.problem.id for r in rows)]
     wins = torch.tensor([r.reward > 0.5 for r in twins])
-    threshold = (table[wins].mean() + table[~wins].mean()).detach() / 2
-    assert method.threshold == pytest.approx(float(threshold), rel=1e-3)
-    sign = wins.float() * 2 - 1
-    (-torch.nn.functional.logsigmoid(sign * (table - threshold))).mean().backward()
-    assert found.any() and close(found, flat(policy))
+    for number in range(len(both)):
+        assert first[number].any() and close(first[number], alone[number])
+        here = ids[number * problems : (number + 1) * problems]
+        mine = torch.tensor([r.problem.id in here for r in twins])
+        policy.zero_grad()
+        table = returns(policy, taught, twins)
+        threshold = (table[wins].mean() + table[~wins].mean()).detach() / 2
+        assert method.threshold == pytest.approx(float(threshold), rel=1e-3)
+        sign = wins.float() * 2 - 1
+        losses = -torch.nn.functional.logsigmoid(sign * (table - threshold))
+        (losses[mine].sum() / (4 * problems)).backward()
+        found = both[number] - first[number]
+        assert found.any() and close(found, flat(policy))
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_vpd_weighs_the_divergence_alone(policy, tokenizer, task, make_config, attempts, every):
+    found = {}
+    for weight in (1.0, 0.5, 0.1):
+        method, rows, *_ = conditioned(
+            policy, tokenizer, task, make_config, attempts, [1, 2], vpd_kl=weight
+        )
+        method.cfg = dataclasses.replace(method.cfg, vpd_every=every)
+        rows = rows if every else rows[:8]
+        method.weigh(1, rows)
+        (found[weight],), _ = gradient(method, rows)
+    divergence = 2 * (found[1.0] - found[0.5])
+    others = found[1.0] - divergence  # the E-step
+    assert divergence.any() and close(found[0.1], 0.1 * divergence + others)
+    assert (others.norm() > 1e-3 * divergence.norm()) == bool(every)
+
+
+def test_vpd_parts_successes_from_failures_where_sdpo_does_not(
+    policy, tokenizer, task, make_config, attempts
+):
+    """Its sign, with the rows of both steps in the same updates, as they are run."""
+    ends, start = {}, copy.deepcopy(policy.state_dict())
+    for every in (0, 1):
+        policy.load_state_dict(start)
+        method, rows, taught, twins = conditioned(
+            policy, tokenizer, task, make_config, attempts, [1, 2]
+        )
+        wins = torch.tensor([r.reward > 0.5 for r in twins])
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
+        optimizer.updates = 0
+        method.cfg = dataclasses.replace(method.cfg, lr=0.5, vpd_every=every)
+        for r in rows:
+            r.rollout_logprobs = None  # the same rollouts come again: they have no ratio
+        gaps = []
+        for _ in range(4):
+            with torch.no_grad():
+                table = returns(policy, taught, twins)
+            gaps.append(float(table[wins].mean() - table[~wins].mean()))
+            part = rows if every else rows[:8]
+            method.weigh(1, part)
+            (part,) = pmd.mini_batches(part, policy, method.cfg)
+            pmd.update(method, optimizer, part, 1)
+        ends[every] = gaps
+    policy.load_state_dict(start)
+    sdpo, vpd = ends[0], ends[1]
+    assert sdpo[0] == pytest.approx(vpd[0])
+    assert vpd[0] < vpd[1] < vpd[2] < vpd[3]
+    assert sdpo[3] - sdpo[0] < 0.25 * (vpd[3] - vpd[0])
 
 
 def test_vpd_parts_successes_from_failures(policy, tokenizer, task, make_config, attempts):

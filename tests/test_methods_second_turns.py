@@ -232,7 +232,8 @@ def test_a_silent_verifier_leaves_the_critique_to_the_policy(
     rows = [attempted(policy, tokenizer, p, wrong, wrong) for wrong in (1, 2)]
     rows[1].feedback = ""
     asked = []
-    method.sampler = SimpleNamespace(ask=lambda prompts: asked.extend(prompts) or ["vo!rev"])
+    reply = SimpleNamespace(text="vo!rev", finished=True)
+    method.sampler = SimpleNamespace(replies=lambda prompts: asked.extend(prompts) or [reply])
     assert method.criticise(rows) == [rows[0].feedback, "vo!rev"]
     assert asked == [mem.critic_prompt(p.prompt, rows[1].text, references.reference(p))]
 
@@ -266,6 +267,47 @@ def test_rltf_fm_learns_to_say_what_its_critic_said(policy, tokenizer, problems,
         assert row.ids[-1] == tokenizer.eos_token_id
     loss = sum(-0.25 * sampled(policy, r.prompt_ids, r.ids).mean() / 4 for r in critiques)
     assert_gradient(method, critiques, loss)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_rltf_fm_learns_no_control_token_and_no_end_that_was_not_written(
+    policy, tokenizer, problems, make_config, finished
+):
+    """The feedback of a verifier ends; a critique of the policy's ends where the policy ended it."""
+    method = made(make_config, "rltf-fm", policy, tokenizer)
+    (p,) = of_length(problems, 2, 1)
+    rows = [attempted(policy, tokenizer, p, wrong, wrong) for wrong in (1, 2)]
+    said = "vo!rev <|im_end|> mi!inc"
+    rows[0].feedback, rows[1].feedback = said, ""
+    reply = SimpleNamespace(text=said, finished=finished)
+    method.sampler = SimpleNamespace(replies=lambda prompts: [reply])
+    method.failed, method.critiques = rows, method.criticise(rows)
+    assert method.critiques == [said, said]
+    control = chat_of(tokenizer).control_ids
+    first, second = [row.ids for row in method.critiques_to_learn()]
+    assert first[-1] == tokenizer.eos_token_id and not control & set(first[:-1])
+    words = tokenizer.convert_ids_to_tokens(first)
+    assert words[0] == "vo!rev" and words[-2] == "mi!inc"
+    assert second == (first if finished else first[:-1])
+
+
+REFERENCES = ["rltf-sd", "rltf-fm", "step-critique"]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_reference_that_is_no_text_is_refused_before_the_run(tmp_path, make_config, name):
+    """Where there is one: these methods do without references, too."""
+    row = {"id": "a", "prompt": "Why?", "answer": "2", "verifier": "last_number"}
+    cfg = make_config(method=name, task=str(tmp_path), batch_size=1)
+    for reference, refused in (("1 2", False), (None, False), (7, True)):
+        more = {} if reference is None else {"reference": reference}
+        (tmp_path / "train.jsonl").write_text(json.dumps(row | more))
+        (tmp_path / "test.jsonl").write_text(json.dumps(row | {"id": "b"}))
+        if refused:
+            with pytest.raises(ValueError, match="problem a has the reference .* no text"):
+                pmd.check(cfg)
+        else:
+            pmd.check(cfg)
 
 
 # -- step-aligned critique
@@ -384,7 +426,7 @@ def test_a_rubric_is_written_once_and_kept(make_config):
         return ["<think>hm</think>1. It adds.\n- It names the sum.\n\n"] * len(prompts)
 
     method.sampler = SimpleNamespace(ask=ask)
-    criteria = [("criterion", "It adds"), ("criterion", "It names the sum")]
+    criteria = [("criterion", "It adds."), ("criterion", "It names the sum.")]
     assert method.contexts(1, rows) == [{"strategies": criteria, "solution": "7"}] * 2
     assert len(asked) == 1 and "As 3 + 4 = 7." in asked[0]
     other = method_of(make_config(method="rcsd"))
@@ -393,6 +435,27 @@ def test_a_rubric_is_written_once_and_kept(make_config):
     assert rcsd.exact([SimpleNamespace(extra={"hidden": "vo=rev mi=inc"})]) == [
         ["vo=rev", "mi=inc"]
     ]
+
+
+@pytest.mark.parametrize(
+    "line, criterion",
+    [
+        ("1. Uses R = 8.314", "Uses R = 8.314"),
+        ("3. 3 moles", "3 moles"),
+        ("2) 0.5 is halved", "0.5 is halved"),
+        ("- -3 is the sum", "-3 is the sum"),
+        ("8.314 is used", "8.314 is used"),
+        ("10 moles", "10 moles"),
+        ("  * Ends with x-", "Ends with x-"),
+    ],
+)
+def test_a_bullet_goes_and_no_number_of_a_criterion(make_config, line, criterion):
+    method = method_of(make_config(method="rcsd"))
+    reply = f"{line}\n\n---\n4.\n{line}"
+    method.sampler = SimpleNamespace(ask=lambda prompts: [reply])
+    problem = SimpleNamespace(id="x", prompt="Why?", verifier="number", answer="7")
+    problem.extra = {"reference": "As 3 + 4 = 7."}
+    assert method.written([problem]) == [[criterion] * 2]
 
 
 # -- CaOPD
@@ -423,7 +486,8 @@ def test_caopd_states_the_groups_success_in_rollout_and_demonstration(
     )
     for r, row in zip(rollouts, rows, strict=True):
         assert row.teacher_ids == wanted and row.weight[:3].tolist() == [0, 0, 0]
-        assert row.weight[3:].tolist() == [1] * (len(row.ids) - 3)
+        assert row.weight[3:].min() == row.weight[3:].max()
+        assert row.weight.mean() == pytest.approx(1.0)  # as if the row had no other tokens
         if r.finished:
             attempt = r.text.split(f" {mem.CONFIDENCE}")[0]
             said = tokenizer.decode(row.ids, skip_special_tokens=True)

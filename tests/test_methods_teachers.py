@@ -382,6 +382,31 @@ def test_the_support_of_a_teacher_is_clipped(policy, tokenizer, problems, make_c
     assert not method.pull(row, torch.tensor([0.04, 0.06, 0.04])).any()  # too little to say
 
 
+def test_sgsd_reads_the_special_tokens_once_a_pull(policy, tokenizer, problems, make_config):
+    """A tokenizer makes a list of them each time, which takes longer than all else of a token.
+
+    What is read has not a bit of another value than with a look for each token.
+    """
+    method, reads = made(make_config, "sgsd", policy, tokenizer), []
+
+    class Counted:
+        @property
+        def all_special_ids(self):
+            reads.append(1)
+            return tokenizer.all_special_ids
+
+    method.tokenizer = Counted()
+    row = attempted(policy, tokenizer, problems[0])
+    d = torch.linspace(-1, 2.5, len(row.ids))
+    content = torch.tensor([id not in tokenizer.all_special_ids for id in row.ids])
+    assert not content.all() and len(row.ids) > 5
+    wanted = torch.sigmoid(-((d * content) ** 2) / 2) * d * content
+    for reward, sign in ((1.0, 1), (0.0, -1)):
+        row.reward = reward
+        assert torch.equal(method.pull(row, d.clone()), sign * wanted)
+    assert len(reads) == 2
+
+
 def test_polarity_validates_teachers_on_successes_only(policy, tokenizer, problems, make_config):
     """Its sign, at the operation: a wrong teacher does not lower a success, as it would unchecked.
 
@@ -603,6 +628,30 @@ def test_selfci_has_the_gradient_of_a_sum_over_two_teachers(
             log_q = distributions(policy, prompt, r.ids).detach()
             loss = loss + (log_p.exp() * (log_p - log_q)).sum(1).mean() / len(rows)
     assert_equal(found, by_autograd(policy, loss))
+
+
+def test_a_feedback_that_does_not_fit_is_no_second_teacher(
+    policy, tokenizer, problems, make_config
+):
+    """Then the sibling's is the only one, and its divergence counts once."""
+    method = made(make_config, "selfci", policy, tokenizer)
+    (p,) = of_length(problems, 2, 1)
+    group = [attempted(policy, tokenizer, p, wrong, wrong) for wrong in (0, 1, 2)]
+    group[1].feedback = "vo!rev " * 60
+    lengths = [len(told(tokenizer, p, **c)) for c in ({"solution": group[0].text}, {})]
+    room = max(lengths) + 20
+    assert room < len(told(tokenizer, p, feedback=group[1].feedback))
+    method.cfg = dataclasses.replace(method.cfg, max_reprompt=room)
+    _, long, short = method.condition(1, group)
+    sibling = told(tokenizer, p, solution=group[0].text)
+    assert (long.teacher_ids, long.teachers, long.weight) == (sibling, [], 1.0)
+    second = told(tokenizer, p, feedback=short.feedback)
+    assert (short.teacher_ids, short.teachers, short.weight) == (sibling, [second], 2.0)
+    log_p = distributions(policy, long.prompt_ids, long.ids)
+    log_q = distributions(policy, sibling, long.ids).detach()
+    loss = (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    wanted = by_autograd(policy, loss)
+    assert_equal(learned(method, [long])[0], wanted)
 
 
 def test_the_product_knows_what_each_teacher_knows_alone(policy, tokenizer, problems, make_config):

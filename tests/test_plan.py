@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+import pmd
 from pmd import Config
 from runtime import plan
 from tools.plan import main as command_line
@@ -269,6 +270,13 @@ def test_states_are_sharded(qwen):
     optimizer = plan.plan(Config(), qwen, 8, 80, context=0)["optimizer"]
     states = [size for name, size in optimizer.items() if name.endswith(", float32")]
     assert sum(states) == pytest.approx(20 * qwen.parameters / 8)
+
+
+@pytest.mark.parametrize("method", ["grpo", "pi-distill", "lightning-opd", "pi-opsd"])
+def test_a_teacher_that_is_the_policy_takes_no_memory(qwen, method):
+    cfg = pmd.parse_flags(["--model", "Qwen3-8B", "--method", method])
+    held = plan.plan(cfg, qwen, 8, 80)["optimizer"]
+    assert "EMA teacher, float32" not in held
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(qwen):

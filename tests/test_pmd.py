@@ -556,10 +556,57 @@ def test_a_row_that_was_not_sampled_under_its_prompt_has_no_ratio(
     assert sums["compared"] == sum(len(r.ids) for r in rollouts[1::2])
 
 
-def test_srpo_routes_by_outcome(policy, tokenizer, sampler, problems, make_config):
-    """Its two signs: the teacher prompt of a success changes no gradient; the share of distilled
-    tokens falls as reward rises.
+def srpo_weights(teacher, rows, beta):
+    """{row id: (C,)}: exp(-beta H) over its mean, from the teacher's whole logits in float64."""
+    certainty = {}
+    for r in rows:
+        with torch.no_grad():
+            logits = teacher(torch.tensor([r.teacher_ids + r.ids])).logits[0].double()
+        log_q = logits[len(r.teacher_ids) - 1 : -1].log_softmax(-1)
+        certainty[r.id] = (beta * (log_q.exp() * log_q).sum(-1)).exp()
+    count = sum(len(c) for c in certainty.values())
+    mean = sum(float(c.sum()) for c in certainty.values()) / count
+    return {id: c / mean for id, c in certainty.items()}
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.5, 0.0])
+def test_srpo_weighs_tokens_by_the_teachers_certainty(
+    policy, tokenizer, sampler, problems, make_config, beta
+):
+    cfg = make_config("--method", "srpo", group_size=4, srpo_beta=beta)
+    sampler.cfg, sampler.step = cfg, 1
+    teacher = copy.deepcopy(policy)
+    with torch.no_grad():  # not the policy's weights: those of an EMA
+        for p in teacher.parameters():
+            p.mul_(0.9)
+    method = method_of(cfg, policy, teacher, tokenizer=tokenizer)
+    rollouts = pmd.attempt(sampler, problems[:2], cfg)
+    for i, r in enumerate(rollouts):
+        r.reward = float(i % 4 < 1)
+    rows = method.condition(1, rollouts)
+    method.weigh(1, rows)
+    taught = [r for r in rows if r.teacher_ids]
+    wanted = srpo_weights(teacher, taught, beta)
+    assert len(taught) == 6
+    for r in taught:
+        assert torch.allclose(r.weight.double(), wanted[r.id], rtol=1e-3, atol=1e-5)
+    weights = torch.cat(list(wanted.values()))
+    assert (weights.std() > 0.01) == (beta > 0)
+
+
+def test_srpo_routes_by_outcome(policy, tokenizer, sampler, problems, make_config, monkeypatch):
+    """Its two signs: what the teacher of a success reads changes no gradient; the share of
+    distilled tokens falls as reward rises.
     """
+    read = type(method_of(make_config("--method", "srpo"))).contexts
+    told = []
+
+    def contexts(self, step, rollouts):
+        found = read(self, step, rollouts)
+        return [
+            {"solution": told[-1]} if r.reward else c for r, c in zip(rollouts, found, strict=True)
+        ]
+
     cfg = make_config("--method", "srpo", group_size=8)
     sampler.cfg, sampler.step = cfg, 1
     method, shares, grads = (
@@ -568,8 +615,10 @@ def test_srpo_routes_by_outcome(policy, tokenizer, sampler, problems, make_confi
         [],
     )
     assert (cfg.loss_mean, cfg.srpo_beta) == ("token", 1.0)
+    monkeypatch.setattr(type(method), "contexts", contexts)
     for solved in (1, 4, 7):
-        for told in ("3 1 7 4", "9 9 9 9") if solved == 4 else ("3 1 7 4",):
+        for solution in ("3 1 7 4", "9 9 9 9") if solved == 4 else ("3 1 7 4",):
+            told.append(solution)
             rollouts = pmd.attempt(sampler, problems[:2], cfg)
             for i, r in enumerate(rollouts):
                 r.reward = float(i % 8 < solved)
@@ -578,11 +627,6 @@ def test_srpo_routes_by_outcome(policy, tokenizer, sampler, problems, make_confi
                 bool(r.teacher_ids) == (r.reward == 0) and (r.advantage is None) == (r.reward == 0)
                 for r in rows
             )
-            for r in rows:
-                if r.reward:
-                    r.teacher_prompt = (
-                        told  # of no consequence: what is trained stands in teacher_ids
-                    )
             method.weigh(1, rows)
             weights = torch.cat([r.weight for r in rows if r.teacher_ids])
             assert weights.mean() == pytest.approx(1, abs=1e-5) and weights.std() > 0
@@ -790,11 +834,21 @@ def test_a_tasks_preset_leaves_a_method_its_divergence_and_teacher(name):
         flags += ["--memory_from", "lender"]
     cfg, own = pmd.parse_flags(flags), method_class(name).Config
     assert cfg.alpha == (1.0 if own.alpha == pmd.Config.alpha else own.alpha)
-    assert cfg.ema_rate == (0.01 if own.ema_rate == pmd.Config.ema_rate else own.ema_rate)
+    same = own.ema_rate == pmd.Config.ema_rate and name != "pi-play"  # which declares this value
+    assert cfg.ema_rate == (0.01 if same else own.ema_rate)
     assert pmd.parse_flags([*flags, "--alpha", "0.3"]).alpha == 0.3
+    assert cfg.lr == (1e-6 if own.lr == pmd.Config.lr else own.lr)
 
 
-@pytest.mark.parametrize("name", ["advantage-plus", "skill-sd", "sod", "trace", "trace-rkl"])
+def test_what_a_method_declares_anew_is_its_own_even_where_it_is_the_papers():
+    flags = ["--model", "Qwen3-8B", "--task", "livecodebench", "--method", "pi-play"]
+    assert pmd.parse_flags(flags).ema_rate == 0.05  # the value of Config, too
+    assert pmd.parse_flags(["--method", "opsd"]).lr == pmd.PRESETS["nano"]["lr"]
+
+
+@pytest.mark.parametrize(
+    "name", ["advantage-plus", "pi-distill", "skill-sd", "sod", "trace", "trace-rkl"]
+)
 def test_what_becomes_grpo_has_its_mini_batch(name):
     flags = ["--model", "Qwen3-8B", "--task", "livecodebench", "--method", name]
     assert pmd.parse_flags(flags).mini_batch_size == 8

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 import memory as mem
 import pmd
 from runtime import check, vllm_sampler
-from runtime.chat import encode_prompt
+from runtime.chat import encode_prompt, encode_within
 from runtime.check import check_machine
 from runtime.sampler import Sampler
 from runtime.vllm_sampler import VLLM, VLLM_VERSION, slow_generation
+from tasks import load_task
 from tasks.problem import Problem
 
 # ------------------------------------------------------------------ the probe
@@ -340,3 +341,48 @@ def test_no_prompt_is_made_where_nobody_is_taught(tokenizer, make_config, monkey
     assert not any(r.teacher_ids for r in rollouts[:4]) and all(r.teacher_ids for r in rollouts[4:])
     # by the first success, or the second
     assert len(encoded) == 2 and all("1 ka lo ti" in text for text in encoded)
+
+
+def test_a_request_that_is_too_long_loses_its_middle(policy, tokenizer, make_config):
+    """What critics and judges are asked holds a whole answer, which may be as long as it likes."""
+    words = task_words(tokenizer)
+    text = f"{words[0]} " * 40 + f"{words[1]} " * 4000 + f"{words[2]} " * 40
+    ids = encode_within(tokenizer, text, 200)
+    said = tokenizer.decode(ids, skip_special_tokens=True)
+    assert 150 < len(ids) <= 200
+    assert said.count(words[0]) == said.count(words[2]) == 40
+    short = f"{words[0]} {words[1]}"
+    assert encode_within(tokenizer, short, 200) == encode_prompt(tokenizer, short)
+    assert len(encode_within(tokenizer, text, 1)) == len(encode_prompt(tokenizer, ""))  # it ends
+
+    asked = []
+    sampler = Sampler(policy, tokenizer, make_config(max_reprompt=200))
+    sampler.generate = lambda prompts, *others: asked.extend(prompts) or []
+    sampler.ask([text])
+    assert asked == [ids]
+
+
+def task_words(tokenizer):
+    """Three words of one token each, which are no roles."""
+    texts = [tokenizer.decode([id]).strip() for id in range(len(tokenizer))]
+    single = [t for t in texts if len(t) > 1 and t.isalpha()]
+    return [t for t in single if len(tokenizer(t, add_special_tokens=False).input_ids) == 1][3:6]
+
+
+@pytest.mark.parametrize("method, trained", [("frozen-policy", False), ("sdpo", True)])
+def test_a_batch_that_trains_nothing_is_not_scored(
+    policy, tokenizer, make_config, monkeypatch, method, trained
+):
+    """Not even where a batch has several updates: the sampler still holds the device."""
+    scored = []
+    monkeypatch.setattr(pmd, "note_old_logprobs", lambda *parts: scored.append(parts))
+    cfg = make_config(method=method, batch_size=4, mini_batch_size=1)
+    problems = load_task("nano").train[:4]
+    rows = [
+        pmd.Rollout([1], [2], torch.zeros(1), "", True, id=str(i), problem=p, reward=0.0)
+        for i, p in enumerate(problems)
+    ]
+    if trained:
+        rows[2].teacher_ids = [1, 1]
+    assert list(pmd.mini_batches(rows, policy, cfg)) == [[r] for r in rows]
+    assert bool(scored) == trained

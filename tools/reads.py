@@ -41,6 +41,7 @@ from runtime.model import load_policy
 from runtime.rows import Continuation, scored
 from runtime.store import Store, nearest
 from runtime.tables import aligned
+from tasks.references import hidden_rules
 
 BLOCKS = ("strategies", "lessons", "behaviors", "solution", "feedback")
 ALL = "all blocks"
@@ -98,9 +99,9 @@ def attempts_of(store, problem) -> tuple[list, list]:
     for id, kind, text, feedback in rows:
         completion = Completion(text, feedback or "", warned_by.get(id, ()))
         (right if kind == "success" else failed).append(completion)
-    hidden = problem.extra.get("hidden")
+    hidden = hidden_rules(problem)
     if hidden and not right:
-        pairs = [pair.split("=") for pair in hidden.split()]
+        pairs = [pair.split("=") for pair in hidden]
         digits = [int(word) for word in problem.answer.split()[:4]]
         steps = [syllable for syllable, _ in pairs], [operation for _, operation in pairs]
         right.append(Completion(attempt_text(*steps, digits)))
