@@ -15,17 +15,20 @@ LETTERS = (  # Latin, Greek, Cyrillic
 ODD = "\u00bc-\u00be\u2150-\u215e\u03c0\u221a"  # halves and thirds in one character, pi, a root
 NUMERALS = re.compile(
     # A name with digits, or raised to a power: x2, H2O, v1.2.3, x_1, m^2, and as LaTeX has them:
-    # H$_2$O, \text{m}^2.
-    rf"(?P<name>\\?[{LETTERS}][{LETTERS}\d]*(?:[}}$]{{0,3}}_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?"
+    # H$_2$O, \text{m}^2. A command of LaTeX is one, and ends with its letters.
+    rf"(?P<name>(?:\\[A-Za-z]+|(?!\u03c0\d)[{LETTERS}][{LETTERS}\d]*)"
+    rf"(?:[}}$]{{0,3}}_\{{?[{LETTERS}\d]+)*(?:(?<=\d)(?:\.\d+)+)?"
     rf"(?:[}}$)\]]{{0,3}}\^\{{?[-+]?[{LETTERS}\d]+)?)"
     # A date or a telephone number: digits with two hyphens or more between them.
     r"|\d+(?:-\d+){2,}"
     r"|(?P<based>0x[0-9a-f]+|0b[01]+|0o[0-7]+)"
     # A sign that does not stand between two numbers or names, perhaps the 1 of 1 3/4, digits, and
     # what is joined to them.
-    rf"|(?:(?<![{LETTERS}\d)\]}}%])[-+])?(?:\d+ (?=\d+/))?(?:\d+|(?<![{LETTERS}\d.])\.\d+|[{ODD}])"
+    rf"|(?:(?<![{LETTERS}\d)\]}}%])[-+])?(?:\d+ (?=\d+/))?"
+    rf"(?:\d+|(?<![{LETTERS}\d.])\.\d+|[{ODD}]\d*)"
     rf"(?:[.,:/'_]\d+|_\{{\d+|e[-+]?\d+|[}}$)\]]{{0,3}}(?:\*\*|\^)\{{?[-+]?[{LETTERS}\d]+\}}?"
-    rf"| ?(?:[{ODD}]|\\pi\b|\\sqrt\b))*",
+    # and a factor that is a root, pi or a power of Euler's number
+    rf"|(?: |\\[,;: ])?[×*]? ?(?:[{ODD}]\d*|e(?=\^)))*",
     re.IGNORECASE,
 )
 NUMBER = re.compile(
@@ -38,17 +41,39 @@ FRAC = (
     r" *\}|(?P<other>\d))"
 )
 SIGNED_FRAC = r"(?<![-+])\\[cdt]?frac *\{ *(?:-(\d+) *\} *\{ *(\d+)|(\d+) *\} *\{ *-(\d+)) *\}"
+GREEK = (
+    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau"
+    "|phi|varphi|chi|psi|omega|Delta|Omega|ell|hbar|infty"
+)
+# Units behind a number, with powers as 9.8 m s-2 and 7 cm**2 have them. A range of one unit,
+# 3 m-4 m, has none
+UNIT = (
+    "(?:[fpnu\u00b5\u03bcmcdhkMGT]?(?:m|s|g|mol|L|l|K|J|N|W|Pa|C|A|V|F|H|S|T|M|Hz|eV|cal|bar|Wb|Bq|Gy|Sv"
+    "|rad|\u03a9)|min|h|hr|yr|day|cd|lm|lx|sr|atm|in|ft|lb)(?![A-Za-z])"
+)
+POWER = r"(?:\^?-|\*\*-?)[1-4](?![\d.A-Za-z])"
+UNITS = (
+    rf"(?<=\d)(?: |~|\\[,;: ])?(?:\\(?:text|math)\w{{0,9}} ?\{{ ?)?({UNIT})(?:{POWER}(?! ?\1\b))?"
+    rf"(?:(?: |~|\\[,;: ]|[×*/.]){{1,2}}({UNIT})(?:{POWER}(?! ?\2\b))?)*"
+)
 PLAIN = [  # (how others and LaTeX write it, how we do), in this order
     ("[\u2010-\u2013\u2212\ufe63\uff0d]", "-"),
     ("\uff0b", "+"),
     ("[\uff0e\u066b]", "."),
     ("[\uff0c\u066c]", ","),
     ("[\uff0f\u2044\u2215]", "/"),
-    (r"\\times\b|\\cdot\b|[\u00b7\u2022\u2217\u2219\u22c5]", "×"),
+    (r"\\(?:tag|label|ref|eqref|cite|[hvm]space|phantom)\*? ?\{[^{}]{0,80}\}", ""),
+    (r"\\\\ ?\[[^\[\]]{0,20}\]", " "),  # a line's end with its height
+    (r"\\(?:times|cdot|ast)(?![A-Za-z])|[\u00b7\u2022\u2217\u2219\u22c5]", "×"),
     (r"\{,\}|,\\!", ","),
     ("<sup>", "^"),
     ("<sub>", "_"),
     ("</su[bp]>", ""),
+    (r"\\pi(?![A-Za-z])|(?<=\d) ?pi(?![A-Za-z])", "\u03c0"),
+    (r"(?<=[×*])( ?)pi(?![A-Za-z])", "\\1\u03c0"),
+    (r"(?:\\|(?<![A-Za-z\\]))sqrt(?![A-Za-z])(?: ?\[[^\[\]]{0,20}\])?", "\u221a"),
+    (UNITS, lambda units: re.sub(r"\*\*|(?<=\w)(?=-)", "^", units[0])),
+    (rf"(\\(?!(?:{GREEK})(?![A-Za-z]))[A-Za-z]+)(?=[-+][.\d])", r"\1 "),  # its sign, not a minus
     (r"\{(\d+)\}(?=\^)", r"\1"),  # a power may stand apart from its base
     (r" ?\^ ?\{ ?([-+]?\w+) ?\}", r"^{\1}"),
     (r"(?<=\w) ?\^ ?(?=[-+]?\d)", "^"),
@@ -64,6 +89,7 @@ PLAIN = [  # (how others and LaTeX write it, how we do), in this order
     (rf"(?<=\d) ?{FRAC}", r" \g<above>\g<digit>/\g<below>\g<other>"),
     (FRAC, r"\g<above>\g<digit>/\g<below>\g<other>"),
     (SIGNED_FRAC, r"-\1\3/\2\4"),
+    (r"(\\[cdt]?frac *(?:\{(?:[^{}]|\{[^{}]{0,80}\}){0,40}\}|[A-Za-z\u03c0])) *(?=\d)", r"\1/"),
     (r"(?<=\d) ?[×x*] ?10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"e\1"),
     (r"(?<![\w.,^*])10(?:\^|\*\*)\{?([-+]?\d+)\}?", r"1e\1"),
     (r"(?<=\d) / (?=\d)", "/"),
@@ -73,7 +99,15 @@ PLAIN = [  # (how others and LaTeX write it, how we do), in this order
 
 # before a numeral that is no number of its own: part of a fraction, under a root, digits that
 # recur, or how much a number is uncertain
-INSIDE = tuple("/ }{ frac{ √ sqrt{ sqrt( sqrt ]{ overline{ dot{ ± \\pm +/-".split())
+INSIDE = tuple(
+    "/ }{ frac{ frac √ √{ √( ]{ overline{ overline dot{ \\dot bar{ \\bar binom{ binom"
+    " ± \\pm +/-".split()
+)
+# nor what a function is taken of: \ln 2, sin(30), \log_2 8
+FUNCTION = re.compile(
+    r"(?:\\|(?<![A-Za-z\\]))(?:arc)?(?:ln|log|lg|sin|cos|tan|cot|sec|csc|exp)"
+    r"(?:_\{?\w{1,3}\}?|\^\{?-?\w{1,3}\}?)? ?(?:\\left)? ?[({]? ?\Z"
+)
 
 
 def plain_digits(text) -> str:
@@ -121,6 +155,7 @@ def last_number(text) -> tuple[Fraction | None, str]:
     last = numerals[-1]
     before = text[max(0, last.start() - 10) : last.start()].replace(" ", "")
     inside = before.endswith(INSIDE)
+    inside = inside or FUNCTION.search(text, max(0, last.start() - 24), last.start())
     if last["based"] and len(last[0]) < 400:
         value = Fraction(int(last[0], 0))
     else:

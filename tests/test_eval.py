@@ -885,6 +885,45 @@ x = -\,7 -> -7
 \text{Answer: }-7 -> -7
 \boxed{-\text{7}} -> -7
 \mathbf{-7} -> -7
+3\times10^8$ m/s -> 300000000
+6\times10^{23} -> 600000000000000000000000
+1.5\cdot10^{-3} -> 0.0015
+5 of 2\times3 -> 3
+5 of 2\cdot3 -> 3
+\approx42 -> 42
+x\geq42 -> 42
+x\leq42 -> 42
+x\ge42 -> 42
+\to42 -> 42
+\implies42 -> 42
+\Rightarrow42 -> 42
+\quad42 -> 42
+\Large12 -> 12
+\mathbf12 -> 12
+\displaystyle12 -> 12
+\approx-4 -> -4
+x\leq-4 -> -4
+\implies-4.5 -> -4.5
+\Large-.5 -> -0.5
+\approx\frac12 -> 0.5
+\alpha-4 -> 4
+12 \tag{3} -> 12
+12 \tag*{3} -> 12
+12\label{eq:3} -> 12
+12\hspace{3pt} -> 12
+12 \\[3pt] -> 12
+9.8 m s-2 -> 9.8
+9.8 ms-2 -> 9.8
+9.8 m·s-2 -> 9.8
+9.8\,\mathrm{m s-2} -> 9.8
+5 mol L-1 -> 5
+5 kg m-1 s-2 -> 5
+6.6e-4 J s-1 -> 0.00066
+7 cm**2 -> 7
+7 m^-1 -> 7
+from 3 m-4 m -> 4
+7\Omega^2 -> 7
+90^\circ -> 90
 0b101 -> 5
 0o17 -> 15
 is **7** -> 7
@@ -972,6 +1011,39 @@ def test_numbers_are_read_whole(text, number):
         "1e" + "9" * 5000,
         "9" * 5000,
         "1,2,34",
+        "5\\sqrt2",
+        "5\\sqrt 2",
+        "5 sqrt2",
+        "5*sqrt(2)",
+        "sqrt2",
+        "\\sqrt2",
+        "\\sqrt[3]9",
+        "\\frac{3\\pi}4",
+        "\\frac{\\sqrt{3}}2",
+        "\\frac\\pi2",
+        "\\frac x2",
+        "\\frac3x",
+        "\\frac3\\pi",
+        "\\pi2",
+        "2\\,\\pi",
+        "2 pi",
+        "2*pi",
+        "2\\cdot\\pi",
+        "2\\pi r",
+        "3\\pi/4",
+        "2e^3",
+        "2 e^{-x}",
+        "3\\times e^2",
+        "9.\\overline3",
+        "9.\\dot3",
+        "0.\\bar{3}",
+        "\\binom52",
+        "\\binom{5}{2}",
+        "\\ln2",
+        "3 ln 2",
+        "\\log_2 4",
+        "\\sin30",
+        "sin(30)",
     ],
 )
 def test_what_can_t_be_read_whole_is_wrong_and_no_piece_of_it_is_right(text):
@@ -1048,6 +1120,15 @@ def test_equal_numbers_have_one_text_and_others_another(a, b):
         "{1",
         "-$",
         "\\text{1",
+        "\\frac{{1}",
+        "\\frac{3",
+        "\\tag{",
+        "\\sqrt[",
+        "\\a",
+        "1 m s-2 ",
+        "m-1 ",
+        "1 m",
+        "\\pi",
         "-",
         "=",
         " ",
