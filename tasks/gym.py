@@ -12,7 +12,7 @@ import threading
 
 from tqdm import tqdm
 
-from tasks.problem import Problem, Verdict
+from tasks.problem import Problem, Verdict, shown
 
 TRAIN, TEST = 1000, 200  # problems [ours]
 # Problem n of a generator is made by seed + n: seeds side by side would give the same problems
@@ -110,6 +110,39 @@ def load_gym(name) -> tuple[list, list, str]:
     return made["train"], made["test"], f"{name}: {sizes} were made by reasoning-gym, none twice"
 
 
+def refuse_unscorable(task, entry, answer):
+    """Looks at a problem of a file: its task, its entry as reasoning-gym has it, and its key.
+
+    Raises ValueError, in one sentence, if no scorer is known, if that of the task takes wrong
+    answers for right, or if it can't read the entry.
+    """
+    known = library().factory.DATASETS
+    if not isinstance(task, str) or task not in known:
+        raise ValueError(
+            f"no task {shown(task)} of reasoning-gym, which has {', '.join(sorted(known))}"
+        )
+    if task in MISJUDGED:
+        raise ValueError(f"{task} has a scorer that takes wrong answers for right; take another")
+    if not isinstance(entry, dict) or "answer" not in entry:
+        raise ValueError(f"the entry {shown(entry)} is no object with an answer")
+    if str(entry["answer"]) != answer:
+        raise ValueError(f"the answer {shown(answer)} is not its entry's, {shown(entry['answer'])}")
+    metadata = entry.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"the entry's metadata {shown(metadata)} is no object")
+    if not isinstance(metadata.get("valid_answers") or [], list):
+        raise ValueError(
+            f"the entry's valid_answers {shown(metadata['valid_answers'])} are no list"
+        )
+    if misleads(task, answer):
+        return
+    try:  # no scorer fails on the key of an entry that it can read
+        scorer_of(task)(answer, entry)
+    except Exception as error:  # whatever a scorer raises
+        kind, why = type(error).__name__, shown(str(error))
+        raise ValueError(f"the scorer of {task} can't judge the entry: {kind} {why}") from error
+
+
 def verify_gym(problem, completion) -> Verdict:
     """Judges what stands in the last <answer>, or else the whole reply, by the task's scorer.
 
@@ -127,8 +160,9 @@ def verify_gym(problem, completion) -> Verdict:
         return Verdict(0.0, answer[:200])
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("a scorer of reasoning-gym can be interrupted in the main thread alone")
+    scorer = scorer_of(task)  # out of the try: a task that has none is no fault of the answer
     try:
-        score = timeout(SECONDS)(scorer_of(task))(answer, entry)
+        score = timeout(SECONDS)(scorer)(answer, entry)
     except (Exception, TimeoutException):  # a scorer that fails on what a model wrote
         score = 0.0
     right = score >= 1
@@ -148,7 +182,7 @@ def misleads(task, answer) -> bool:
 
 def keys_of(entry) -> list[str]:
     """Returns the texts that are right as they stand: a problem of n_queens has several."""
-    keys = [*entry.get("metadata", {}).get("valid_answers", []), entry["answer"]]
+    keys = [*(entry.get("metadata", {}).get("valid_answers") or []), entry["answer"]]
     return [key.strip() for key in keys if isinstance(key, str) and key.strip()]
 
 

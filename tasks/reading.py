@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tasks.choice import verify_choice
 from tasks.files import numbered_rows, refuse_unholdable
+from tasks.gym import refuse_unscorable
 from tasks.last_number import verify_last_number
 from tasks.maths import verify_math
 from tasks.nano import verify_steps
@@ -106,6 +107,8 @@ def read_problem(row) -> Problem:
         raise ValueError(f"no verifier {row['verifier']!r}; there are {', '.join(VERIFIERS)}")
     if row["verifier"] == "steps" and not isinstance(row.get("hidden", ""), str):
         raise ValueError("hidden must be text: the operations of the problem's steps, with blanks")
+    if row["verifier"] == "gym":
+        refuse_unscorable(row["task"], row["entry"], row["answer"])
     known = {k: row.pop(k) for k in ("id", "prompt", "answer", "verifier", "system")}
     problem = Problem(**known, extra=row)
     refuse_unreachable(problem)

@@ -15,7 +15,7 @@ from tasks import gym, load_task, verify
 from tasks.gym import EVALUATES, MISJUDGED, SEEDS, TRAIN, UNREPEATABLE, is_safe, library
 from tasks.maths import key_of
 from tasks.problem import Problem
-from tasks.reading import read_problem
+from tasks.reading import read_problem, read_problems
 from tasks.references import reference
 from tasks.table import held_out, problem_of
 from tasks.verdicts import verify_all
@@ -331,6 +331,63 @@ def test_a_minus_sign_is_read(sign):
     problem = made("gsm_symbolic", 0)
     assert verify(problem, f"<answer>{problem.answer} eggs</answer>").reward == 1
     assert verify(problem, f"<answer>{sign}{problem.answer}</answer>").reward == 0
+
+
+ENTRY = {"question": "q", "answer": "cba", "metadata": {"sentence": "abc"}}
+
+
+@pytest.mark.parametrize(
+    "changed, why",
+    [
+        (
+            {"task": "chess_by_mail"},
+            "no task 'chess_by_mail' of reasoning-gym, which has .*countdown",
+        ),
+        ({"task": ""}, "no task ''"),
+        ({"task": None}, "no task None"),
+        ({"task": ["spell_backward"]}, r"no task \['spell_backward'\]"),
+        ({"task": "coin_flip"}, "coin_flip has a scorer that takes wrong answers for right"),
+        ({"task": "game_of_life_halting"}, "takes wrong answers for right"),
+        ({"entry": [ENTRY]}, "the entry .* is no object with an answer"),
+        ({"entry": "cba"}, "the entry 'cba' is no object"),
+        ({"entry": None}, "the entry None is no object"),
+        ({"entry": {"question": "q", "metadata": {}}}, "is no object with an answer"),
+        ({"entry": {**ENTRY, "metadata": None}}, "the entry's metadata None is no object"),
+        ({"entry": {**ENTRY, "metadata": ["abc"]}}, "metadata .* is no object"),
+        ({"entry": {**ENTRY, "metadata": {"valid_answers": 5}}}, "valid_answers 5 are no list"),
+        (
+            {"task": "word_sorting", "entry": {"question": "q", "answer": "cba", "metadata": {}}},
+            "the scorer of word_sorting can't judge the entry: KeyError",
+        ),
+        ({"task": "composite"}, "the scorer of composite can't judge the entry: "),
+        ({"answer": "abc"}, "the answer 'abc' is not its entry's, 'cba'"),
+    ],
+)
+def test_a_row_of_a_file_that_no_scorer_can_judge_is_refused(tmp_path, changed, why):
+    row = {"id": "1", "prompt": "q", "answer": "cba", "verifier": "gym"}
+    row = {**row, "task": "spell_backward", "entry": ENTRY}
+    rows = [row, {**row, "id": "2", **changed}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"t.jsonl, line 2: .*{why}") as caught:
+        read_problems(tmp_path / "t.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_of_a_file_is_judged_by_its_scorer(tmp_path):
+    row = {"id": "1", "prompt": "q", "answer": "cba", "verifier": "gym"}
+    row = {**row, "task": "spell_backward", "entry": ENTRY}
+    entry = {**ENTRY, "metadata": {"valid_answers": None}}  # as Parquet fills what a row lacks
+    rows = [row, {**row, "id": "2", "entry": entry}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for problem in read_problems(tmp_path / "t.jsonl"):
+        assert verify(problem, "<answer>cba</answer>").reward == 1
+        assert verify(problem, "<answer>no</answer>").reward < 0.5
+
+
+def test_a_task_without_a_scorer_is_no_wrong_answer():
+    problem = Problem("a", "q", "7", "gym", extra={"task": "chess_by_mail", "entry": ENTRY})
+    with pytest.raises(ValueError, match="the verifier gym failed on problem 'a'"):
+        verify(problem, "<answer>6</answer>")
 
 
 def test_all_scorers_that_evaluate_are_known():
