@@ -840,6 +840,16 @@ SAYS_B = [  # as models write it; the correction counts above all
     "B (the second one)",
     "B选项",
     "B選項",
+    "_B_",
+    "__B__",
+    "___B___",
+    "_(B)_",
+    "**_B_**",
+    "_B._",
+    "The answer is _B_.",
+    "_The answer is B_",
+    "_A_. No wait, _B_.",
+    "答案是_B_",
 ]
 SAYS_NOTHING = [  # denials, and two letters of which none is chosen
     "not A",
@@ -895,6 +905,10 @@ SAYS_NOTHING = [  # denials, and two letters of which none is chosen
     "B would be wrong",
     "B seems not right",
     "A (B)",
+    "_A_ or _B_",
+    "not _B_",
+    "x_B",
+    "B_2",
 ]
 
 
@@ -930,6 +944,8 @@ def test_lenient_takes_all_that_strict_takes(text, key):
         "or " * 50_000,
         "\\boxed{" * 50_000,
         "B is the " * 20_000,
+        "_" * 10**5,
+        "_B_" * 30_000,
         "." * 10**5 + "B" + "." * 10**5 + "x",
     ],
 )
