@@ -378,7 +378,7 @@ def load_problems(cfg, quiet, asked):
         until=cfg.until,
         exclude_flagged=cfg.exclude_flagged,
     )
-    sandboxed = need_sandbox(task, cfg.unsafe_exec)
+    sandboxed = need_sandbox(task, cfg.unsafe_exec, asked)
     tokenizer = load_tokenizer(cfg)
     splits = {split: within_prompt(task, split, tokenizer, cfg, quiet) for split in asked}
     remarks = [task.card, sandboxed]

@@ -27,6 +27,7 @@ the usual columns (tasks/table.py), a path any folder of yours.
 import random
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from runtime.options import option
@@ -144,12 +145,14 @@ def load_task(
     return Task(name, rest, held_out, test, card)
 
 
-def need_sandbox(task, unsafe_exec=False) -> str:
-    """Looks for a sandbox where a task's answers are programs.
+def need_sandbox(task, unsafe_exec=False, splits=("train", "dev", "test")) -> str:
+    """Looks for a sandbox where the answers to a task's problems are programs.
 
+    splits: those whose answers are verified.
     Returns what to tell of it, or "". Raises ValueError, in one sentence, if there is none.
     """
-    if not any(p.verifier == "code" for p in task.test):
+    problems = chain(*(getattr(task, split) for split in splits))
+    if not any(p.verifier == "code" for p in problems):
         return ""
     if unsafe_exec:
         allow_unsafe_exec()

@@ -890,8 +890,29 @@ def test_a_trainer_that_is_killed_leaves_nothing(outside):
 def test_a_python_that_limits_recursion_is_named(version, told, monkeypatch):
     monkeypatch.setattr(tasks, "sys", SimpleNamespace(version_info=(*version, 1)))
     monkeypatch.setattr(tasks, "sandbox_command", list)
-    remark = tasks.need_sandbox(SimpleNamespace(test=[SimpleNamespace(verifier="code")]))
+    remark = tasks.need_sandbox(a_task("test"))
     assert remark.startswith(told) and bool(remark) == bool(told)
+
+
+def a_task(split):
+    """A task with programs in one split alone."""
+    splits = {name: [SimpleNamespace(verifier="exact")] for name in ("train", "dev", "test")}
+    splits[split].append(SimpleNamespace(verifier="code"))
+    return SimpleNamespace(**splits)
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_programs_in_any_split_need_a_sandbox(split, monkeypatch):
+    """An evaluation verifies the answers of test alone."""
+    asked, allowed = [], []
+    monkeypatch.setattr(tasks, "sandbox_command", lambda: asked.append(1))
+    monkeypatch.setattr(tasks, "allow_unsafe_exec", lambda: allowed.append(1))
+    tasks.need_sandbox(a_task(split))
+    assert asked == [1]
+    tasks.need_sandbox(a_task(split), unsafe_exec=True)
+    assert allowed == [1]
+    tasks.need_sandbox(a_task(split), unsafe_exec=True, splits=["test"])
+    assert len(allowed) == 1 + (split == "test")
 
 
 def test_without_a_sandbox_only_on_request(monkeypatch, capsys):
