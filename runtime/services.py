@@ -1,6 +1,7 @@
 """Other models that the memory asks: the embedder, and who writes behaviors."""
 
 import functools
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -61,17 +62,17 @@ def make_abstractor(cfg, check=False):
         prompts, timeout=120, retries=5
     ):  # seconds for one request; with growing pauses between
         def ask(prompt):
-            reply = client.chat.completions.create(
+            reply = client.chat.completions.with_raw_response.create(
                 model=model, messages=[{"role": "user", "content": prompt}]
             )
-            return reply.choices[0].message.content or ""
+            return text_in(reply.text)
 
         try:
             # OPENAI_BASE_URL and OPENAI_API_KEY
             client = OpenAI(timeout=timeout, max_retries=retries)
             with ThreadPoolExecutor(4) as pool:
                 return list(pool.map(ask, prompts))
-        except OpenAIError as error:
+        except (OpenAIError, ValueError) as error:
             raise ConnectionError(
                 f"no answer for --abstractor {cfg.abstractor}: {error}; look at OPENAI_BASE_URL and"
                 " OPENAI_API_KEY, or leave the flag out"
@@ -83,6 +84,23 @@ def make_abstractor(cfg, check=False):
         except ConnectionError as error:
             raise ValueError(str(error)) from error
     return generate
+
+
+def text_in(body) -> str:
+    """The text that a chat server's reply holds, given its body; "" where the model wrote none.
+
+    Raises ValueError for what is no reply: some servers send their errors like one.
+    """
+    try:
+        content = json.loads(body)["choices"][0]["message"].get("content") or ""
+        if isinstance(content, list):  # of parts
+            content = "".join(part.get("text") or "" for part in content)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        content = None
+    if not isinstance(content, str):
+        words = " ".join(body.split())[:200]
+        raise ValueError(f"the server sent no reply of a model but {words!r}")
+    return content
 
 
 def unit_rows(rows) -> np.ndarray:

@@ -39,7 +39,7 @@ from runtime.options import check_numbers
 from runtime.ranks import start_ranks
 from runtime.rows import micro_batches, own_logprobs, require_small_gap
 from runtime.sampler import KeyedSampling, Sampler, dealt, likeliest
-from runtime.services import make_embedder
+from runtime.services import make_abstractor, make_embedder
 from runtime.vllm_sampler import VLLM, VLLM_VERSION, fast_sampler
 from tasks import load_task
 
@@ -1234,6 +1234,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     """
 
     plan, seen = [], []
+    body = None  # what it sends in the place of a reply
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -1258,6 +1259,7 @@ class Server(http.server.BaseHTTPRequestHandler):
                 ],
             }
         ).encode()
+        reply = reply if self.body is None else self.body.encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("retry-after-ms", "1")
@@ -1273,7 +1275,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    Server.plan, Server.seen = [], []
+    Server.plan, Server.seen, Server.body = [], [], None
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{running.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
     yield Server
@@ -1302,6 +1304,43 @@ def test_another_model_abstracts_through_an_openai_server(server, make_config):
         len(asked) == len(set(asked)) + 2
         and json.loads(Path(cfg.out, "run", "config.json").read_text())["abstractor"]
     )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"choices": null, "error": {"message": "overloaded"}}',
+        '{"choices": []}',
+        '{"choices": [{"message": null}]}',
+        '{"choices": [{"message": {"content": 5}}]}',
+        '{"choices": [{"message": {"content": [5]}}]}',
+        '{"error": "overloaded"}',
+        '"overloaded"',
+        "[]",
+        "<html>overloaded</html>",
+        "[" * 100_000,
+        "",
+    ],
+    ids=range(11),
+)
+def test_an_error_that_a_server_sends_like_a_reply_is_one_sentence(server, make_config, body):
+    server.body = body
+    said = "no answer for --abstractor openai:m: the server sent no reply .*OPENAI_BASE_URL"
+    with pytest.raises(ValueError, match=said) as caught:
+        make_abstractor(make_config(abstractor="openai:m"), check=True)
+    assert body[:50] in str(caught.value) and len(str(caught.value)) < 500
+    with pytest.raises(ConnectionError, match=said):
+        make_abstractor(make_config(abstractor="openai:m"))(["a"])
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [('"a"', "a"), ("null", ""), ('[{"type": "text", "text": "a"}, {"text": "b"}]', "ab")],
+)
+def test_what_a_server_says_is_read_in_each_form(server, make_config, content, text):
+    """A model that only thought, up to its limit, has no content."""
+    server.body = f'{{"choices": [{{"message": {{"content": {content}}}}}]}}'
+    assert make_abstractor(make_config(abstractor="openai:m"))(["a"]) == [text]
 
 
 def test_a_silent_server_is_refused_before_any_work(server, make_config, monkeypatch):
