@@ -347,9 +347,10 @@ class Store:
 
     def last_step(self) -> int:
         """The last step that left a trace; 0 for none."""
-        ((event,),) = self.query("SELECT COALESCE(MAX(step), 0) FROM event")
-        ((birth,),) = self.query("SELECT COALESCE(MAX(born), 0) FROM item")
-        return max(event, birth)
+        found = self.query("SELECT MAX(step) FROM event")
+        found += self.query("SELECT MAX(born) FROM item")
+        found += self.query("SELECT MAX(ended) FROM item WHERE ended IS NOT NULL")  # by its index
+        return max(step or 0 for (step,) in found)
 
     def prompts(self) -> dict[str, str]:
         """{id: prompt} of the problems that are known."""

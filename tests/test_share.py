@@ -12,7 +12,7 @@ from memory import Memory
 from runtime.services import make_embedder
 from runtime.store import Store
 from runtime.tables import model_card
-from tools import show_memory
+from tools import share_memory, show_memory
 from tools.share_memory import export_memory, import_memory
 
 HASHING = type("Cfg", (), {"embedder": "hashing", "device": ""})
@@ -124,6 +124,100 @@ def test_items_that_no_memory_has_are_refused(tmp_path):
     show_memory.main(["stats", str(tmp_path / "b")])
     assert (tmp_path / "b" / "memory.png").is_file()  # beside the file, not beside the folder
     assert not (tmp_path / "memory.png").exists()
+
+
+CHANGES = [
+    {"born": 2**70},
+    {"ended": 2**63},
+    {"ended": 10**12},  # a table with a row for each step could not be made
+    {"born": True},
+    {"policy_step": 2**64},
+    {"id": 2**63},
+    {"reward": "1"},
+    {"reward": 2**70},
+    {"evidence": "5"},
+    {"evidence": "[[1]]"},
+    {"evidence": "[" * 100_000},
+    {"evidence": 5},
+    {"title": 5},
+    {"feedback": ["x"]},
+    {"shortcuts": None},
+    {"tier": ["insight"]},
+    {"problem": {"id": "one"}},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
+def test_values_that_no_database_or_page_takes_are_refused(tmp_path, change):
+    head, lines = exported(tmp_path)
+    changed = [*lines[:-1], {"item": lines[-1]["item"] | change}]
+    with pytest.raises(ValueError, match="b.jsonl has an item that no memory has"):
+        brought(tmp_path, head, changed)
+    assert not list(tmp_path.glob("b/*"))
+
+
+def exported(tmp_path):
+    """The first line of a memory and the others."""
+    a_memory(tmp_path / "a.db").close()
+    export_memory(tmp_path / "a.db", tmp_path / "a.jsonl")
+    head, *lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    return head, lines
+
+
+def brought(tmp_path, head, lines):
+    """Imports a first line and others, as b/memory.db."""
+    text = "".join(json.dumps(line) + "\n" for line in [head, *lines])
+    (tmp_path / "b.jsonl").write_text(text)
+    import_memory(tmp_path / "b.jsonl", tmp_path / "b" / "memory.db")
+
+
+def test_other_lines_that_no_memory_has_are_refused(tmp_path):
+    head, lines = exported(tmp_path)
+    for caps in ("5", "null", "{}", '{"strategy": "many"}', 5, None):
+        with pytest.raises(ValueError, match="its first line does not say so"):
+            brought(tmp_path, head | {"caps": caps}, lines)
+    with pytest.raises(ValueError, match="b.jsonl has an item's id twice"):
+        brought(tmp_path, head | {"items": head["items"] + 1}, [*lines, lines[-1]])
+    for problem in (5, {"id": "x"}, lines[0]["problem"] | {"cluster": 2**63}):
+        with pytest.raises(ValueError, match="b.jsonl has a problem that no memory has"):
+            brought(tmp_path, head, [{"problem": problem}, *lines[1:]])
+    with pytest.raises(ValueError, match="b.jsonl has an item that no memory has"):
+        brought(tmp_path, head, [*lines[:-1], {"item": 5}])
+    assert not list(tmp_path.glob("b/*"))
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    head, lines = exported(tmp_path)
+
+    def full(memory, problems, items):
+        assert (tmp_path / "b" / "import.partial").exists()
+        raise OSError("no space is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(share_memory, "fill", full)
+        with pytest.raises(OSError, match="no space"):
+            brought(tmp_path, head, lines)
+    assert not list(tmp_path.glob("b/*"))
+    brought(tmp_path, head, lines)
+    assert [path.name for path in tmp_path.glob("b/*")] == ["memory.db"]
+
+
+def test_a_memory_whose_last_trace_is_an_end_comes_back(tmp_path, capsys):
+    """Events are not exported: the step at which an item ended may be the last that is known."""
+    memory = a_memory(tmp_path / "a.db")
+    gone, *left = memory.living("insight")
+    with memory.writing(7):
+        memory.end(7, "insight", [gone.id])
+    memory.close()
+    export_memory(tmp_path / "a.db", tmp_path / "a.jsonl")
+    import_memory(tmp_path / "a.jsonl", tmp_path / "b" / "memory.db")
+    with contextlib.closing(Store(tmp_path / "b", frozen=True)) as store:
+        assert store.last_step() == 7
+        curve = show_memory.growth(store)["lesson"]
+        assert len(curve) == 8 and curve[6] == len(left) + 1 and curve[7] == len(left)
+    show_memory.main(["stats", str(tmp_path / "b")])
+    show_memory.main([str(tmp_path / "b"), "--html"])
+    assert (tmp_path / "b" / "memory.html").is_file()
 
 
 @pytest.mark.parametrize("flags", (["--tier", "insight"], ["--grep", "x"]))

@@ -31,7 +31,10 @@ KINDS = {
     "behavior": ("behavior",),
 }
 PROBLEM = ("id", "text", "cluster")
-TEXTS = ("tier", "kind", "problem", "title", "text", "feedback", "evidence", "shortcuts")
+TEXTS = ("tier", "kind", "problem", "text", "evidence", "shortcuts")
+PERHAPS_TEXTS = ("title", "feedback")  # or None
+LAST_STEP = 10_000_000  # that an item may be of: a page and a table have a row for each step
+LARGEST = 2**63 - 1  # SQLite holds no larger number
 
 
 def export_memory(source, target) -> str:
@@ -62,31 +65,42 @@ def import_memory(source, target, embedder="", device="") -> str:
     if target.exists():
         raise ValueError(f"{target} exists; name another file, or remove it")
     head, *rows = [row for _, row in json_lines(source)] or [{}]
-    if head.get("form") != FORM or not is_json(head.get("caps")):
+    if head.get("form") != FORM or not are_caps(head.get("caps")):
         raise ValueError(f"{source} is no {FORM!r}: its first line does not say so")
     problems = [problem_of(row["problem"], source) for row in rows if "problem" in row]
     ids = {id for id, *_ in problems}
     if len(ids) < len(problems):
         raise ValueError(f"{source} has a problem twice: it was changed")
     items = [item_of(row["item"], ids, source) for row in rows if "item" in row]
+    if len({item.id for item in items}) < len(items):
+        raise ValueError(f"{source} has an item's id twice: it was changed")
     promised = head.get("problems"), head.get("items")
     if promised != (len(problems), len(items)) or len(rows) != len(problems) + len(items):
         raise ValueError(
             f"{source} has {len(problems)} problems and {len(items)} items where its first line"
             f" says {promised[0]} and {promised[1]}: it is cut, or was changed"
         )
-    embedder = embedder or head.get("embedder") or "hashing"
+    embedder = embedder or str(head.get("embedder") or "hashing")
     embed = make_embedder(SimpleNamespace(embedder=embedder, device=device))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name("import.partial")
-    partial.unlink(missing_ok=True)
-    with contextlib.closing(Store(partial, embed, embedder)) as memory:
-        fill(memory, problems, items)
-        memory.db.execute("UPDATE meta SET value = ? WHERE key = 'caps'", (str(head.get("caps")),))
-        memory.db.commit()
-        memory.settle()
-    partial.rename(target)
+    remove(partial)
+    try:
+        with contextlib.closing(Store(partial, embed, embedder)) as memory:
+            fill(memory, problems, items)
+            memory.db.execute("UPDATE meta SET value = ? WHERE key = 'caps'", (head["caps"],))
+            memory.db.commit()
+            memory.settle()
+        partial.rename(target)
+    finally:
+        remove(partial)
     return f"{len(problems)} problems and {len(items)} items: {target}"
+
+
+def remove(path):
+    """Removes a database that may not be there, with its log."""
+    for end in ("", "-wal", "-shm"):
+        path.with_name(path.name + end).unlink(missing_ok=True)
 
 
 def fill(memory, problems, items):
@@ -108,32 +122,61 @@ def fill(memory, problems, items):
 
 def problem_of(row, source) -> tuple[str, str, int]:
     """Makes a problem of a row. Raises ValueError if it is none of a memory."""
-    try:
-        return clean(row["id"]), clean(row["text"]), int(row["cluster"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{source} has a problem that no memory has: {str(row)[:80]}") from error
+    is_problem = isinstance(row, dict) and set(row) == set(PROBLEM)
+    if is_problem:
+        is_problem = isinstance(row["id"], str) and isinstance(row["text"], str)
+        is_problem &= is_count(row["cluster"], LARGEST)
+    if not is_problem:
+        raise ValueError(f"{source} has a problem that no memory has: {str(row)[:80]}")
+    return clean(row["id"]), clean(row["text"]), row["cluster"]
 
 
 def item_of(row, problems, source) -> Item:
     """Makes an item of a row. problems: their ids. Raises ValueError if it is none of a memory."""
-    is_item = set(row) == set(NAMES) and row["kind"] in KINDS.get(row["tier"], ())
-    if is_item:
-        steps = [row["id"], row["born"], row["policy_step"] or 0, row["ended"] or 0]
-        is_item = all(type(step) is int and step >= 0 for step in steps)
-        is_item &= is_json(row["evidence"]) and isinstance(row["text"], str)
-        is_item &= row["problem"] == "" if row["tier"] == "behavior" else row["problem"] in problems
+    if not (isinstance(row, dict) and set(row) == set(NAMES) and has_types(row)):
+        raise ValueError(f"{source} has an item that no memory has: {str(row)[:80]}")
+    names = [name for name in (*TEXTS, *PERHAPS_TEXTS) if row[name] is not None]
+    row = row | {name: clean(row[name]) for name in names}
+    is_item = row["kind"] in KINDS.get(row["tier"], ())
+    is_item &= row["problem"] == "" if row["tier"] == "behavior" else row["problem"] in problems
     if not is_item:
         raise ValueError(f"{source} has an item that no memory has: {str(row)[:80]}")
-    texts = {name: clean(row[name]) for name in TEXTS if row[name] is not None}
-    return Item(**{**row, **texts})
+    return Item(**row)
 
 
-def is_json(text) -> bool:
+def has_types(row) -> bool:
+    """Says whether the values of a row with an item's names are of an item's types."""
+    steps = [row["born"], row["policy_step"] or 0, row["ended"] or 0]
+    texts = [row[name] for name in TEXTS] + [row[name] or "" for name in PERHAPS_TEXTS]
+    reward = row["reward"] or 0.0
+    sources = loaded(row["evidence"])  # ids: texts, or numbers of items
+    return (
+        is_count(row["id"], LARGEST)
+        and all(is_count(step, LAST_STEP) for step in steps)
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(reward, (int, float))
+        and abs(reward) <= LARGEST
+        and isinstance(sources, list)
+        and all(isinstance(source, (str, int)) for source in sources)
+    )
+
+
+def is_count(value, most) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def are_caps(text) -> bool:
+    """Says whether a text is the caps of a memory: what show_memory.py reads of them."""
+    caps = loaded(text)
+    return isinstance(caps, dict) and is_count(caps.get("strategy"), LARGEST)
+
+
+def loaded(text):
+    """Reads JSON; None of what is none."""
     try:
-        json.loads(text)
-    except (TypeError, ValueError):
-        return False
-    return True
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def main(argv=None):

@@ -64,11 +64,10 @@ def holds(item, text) -> bool:
 def growth(memory) -> dict[str, np.ndarray]:
     """Counts the living items at the end of each step: {kind: (steps + 1,)}.
 
-    The steps are 0 to the last one with an event or a birth.
+    The steps are 0 to the last one that left a trace.
     """
     rows = memory.query("SELECT kind, born, ended, shortcuts != '' FROM item")
-    ((last,),) = memory.query("SELECT COALESCE(MAX(step), 0) FROM event")
-    last = max([last, *(born for _, born, *_ in rows)])
+    last = memory.last_step()
     kinds = ("success", "failure", "strategy", "lesson", "behavior", "shortcut")
     changes = {kind: np.zeros(last + 2, int) for kind in kinds}
     for kind, born, ended, flagged in rows:
