@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+import sqlite3
 import time
 from pathlib import Path
 
@@ -313,6 +314,90 @@ def test_a_run_of_another_commit_is_shown_without_what_it_lacks(folder, tmp_path
         (other / "config.json").write_text(text)
         with pytest.raises(SystemExit, match="config.json .*remove it, and the page shows 3"):
             show_memory.main([str(other), "--html"])
+
+
+def copied(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    return other
+
+
+def changed(path, change, n=None):
+    """Changes all rows of a file of JSON lines, or the row of one line."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | change if n in (None, i) else row for i, row in enumerate(rows, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+ROW = {"step": 5, "avg_at_k": 0.5, "interval": None}
+SUMMARY = {"base": ROW, "final": ROW | {"k": 4}, "dev_best": None, "test_best": ROW}
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("config.json", {"method": 5}, "config.json has 5 as its method: it has to be a text"),
+        ("config.json", {"retrieve_k": "3"}, 'config.json has "3" as its retrieve_k'),
+        ("metrics.jsonl", {"step": None}, "line 1 has null as its step"),
+        ("metrics.jsonl", {"avg_at_k": None}, "line 1 has null as its avg_at_k"),
+        ("metrics.jsonl", {"interval": 5}, "line 1 has 5 as its interval"),
+        ("metrics.jsonl", {"entropy": "x"}, 'line 1 has "x" as its entropy.* mend that line'),
+        ("metrics.jsonl", {"memory_events": {"reflection": None}}, "as its memory_events"),
+        ("summary.json", {"final": 5}, "summary.json has no scores as its final"),
+        ("summary.json", {"test_best": {"step": 5}}, "test_best of .*summary.json has no avg_at_k"),
+    ],
+)
+def test_values_of_another_type_are_named(folder, tmp_path, name, change, said):
+    other = copied(folder, tmp_path)
+    (other / "summary.json").write_text(json.dumps(SUMMARY))
+    changed(other / name, change)
+    with pytest.raises(SystemExit, match=f"show_run.py: .*{said}"):
+        show_run.main([str(other)])
+
+
+def test_a_run_without_what_its_page_says_is_named(folder, tmp_path):
+    other = copied(folder, tmp_path)
+    (other / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="config.json has no method"):
+        show_run.main([str(other)])
+    (other / "config.json").unlink()
+    with pytest.raises(SystemExit, match="config.json can't be read .*name the folder of a run"):
+        show_run.main([str(other)])
+
+
+def test_a_run_without_interval_and_commit_has_its_page(folder, tmp_path, browser):
+    """And a number that is no number is null to a browser, which does not know NaN."""
+    other = copied(folder, tmp_path)
+    rows = read_lines(other / "metrics.jsonl")
+    for row in rows:
+        row.pop("interval", None)
+    rows[1] |= {"entropy": float("nan"), "grad_norm": float("inf")}
+    rows[-1] |= {"split": "dev", "avg_at_k": float("nan")}
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed(other / "samples.jsonl", {"divergence": [0.5, float("nan")]})
+    (other / "summary.json").write_text(json.dumps({**SUMMARY, "commit": None}))
+    show_run.main([str(other)])
+    embedded = re.search(r'id="data">(.*?)</script>', (other / "run.html").read_text(), re.S)[1]
+    data = json.loads(embedded, parse_constant=pytest.fail)
+    assert data["rows"][1]["entropy"] is None and data["rows"][1]["step"] == 2
+    assert data["samples"][0]["divergence"] == [0.5, None]
+    text = opened(browser, other / "run.html")
+    assert "commit unknown" in text and "avg@4" in text
+
+
+def test_a_problem_that_is_called_bank_does_not_hide_the_bank(folder, tmp_path, browser):
+    other = copied(folder, tmp_path)
+    with sqlite3.connect(other / "memory.db") as db:
+        db.execute("UPDATE problem SET id = 'bank' WHERE id = 'p1'")
+        db.execute("UPDATE item SET problem = 'bank' WHERE problem = 'p1'")
+        db.execute("UPDATE event SET subject = 'bank' WHERE subject = 'p1'")
+    show_memory.main([str(other), "--html"])
+    opened(browser, other / "memory.html")
+    shown = browser.find_element("id", "shown")
+    browser.execute_script("at('bank').click(); show()")
+    assert shown.text.startswith("The bank of behaviors")
+    browser.execute_script("location.hash = encodeURIComponent('bank'); show()")
+    assert shown.text.startswith("bank\n") and "The bank of behaviors" not in shown.text
 
 
 def test_a_page_that_can_t_be_written_is_one_sentence(tmp_path):

@@ -30,7 +30,7 @@ from tasks import load_task
 from tasks.problem import Problem
 from tasks.sciknoweval import SCIKNOWEVAL, defects
 from tasks.verdicts import verify
-from tools import figures, report
+from tools import figures, report, run_files
 
 HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared" / "data" / "sciknoweval"
@@ -515,7 +515,7 @@ ANSWER = '{"problem": "p%d", "answer": "A", "reward": 1, "tokens": 1}\n'
             "metrics.jsonl, line 2 has no keywords",
         ),
         ("metrics.jsonl", DEV, "has no evaluation on test yet"),
-        ("metrics.jsonl", DEV + '{"step": ', "metrics.jsonl, line 2 is not JSON"),
+        ("metrics.jsonl", DEV + '{"step": \n', "metrics.jsonl, line 2 is not JSON"),
         ("config.json", '{"task": "nano",\n', "config.json, line 2 is not JSON"),
         ("config.json", '{"task": "nano"}', "config.json has no model"),
         (
@@ -535,6 +535,86 @@ def test_broken_runs_are_named(make_run, name, text, message):
     with pytest.raises(SystemExit, match=message) as caught:
         ev.main(pmd.parse_flags, ["compare", str(run)])
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_is_being_written_is_compared(make_run):
+    """A kill, or a step that is being logged, leaves a line without its end."""
+    whole, cut = Path(make_run("whole")), Path(make_run("cut"))
+    path = cut / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 11, "seco')
+    theirs = report.compare([str(whole)]).replace(str(whole), "")
+    assert report.compare([str(cut)]).replace(str(cut), "") == theirs
+
+
+def rewritten(path, change, where=lambda row: True):
+    """Changes the rows of a file for which `where` is true."""
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    rows = [row | change if where(row) else row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_answers_that_were_cut_are_named(make_run):
+    """Also where the cut leaves each problem its samples: metrics.jsonl knows how many there were."""
+    run = Path(make_run("run"))
+    rewritten(run / "metrics.jsonl", {"n_problems": 4, "k": 2}, lambda row: "split" in row)
+    assert " 4 x 2 " in report.compare([str(run)])
+    path = run / "evals" / "10-test.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for some, held in ((lines[:-2], "3 problems with 2"), (lines[::2], "4 problems with 1")):
+        path.write_text("".join(some))
+        said = f"10-test.jsonl has {held} samples each, where metrics.jsonl says 4 with 2"
+        with pytest.raises(SystemExit, match=said):
+            ev.main(pmd.parse_flags, ["compare", str(run)])
+
+
+ODD = [
+    ("metrics.jsonl", {"seconds": 5}, "its seconds: it has to be an object of numbers"),
+    ("metrics.jsonl", {"seconds": {"attempt": "x"}}, "seconds: it has to be an object of numbers"),
+    ("metrics.jsonl", {"avg_at_k": None}, "has null as its avg_at_k: it has to be a number"),
+    ("metrics.jsonl", {"keywords": []}, "its keywords: it has to be an object of numbers"),
+    ("metrics.jsonl", {"peak_gb": "1"}, 'has "1" as its peak_gb: it has to be a number'),
+    ("metrics.jsonl", {"step": "1"}, 'has "1" as its step: it has to be a whole number'),
+    ("metrics.jsonl", {"split": ["x"]}, "its split: it has to be a text"),
+    ("config.json", {"model": None}, "has null as its model: it has to be a text"),
+    ("config.json", {"tiers": None}, "has null as its tiers: it has to be a text"),
+    ("config.json", {"memory_from": 5}, "has 5 as its memory_from"),
+    ("config.json", {"task": ["nano"]}, "as its task: it has to be a text"),
+    ("config.json", {"task": "livecodebench", "since": 5}, "has 5 as its since"),
+    ("evals/10-test.jsonl", {"reward": "1"}, 'has "1" as its reward: it has to be a number'),
+    ("evals/10-test.jsonl", {"problem": []}, "as its problem: it has to be a text"),
+    ("evals/10-test.jsonl", {"answer": ["A"]}, "as its answer: it has to be a text"),
+    ("evals/10-test.jsonl", {"tokens": None}, "as its tokens: it has to be a number"),
+]
+
+
+@pytest.mark.parametrize("name, change, message", ODD)
+def test_values_of_another_type_are_named(make_run, name, change, message):
+    run = Path(make_run("odd"))
+    rewritten(run / name, change)
+    for command in ("compare", "figures"):
+        with pytest.raises(SystemExit, match=f"{Path(name).name}.*{message}") as caught:
+            ev.main(pmd.parse_flags, [command, str(run)])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b'{"task": "\xe9"}', "config.json can't be read .*UTF-8"),
+        (b"[" * 100_000, "config.json can't be read .*Recursion"),
+        (b"5", "config.json is not a JSON object"),
+    ],
+    ids=["latin-1", "deep", "number"],
+)
+def test_a_config_that_is_none_is_named(make_run, data, message):
+    run = Path(make_run("odd"))
+    (run / "config.json").write_bytes(data)
+    with pytest.raises(SystemExit, match=message):
+        ev.main(pmd.parse_flags, ["compare", str(run)])
+
+
+def test_the_flags_of_every_run_are_of_the_types_that_are_read():
+    assert run_files.need(vars(pmd.Config()), run_files.CONFIG, "") == vars(pmd.Config())
 
 
 def test_the_last_words_of_a_run_say_of_what_they_speak():

@@ -14,6 +14,7 @@ from memory import BEHAVIORS, CLOSING, LESSONS, SOLUTION, STRATEGIES
 from runtime.files import read_json, read_rows
 from runtime.store import Store, nearest
 from tools.page import write_page
+from tools.run_files import need
 from tools.show_memory import growth
 
 KINDS = ("success", "failure", "strategy", "lesson", "behavior")
@@ -98,7 +99,7 @@ def write_memory_page(path) -> Path:
     config = path.with_name("config.json")
     if config.is_file():
         cure = f"remove it, and the page shows {SHOWN} behaviors"
-        shown = read_json(config, cure).get("retrieve_k", SHOWN)
+        shown = need(read_json(config, cure), [], config).get("retrieve_k", SHOWN)
     data = memory_data(Store(path, frozen=True), samples, shown)
     data["run"] = path.with_name("run.html").is_file() or config.is_file()
     return write_page(path.with_name("memory.html"), "memory.html", title=f"{path}", data=data)

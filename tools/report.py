@@ -18,8 +18,8 @@ import pandas as pd
 
 from eval import Answers, interval, names, resample
 from runtime.tables import aligned, percent
-from tasks.files import json_lines
 from tasks.livecodebench import WINDOW
+from tools.run_files import answers_of, metrics_of, need_whole, read_config
 
 # ------------------------------------------------------------------------------------------------
 # The paper's rows, columns and numbers
@@ -96,38 +96,10 @@ COSTS = {(QWEN, "SDPO"): "37.0 54.6", (QWEN, "PMD"): "53.6 54.9"}  # Table 7: se
 # Runs, and the rows of tables that they make
 # ------------------------------------------------------------------------------------------------
 
-# The keys that are read of config.json, of two kinds of rows in metrics.jsonl, and of evals/.
-CONFIG = "task model method seed tiers memory_from retrieve_k".split()
-STEP = "step seconds keywords memory".split()
-EVALUATION = "step avg_at_k".split()
-ANSWER = "problem reward answer tokens".split()
 # The options in which the seeds of one row may differ.
 FREE = (
     "seed name out resume device nproc data memory_from log log_every save_every keep max_minutes"
 ).split()
-
-
-def need(row, keys, where) -> dict:
-    """Returns the row.
-
-    Raises ValueError if it lacks one of the keys.
-    """
-    for key in keys:
-        if key not in row:
-            raise ValueError(f"{where} has no {key}")
-    return row
-
-
-def read_config(path) -> dict:
-    """Reads a config.json.
-
-    Raises ValueError if it is not JSON, or lacks a key that is read here.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno} is not JSON: {error.msg}") from error
-    return need(config, CONFIG, path)
 
 
 def task_of(config) -> str:
@@ -179,6 +151,7 @@ class Run:
     selected: {base, final, dev, test: step}, the checkpoints that are reported.
     looks: how many checkpoints were evaluated on test.
     steps, seconds: of the training steps, their rows of metrics.jsonl and their durations.
+    tests: {step: row of metrics.jsonl} of the evaluations on test.
     Raises ValueError if the folder holds no run, or no evaluation on test.
     """
 
@@ -193,13 +166,14 @@ class Run:
         self.task = task_of(self.config)
         self.model, self.label, self.series = names_of(self.config)
         self.answered = {}
-        self.steps, self.seconds = [], []
+        self.steps, self.seconds, self.tests = [], [], {}
         self.peak = 0
         scores = defaultdict(dict)
-        for n, row in json_lines(metrics):
-            need(row, EVALUATION if "split" in row else STEP, f"{metrics}, line {n}")
+        for row in metrics_of(metrics):
             if "split" in row:
                 scores[row["split"]][row["step"]] = row["avg_at_k"]
+                if row["split"] == "test":
+                    self.tests[row["step"]] = row
                 continue
             spent = [t for name, t in row["seconds"].items() if name not in ("evaluate", "save")]
             self.steps.append(row)
@@ -217,8 +191,9 @@ class Run:
         step = self.selected[which]
         if step not in self.answered:
             path = self.folder / f"evals/{step}-test.jsonl"
-            rows = [need(row, ANSWER, f"{path}, line {n}") for n, row in json_lines(path)]
-            self.answered[step] = Answers.of(rows, path)
+            found = Answers.of(answers_of(path), path)
+            need_whole(path, *found.rewards.shape, self.tests[step])
+            self.answered[step] = found
         return self.answered[step]
 
 

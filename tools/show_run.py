@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime.files import RunError, read_json, read_rows
+from runtime.files import RunError, read_rows
 from tools.memory_page import write_memory_page
 from tools.page import write_page
+from tools.run_files import metrics_of, read_object, summary_of
 
 GAPS = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token between sampler and trainer
 LOST = 0.2  # share of the replies without a well-formed item
+ABOUT = "method task model seed".split()  # of config.json
 DECIDED = 0.9  # share of rollouts that are right, above which a small entropy is no alarm
 
 
@@ -45,7 +47,7 @@ def collapse(rows) -> dict:
     if not devs:
         return alarm("collapse", False, "there is no dev split to tell it by")
     best, last = max(devs, key=lambda row: row["avg_at_k"]), devs[-1]
-    halves = [np.ptp(row["interval"]) / 2 for row in (best, last) if row["interval"]]
+    halves = [np.ptp(row["interval"]) / 2 for row in (best, last) if row.get("interval")]
     fall, half = best["avg_at_k"] - last["avg_at_k"], max(halves, default=0.0)
     says = f"dev is {last['avg_at_k']:.3f} at step {last['step']}, its best"
     says += f" {best['avg_at_k']:.3f} at step {best['step']}, give or take {half:.3f}"
@@ -116,20 +118,19 @@ def write_run_page(folder) -> Path:
     Raises RunError, ValueError or OSError if the folder's files can't be read.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json", "name the folder of a run")
-    rows = read_rows(folder / "metrics.jsonl")
-    samples, summary = [], None
+    config = read_object(folder / "config.json", ABOUT)
+    rows = metrics_of(folder / "metrics.jsonl", ["step"])
+    summary = summary_of(folder / "summary.json")
+    samples = []
     if (folder / "samples.jsonl").is_file():
         samples = read_rows(folder / "samples.jsonl")
-    if (folder / "summary.json").is_file():
-        summary = read_json(folder / "summary.json", "finish the run with --resume")
     has_memory = (folder / "memory.db").is_file()
     if has_memory:
         write_memory_page(folder / "memory.db")
     about = f"{config['method']} on {config['task']} with {config['model']}, seed {config['seed']}"
     about += f"; alpha {config.get('alpha', 'unknown')}"
     if summary:
-        about += f"; commit {summary.get('commit', 'unknown')[:9]}"
+        about += f"; commit {str(summary.get('commit') or 'unknown')[:9]}"
     data = {
         "rows": rows,
         "samples": samples,

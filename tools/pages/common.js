@@ -20,8 +20,9 @@ function draw(tag, attributes, text) {
   return element;
 }
 
+// A number that is not finite comes as null.
 const number = (value) =>
-  value === 0 ? "0" : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en")
+  value === null ? "unknown" : value === 0 ? "0" : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en")
     : Math.abs(value) < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 
 function ticksOf(low, high, count) {
@@ -45,7 +46,7 @@ function chart(title, series, { floor = 0, ceiling, marks = [] } = {}) {
     return box;
   }
   const steps = points.map((p) => p[0]).concat(marks.map((m) => m[0]));
-  const values = points.flatMap((p) => p.slice(1).filter((v) => v !== undefined));
+  const values = points.flatMap((p) => p.slice(1).filter((v) => typeof v === "number"));
   const first = steps.reduce((a, b) => Math.min(a, b)), last = steps.reduce((a, b) => Math.max(a, b));
   const low = values.reduce((a, b) => Math.min(a, b), floor);
   const largest = values.reduce((a, b) => Math.max(a, b), ceiling ?? low);

@@ -8,6 +8,7 @@ for (const [problem, step, right, all, offered] of data.visits) problems[problem
 for (const p of problems) p.samples = data.samples.filter((sample) => sample.problem === p.id);
 
 let now = data.last, since = Math.max(0, data.last - Math.ceil(data.last / 8)), words = "", chosen = null, shownProblems = problems;
+const BANK = "/bank";  // its place in the address: in that of a problem a / is written %2F
 const ROW = 50;  // height of a row of the list, as in style.css
 const lives = (item, step) => item.born <= step && step < item.ended;
 const isNew = (item) => item.born > since && lives(item, now);
@@ -169,9 +170,10 @@ function growth() {
 }
 
 function show() {
-  const name = decodeURIComponent(location.hash.slice(1));
+  const place = location.hash.slice(1), name = decodeURIComponent(place);
   chosen = problemOf.get(name) ?? null;
-  at("shown").replaceChildren(chosen ? story(chosen) : name === "bank"
+  if (place === BANK) chosen = null;
+  at("shown").replaceChildren(chosen ? story(chosen) : place === BANK || name === "bank"
     ? make("div", {}, make("h2", { style: "margin-top: 0" }, "The bank of behaviors"), section("Behaviors", words ? bank.filter(holds) : bank, "none yet"))
     : growth());
   paint();
@@ -200,7 +202,7 @@ at("search").addEventListener("input", () => {
 });
 at("order").addEventListener("change", list);
 at("list").addEventListener("scroll", paint);
-at("bank").addEventListener("click", () => { location.hash = "bank"; });
+at("bank").addEventListener("click", () => { location.hash = BANK; });
 addEventListener("hashchange", () => { scrollTo(0, 0); show(); });
 at("about").textContent = `${problems.length} problems, ${items.length} items over ${data.last} steps. `
   + (data.cut ? `Longer texts are cut after ${data.cut} characters: show_memory.py show --problem prints them whole.` : "");

@@ -1,9 +1,10 @@
 const steps = data.rows.filter((row) => !row.split);
-const evaluations = (split) => data.rows.filter((row) => row.split === split)
+const evaluations = (split) => data.rows.filter((row) => row.split === split && typeof row.avg_at_k === "number")
   .map((row) => [row.step, row.avg_at_k, ...(row.interval ?? [])]);
 const column = (...keys) => steps
   .map((row) => [row.step, keys.reduce((value, key) => value?.[key], row)])
   .filter(([, value]) => typeof value === "number");
+const fixed = (value) => typeof value === "number" ? value.toFixed(3) : "unknown";
 const line = (name, color, points) => ({ name, color, points });
 
 for (const alarm of data.alarms) {
@@ -19,8 +20,8 @@ if (data.summary) {
   for (const [key, name] of Object.entries(names)) {
     const found = data.summary[key];
     if (!found) continue;
-    const interval = found.interval ? `[${found.interval.map((v) => v.toFixed(3)).join(", ")}]` : "none";
-    table.append(make("tr", {}, ...[name, found.step, found.avg_at_k.toFixed(3), interval]
+    const interval = found.interval ? `[${found.interval.map(fixed).join(", ")}]` : "none";
+    table.append(make("tr", {}, ...[name, found.step, fixed(found.avg_at_k), interval]
       .map((cell) => make("td", {}, String(cell)))));
   }
   at("results").append(table);
