@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from runtime import replies
-from runtime.replies import MAX_REPLY, SENTENCE_END, parse, strip_thoughts, text_of
+from runtime.replies import MAX_REPLY, SENTENCE_END, TAG, parse, strip_thoughts, text_of
 
 Format = Literal["json", "guided", "lines"]
 
@@ -106,10 +106,11 @@ LINES = {
 REQUESTS = ("contrastive", "strategies_only", "lessons_only", "cold_start", "decide")  # of Forms
 LINE = re.compile(
     r"(?i)^[\W\d]*(strategy|lesson|behavior|new|update|remove)\b"
-    r"[^\w:.-]*(?:\d+[^\w:.-]*)?[:.-][\s*_]*(\S.*)$"
+    r"[^\w:：.-]*(?:\d+[^\w:：.-]*)?[:：.-][\s*_]*(\S.*)$"
 )
 MARKUP = "*_` "  # of Markdown, around a title or a sentence
-DIVIDER = re.compile(r"\s+[-–—]+\s+|:\s+")
+DIVIDER = re.compile(r"\s+[-–—]+\s+|:\s+|：\s*")
+LEAST_WORDS = 4  # of a line without a full stop that is more than a title; ours
 
 
 def as_lines(forms):
@@ -127,7 +128,8 @@ def as_lines(forms):
 def parse_lines(reply) -> dict | None:
     """Returns {key: its rows} as replies.parse does, of a reply in lines; None if it has none.
 
-    A line without a divider is its own title.
+    A line without a divider is its own title. A mere title has no content: see items_under, which
+    counts it.
     """
     found = {}
     for kind, text in whole_lines(reply)[0]:
@@ -139,17 +141,34 @@ def parse_lines(reply) -> dict | None:
 def whole_lines(reply) -> tuple[list[tuple[str, str]], bool]:
     """Returns (kind, text) of each line of a reply that has a kind, and whether one was left out.
 
-    A last line that does not end as a sentence was perhaps cut by the limit: it is left out where
-    another stands before it. The name of a behavior to remove is no sentence.
+    A line without a kind belongs to the title before it, if that has no content of its own. A last
+    line that does not end as a sentence was perhaps cut by the limit: it is left out where another
+    stands before it. The name of a behavior to remove is no sentence.
     """
-    text = strip_thoughts(str(reply)[:MAX_REPLY])
-    lines = [line for line in text.splitlines() if line.strip()]
-    matches = [LINE.match(line) for line in lines]
-    rows = [(match[1].lower(), match[2]) for match in matches if match]
-    is_cut = matches and matches[-1] and not SENTENCE_END.search(lines[-1].rstrip())
+    text = strip_thoughts(str(reply)[:MAX_REPLY], TAG)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    rows, last = [], None  # the last line that is of a row
+    for n, line in enumerate(lines):
+        match = LINE.match(line)
+        if match:
+            rows.append((match[1].lower(), match[2]))
+        elif rows and last == n - 1 and is_title(*rows[-1]):
+            kind, title = rows[-1]
+            rows[-1] = kind, f"{title.rstrip(MARKUP + ':：')}: {line.lstrip('-•' + MARKUP)}"
+        else:
+            continue
+        last = n
+    is_cut = rows and last == len(lines) - 1 and not SENTENCE_END.search(lines[-1])
     if len(rows) > 1 and is_cut and rows[-1][0] != "remove":
         return rows[:-1], True
     return rows, False
+
+
+def is_title(kind, text) -> bool:
+    """Says whether a line can be a title whose content stands on the next line."""
+    if kind == "remove":
+        return False
+    return not DIVIDER.search(text_of(text)) and not SENTENCE_END.search(text)
 
 
 def was_cut(reply) -> bool:
@@ -160,7 +179,9 @@ def was_cut(reply) -> bool:
 def row_of(kind, text) -> tuple[str, dict]:
     """Returns the list that a line belongs to, and its row."""
     title, *rest = [part.strip(MARKUP) for part in DIVIDER.split(text_of(text), maxsplit=1)]
-    content = rest[0] if rest else title
+    content = rest[0] if rest else ""
+    if not rest and (SENTENCE_END.search(title) or len(title.split()) >= LEAST_WORDS):
+        content = title
     if kind == "strategy":
         return "strategies", {"title": title, "content": content}
     if kind == "lesson":

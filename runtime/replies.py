@@ -11,17 +11,6 @@ from json_repair import repair_json
 
 from runtime.chat import clean, plain
 
-
-def strip_thoughts(text) -> str:
-    """A solution without its <think> part, which SDPO strips too.
-
-    Some templates open the part in the prompt, so that a completion only ends it.
-    """
-    before, end, after = text.rpartition("</think>")  # after it no thought ends: linear in time
-    text = re.sub(r"<think>.*?</think>", "", before + end, flags=re.DOTALL) + after
-    return text.rpartition("</think>")[2].strip()
-
-
 MAX_REPLY, MAX_ITEMS, MAX_CONTENT = 20_000, 16, 2_000  # characters, items, characters; ours
 # Where a reply holds what it was asked for: a key and the list (or the one object, or a text, which
 # is none) behind it
@@ -33,17 +22,45 @@ ASKED = re.compile(
 # Python 3.11.2 misreads a possessive group
 STRING = r"""(?P<quote>["'])(?:\\.?|(?!(?P=quote)\s*+(?:[,:}\]]|\Z))[^\\])*(?P=quote)?"""
 # Where a model's thoughts begin and end: <think>, <thinking>, [THINK], <|begin_of_thought|> ...
-THOUGHTS = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
-TAG = (
-    rf"(?P<begins><{THOUGHTS}\s?>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>)|"
-    rf"(?P<ends></{THOUGHTS}\s?>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>)"
-)
-PIECE = re.compile(rf"{TAG}|[\[{{,:](?:\s*+{STRING})?|[\]}}]", re.S | re.I)
-TAG = re.compile(TAG, re.I)
+THOUGHTS = r"think(?:ing)?|thoughts?"
+# What a task may ask for, as SciKnowEval asks for <reasoning>: thoughts in a memory's reply alone
+ASKED_THOUGHTS = rf"{THOUGHTS}|reasoning|analysis|scratchpad"
+
+
+def tag_of(names) -> str:
+    """The expression of a tag with one of the names, or of one that models have of their own."""
+    names = rf"(?:seed:)?(?:{names})\s?"
+    begins = rf"<{names}>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>"
+    ends = rf"</{names}>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>"
+    return rf"(?P<begins>{begins})|(?P<ends>{ends})"
+
+
+PIECE = re.compile(rf"{tag_of(ASKED_THOUGHTS)}|[\[{{,:](?:\s*+{STRING})?|[\]}}]", re.S | re.I)
+TAG = re.compile(tag_of(ASKED_THOUGHTS), re.I)
+OWN_TAG = re.compile(tag_of(THOUGHTS), re.I)
 # The end of a text that is whole. A closing quote alone does not tell: it may open a quotation that
 # the limit cut
 SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][^\w\s]*\Z")
 MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
+
+
+def strip_thoughts(text, tag=OWN_TAG) -> str:
+    """A text without a model's thoughts, of which SDPO strips <think>, too.
+
+    tag: of a solution OWN_TAG, since a task may ask for its <reasoning>; TAG of a memory's reply.
+    Some templates open the thoughts in the prompt, so that a completion only ends them.
+    """
+    kept, start, begun = [], 0, None
+    for found in tag.finditer(text):
+        if found["begins"]:
+            begun = found.start() if begun is None else begun
+            continue
+        if begun is None:  # in the prompt
+            kept.clear()
+        else:
+            kept.append(text[start:begun])
+        start, begun = found.end(), None
+    return "".join([*kept, text[start:]]).strip()
 
 
 @dataclass

@@ -116,6 +116,27 @@ def test_lines_ask_for_lines_and_change_no_other_sentence():
         ("<think>Lesson: no - none.</think>\nLesson: yes - one.", {"lessons": [("yes", "one.")]}),
         ("Lesson: a - one.\nLesson: b - cut off by the li", {"lessons": [("a", "one.")]}),
         ("Lesson: a - without a stop", {"lessons": [("a", "without a stop")]}),
+        (
+            "### Strategy: Units\n\nCheck the units.",
+            {"strategies": [("Units", "Check the units.")]},
+        ),
+        ("**Lesson: Signs**\n- Look twice.\nGood luck!", {"lessons": [("Signs", "Look twice.")]}),
+        ("Lesson: a\nOne.\nLesson: b\nCut off by the li", {"lessons": [("a", "One.")]}),
+        ("Lesson: Add the tens.\nThat is all.", {"lessons": [("Add the tens.",) * 2]}),
+        ("Strategy: add the tens first", {"strategies": [("add the tens first",) * 2]}),
+        ("Strategy：Units：Check them.", {"strategies": [("Units", "Check them.")]}),
+        ("Lesson 2： 单位 - 先检查。", {"lessons": [("单位", "先检查。")]}),
+        *(
+            (
+                f"{begin}\nStrategy: bad - thought only.\n{end}\nStrategy: Units - Check units.",
+                {"strategies": [("Units", "Check units.")]},
+            )
+            for begin, end in (
+                ("[THINK]", "[/THINK]"),
+                ("<reasoning>", "</reasoning>"),
+                ("", "</Think>"),
+            )
+        ),
         ("I would add them.", {}),
         ("", {}),
     ],
@@ -128,12 +149,26 @@ def test_lines_are_read(reply, wanted):
     assert (found is None) == (not wanted)
 
 
+def test_a_title_without_content_is_counted_and_not_stored():
+    found = parse_lines("### Strategy: Units\n### Lesson: Signs\nStrategy: tens - Add them first.")
+    assert items_under(found, "strategies", "title", "content") == (
+        [("tens", "Add them first.")],
+        1,
+    )
+    assert items_under(found, "lessons", "title", "content") == ([], 1)
+    found = parse_lines("New: behavior_units\nRemove: behavior_a\nUpdate: behavior_b\nDo it.")
+    writes, removes, odd = decisions(found)
+    assert (writes, removes, odd) == ([("behavior_b", "Do it.")], ["behavior_a"], 1)
+
+
 @pytest.mark.parametrize(
     "reply, cut",
     [
         ("Lesson: a - one.\nLesson: b - cut off by the li", True),
         ("Lesson: a - one.\nLesson: b - two.", False),
         ("Lesson: a - without a stop", False),
+        ("Lesson: a\nOne.\nLesson: b\nCut off by the li", True),
+        ("Lesson: a\nOne.\nLesson: b\nTwo.", False),
         ("Update: behavior_b - Better.\nRemove: behavior_c", False),
         ('{"lessons": [{"title": "a", "content": "b."}, {"title": "c", "cont', True),
         ('{"lessons": [{"title": "a", "content": "b."}]}', False),

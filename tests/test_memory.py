@@ -450,6 +450,38 @@ def test_thoughts_are_stripped_in_linear_time():
     assert strip_thoughts("<think>a<think>b</think>c</think> d") == "d"
 
 
+@pytest.mark.parametrize(
+    "begin, end",
+    [
+        ("<think>", "</think>"),
+        ("<Think>", "</Think>"),
+        ("<thinking>", "</thinking>"),
+        ("<thought>", "</thought>"),
+        ("<seed:think>", "</seed:think>"),
+        ("[THINK]", "[/THINK]"),
+        ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ],
+)
+def test_thoughts_of_every_form_are_stripped(begin, end):
+    assert strip_thoughts(f"{begin}wrong road{end}Answer B") == "Answer B"
+    assert strip_thoughts(f"wrong road{end} Answer B") == "Answer B"  # the prompt began it
+    assert strip_thoughts(f"a {begin}b{end} c {begin}d{end} e") == "a  c  e"
+    assert strip_thoughts(f"Answer {begin}B") == f"Answer {begin}B"
+    start = time.process_time()
+    for text in (begin * 40_000, "a" + end + begin * 40_000, (begin + end) * 40_000, end * 40_000):
+        strip_thoughts(text)
+    assert time.process_time() - start < 2
+
+
+def test_what_a_task_asks_for_is_no_thought():
+    """SciKnowEval wants its reasons in tags: a solution without them would teach a letter alone."""
+    solution = "<reasoning>\nIons.\n</reasoning>\n<answer>\nB\n</answer>"
+    assert strip_thoughts(f"<think>hm</think>\n{solution}") == solution
+    assert solution in mem.compose("Why?", solution=solution)
+
+
 # A formula as a model writes it into JSON, with too few backslashes
 FORMULAS = [
     r"\nu = c/\lambda",
