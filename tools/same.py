@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,17 +34,27 @@ FLAGS = (
 ).split()
 
 
+def git(*words) -> subprocess.CompletedProcess:
+    """Runs a git command in this checkout."""
+    return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True)
+
+
 @contextlib.contextmanager
 def worktree(commit):
     """A temporary checkout of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "other")
-        git = ["git", "-C", HERE, "worktree"]
-        subprocess.run([*git, "add", "--quiet", "--detach", path, commit], check=True)
+        made = git("worktree", "add", "--quiet", "--detach", path, commit)
+        if made.returncode:
+            sys.exit(
+                f"same.py: git can't make a worktree of {commit}"
+                f" ({' '.join(made.stderr.split()[-40:])}): let this user write in {HERE}/.git and"
+                f" in {folder}"
+            )
         try:
             yield path
         finally:
-            subprocess.run([*git, "remove", "--force", path], check=True)
+            git("worktree", "remove", "--force", path)
 
 
 def rows_of(checkout, method, steps, out) -> list[dict]:
@@ -91,8 +102,9 @@ def main():
         )
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
-    verify = ["git", "-C", HERE, "rev-parse", "--verify", "--quiet", args.commit + "^{commit}"]
-    if subprocess.run(verify, capture_output=True).returncode:
+    if not shutil.which("git"):
+        parser.error("there is no git here to take the other commit from: install it")
+    if git("rev-parse", "--verify", "--quiet", args.commit + "^{commit}").returncode:
         parser.error(f"{args.commit} is no commit of {HERE}")
     different = False
     with worktree(args.commit) as other, tempfile.TemporaryDirectory() as folder:
