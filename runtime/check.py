@@ -337,7 +337,7 @@ def check_fork(cfg, method):
             f" there: {kept}"
         )
     forked = read_json(folder / "config.json", "it says which model the checkpoint is of")
-    if forked.get("method") == "frozen-memory" and method.remembers:
+    if forked.get("memory_from") and method.remembers:  # of whatever method
         raise ValueError(
             f"--from {cfg.fork_from} has the memory of another run, whose steps are not its own, so"
             f" that --method {cfg.method} can't go on writing it; fork the run that wrote it"
@@ -566,10 +566,11 @@ def check_lengths(task, tokenizer, cfg, reads, method):
     Raises ValueError if there are too few of either.
     """
     try:
-        shape = AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model))
+        # of a model that reads pictures, too, the part that reads text
+        shape = AutoConfig.from_pretrained(MODELS.get(cfg.model, cfg.model)).get_text_config()
     except (OSError, ValueError) as error:
         raise unreadable(cfg, "config.json", error) from error
-    vocabulary = getattr(shape.get_text_config(), "vocab_size", None)
+    vocabulary = getattr(shape, "vocab_size", None)
     if vocabulary and cfg.top_k > vocabulary:
         raise ValueError(
             f"--top_k {cfg.top_k} is more than the {vocabulary} tokens of {cfg.model}; 0 takes all"

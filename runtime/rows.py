@@ -187,7 +187,8 @@ def require_small_gap(gaps, step, cfg) -> Counter:
     wrong ratios.
     """
     gap = functools.reduce(add, gather(functools.reduce(add, gaps, Counter())), Counter())
-    if (mean := gap["sampler_gap"] / max(1, gap["compared"])) > cfg.max_sampler_gap:
+    mean = gap["sampler_gap"] / max(1, gap["compared"])
+    if not mean <= cfg.max_sampler_gap:  # a NaN is neither
         raise FloatingPointError(
             f"sampler and trainer differ by {mean:.3f} nats a token at step {step}, more than "
             f"--max_sampler_gap {cfg.max_sampler_gap}: the sampler does not run the trained weights"

@@ -41,6 +41,12 @@ def table(summaries) -> str:
     return "\n".join(f"{name:{width}s}  {text}" for name, text in rows.items())
 
 
+def drawn(text) -> str:
+    """A name as matplotlib draws it: a $ begins no formula, and a leading _ hides no label."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def plot_curves(curves, path, title):
     """Draws learning curves on test with their intervals, as a PNG.
 
@@ -52,10 +58,11 @@ def plot_curves(curves, path, title):
         steps = [row["step"] for row in tests]
         values = [row["avg_at_k"] for row in tests]
         bounds = [row["interval"] or [row["avg_at_k"]] * 2 for row in tests]
-        (line,) = axes.plot(steps, values, marker="o", markersize=3, label=name)
+        (line,) = axes.plot(steps, values, marker="o", markersize=3, label=drawn(name))
         color = line.get_color()
         axes.fill_between(steps, *np.transpose(bounds), color=color, alpha=0.15, linewidth=0)
-    axes.set(xlabel="step", ylabel="share of answers that are right", title=title, ylim=(0, 1.02))
+    axes.set(xlabel="step", ylabel="share of answers that are right", ylim=(0, 1.02))
+    axes.set_title(drawn(title))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
@@ -103,10 +110,11 @@ def evaluated(name, found) -> str:
 def model_card(summary) -> str:
     """Writes the card of a trained model: what it was made by, and its scores with intervals.
 
-    The head is the metadata that the Hub reads. A base model in a folder has no name there.
+    The head is the metadata that the Hub reads. A base model in a folder has no name there, even
+    if the folder's path reads like one.
     """
     name = summary["model"]
-    is_named = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    is_named = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir()
     base = [f"base_model: {name}"] if is_named else []
     head = ["---", "library_name: transformers", *base, "tags: [pmd, self-distillation]", "---"]
     lines = [*head, "", f"# {Path(name).name}, trained by {summary['method']}", ""]

@@ -49,7 +49,7 @@ class VLLM(Sampler):
         cfg, self.cuda, self.awake = self.cfg, self.trained.device.type == "cuda", True
         longest = min(
             cfg.max_reprompt + max(cfg.max_completion, cfg.memory_completion),
-            self.trained.config.max_position_embeddings,
+            self.trained.config.get_text_config().max_position_embeddings,
         )
         if self.cuda:
             memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization}

@@ -6,14 +6,16 @@ The table of docs/running.md is made from this list: python tests/test_architect
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import small_config
 from test_templates import CHATML, a_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 import pmd
+from runtime import check
 from runtime.model import load_policy
 from runtime.ranks import Unsupported
 from runtime.rows import Continuation, own_logprobs
@@ -157,6 +159,19 @@ def table() -> str:
 
 def test_the_table_of_the_docs_is_this_list():
     assert table() in (HERE / "docs" / "running.md").read_text()
+
+
+def test_the_positions_of_a_model_that_reads_pictures_too(make_config, monkeypatch):
+    """Its config.json holds one for each part, and the numbers of text stand in that of text."""
+    shape = Gemma3Config(text_config={"max_position_embeddings": 100, "vocab_size": 50})
+    found = SimpleNamespace(from_pretrained=lambda name: shape)
+    monkeypatch.setattr(check, "AutoConfig", found)
+    cfg = make_config(max_prompt=90, max_completion=10)
+    check.check_lengths(None, None, cfg, 0, None)
+    with pytest.raises(ValueError, match="has 100 positions, and a prompt of 91 tokens"):
+        check.check_lengths(None, None, dataclasses.replace(cfg, max_prompt=91), 0, None)
+    with pytest.raises(ValueError, match="--top_k 51 is more than the 50 tokens"):
+        check.check_lengths(None, None, dataclasses.replace(cfg, top_k=51), 0, None)
 
 
 if __name__ == "__main__":

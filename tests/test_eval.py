@@ -220,6 +220,10 @@ def test_curves_are_drawn(tmp_path):
     ]
     plot_curves({"pmd": rows}, tmp_path / "c.png", "t")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    for name in (r"$\frac$", "_mine", "one $", r"a\$b$"):  # formulas that are none
+        plot_curves({name: rows}, tmp_path / "d.png", name)
+        assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "d.png").unlink()
 
 
 # -- the embedded world

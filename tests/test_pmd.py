@@ -1055,6 +1055,8 @@ def test_the_gap_that_stops_a_run_is_a_mean_over_tokens(make_config):
     assert found == {"sampler_gap": pytest.approx(0.7), "sampler_gap_max": 0.4, "compared": 10}
     with pytest.raises(FloatingPointError, match="differ by 0.117 nats"):
         require_small_gap([*gaps, {"sampler_gap": 0.7, "compared": 2}], 1, make_config())
+    with pytest.raises(FloatingPointError, match="differ by nan nats"):
+        require_small_gap([*gaps, {"sampler_gap": math.nan, "compared": 2}], 1, make_config())
 
 
 def test_a_micro_batch_is_measured_by_the_longest_prompt_that_is_read(problems, make_config):

@@ -716,6 +716,15 @@ def test_figures_and_their_data(make_run, tmp_path, capsys):
     assert [(int(r["x"]), float(r["value"])) for r in rows] == [(s, 7.0 * s) for s in range(1, 11)]
 
 
+@pytest.mark.parametrize("name", [r"$\frac$", "_mine"])
+def test_figures_draw_names_that_are_no_formulas(make_run, tmp_path, name):
+    run = make_run("a", method=name, task=name, model=f"x/{name}")
+    said = figures.draw_figures([run], tmp_path / "f")
+    assert said.count("nothing to draw") == 1  # no memory was in a prompt
+    for n in (3, 4, 5, 6):
+        assert (tmp_path / f"f/figure{n}.png").is_file()
+
+
 def test_figures_show_all_of_their_data(tmp_path, monkeypatch):
     """No series is cut off because an earlier one was lower, nor lost because a panel lacks it."""
     monkeypatch.setattr(figures.plt, "close", lambda figure: None)

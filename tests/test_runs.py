@@ -38,7 +38,7 @@ from runtime.checkpoint import (
 )
 from runtime.files import RunError, append, read_lines, write_lines
 from runtime.jobs import failure
-from runtime.methods import method_of
+from runtime.methods import method_class, method_of
 from runtime.model import MODELS, load_policy
 from runtime.options import check_numbers
 from runtime.provenance import FORMERLY, FREE, HERE, fingerprint, model_identity, refuse_changes
@@ -821,6 +821,46 @@ def test_the_scripts_refuse_what_means_nothing(monkeypatch, capsys, script, flag
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(Path(HERE, script)), run_name="__main__")
     assert end.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "git, said",
+    [
+        ("", "same.py: error: there is no git here .* install it"),
+        (
+            '#!/bin/sh\ncase "$*" in *worktree*) echo "no space left" >&2; exit 128;; esac\n',
+            "same.py: git can't make a worktree of HEAD .no space left.: let this user write",
+        ),
+    ],
+    ids=["without", "failing"],
+)
+def test_a_git_that_fails_is_one_sentence(tmp_path, git, said):
+    if git:
+        (tmp_path / "git").write_text(git)
+        (tmp_path / "git").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "tools/same.py", "HEAD"],
+        cwd=HERE,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "Traceback" not in done.stderr
+    assert re.search(said, done.stderr.splitlines()[-1])
+
+
+def test_a_fork_of_any_method_that_borrows_a_memory_is_refused(make_config):
+    """A method in a file of one's own may be a frozen-memory under another name."""
+    cfg = make_config(method="pmd", name="out", fork_from="borrower@2")
+    fork = Path(cfg.out, "borrower")
+    (fork / "checkpoints" / "2").mkdir(parents=True)
+    config = {"method": "mine.py", "model": cfg.model, "memory_from": "lender"}
+    (fork / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="--from borrower@2 has the memory of another run"):
+        check.check_fork(cfg, method_class("pmd"))
+    check.check_fork(cfg, method_class("sdpo"))
+    (fork / "config.json").write_text(json.dumps(config | {"memory_from": ""}))
+    check.check_fork(cfg, method_class("pmd"))
 
 
 def test_the_example_of_a_task_says_what_it_needs(monkeypatch, capsys):

@@ -251,7 +251,7 @@ def test_no_memory_reads_dev_or_test(make_config, tmp_path):
     assert summary["commit"] in card and "base_model" not in card
 
 
-def test_a_card_names_a_base_model_of_the_hub():
+def test_a_card_names_a_base_model_of_the_hub(tmp_path, monkeypatch):
     row = {"step": 0, "avg_at_k": 0.5, "k": 2, "n_problems": 9, "interval": [0.4, 0.6]}
     summary = dict(
         method="pmd", data="gsm8k", model="Qwen/Qwen3-1.7B", steps=3, rollouts=24, seed=0
@@ -260,3 +260,8 @@ def test_a_card_names_a_base_model_of_the_hub():
     card = model_card({**summary, "commit": "", "base": alone, "final": {**row, "step": 3}})
     assert "\nbase_model: Qwen/Qwen3-1.7B\n" in card
     assert "| base | 0 | 0.500 |" in card and "| final | 3 | 0.500 [0.400, 0.600] |" in card
+
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    folder = {**summary, "model": "models/tiny", "commit": "", "base": row, "final": row}
+    assert "base_model" not in model_card(folder)

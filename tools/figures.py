@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from eval import headroom
+from runtime.tables import drawn
 from tasks.problem import SUCCESS
 from tools.report import blocks_of, unfinished
 
@@ -103,13 +104,13 @@ def draw(path, title, rows, bars=False) -> str:
         for i, name in enumerate(series):
             shown = data[(data["panel"] == panel) & (data["series"] == name)]
             draw_series(axes, shown, name, i, places, 0.8 / len(series))
-        axes.set_title(panel, fontsize=10)
+        axes.set_title(drawn(panel), fontsize=10)
         axes.grid(axis="y", alpha=0.3)
     plt.setp(row, ylim=(0, None))  # when all is drawn, or later rows would be cut off
     handles, labels = row[0].get_legend_handles_labels()
     columns = 2 if max(map(len, labels)) < 48 else 1
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(drawn(title), fontsize=11)
     figure.savefig(f"{path}.png", dpi=130)
     plt.close(figure)
     return f"{title}: {path}.png, {path}.csv"
@@ -118,14 +119,14 @@ def draw(path, title, rows, bars=False) -> str:
 def draw_series(axes, rows, label, i, places, width):
     """Draws rows (x, value, low, high) of series i: bars at their places, or a line without any."""
     x, value = rows["x"], rows["value"]
-    style = {"label": label, "capsize": 2}
+    style = {"label": drawn(label), "capsize": 2}
     if rows["low"].notna().any():
         style["yerr"] = np.array([value - rows["low"], rows["high"] - value]).clip(0)
     if places:
         left = [places.index(place) + i * width - 0.4 for place in x]
         hatch = "//" if i > 9 else ""  # there are ten colors
         axes.bar(left, value, width, align="edge", hatch=hatch, **style)
-        axes.set_xticks(range(len(places)), places, fontsize=8)
+        axes.set_xticks(range(len(places)), [drawn(str(place)) for place in places], fontsize=8)
     else:
         marker = "o" if len(x) < 20 else ""
         line = ("-", "--", "-.", ":")[(i + i // 10) % 4]
