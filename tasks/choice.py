@@ -108,7 +108,8 @@ def verify_choice_lenient(problem, completion) -> Verdict:
         return strict
     plain = unicodedata.normalize("NFKC", strict.answer)  # full-width letters and punctuation
     plain = re.sub(r"\\(?:text|math)\w*|</?\w{1,9}>|[*$`{\\]", " ", plain.replace("\n", " ; "))
-    plain = re.sub(r"(?<![^\W_])_|_(?![^\W_])", " ", plain)  # emphasis, which \b takes for letters
+    # underscores around a word are emphasis, and \b would take them for letters
+    plain = re.sub(r"_(?:(?<![A-Za-z\d]_)|(?![A-Za-z\d]))", " ", plain)
     plain = re.sub(r"(?<=[\u3040-\u9fff])(?=[A-Za-z])|(?<=[A-Za-z])(?=[\u3040-\u9fff])", " ", plain)
     parts = CORRECTION.split(" ".join(plain.replace("}", ")").replace("’", "'").split()))
     said = ""
