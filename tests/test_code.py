@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_sandbox import reason
 
@@ -125,7 +125,7 @@ def test_values_are_compared_as_json(output, expected, right):
         max_leaves=20,
     )
 )
-@settings(max_examples=200)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 def test_the_longest_text_of_a_value_equals_its_shortest(value):
     short = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     assert same_value(json.dumps(value, indent=1 if len(short) < 50 else None), short)

@@ -1583,7 +1583,7 @@ def test_a_frozen_memory_as_it_was_at_a_step(make_config):
     memory = mem.Memory(folder / "memory.db", None, None, embedder="hashing")
     memory.forget(41)
     memory.close()
-    with pytest.raises(ValueError, match="lender: .*memory.db holds nothing at the end of step 40"):
+    with pytest.raises(ValueError, match="lender: .*memory.db holds nothing at the end of step 41"):
         pmd.check(dataclasses.replace(cfg, memory_from="lender", name="other"))
 
 
@@ -2315,6 +2315,7 @@ def test_all_rows_of_a_problem_are_in_one_update(policy, make_config):
         for n in (0, 1)
     ]
     rows += [dataclasses.replace(r, id=f"{r.id}/again") for r in rows[::2]]  # behind the others
+    rows[0].teacher_ids = [1, 1]  # one that is trained, and all are scored
     parts = list(pmd.mini_batches(rows, policy, cfg))
     assert [sorted({r.problem.id for r in part}) for part in parts] == [
         sorted(p.id for p in problems[:2]),
