@@ -29,6 +29,7 @@ class Config(avsd.Config):
 
 class Method(avsd.Method):
     Config = Config
+    idle = ""  # other values of what avsd does not read are refused
 
     @classmethod
     def check(cls, cfg):
