@@ -330,7 +330,14 @@ def changed(path, change, n=None):
 
 
 ROW = {"step": 5, "avg_at_k": 0.5, "interval": None}
-SUMMARY = {"base": ROW, "final": ROW | {"k": 4}, "dev_best": None, "test_best": ROW}
+SUMMARY = {
+    "base": ROW,
+    "final": ROW | {"k": 4},
+    "dev_best": None,
+    "test_best": ROW,
+    "seconds": 258.4,  # of the whole run, where a step's are by phase
+    "memory": {"experience": 5},
+}
 
 
 @pytest.mark.parametrize(

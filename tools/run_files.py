@@ -71,11 +71,8 @@ def need(row, keys, where) -> dict:
     return row
 
 
-def read_object(path, keys) -> dict:
-    """Reads a file of one JSON object, such as config.json.
-
-    Raises ValueError if it is none, or lacks a key.
-    """
+def read_object(path) -> dict:
+    """Reads a file of one JSON object, such as config.json. Raises ValueError if it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -85,12 +82,12 @@ def read_object(path, keys) -> dict:
         raise RunError(f"{path} can't be read ({reason(error)}): {cure}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")
-    return need(value, keys, path)
+    return value
 
 
 def read_config(path) -> dict:
-    """Reads the config.json of a run that is compared. Raises ValueError as read_object does."""
-    config = read_object(path, CONFIG)
+    """Reads the config.json of a run that is compared. Raises ValueError as need does."""
+    config = need(read_object(path), CONFIG, path)
     if config["task"] == "livecodebench":
         need(config, ["protocol", "since", "until"], path)
     return config
@@ -116,10 +113,13 @@ def metrics_of(path, keys=STEP) -> list[dict]:
 
 
 def summary_of(path) -> dict | None:
-    """Reads a summary.json, with the scores that are shown; None where there is none."""
+    """Reads a summary.json, with the scores that are shown; None where there is none.
+
+    Its other values have names that mean something else in a row of metrics.jsonl, such as seconds.
+    """
     if not path.is_file():
         return None
-    summary = read_object(path, ["final"])
+    summary = read_object(path)
     for name in ("base", "final", "dev_best", "test_best"):
         row = summary.get(name)
         if row is None and name != "final":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from runtime.files import RunError, read_rows
 from tools.memory_page import write_memory_page
 from tools.page import write_page
-from tools.run_files import metrics_of, read_object, summary_of
+from tools.run_files import metrics_of, need, read_object, summary_of
 
 GAPS = {"float32": 1e-3, "bfloat16": 0.05}  # nats a token between sampler and trainer
 LOST = 0.2  # share of the replies without a well-formed item
@@ -118,7 +118,8 @@ def write_run_page(folder) -> Path:
     Raises RunError, ValueError or OSError if the folder's files can't be read.
     """
     folder = Path(folder)
-    config = read_object(folder / "config.json", ABOUT)
+    path = folder / "config.json"
+    config = need(read_object(path), ABOUT, path)
     rows = metrics_of(folder / "metrics.jsonl", ["step"])
     summary = summary_of(folder / "summary.json")
     samples = []
