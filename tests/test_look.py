@@ -480,3 +480,15 @@ def test_equations_in(text, numbers):
 def test_a_template_gets_all_that_it_names(tmp_path):
     with pytest.raises(Exception, match="undefined"):
         write_page(tmp_path / "x.html", "run.html", title="x")
+
+
+def test_a_finished_run_has_its_pages(make_config):
+    """With the files that a run itself writes, not those that a test makes up."""
+    cfg = make_config(name="whole", steps=2, log_every=1)
+    pmd.train(cfg)
+    folder = Path(cfg.out, "whole")
+    assert (folder / "summary.json").is_file()
+    show_run.main([str(folder)])
+    show_memory.main([str(folder), "--html"])
+    for name in ("run.html", "memory.html"):
+        assert (folder / name).stat().st_size > 10_000
