@@ -96,13 +96,13 @@ class Method(pmd.PMD):
                 pull = self.pull(r, scores[r.id][0] - student[r.id][0])
                 r.advantage = r.advantage + self.pair_weights[r.problem.id][number] * pull
 
-    def pull(self, row, gain) -> torch.Tensor:
+    def pull(self, row, gain):
         """Says how one teacher pulls on each token (C,). gain: d_t (C,)."""
         special = set(self.tokenizer.all_special_ids)  # the tokenizer makes a list at each call
         content = torch.tensor([id not in special for id in row.ids])
         gain *= content
-        support = gain.clamp(-CLIP, CLIP).sum() / content.sum().clamp(1)
+        support = gain.clamp(-CLIP, CLIP).sum() / content.sum().clamp(min=1)
         polarity = support.sign() * (support.abs() > LEAST_SUPPORT)
         if row.reward <= pmd.SUCCESS:
             polarity = -polarity
-        return polarity * torch.sigmoid(gain**2 / -2) * gain
+        return polarity * torch.sigmoid(-(gain**2) / 2) * gain

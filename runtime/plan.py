@@ -307,7 +307,7 @@ def sizes(cfg, model, gpus, micro_tokens, on_gpu=True, at_limits=False) -> Simpl
     z.distills = trained is not None and trained.teaches
     z.embeds = trained is None or trained.memory_mode is not None
     # a second model; a live teacher is the policy
-    z.averaged = z.distills and cfg.teacher == "ema" and "teacher" not in trained.idle
+    z.averaged = z.distills and cfg.teacher == "ema" and "teacher" not in trained.idle.split()
     z.row = cfg.max_prompt + cfg.max_completion
     z.teacher_row = cfg.max_reprompt + cfg.max_completion
     z.m = micro_tokens

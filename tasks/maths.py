@@ -213,7 +213,7 @@ def folded(text) -> str:
     return text.strip(" .$\n_'\"")
 
 
-def said_of(text, key="") -> str | None:
+def said_of(text, key) -> str | None:
     r"""Returns what a reply gives as its answer: in the last \boxed{}, or else <answer>.
 
     A key with commas may be answered by several boxes side by side. None where there is neither, or

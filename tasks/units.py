@@ -11,6 +11,7 @@ SYMBOL = (
     "(?:[pn\u00b5\u03bcmcdhkMG]?(?:m|s|g|mol|L|l|K|J|N|W|Pa|C|A|V|Hz|eV|cal|bar|\u03a9)|min|h|hr|yr|mi|mph|kph"
     "|kmh|in|ft|yd|lb|oz|atm|cc)"
 )
+# Names of units, and things that are counted: those that math-verify leaves out, too
 NAME = (
     "(?:(?:milli|centi|deci|kilo|micro|nano)?(?:met(?:er|re)|gram|lit(?:er|re)|second|joule|watt|newton"
     "|pascal|volt)|sec|minute|hour|day|week|month|year|mile|yard|foot|feet|inch|pound|ounce|gallon"
