@@ -602,7 +602,7 @@ def test_values_of_another_type_are_named(make_run, name, change, message):
     [
         (b'{"task": "\xe9"}', "config.json can't be read .*UTF-8"),
         (b"[" * 100_000, "config.json can't be read .*Recursion"),
-        (b"5", "config.json is not a JSON object"),
+        (b"5", "config.json holds no JSON object: name the folder of a run"),
     ],
     ids=["latin-1", "deep", "number"],
 )

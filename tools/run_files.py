@@ -2,7 +2,7 @@
 
 import json
 
-from runtime.files import RunError, reason
+from runtime.files import RunError, read_json
 from tasks.files import json_lines
 
 # The keys that a comparison reads of config.json, of the two kinds of rows in metrics.jsonl, and of
@@ -74,15 +74,12 @@ def need(row, keys, where) -> dict:
 def read_object(path) -> dict:
     """Reads a file of one JSON object, such as config.json. Raises ValueError if it is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno} is not JSON: {error.msg}") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        cure = "name the folder of a run, with its files in UTF-8"
-        raise RunError(f"{path} can't be read ({reason(error)}): {cure}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
+        return read_json(path, "name the folder of a run, with its files in UTF-8")
+    except RunError as error:
+        fault = error.__cause__
+        if not isinstance(fault, json.JSONDecodeError):
+            raise
+        raise ValueError(f"{path}, line {fault.lineno} is not JSON: {fault.msg}") from fault
 
 
 def read_config(path) -> dict:
