@@ -29,6 +29,10 @@ and leaves the gradient where the logits were.
 token, and autograd differentiates the formula within each tile. GRPO's surrogate is such a formula:
 runtime/policy_gradient.py.
 
+Some models, such as Gemma, bound their logits to z = cap tanh(z' / cap). The bound is a context, as
+autocast is, since it belongs to the model and not to a loss: SOFTCAP holds it, or None. Within it
+every softmax below is taken of bounded logits, and the gradient passes through the bound.
+
 Products run in the dtype of the inputs or of autocast. All else runs in float32, or in float64 for
 float64 inputs. The errors of `distill_loss` and of its gradients are at most 1.5 times those of the
 naive loss, as root mean squares over draws. Logits of +-1e4 are safe. Inputs of float16 are not:
@@ -47,6 +51,7 @@ unrelated package that is also called `kernels`.
 import functools
 import math
 import warnings
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -57,6 +62,7 @@ LARGEST_CHUNK = 1024  # rows, where the caller names none, by benchmarks/kernels
 ON_GPU = 2  # times both, by docs/gpu.md: there a chunk pays for a pass over the head's gradient
 TILE = 2**17  # logits of a tile, for the cache of each thread. A GPU takes 512 times as many
 COMPILE_FROM = 2**25  # logits (N V) of a call. A smaller one never earns the compilation back
+SOFTCAP = ContextVar("SOFTCAP", default=None)  # the bound of logits, above 0. runtime.ranks sets it
 
 
 class Distilled(NamedTuple):
@@ -296,21 +302,22 @@ def _by_autograd(token_loss, p, log_p, /, *log_q, token_ids, weights, **per_toke
 
 @torch.no_grad()
 def score(hidden, head, token_ids, chunk_size=None):
-    """Computes log softmax(hidden head^T)[token_ids], (N,) nats, without gradient.
+    """Computes the log-probabilities of token_ids, and the entropies, without gradient.
 
     hidden (N, H), head (V, H), token_ids (N,), chunk_size: as in `distill_loss`.
 
-    Returns float32, or float64 for float64 inputs.
+    Returns log softmax(hidden head^T)[token_ids] (N,) and entropies (N,), in nats, as float32, or
+    as float64 for float64 inputs.
     Raises ValueError as `distill_loss`.
     """
-    _, logprobs = _sum_over_chunks(
+    _, logprobs, entropy = _sum_over_chunks(
         None,
         {"": (hidden, head)},
         chunk_size,
         token_ids=token_ids,
         weights=torch.ones_like(token_ids),
     )
-    return logprobs
+    return logprobs, entropy
 
 
 def _sum_over_chunks(formula, pairs, chunk_size, /, **per_token):
@@ -381,12 +388,6 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
     else:
         tile = min(tile, chunk_size)
 
-    def of_rows(tensor, rows):  # padded to a whole tile, because a new shape compiles anew
-        tensor = torch.nn.functional.pad(tensor[rows], (0, tile - len(rows)))
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        return tensor
-
     shape = math.ceil(chunk_size / tile) * tile, len(head)  # whole tiles
     buffers = [states.new_empty(shape) for states, _ in pairs]
     outputs = None
@@ -396,8 +397,13 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
         for start in range(0, max(1, len(chunk)), tile):
             rows = chunk[start : start + tile]
             logits = [buffer[start : start + tile] for buffer in buffers]
-            of_tile = {name: of_rows(x, rows) for name, x in per_token.items() if x is not None}
-            result = run(formula, logits, **of_tile)
+            padding = 0, tile - len(rows)  # to a whole tile, because a new shape compiles anew
+            of_tile = {
+                name: torch.nn.functional.pad(tensor[rows], padding)
+                for name, tensor in per_token.items()
+                if tensor is not None
+            }
+            result = run(formula, logits, SOFTCAP.get(), **of_tile).to(dtype)
             if outputs is None:  # one tensor: small ones between large ones fragment the heap
                 outputs = result.new_zeros(len(result), len(hidden))
             outputs[:, rows] = result[:, : len(rows)]
@@ -416,29 +422,33 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
     return outputs
 
 
-def _run_tile(formula, logits, /, token_ids, weights, **per_token):
+def _run_tile(formula, logits, softcap, /, token_ids, weights, **per_token):
     """Replaces the student's logits (n, V) by the gradient of the sum of a formula's terms.
 
     formula(p, *log_probabilities, token_ids, weights, ...): takes the student's probabilities
         (n, V), and the log-probabilities (n, V) of the student and of each teacher. It returns the
-        terms (n,), their gradient (n, V) with respect to the student's logits, the losses without
-        weight (n,), and further outputs (n,). None asks for log-probabilities only.
+        terms (n,), their gradient (n, V) with respect to the student's bounded logits, the losses
+        without weight (n,), and further outputs (n,). None asks for log-probabilities only.
+    logits: of the student, then of each teacher, before the bound softcap, which may be None.
 
     Returns the terms, the losses, the student's log-probabilities and entropies, and the further
     outputs: (4 or more, n). Without formula it returns the log-probabilities twice: (2, n).
     """
-    if formula is None:
-        student = logits[0].to(weights.dtype)
-        logprobs = logprobs_of(student, token_ids) - student.logsumexp(-1)
-        return torch.stack([logprobs, logprobs])
-    log_p, *log_q = (tile.log_softmax(-1, weights.dtype) for tile in logits)  # (n, V)
+    bounded = [tile.to(weights.dtype) for tile in logits]
+    if softcap:
+        bounded = [softcap * (tile / softcap).tanh() for tile in bounded]
+    log_p, *log_q = (tile.log_softmax(-1) for tile in bounded)  # (n, V)
     p = log_p.exp()
+    scores = logprobs_of(log_p, token_ids), -(p * log_p).sum(-1)
+    if formula is None:
+        return torch.stack([weights, *scores])
     terms, gradient, losses, *others = formula(
         p, log_p, *log_q, token_ids=token_ids, weights=weights, **per_token
     )
+    if softcap:
+        gradient = gradient * (1 - (bounded[0] / softcap).square())
     logits[0].copy_(gradient)
-    entropy = -(p * log_p).sum(-1)
-    return torch.stack([terms, losses, logprobs_of(log_p, token_ids), entropy, *others])
+    return torch.stack([terms, losses, *scores, *others])
 
 
 def _product_dtype(tensor):
@@ -480,9 +490,10 @@ def _compiler():
         try:
             return run(*arguments, **per_token)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).splitlines()[0]
-            message = f"kernels.py runs its losses uncompiled, which is slower: {reason}"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(
+                f"kernels.py runs its losses uncompiled, slower: {str(error).splitlines()[0]}",
+                stacklevel=2,
+            )
             run = _run_tile
             return run(*arguments, **per_token)
 
@@ -505,18 +516,14 @@ def _check_divergence(alpha, top_k, vocabulary):
 def _check(pairs, per_token):
     """Raises ValueError if tensors do not fit together: pairs, per_token of `_sum_over_chunks`."""
     student, *_ = pairs
-    rows, vocabulary = (len(tensor) for tensor in pairs[student])
+    rows, vocabulary = map(len, pairs[student])
     for role, (hidden, head) in pairs.items():
         _check_matrix(f"{role}hidden", hidden)
         _check_matrix(f"{role}head", head)
         _require(
-            len(head) > 0,
-            f"{role}head has shape {tuple(head.shape)}, but must have a vocabulary.",
-        )
-        _require(
-            len(head) == vocabulary,
+            0 < len(head) == vocabulary,
             f"{role}head has a vocabulary of {len(head)}, "
-            f"but {student}head has one of {vocabulary}.",
+            f"but {student}head has one of {vocabulary}, and at least one token is needed.",
         )
         _require(
             len(hidden) == rows,

@@ -66,6 +66,7 @@ from runtime.check import (  # noqa: F401  for methods
     need_groups,
     need_mastered,
     need_reverse_kl,
+    need_unbounded_logits,
 )
 from runtime.checkpoint import batches_per_epoch, default_name, total_steps
 from runtime.clock import clock

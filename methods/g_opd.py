@@ -36,6 +36,10 @@ class Config(pmd.Config):
 class Method(sdpo.Method):
     Config = Config
 
+    def make_teacher(self, policy):
+        pmd.need_unbounded_logits(policy, self.cfg)
+        return super().make_teacher(policy)
+
     def teacher_hidden(self, batch):
         told = super().teacher_hidden(batch)
         prompts = [r.prompt_ids for r in batch]

@@ -32,6 +32,10 @@ class Config(pmd.Config):
 class Method(sdpo.Method):
     Config = Config
 
+    def make_teacher(self, policy):
+        pmd.need_unbounded_logits(policy, self.cfg)
+        return super().make_teacher(policy)
+
     @classmethod
     def check(cls, cfg):
         super().check(cfg)

@@ -29,7 +29,7 @@ from runtime.model import MODELS
 from runtime.options import check_numbers
 from runtime.plan import fits
 from runtime.provenance import refuse_other_flags, refuse_other_problems
-from runtime.ranks import device_of, rank
+from runtime.ranks import Unsupported, device_of, rank, softcap_of
 from runtime.services import make_abstractor, make_embedder
 from runtime.store import TIERS, Store
 from runtime.vllm_sampler import VLLM_VERSION, fast_sampler, slow_generation, vllm_version
@@ -103,6 +103,20 @@ def need_reverse_kl(cfg):
         raise ValueError(
             f"--method {cfg.method} is exact for the full reverse KL alone: give --alpha 1 and"
             " --top_k 0"
+        )
+
+
+def need_unbounded_logits(policy, cfg):
+    """Refuses a model that bounds its logits, for a method that mixes the states of two teachers.
+
+    A mean of hidden states is a product of distributions only where logits are linear in them.
+    Raises Unsupported if the configuration of the policy has a softcap.
+    """
+    if softcap_of(policy.config):
+        raise Unsupported(
+            f"--method {cfg.method} mixes hidden states, and {cfg.model} bounds its logits"
+            f" (final_logit_softcapping {softcap_of(policy.config)}), so that the mix would not be"
+            " the product that the method means; use another --model or --method"
         )
 
 

@@ -20,6 +20,7 @@ from runtime.ranks import (
     local,
     rank,
     shard,
+    softcap_of,
     world,
 )
 from runtime.rows import logit_scale
@@ -222,20 +223,17 @@ def outline(config):
 
 @torch.no_grad()
 def require_plain_head(policy, cfg):
-    """Raises Unsupported unless the logits are the head times the last hidden state, and a scale.
-
-    A softcap is read from the configuration too: where weights are random, it does not show.
+    """Raises Unsupported unless the logits are the head times the last hidden state, with the scale
+    and within the bound that the configuration names.
     """
-    softcap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)
     probe = torch.arange(1, 9, device=policy.device)[None]
     hidden = policy.get_decoder()(input_ids=probe).last_hidden_state
     # the product as the model has it, or bfloat16 would round it otherwise
     logits = torch.nn.functional.linear(hidden, policy.get_output_embeddings().weight)
     logits = logits * logit_scale(policy.config)
-    same = torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3)
-    if softcap or not same:
-        how = f" (final_logit_softcapping {softcap})" if softcap else ""
+    if cap := softcap_of(policy.config):
+        logits = cap * (logits / cap).tanh()
+    if not torch.allclose(policy(input_ids=probe).logits, logits, rtol=1e-3, atol=1e-3):
         raise Unsupported(
-            f"{cfg.model} transforms its logits after the head{how}, which the losses here do not"
-            " support"
+            f"{cfg.model} changes its logits after the head in a way that the losses do not know"
         )

@@ -26,6 +26,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from kernels import SOFTCAP
+
 # seconds between SIGTERM and SIGKILL of a job with several processes: a step has to end and be
 # saved
 GRACE = 1800
@@ -181,15 +183,23 @@ def device_of(cfg):
     )
 
 
+@contextlib.contextmanager
 def compute(model, cfg):
-    """The context of every forward pass: bfloat16 autocast over float32 weights, where that is
-    asked for.
+    """The context of every forward pass and its loss: the bound of the model's logits, and bfloat16
+    autocast over float32 weights, where that is asked for.
     """
-    return torch.autocast(
-        model.device.type,
-        torch.bfloat16,
-        enabled=compute_dtype(model.device, cfg) == torch.bfloat16,
-    )
+    lowered = compute_dtype(model.device, cfg) == torch.bfloat16
+    before = SOFTCAP.set(softcap_of(model.config))
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=lowered):
+            yield
+    finally:
+        SOFTCAP.reset(before)
+
+
+def softcap_of(config) -> float | None:
+    """Gives the cap of a model whose logits are cap tanh(logits / cap): Gemma 2's, nanochat's."""
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def compute_dtype(device, cfg):

@@ -13,7 +13,6 @@ import torch
 
 from kernels import score
 from runtime.clock import clock
-from runtime.policy_gradient import policy_loss
 from runtime.ranks import compute, forward, gather, rank, reshard, world
 
 
@@ -100,7 +99,8 @@ def own_logprobs(policy, rollouts, cfg):
     def scores():
         hidden = completion_hidden(policy, [r.prompt_ids for r in rollouts], rollouts)
         head = policy.get_output_embeddings().weight
-        return score(hidden, head, token_ids(rollouts, head)).cpu()
+        logprobs, _ = score(hidden, head, token_ids(rollouts, head))
+        return logprobs.cpu()
 
     with compute(policy, cfg):
         return forward(policy, scores)
@@ -142,9 +142,8 @@ def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
     def scores(batch):
         hidden = completion_hidden(model, [prompt_of(r) for r in batch], batch)
         head = model.get_output_embeddings().weight
-        every = torch.zeros(sum(len(r.ids) for r in batch), device=head.device)
-        found = policy_loss(hidden, head, token_ids(batch, head), every, every + 1, None, 0.0, 0.0)
-        return found.logprobs.cpu(), found.entropy.cpu()
+        logprobs, entropy = score(hidden, head, token_ids(batch, head))
+        return logprobs.cpu(), entropy.cpu()
 
     found = {}
     of_student = all(prompt_of(r) is r.prompt_ids for r in rows)

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 import pmd
 from runtime import check
+from runtime.methods import method_class
 from runtime.model import load_policy
 from runtime.ranks import Unsupported
-from runtime.rows import Continuation, own_logprobs
+from runtime.rows import Continuation, completion_hidden, logit_scale, own_logprobs
 
 HERE = Path(__file__).resolve().parent.parent
 SMALL = dict(
@@ -49,6 +50,8 @@ ARCHITECTURES = [
         ),
     ),
     ("OLMo 3", "olmo3", dict(num_hidden_layers=4, sliding_window=32)),
+    # a softcap near the size of logits of random weights, which are far below Gemma's 30
+    ("Gemma 2", "gemma2", dict(final_logit_softcapping=0.2, sliding_window=32)),
     ("Gemma 3", "gemma3_text", dict(num_hidden_layers=6, sliding_window=32)),
     (
         "Gemma 4",
@@ -61,7 +64,7 @@ ARCHITECTURES = [
             hidden_size_per_layer_input=16,
             vocab_size_per_layer_input=98,
             num_kv_shared_layers=0,
-            final_logit_softcapping=None,
+            final_logit_softcapping=0.2,
         ),
     ),
     (
@@ -117,18 +120,20 @@ def test_the_loop_runs_on(name, kind, changes, tmp_path):
     assert summary["memory_events"].get("reflect_parse_failure", 0) == 0
 
 
-@pytest.mark.parametrize(
-    "kind, changes",
-    [
-        ("gemma2", dict(final_logit_softcapping=30.0, sliding_window=32)),
-        ("hyperclovax", dict(logits_scaling=4.0)),  # multiplies by what Granite divides by
-    ],
-)
-def test_logits_that_are_changed_after_the_head_are_refused(kind, changes, tmp_path):
-    """Also where the logits of random weights are too small to show a softcap."""
-    folder = random_model(tmp_path / "model", kind, changes)
-    with pytest.raises(Unsupported, match="transforms its logits after the head"):
+def test_logits_that_are_changed_after_the_head_are_refused(tmp_path):
+    """HyperCLOVA X multiplies by the number that Granite divides by."""
+    folder = random_model(tmp_path / "model", "hyperclovax", dict(logits_scaling=4.0))
+    with pytest.raises(Unsupported, match="changes its logits after the head"):
         load_policy(small_config(tmp_path, f"--model={folder}"))
+
+
+@pytest.mark.parametrize("name", ("g-opd", "selfci"))
+def test_a_mix_of_hidden_states_is_refused_where_logits_are_bounded(name, tmp_path):
+    folder = random_model(tmp_path / "model", "gemma2", dict(final_logit_softcapping=30.0))
+    cfg = small_config(tmp_path, f"--model={folder}", f"--method={name}")
+    policy = load_policy(cfg)
+    with pytest.raises(Unsupported, match=f"--method {name} mixes hidden states.* 30.0"):
+        method_class(cfg.method)(cfg, None, None, policy)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +142,11 @@ def test_logits_that_are_changed_after_the_head_are_refused(kind, changes, tmp_p
         ("granite", dict(logits_scaling=0.25)),
         ("cohere2", dict(logit_scale=4.0, sliding_window=32, num_hidden_layers=4)),
         ("falcon_h1", dict(lm_head_multiplier=4.0, mamba_d_ssm=64, mamba_n_heads=4)),
+        ("gemma2", dict(final_logit_softcapping=0.05, initializer_range=0.1, sliding_window=32)),
+        ("nanochat", dict(final_logit_softcapping=0.05, initializer_range=0.1)),
     ],
 )
-def test_scaled_logits_give_the_log_probabilities_of_the_model(kind, changes, tmp_path):
+def test_changed_logits_give_the_log_probabilities_of_the_model(kind, changes, tmp_path):
     folder = random_model(tmp_path / "model", kind, changes)
     cfg = small_config(tmp_path, f"--model={folder}")
     policy = load_policy(cfg)
@@ -148,8 +155,9 @@ def test_scaled_logits_give_the_log_probabilities_of_the_model(kind, changes, tm
     with torch.no_grad():
         log_p = policy(torch.tensor([row.prompt_ids + row.ids])).logits[0, 2:-1].log_softmax(-1)
     assert torch.allclose(found, log_p[torch.arange(3), row.ids], atol=1e-5)
-    unscaled = (log_p / 4).log_softmax(-1)[torch.arange(3), row.ids]
-    assert not torch.allclose(found, unscaled, atol=1e-2)
+    hidden = completion_hidden(policy, [row.prompt_ids], [row]) / logit_scale(policy.config)
+    plain = (hidden @ policy.get_output_embeddings().weight.T).log_softmax(-1)
+    assert not torch.allclose(found, plain[torch.arange(3), row.ids], atol=1e-2)
 
 
 def table() -> str:

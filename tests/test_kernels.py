@@ -434,7 +434,7 @@ def test_bfloat16_logits_are_raised_before_anything_else():
     logprobs, entropy = log_p[torch.arange(N), ids], -(log_p.exp() * log_p).sum(-1)
     distilled = distill_loss(**inputs, alpha=0.5)
     policy = policy_loss(hidden, head, ids, ones, ones, (logprobs - 0.1).float(), LOW, HIGH)
-    for actual in (distilled.logprobs, policy.logprobs, score(hidden, head, ids)):
+    for actual in (distilled.logprobs, policy.logprobs, score(hidden, head, ids)[0]):
         assert_near(actual, logprobs, 1e-5)
     for actual in (distilled.entropy, policy.entropy):
         assert_near(actual, entropy, 1e-5)
@@ -541,7 +541,7 @@ def test_no_rows_and_one_row(rows):
     hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
     policy = policy_loss(hidden, head, ids, torch.zeros(rows), torch.ones(rows), None, 0.2, 0.2)
     assert policy.loss == 0 and policy.loss.requires_grad and policy.clipped.shape == (rows,)
-    assert score(hidden, head, ids).shape == (rows,)
+    assert score(hidden, head, ids)[0].shape == (rows,)
 
 
 def test_weights_that_are_all_zero_still_connect_to_the_graph():
@@ -721,6 +721,62 @@ def test_no_chunk_is_larger_than_the_largest_unless_asked_for(monkeypatch):
             with Watch() as watch:
                 call()
             assert max(rows for rows, width in watch.products if width == V) == largest
+
+
+# ------------------------------------------------------------------ bounded logits
+
+
+@pytest.fixture
+def bounded():
+    """Gives the function that bounds logits, within the context of that bound."""
+    cap = 1.5  # logits have a standard deviation of about 2, so that most are bent
+    before = kernels.SOFTCAP.set(cap)
+    yield lambda logits: cap * torch.tanh(logits / cap)
+    kernels.SOFTCAP.reset(before)
+
+
+@pytest.mark.parametrize("top_k", (None, 3))
+@pytest.mark.parametrize("alpha", (0, 0.5, 1))
+def test_bounded_logits_equal_autograd_through_the_bound(alpha, top_k, bounded):
+    """Student's and teacher's, for the closed form, a formula of one's own and a score."""
+    inputs = make()
+    student, teacher = map(bounded, logits_of(inputs))
+    expected = (inputs["weights"] * oracle(student, teacher, alpha, top_k)).sum()
+    actual = distill_loss(**inputs, alpha=alpha, top_k=top_k, chunk_size=4)
+    assert_near(actual.loss, expected)
+    true = gradients(expected, inputs)
+    for mine, theirs in zip(gradients(actual.loss, inputs), true, strict=True):
+        assert_near(mine, theirs)
+    unbounded = oracle(*logits_of(inputs), alpha, top_k)
+    assert not torch.allclose(actual.divergence[0], unbounded[0], rtol=0.05)
+
+    hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
+    teachers = [(inputs["teacher_hidden"], inputs["teacher_head"])]
+    log_p = student.log_softmax(-1)
+    picked = log_p[torch.arange(N), ids]
+    for found in (actual.logprobs, score(hidden, head, ids)[0]):
+        assert_near(found[0], picked[0])
+    if alpha == 1 and top_k is None:
+
+        def formula(log_p, log_q, token_ids):
+            return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+        own = chunked_loss(formula, hidden, head, ids, inputs["weights"], teachers, chunk_size=4)
+        for mine, theirs in zip(gradients(own.loss, inputs), true, strict=True):
+            assert_near(mine, theirs)
+
+
+def test_bounded_logits_in_a_compiled_tile(bounded, compiled):
+    inputs = make(dtype=torch.float32)
+    student, teacher = map(bounded, logits_of(inputs))
+    expected = (inputs["weights"] * oracle(student, teacher, 0.5)).sum()
+    actual = distill_loss(**inputs, alpha=0.5)
+    assert compiled() == 1
+    assert_near(actual.loss, expected, 1e-5)
+    for mine, theirs in zip(
+        gradients(actual.loss, inputs), gradients(expected, inputs), strict=True
+    ):
+        assert_near(mine, theirs, 1e-5)
 
 
 # ------------------------------------------------------------------ compiled
@@ -999,10 +1055,12 @@ def test_score_equals_log_softmax(chunk_size):
     inputs = make()
     hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
     expected = (hidden @ head.T).log_softmax(-1)[torch.arange(N), ids]
-    actual = score(hidden, head, ids, chunk_size)
+    log_p = (hidden @ head.T).log_softmax(-1)
+    actual, entropy = score(hidden, head, ids, chunk_size)
     assert_near(actual, expected)
+    assert_near(entropy, -(log_p.exp() * log_p).sum(-1))
     assert not actual.requires_grad
-    rounded = score(hidden.bfloat16(), head.bfloat16(), ids.int(), chunk_size)
+    rounded, _ = score(hidden.bfloat16(), head.bfloat16(), ids.int(), chunk_size)
     assert rounded.dtype == torch.float32 and (rounded - expected).abs().max() < 0.1
     assert torch.is_grad_enabled()
 
@@ -1011,7 +1069,7 @@ def test_the_three_report_the_same_log_probabilities():
     inputs = make()
     ones = inputs["weights"] = torch.ones(N)
     hidden, head, ids = inputs["student_hidden"], inputs["student_head"], inputs["token_ids"]
-    scored = score(hidden, head, ids)
+    scored, _ = score(hidden, head, ids)
     assert_near(distill_loss(**inputs, alpha=1).logprobs, scored)
     assert_near(policy_loss(hidden, head, ids, ones, ones, scored, LOW, HIGH).logprobs, scored)
 
@@ -1447,7 +1505,7 @@ def test_chunked_loss_refuses(change, message):
                 "student_head": torch.zeros(0, 6).double(),
                 "teacher_head": torch.zeros(0, 4).double(),
             },
-            r"student_head has shape \(0, 6\).*vocabulary",
+            "student_head has a vocabulary of 0.*at least one token",
         ),
         ({"top_k": 7.0}, "top_k is 7.0.*whole number from 1 to the vocabulary of 13"),
         ({"chunk_size": 2.5}, "chunk_size is 2.5.*whole number"),
