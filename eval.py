@@ -98,10 +98,10 @@ def avg_at_k(rewards) -> float:
 def best_at_k(rewards, k=None) -> float:
     """Returns the unbiased pass@k: the mean over problems of 1 - C(n-c, k) / C(n, k).
 
-    n: the samples of a problem. c: those of them above SUCCESS. k: n, if it is not given.
+    n: the samples of a problem. c: those of at least SUCCESS. k: n, if it is not given.
     Raises ValueError if k is no number from 1 to n.
     """
-    solved = reward_table(rewards) > SUCCESS
+    solved = reward_table(rewards) >= SUCCESS
     n = solved.shape[1]
     k = n if k is None else k
     if k not in range(1, n + 1):  # 1.5 is not
@@ -143,15 +143,13 @@ def headroom(rewards, answers) -> np.ndarray:
     return reward_table(rewards).max(1) - majority(rewards, answers)
 
 
-def resample(scores, groups=None, seed=0, draws=10_000) -> np.ndarray:
+def resample(scores, groups, seed=0, draws=10_000) -> np.ndarray:
     """Returns (draws,) means of scores (problems,) or (runs, problems), drawn with replacement.
 
     Problems are drawn, and runs as well. groups: (problems,) names. Problems of one name are drawn
     together. How often each is drawn is multinomial.
     """
     scores = np.atleast_2d(np.asarray(scores, dtype=float))
-    if groups is None:
-        groups = np.arange(scores.shape[1])
     _, index = np.unique(groups, return_inverse=True)
     sizes = np.bincount(index)  # (groups,)
     sums = np.stack([np.bincount(index, row) for row in scores])  # (runs, groups)
@@ -162,7 +160,7 @@ def resample(scores, groups=None, seed=0, draws=10_000) -> np.ndarray:
     return (drawn * mean).sum(1) / (drawn @ sizes)
 
 
-def interval(scores, groups=None, seed=0, draws=10_000) -> tuple[float, float] | None:
+def interval(scores, groups=None) -> tuple[float, float] | None:
     """Returns the 95% percentile-bootstrap interval of a mean: see `resample`.
 
     The interval of one run covers other test problems, not other training seeds. That of several
@@ -173,7 +171,7 @@ def interval(scores, groups=None, seed=0, draws=10_000) -> tuple[float, float] |
         groups = range(np.shape(scores)[-1])
     if len(set(groups)) < 2:
         return None
-    low, high = np.percentile(resample(scores, groups, seed, draws), [2.5, 97.5])
+    low, high = np.percentile(resample(scores, groups), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -357,10 +355,10 @@ def answer(cfg, task, tokenizer):
     if refusal:
         raise ValueError(refusal)
     if first:
-        refuse_other_flags(folder, cfg)
-        refuse_other_problems(folder, task, tokenizer)
-        write_origin(folder, cfg, task, tokenizer)
         memory = lent_memory(cfg)
+        refuse_other_flags(folder, cfg)
+        refuse_other_problems(folder, task, tokenizer, memory)
+        write_origin(folder, cfg, task, tokenizer, memory)
         rows = whole_problems(path, cfg)
     done = broadcast({row["problem"] for row in rows})
     left = [problem for problem in problems if problem.id not in done]

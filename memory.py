@@ -515,7 +515,7 @@ class Memory(Store):
         """
         items = []
         for r in rollouts:
-            kind = "success" if r.reward > SUCCESS else "failure"
+            kind = "success" if r.reward >= SUCCESS else "failure"
             items.append(
                 Item(
                     0,
@@ -883,12 +883,6 @@ class Memory(Store):
         return contexts
 
     # -- time
-
-    def forget(self, step):
-        """Ends everything that lives at `step`: the transient control keeps nothing between
-        steps.
-        """
-        self.end_all(step)
 
     def truncate_after(self, step):
         """Goes back to the end of `step`. There a transient memory is empty, also of another

@@ -104,6 +104,7 @@ from runtime.rows import (
     require_small_gap,
     sampler_gap,
     scored,  # noqa: F401  for methods
+    states_under,
     token_ids,
     tokens_of,
     totals,
@@ -196,8 +197,8 @@ class Config(TaskOptions, ModelOptions, SamplerOptions, MemoryOptions, EvalOptio
     supervise: Literal["all", "solved"] = option(
         "all",
         "which rollouts a teacher with a memory supervises. all: those whose teacher reads more"
-        " than the student [deviation 5]. solved: those of problems with a success so far, or with"
-        " feedback, which is SDPO's rule applied to the whole memory",
+        " than the student [deviation 5]. solved: those whose teacher reads a success, a strategy"
+        " or feedback, which is SDPO's rule applied to the whole memory",
     )
     supervise_mastered: bool = option(
         True,
@@ -404,8 +405,7 @@ class PMD:
 
         Under the head of self.teacher they become the teacher's distribution.
         """
-        prompts = [r.teacher_ids for r in batch]
-        return forward(self.teacher, lambda: completion_hidden(self.teacher, prompts, batch))
+        return states_under(self.teacher, [r.teacher_ids for r in batch], batch)
 
     def divergence(self, hidden, head, teacher_hidden, teacher_head, weights, ids, **ratio):
         """Sums the divergences of distilled tokens: arguments and result as of `distill_loss`.
@@ -423,7 +423,7 @@ class PMD:
 
     def follow(self, step):
         """Moves an EMA teacher once, after the batch's last update (Table 11)."""
-        follow(self.teacher, self.policy, self.cfg)
+        follow(self.teacher, self.policy, self.cfg.ema_rate)
 
     def end_step(self, step):
         """Comes after the step's evaluation and before its checkpoint."""
@@ -513,7 +513,7 @@ def supervised(rollouts, cfg) -> list[Rollout]:
 
     The flag is --no_supervise_mastered.
     """
-    failed = {r.problem.id for r in rollouts if r.reward <= SUCCESS}
+    failed = {r.problem.id for r in rollouts if r.reward < SUCCESS}
     return [r for r in rollouts if cfg.supervise_mastered or r.problem.id in failed]
 
 

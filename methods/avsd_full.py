@@ -11,7 +11,6 @@ Loss: reverse KL to q*.
 Claims more than: opsd.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +50,7 @@ class Method(avsd.Method):
         states = []
         for number in range(avsd.VIEWS):
             prompts = [r.teachers[number] for r in batch]
-            hidden = functools.partial(pmd.completion_hidden, self.teacher, prompts, batch)
-            states.append(pmd.forward(self.teacher, hidden))
+            states.append(pmd.states_under(self.teacher, prompts, batch))
         return states
 
     def divergence(self, hidden, head, teacher_hidden, teacher_head, weights, ids, **ratio):

@@ -58,7 +58,7 @@ class Method(opsd.ReferenceTaught):
     def contexts(self, step, rollouts):
         self.lines = {}
         for id, group in pmd.groups_of(rollouts).items():
-            share = sum(r.reward > pmd.SUCCESS for r in group) / len(group)
+            share = sum(r.reward >= pmd.SUCCESS for r in group) / len(group)
             self.lines[id] = f"\n{CONFIDENCE} {share:.2f}"
         contexts = []
         for r in rollouts:

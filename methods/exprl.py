@@ -51,7 +51,7 @@ class Method(grpo.Method):
 
     def scores(self, rollouts) -> dict[str, float]:
         """Gives each rollout's dense reward, from 0 to 1."""
-        failed = [r for r in rollouts if r.reward <= pmd.SUCCESS]
+        failed = [r for r in rollouts if r.reward < pmd.SUCCESS]
         judge = exact if on_nano(failed) else self.judged
         scores = {r.id: score for r, score in zip(failed, judge(failed), strict=True)}
         return {r.id: scores.get(r.id, 1.0) for r in rollouts}

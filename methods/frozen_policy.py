@@ -16,6 +16,10 @@ from eval import prompts_with
 
 class Method(pmd.PMD):
     teaches = False
+    idle = (
+        "lr warmup_steps beta2 loss_mean mini_batch_size supervise supervise_mastered"
+        " behaviors_refreshed query_feedback"
+    )
 
     def make_teacher(self, policy):
         """Nobody is taught."""

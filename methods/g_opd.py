@@ -43,7 +43,5 @@ class Method(sdpo.Method):
     def teacher_hidden(self, batch):
         told = super().teacher_hidden(batch)
         prompts = [r.prompt_ids for r in batch]
-        plain = pmd.forward(
-            self.teacher, lambda: pmd.completion_hidden(self.teacher, prompts, batch)
-        )
+        plain = pmd.states_under(self.teacher, prompts, batch)
         return plain.lerp(told, self.cfg.extrapolation)  # exactly `told` at 1

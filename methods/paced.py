@@ -43,7 +43,7 @@ class Method(sdpo.Method):
     def condition(self, step, rollouts):
         rows = super().condition(step, rollouts)
         for group in pmd.groups_of(rows).values():
-            rate = sum(r.reward > pmd.SUCCESS for r in group) / len(group)
+            rate = sum(r.reward >= pmd.SUCCESS for r in group) / len(group)
             weight = rate**self.cfg.paced_a * (1 - rate) ** self.cfg.paced_b
             for r in group:
                 r.weight = weight

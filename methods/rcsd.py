@@ -23,7 +23,7 @@ import re
 from memory import strip_thoughts
 from methods import opsd
 from methods.opsd import Config  # noqa: F401  RCSD's are the same
-from tasks.references import on_nano, reference, short_answer
+from tasks.references import hidden_rules, on_nano, reference, short_answer
 
 QUESTION = """Write the criteria that a good solution meets, at most eight, one a line, so that they
 can be checked without the reference. Do not write the answer."""
@@ -74,4 +74,4 @@ class Method(opsd.Method):
 
 def exact(problems) -> list[list[str]]:
     """Gives a criterion for each step on nano: the operation that is right there."""
-    return [p.extra["hidden"].split() for p in problems]
+    return [hidden_rules(p) for p in problems]

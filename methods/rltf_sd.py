@@ -59,7 +59,7 @@ class Method(grpo.Method):
 
     def second_attempts(self, rollouts) -> list:
         """Samples an answer after a critique to each failure."""
-        self.failed = [r for r in rollouts if r.reward <= pmd.SUCCESS]
+        self.failed = [r for r in rollouts if r.reward < pmd.SUCCESS]
         self.critiques = self.criticise(self.failed)
         conversations = []
         for r, critique in zip(self.failed, self.critiques, strict=True):

@@ -53,7 +53,7 @@ class Method(sdpo.Method):
 
     def condition(self, step, rollouts):
         for r in pmd.supervised(rollouts, self.cfg):
-            cue = REVISE_RIGHT if r.reward > pmd.SUCCESS else REVISE_WRONG
+            cue = REVISE_RIGHT if r.reward >= pmd.SUCCESS else REVISE_WRONG
             begun, turn = f"{r.text}\n\n{cue}\n\n", [("user", r.problem.prompt)]
             budget, system = self.cfg.max_reprompt, r.problem.system
             r.teacher_ids = pmd.encode_turns(
@@ -77,7 +77,7 @@ class Method(sdpo.Method):
         rows = []
         for r, judged in zip(rollouts, pmd.verdicts(problems, groups, self.cfg), strict=True):
             _, sample, verdict = judged
-            if verdict.reward <= pmd.SUCCESS:
+            if verdict.reward < pmd.SUCCESS:
                 continue
             row = replace(r, text=sample.text, ids=sample.ids, reward=verdict.reward)
             row = replace(row, teacher_prompt="", teacher_ids=[], rollout_logprobs=None)
@@ -90,4 +90,4 @@ class Method(sdpo.Method):
     def follow(self, step):
         super().follow(step)
         if step == self.cfg.sd_zero_stage1:
-            pmd.follow(self.teacher, self.policy, replace(self.cfg, ema_rate=1.0))
+            pmd.follow(self.teacher, self.policy, 1.0)

@@ -29,7 +29,7 @@ class Method(pmd.PMD):
         groups, contexts = pmd.groups_of(rollouts), []
         for r in rollouts:
             siblings = [
-                s.text for s in groups[r.problem.id] if s is not r and s.reward > pmd.SUCCESS
+                s.text for s in groups[r.problem.id] if s is not r and s.reward >= pmd.SUCCESS
             ]
             contexts.append({"solution": siblings[0]} if siblings else {"feedback": r.feedback})
         return contexts

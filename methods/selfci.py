@@ -56,7 +56,5 @@ class Method(sdpo.Method):
     def teacher_hidden(self, batch):
         first = super().teacher_hidden(batch)
         prompts = [r.teachers[0] if r.teachers else r.teacher_ids for r in batch]
-        second = pmd.forward(
-            self.teacher, lambda: pmd.completion_hidden(self.teacher, prompts, batch)
-        )
+        second = pmd.states_under(self.teacher, prompts, batch)
         return (first + second) / 2

@@ -103,6 +103,6 @@ class Method(pmd.PMD):
         gain *= content
         support = gain.clamp(-CLIP, CLIP).sum() / content.sum().clamp(min=1)
         polarity = support.sign() * (support.abs() > LEAST_SUPPORT)
-        if row.reward <= pmd.SUCCESS:
+        if row.reward < pmd.SUCCESS:
             polarity = -polarity
         return polarity * torch.sigmoid(-(gain**2) / 2) * gain

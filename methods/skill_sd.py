@@ -21,7 +21,7 @@ Claims more than: grpo.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pmd
 from methods import advantage_plus
@@ -71,7 +71,7 @@ class Method(advantage_plus.Method):
         for id, group in pmd.groups_of(rollouts).items():
             if id in self.shown:
                 times, gains = self.trials.get(self.shown[id], NEW)
-                gain = sum(r.reward > pmd.SUCCESS for r in group) / len(group)
+                gain = sum(r.reward >= pmd.SUCCESS for r in group) / len(group)
                 self.trials[self.shown.pop(id)] = [times + 1, gains + gain]
         self.memory.record(step, rollouts)
         self.memory.reflect(step, problems)
@@ -102,4 +102,4 @@ class Method(advantage_plus.Method):
 
     def follow(self, step):
         if step % self.cfg.teacher_every == 0:
-            pmd.follow(self.teacher, self.policy, replace(self.cfg, ema_rate=1.0))
+            pmd.follow(self.teacher, self.policy, 1.0)

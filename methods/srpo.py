@@ -47,7 +47,7 @@ class Method(sdpo.Method):
         rows = super().condition(step, rollouts)
         pmd.set_advantages(rows)
         for r in rows:
-            if r.reward > pmd.SUCCESS:
+            if r.reward >= pmd.SUCCESS:
                 r.teacher_ids, r.teacher_prompt = [], ""
             elif r.teacher_ids:
                 r.advantage = None

@@ -50,7 +50,7 @@ class Method(sdpo.Method):
         pmd.PMD.check(cfg)  # groups of one will do
 
     def contexts(self, step, rollouts):
-        failed = [r for r in rollouts if r.reward <= pmd.SUCCESS]
+        failed = [r for r in rollouts if r.reward < pmd.SUCCESS]
         rewrite = exact if on_nano(failed) else self.rewritten
         texts = {r.id: text for r, text in zip(failed, rewrite(failed), strict=True)}
         return [{"critique": texts.get(r.id, r.text)} for r in rollouts]

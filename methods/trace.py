@@ -20,7 +20,7 @@ Claims more than: grpo.
 
 import itertools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -63,7 +63,7 @@ class Method(sdpo.Method):
         if weight <= 0:
             return rollouts
         taught = pmd.supervised(rollouts, self.cfg)
-        marked = [r for r in taught if (r.reward > pmd.SUCCESS) == self.succeeds]
+        marked = [r for r in taught if (r.reward >= pmd.SUCCESS) == self.succeeds]
         annotate = self.exact if on_nano(marked) else self.told
         notes = list(annotate(marked))
         problems = [r.problem for r in marked]
@@ -109,4 +109,4 @@ class Method(sdpo.Method):
 
     def follow(self, step):
         if step % SYNC == 0:
-            pmd.follow(self.teacher, self.policy, replace(self.cfg, ema_rate=1.0))
+            pmd.follow(self.teacher, self.policy, 1.0)

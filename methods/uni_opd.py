@@ -53,8 +53,8 @@ class Method(sdpo.Method):
             r.advantage = teacher[r.id][0] - student[r.id][0]
             r.teacher_ids = []
         for group in pmd.groups_of(rows).values():
-            wins = [r for r in group if r.reward > pmd.SUCCESS]
-            losses = [r for r in group if r.reward <= pmd.SUCCESS]
+            wins = [r for r in group if r.reward >= pmd.SUCCESS]
+            losses = [r for r in group if r.reward < pmd.SUCCESS]
             kept = min(len(wins), len(losses))
             if kept == 0:
                 continue

@@ -69,7 +69,7 @@ class Method(sdpo.Method):
             for r in part:
                 r.weight = kinds * self.cfg.vpd_kl
                 if r.id in gained:
-                    sign = 1 if r.reward > pmd.SUCCESS else -1
+                    sign = 1 if r.reward >= pmd.SUCCESS else -1
                     over = gained[r.id] - (self.threshold or 0.0)
                     pull = self.cfg.vpd_beta * float(torch.sigmoid(-sign * over))
                     r.advantage = kinds * sign * pull
@@ -90,8 +90,8 @@ class Method(sdpo.Method):
 
     def move_threshold(self, twins, gained):
         """Moves the threshold towards the middle between the two classes' mean R."""
-        wins = [gained[r.id] for r in twins if r.reward > pmd.SUCCESS]
-        losses = [gained[r.id] for r in twins if r.reward <= pmd.SUCCESS]
+        wins = [gained[r.id] for r in twins if r.reward >= pmd.SUCCESS]
+        losses = [gained[r.id] for r in twins if r.reward < pmd.SUCCESS]
         if wins and losses:
             middle = float(sum(wins) / len(wins) + sum(losses) / len(losses)) / 2
             before = middle if self.threshold is None else self.threshold

@@ -107,7 +107,7 @@ class GroundedMemory(Memory):
     def note_support(self, step, rollout, items):
         if self.frozen:
             return
-        outcome = "support_success" if rollout.reward > SUCCESS else "support_failure"
+        outcome = "support_success" if rollout.reward >= SUCCESS else "support_failure"
         for item in items:
             if item.born < step:
                 self.events[f"#{item.id}", outcome] += 1

@@ -222,8 +222,7 @@ def make_model(tokenizer, seed, hidden_size=96, layers=4):
         initializer_range=0.1,
         use_cache=True,
     )
-    model = Qwen3ForCausalLM(config)
-    return model
+    return Qwen3ForCausalLM(config)
 
 
 class Parts:

@@ -18,6 +18,7 @@ from nano.examples import (
     abstraction,
     critic,
     draw,
+    draw_secret,
     failed,
     first_wrong,
     items_json,
@@ -54,7 +55,7 @@ class Draw:
     def __init__(self, rng, length):
         self.rng, self.length = rng, length
         self.name = rng.sample(HIDDEN, length)
-        self.secret = {s: rng.choice(OPS) for s in HIDDEN} | KNOWN
+        self.secret = draw_secret(rng)
         self.truth = [self.secret[s] for s in self.name]
         self.step = rng.randrange(length)
         self.reader = Reader(self.name)

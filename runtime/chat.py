@@ -10,23 +10,8 @@ from dataclasses import dataclass
 
 
 def encode_prompt(tokenizer, user, system="", thinking=False) -> list[int]:
-    """The ids of a chat prompt. The one way text becomes a prompt: control tokens and turn markers
-    in it are broken here, and a system message that the template does not take goes before the
-    user's. thinking: what the template's switch of that name says, where it has one.
-    """
-    chat = chat_of(tokenizer)
-    if system and not chat.takes_system:
-        user, system = f"{system}\n\n{user}", ""
-    texts = {"system": system, "user": user} if system else {"user": user}
-    texts = {role: neutralise(text, chat.markers) for role, text in texts.items()}
-    ids = to_ids(tokenizer, texts, thinking)
-    # a form that only this tokenizer's normaliser knows
-    if count_of(ids, chat.control_ids) != chat.fixed[len(texts), thinking]:
-        texts = {
-            role: without_ids(tokenizer, text, chat.control_ids) for role, text in texts.items()
-        }
-        ids = to_ids(tokenizer, texts, thinking)
-    return ids
+    """The ids of a chat prompt with one message of the user's: see encode_turns."""
+    return encode_turns(tokenizer, [("user", user)], system, thinking=thinking)
 
 
 def encode_within(tokenizer, user, budget) -> list[int]:
@@ -47,7 +32,9 @@ def encode_turns(tokenizer, turns, system="", given="", budget=None, thinking=Fa
     """Encodes a conversation up to where the assistant answers, and `given`, how its answer begins.
 
     turns: (role, text) pairs, the first of them the user's. budget: tokens, at most; the longest of
-    the other texts then loses its beginning. What encode_prompt breaks in a text is broken here.
+    the other texts then loses its beginning. thinking: what the template's switch of that name
+    says, where it has one. The one way text becomes a prompt: control tokens and turn markers in it
+    are broken here, and a system message that the template does not take goes before the user's.
     Raises ValueError if the template does not take such a conversation.
     """
     chat = chat_of(tokenizer)
@@ -61,12 +48,14 @@ def encode_turns(tokenizer, turns, system="", given="", budget=None, thinking=Fa
     def encoded(texts):
         turns = list(zip(roles, texts[:-1], strict=True))
         prompt = render(tokenizer, turns, True, enable_thinking=thinking)
-        parts = tokenizer([prompt, texts[-1]], add_special_tokens=False)["input_ids"]
+        parts = [prompt, texts[-1]] if texts[-1] else [prompt]
+        parts = tokenizer(parts, add_special_tokens=False)["input_ids"]
         return [id for part in parts for id in part]
 
-    fixed = count_of(encoded([SLOTS[0]] * len(roles) + [""]), chat.control_ids)
     ids = encoded(texts)
-    if count_of(ids, chat.control_ids) != fixed:
+    # a form that only this tokenizer's normaliser knows
+    template = str(tokenizer.chat_template)
+    if count_of(ids, chat.control_ids) != own_controls(tokenizer, template, tuple(roles), thinking):
         texts = [without_ids(tokenizer, text, chat.control_ids) for text in texts]
         ids = encoded(texts)
     first = len(texts) - len(turns)  # behind the problem
@@ -82,10 +71,12 @@ def encoder(tokenizer, cfg):
     return functools.partial(encode_prompt, tokenizer, thinking=cfg.thinking)
 
 
-def to_ids(tokenizer, texts, thinking) -> list[int]:
-    """The ids of a prompt of {role: text}, as it stands before the assistant's answer."""
-    text = render(tokenizer, texts.items(), True, enable_thinking=thinking)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+@functools.cache
+def own_controls(tokenizer, template, roles, thinking) -> int:
+    """Counts the control tokens that the template itself writes around messages of these roles."""
+    text = render(tokenizer, [(role, SLOTS[0]) for role in roles], True, enable_thinking=thinking)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return count_of(ids, read_template(tokenizer, template).control_ids)
 
 
 def render(tokenizer, turns, asks, **switches) -> str:
@@ -145,8 +136,6 @@ class Chat:
         frozenset  # texts that no message may hold: control tokens, and what opens and ends turns
     )
     control_ids: frozenset  # the ids of those that are tokens
-    # how many of these the template itself writes: {(messages of a prompt, thinking): number}
-    fixed: dict
 
 
 SLOTS = ("qz0zq", "qz1zq", "qz2zq")  # contents that no template writes or alters
@@ -179,12 +168,7 @@ def read_template(tokenizer, template) -> Chat:
     markers = frozenset(control | turn_markers(tokenizer, takes_system))
     # the unknown token's id stands for any unknown word
     ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(control))) - {tokenizer.unk_token_id}
-    fixed = {}
-    for n in (1, 2) if takes_system else (1,):
-        turns = dict(zip(["system", "user"][-n:], SLOTS, strict=False))
-        for thinking in (False, True):
-            fixed[n, thinking] = count_of(to_ids(tokenizer, turns, thinking), ids)
-    return Chat(takes_system, markers, ids, fixed)
+    return Chat(takes_system, markers, ids)
 
 
 def can_think(tokenizer) -> bool:

@@ -40,7 +40,7 @@ OF_TEACHERS = ["alpha", "top_k", "teacher", "ema_rate"]
 OF_MEMORIES = ["tiers", "retrieve_k", "query_feedback", "supervise"]
 OF_WRITERS = (
     "max_insights behavior_every behaviors_refreshed clusters drop_shortcuts ground_insights"
-    " abstractor"
+    " abstractor memory_format"
 ).split()
 MOST_UNKNOWN = 0.2  # of a problem's tokens; nano knows about a third of those of a plain sentence
 
@@ -149,8 +149,10 @@ def idle_flags(cfg, method) -> list[str]:
     idle = [] if method.teaches else list(OF_TEACHERS)
     if method.teaches and cfg.teacher == "live":
         idle += ["ema_rate"]
+    if not method.reprompts:
+        idle += ["max_reprompt"]
     if not method.memory_mode:
-        idle += OF_MEMORIES
+        idle += [*OF_MEMORIES, "embedder"]
     if not method.remembers:
         idle += OF_WRITERS
     return idle + [name for name in method.idle.split() if name not in idle]
@@ -189,6 +191,11 @@ def check_words(cfg):
         )
     if len(set(given)) < len(given):
         raise ValueError(f"--tiers takes each tier once, not {cfg.tiers}")
+    if cfg.supervise == "solved" and given == ["behavior"]:
+        raise ValueError(
+            "--supervise solved and --tiers behavior leave nothing to learn from: successes,"
+            " strategies and feedback are of the other tiers; use --supervise all"
+        )
     if cfg.task == "livecodebench" and cfg.since >= cfg.until:
         raise ValueError(f"--since {cfg.since} is no day before --until {cfg.until}")
     if cfg.log and not importlib.util.find_spec(cfg.log):

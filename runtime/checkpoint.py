@@ -277,14 +277,14 @@ def trainer_state(policy, teacher, optimizer) -> dict:
 
 
 def prune(run_folder, keep):
-    """Removes all checkpoints but the last `keep` and the one that was best on dev."""
+    """Removes all checkpoints but the last `keep`, and that of them all that was best on dev."""
     saved = checkpoints(run_folder)
     rows = read_rows(run_folder / "metrics.jsonl")
     dev = {row["step"]: row["avg_at_k"] for row in rows if row.get("split") == "dev"}
 
     def merit(checkpoint):
         step = step_of(checkpoint)
-        return dev[step], step  # of equal ones the latest
+        return dev[step], -step  # of equal ones the earliest, as in the summary
 
     evaluated = [checkpoint for checkpoint in saved if step_of(checkpoint) in dev]
     best = max(evaluated, key=merit, default=None)

@@ -23,10 +23,6 @@ def reader_of(tokenizer, size):
     return llguidance.hf.from_tokenizer(tokenizer, n_vocab=size)
 
 
-def grammar_of(schema) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(schema)
-
-
 class Guide(LogitsProcessor):
     """Leaves each row the tokens that may follow under its schema, and the ends where it is whole.
 
@@ -38,7 +34,10 @@ class Guide(LogitsProcessor):
         reader = reader_of(tokenizer, size)
         self.matchers, self.eos, self.begun = [], sorted(eos), False
         for schema in schemas:
-            matcher = llguidance.LLMatcher(reader, grammar_of(schema)) if schema else None
+            matcher = None
+            if schema:
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+                matcher = llguidance.LLMatcher(reader, grammar)
             self.matchers.append(matcher)
 
     def __call__(self, input_ids, scores):

@@ -48,7 +48,7 @@ def attempt_metrics(rollouts) -> dict:
     """Returns the metrics of a batch of rollouts."""
     n = len(rollouts)
     problems = {r.problem.id for r in rollouts}
-    solved = {r.problem.id for r in rollouts if r.reward > SUCCESS}
+    solved = {r.problem.id for r in rollouts if r.reward >= SUCCESS}
     metrics = {
         "reward": sum(r.reward for r in rollouts) / n,
         "groups_solved": len(solved) / len(problems),

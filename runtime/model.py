@@ -136,14 +136,14 @@ def copy_of(policy, cfg):
 
 
 @torch.no_grad()
-def follow(teacher, policy, cfg):
+def follow(teacher, policy, rate):
     """teacher += rate * (policy - teacher), unless the teacher is the policy. Of adapters A and B
     follow each by itself.
     """
     if teacher is not policy:
         with clock("optimizer"):
             for t, p in zip(teacher.parameters(), trained(policy), strict=True):
-                local(t).lerp_(local(p), cfg.ema_rate)
+                local(t).lerp_(local(p), rate)
 
 
 def load_policy(cfg):

@@ -46,9 +46,9 @@ FREE = {
 FORMERLY = {"loss_mean": "token"}
 
 
-def write_origin(folder, cfg, task, tokenizer) -> dict:
+def write_origin(folder, cfg, task, tokenizer, memory=None) -> dict:
     """Writes a run's flags and the digests of its problems; returns the digests."""
-    digests = fingerprint(task, tokenizer)
+    digests = fingerprint(task, tokenizer, memory)
     write(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
     write(folder / "problems.json", json.dumps(digests, indent=1))
     return digests
@@ -89,11 +89,12 @@ def refuse_changes(before, cfg, quiet=False):
         print(f"changed since the run was started: {', '.join(noted)}")
 
 
-def fingerprint(task, tokenizer) -> dict:
+def fingerprint(task, tokenizer, memory=None) -> dict:
     """Returns digests of a run's problems and the identity of its model.
 
     A split has the number of its problems and a digest of their contents, in order. A model has its
-    revision on the Hub, or a digest of its folder's files (name, size, first and last MiB).
+    revision on the Hub, or a digest of its folder's files (name, size, first and last MiB). memory:
+    that of an evaluation, which the run that it belongs to may still write.
     """
     digests = {}
     for split in ("train", "dev", "test"):
@@ -102,6 +103,8 @@ def fingerprint(task, tokenizer) -> dict:
             row = [p.id, p.prompt, p.answer, p.verifier, p.system, p.extra]
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         digests[split] = {"problems": len(getattr(task, split)), "sha256": digest.hexdigest()}
+    if memory:
+        digests["memory"] = {"last step": memory.last_step(), "items": memory.sizes()}
     return digests | {"model": model_identity(tokenizer.name_or_path)}
 
 
@@ -127,12 +130,14 @@ def changes(before, now) -> list[str]:
         "dev": "the dev problems",
         "test": "the test problems",
         "model": "the model",
+        "memory": "the memory",
     }
-    return [text for part, text in parts.items() if before.get(part, now[part]) != now[part]]
+    both = [part for part in parts if part in before and part in now]
+    return [parts[part] for part in both if before[part] != now[part]]
 
 
-def refuse_other_problems(folder, task, tokenizer):
-    """Compares the problems and the model of a resumed run with its problems.json.
+def refuse_other_problems(folder, task, tokenizer, memory=None):
+    """Compares the problems, the model and the memory of a resumed run with its problems.json.
 
     Raises ValueError if they are other ones, under the same names.
     """
@@ -140,11 +145,11 @@ def refuse_other_problems(folder, task, tokenizer):
     if not path.is_file():
         return
     cure = "remove it, and the problems are taken for those that the run was started with"
-    changed = changes(read_json(path, cure), fingerprint(task, tokenizer))
+    changed = changes(read_json(path, cure), fingerprint(task, tokenizer, memory))
     if changed:
         raise ValueError(
-            f"{' and '.join(changed)} are not those that {folder} was started with: give it the"
-            " same again, or use another --name"
+            f"{' and '.join(changed)} changed since {folder} was started: give it the same again,"
+            " or use another --name"
         )
 
 

@@ -1,7 +1,6 @@
 """Several devices: one process each, under torchrun. Every rank runs train(); they differ in the
 data they hold. Rank 0 owns the memory's file and writes the records. One process is a world of one
 rank, through the same lines.
-
 """
 
 import atexit
@@ -137,7 +136,7 @@ def a_rank_has_ended() -> bool:
 def end_with_the_others():
     """From now on SIGTERM ends this rank at once where another one is gone, though it may wait for
     that one in a collective, where Python runs no handler: else a job that has failed would hold
-    its devices for all of --grace.
+    its devices for all of GRACE.
 
     Where all ranks are there, SIGTERM is for the run's own handler alone.
     """

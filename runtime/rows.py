@@ -78,6 +78,11 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
     return hidden if scale == 1 else hidden * scale
 
 
+def states_under(model, prompts, rollouts) -> torch.Tensor:
+    """Gives completion_hidden as one forward pass of a model, which may be sharded."""
+    return forward(model, lambda: completion_hidden(model, prompts, rollouts))
+
+
 def logit_scale(config) -> float:
     """Gives the number that a model multiplies its logits by: Cohere's, Falcon-H1's, Granite's.
 
@@ -136,7 +141,7 @@ def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
     """{row id: (log-probabilities (C,), entropies (C,) in nats) of its completion under
     prompt_of(row)}, on the host.
 
-    Each rank scores its share; all get all. Without gradient. For `weigh`.
+    Each rank scores its share; all get all. Without gradient.
     """
 
     def scores(batch):

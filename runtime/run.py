@@ -87,7 +87,9 @@ class RunOptions:
         within="[0, inf)",
     )
     keep: int = option(
-        2, "newest checkpoints kept, beside the one that was best on dev [ours]", within="[1, inf)"
+        2,
+        "newest checkpoints kept, beside the saved one that was best on dev [ours]",
+        within="[1, inf)",
     )
     max_minutes: float = option(
         0.0,

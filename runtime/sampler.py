@@ -139,7 +139,7 @@ class Sampler:
         self, problems, k, split="train", temperature=1.0, top_p=1.0, texts=None
     ) -> list[list[Sample]]:
         """k samples from the plain prompt of each problem, the only one a student ever sees; from
-        `texts` in its place where the frozen-policy control has its memory in the prompt.
+        `texts` in its place where a memory, or a second turn, stands in the prompt.
         """
         texts = [p.prompt for p in problems] if texts is None else texts
         encode = encoder(self.tokenizer, self.cfg)

@@ -41,7 +41,7 @@ def make_embedder(cfg):
     hasher = HashingVectorizer(
         n_features=1024, ngram_range=(1, 2), token_pattern=r"[^\W\d_]+", alternate_sign=False
     )
-    return lambda texts: np.asarray(hasher.transform(texts).todense(), dtype=np.float32)
+    return lambda texts: hasher.transform(texts).toarray().astype(np.float32)
 
 
 def make_abstractor(cfg, check=False):

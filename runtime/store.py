@@ -19,7 +19,12 @@ from runtime.chat import plain
 from runtime.services import unit_rows
 
 SCHEMA_VERSION = 2
-TIERS = ("experience", "insight", "behavior")
+KINDS = {  # of items, by tier
+    "experience": ("success", "failure"),
+    "insight": ("strategy", "lesson"),
+    "behavior": ("behavior",),
+}
+TIERS = tuple(KINDS)
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE problem (id TEXT PRIMARY KEY, text TEXT, cluster INTEGER, embedding BLOB);
@@ -35,8 +40,8 @@ CREATE TABLE item (
                           -- behavior's problems
     shortcuts TEXT,       -- families of shortcut-like phrasing found in it, with spaces between
     born INTEGER, ended INTEGER,
-    policy_step INTEGER,  -- steps that the policy which wrote it had been trained for; NULL
-                          -- for another model
+    policy_step INTEGER,  -- the step at whose end the policy stood that wrote it; NULL for
+                          -- another model
     embedding BLOB        -- float32; NULL of an experience or insight that ended: nothing needs it
 );
 CREATE INDEX living ON item (tier, problem, kind) WHERE ended IS NULL;
@@ -416,8 +421,8 @@ class Store:
 
     # -- time
 
-    def end_all(self, step):
-        """Ends everything that lives at `step`."""
+    def forget(self, step):
+        """Ends everything that lives at `step`: a transient memory keeps nothing between steps."""
         with self.writing(step):
             self.db.execute(f"UPDATE item SET {ENDED} WHERE ended IS NULL", (step,))
             self._sizes.clear()

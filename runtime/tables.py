@@ -29,7 +29,9 @@ def table(summaries) -> str:
     if first.get("mcq") == "lenient":
         prompt = f"read leniently, {prompt}"
     asked = f"avg@{final['k']} on {final['n_problems']} held-out problems of {first['data']}"
-    rows = {"": f"{asked}, {prompt}", "base policy": score(first["base"])}
+    step = first["base"]["step"]
+    start = f"policy at step {step}, where the fork begins" if step else "base policy"
+    rows = {"": f"{asked}, {prompt}", start: score(first["base"])}
     for name, summary in summaries.items():
         dev, test = summary["dev_best"], summary["test_best"]
         rows[f"{name}, after training"] = score(summary["final"])
@@ -118,11 +120,14 @@ def model_card(summary) -> str:
     base = [f"base_model: {name}"] if is_named else []
     head = ["---", "library_name: transformers", *base, "tags: [pmd, self-distillation]", "---"]
     lines = [*head, "", f"# {Path(name).name}, trained by {summary['method']}", ""]
+    reads = "It answers without a memory."
+    if summary["method"] == "frozen-policy":
+        reads = "Its weights were not trained: the scores are those with the memory in the prompt."
     lines += [
         f"Trained by {summary['method']} on {summary['data']} for {summary['steps']} steps"
         f" ({summary['rollouts']} rollouts), seed {summary['seed']}, with the reference"
         " implementation of Procedural Memory Distillation (arXiv 2607.01480),"
-        f" commit {summary['commit'] or 'unknown'}. It answers without a memory.",
+        f" commit {summary['commit'] or 'unknown'}. {reads}",
         "",
         f"| checkpoint | step | avg@{summary['final']['k']} on {summary['final']['n_problems']}"
         " held-out problems, 95% interval over problems |",

@@ -32,8 +32,8 @@ class Pull(NamedTuple):
             "WARNING: lessons make failed attempts likelier in the teacher's eyes, by"
             f" {self.mean:.2f} +- {self.error:.2f} nats ({self.problems} problems): it reads"
             " warnings as advice and pulls the student towards what failed; `python"
-            " tools/reads.py` measures each block, and --supervise solved leaves out problems of"
-            " which nothing but failures is known"
+            " tools/reads.py` measures each block, and --supervise solved leaves out rollouts whose"
+            " teacher reads no success, no strategy and no feedback"
         )
 
 

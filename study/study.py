@@ -88,11 +88,10 @@ from transformers.utils import logging as transformers_logging
 import pmd
 from nano.world import write_world
 from runtime.files import append, read_lines
-from study.tables import report
+from study.tables import KINDS, report
 
 STEPS, EVERY, K = 80, 10, 4
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
-KINDS = ("feedback", "plain")
 CHECKPOINTS = ("nano", HERE / "models" / "1", HERE / "models" / "2")  # by seed of pre-training
 # {checkpoint: (its folder, its hidden size)}
 SIZES = {

@@ -12,6 +12,7 @@ from scipy import stats
 
 matplotlib.use("Agg")  # figures are files; no screen is needed
 
+KINDS = ("feedback", "plain")  # of worlds
 NAMES = {
     "grpo": "GRPO",
     "sdpo": "SDPO",
@@ -196,19 +197,18 @@ def primaries(runs, checkpoints) -> str:
 
 def methods(runs) -> str:
     """The table of the README."""
-    kinds = ("feedback", "plain")
     main = runs[runs.part == "main"]
-    base = [text(main[(main.kind == kind) & (main.arm == "sdpo")].base) for kind in kinds]
+    base = [text(main[(main.kind == kind) & (main.arm == "sdpo")].base) for kind in KINDS]
     rows = [["base", base[0], "-", base[1], "-", 47.9]]
     for arm, name in NAMES.items():
         row = [name]
-        for kind in kinds:
+        for kind in KINDS:
             found = cell(runs, "main", arm, [kind])
             row += [text(found.final), text(found.auc)]
         rows.append([*row, PAPER.get(arm, "-")])
     if "lender" in main:
         lent = main[main.arm == "frozen-memory"]
-        scores = [text(lent[lent.kind == kind].lender) for kind in kinds]
+        scores = [text(lent[lent.kind == kind].lender) for kind in KINDS]
         name = "frozen policy, memory in the prompt"
         rows.append([name, scores[0], "-", scores[1], "-", 54.0])
     head = ["method", "feedback: final", "AUC", "plain: final", "AUC", "paper, %"]
@@ -217,7 +217,7 @@ def methods(runs) -> str:
 
 def explored(runs, checkpoints) -> str:
     rows = []
-    for kind in ("feedback", "plain"):
+    for kind in KINDS:
         for arm, other in [("pmd", "sdpo"), *EXPLORED]:
             values = gaps(cell(runs, "main", arm, [kind]), cell(runs, "main", other, [kind]))
             title = f"{NAMES[arm]} minus {NAMES[other]} ({kind})"
@@ -265,7 +265,7 @@ def rates_table(runs, rates) -> str:
 
 def compute(runs) -> str:
     rows = []
-    for kind in ("feedback", "plain"):
+    for kind in KINDS:
         budget_of = [cell(runs, "main", arm, [kind]) for arm in BUDGET_OF]
         for cost, name in COSTS.items():
             scores = {}
@@ -282,7 +282,7 @@ def compute(runs) -> str:
 def teachers(runs) -> str:
     """What each reader adds to the student, over all looks of a run, on main's worlds."""
     rows = []
-    for kind in ("feedback", "plain"):
+    for kind in KINDS:
         for arm in NAMES:
             found = cell(runs, "main", arm, [kind])
             for group in ("unsolved", "solved"):
@@ -419,7 +419,7 @@ def band(axis, x, values, arm):
 def learning_curves(runs, path):
     """Scores by step and by CPU seconds, a column a kind."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharey=True, layout="constrained")
-    for column, kind in zip(axes.T, ("feedback", "plain"), strict=True):
+    for column, kind in zip(axes.T, KINDS, strict=True):
         for arm in NAMES:
             found = cell(runs, "main", arm, [kind])
             if found.empty:

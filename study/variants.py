@@ -10,12 +10,12 @@ import time
 import numpy as np
 
 from memory import reprompt
-from nano.world import attempt_text
 from runtime.chat import encode_prompt
 from runtime.clock import clock
 from runtime.files import append
 from runtime.rows import Continuation, scored
 from tasks.problem import SUCCESS
+from tasks.references import hidden_rules, reference
 
 EVERY = 10  # steps between two looks at the teacher
 BLOCKS = ("solution", "strategies", "lessons", "behaviors", "feedback")
@@ -57,7 +57,7 @@ class Watched:
 
     def condition(self, step, rollouts):
         self.rollouts = rollouts
-        self.solved |= {r.problem.id for r in rollouts if r.reward > SUCCESS}
+        self.solved |= {r.problem.id for r in rollouts if r.reward >= SUCCESS}
         return super().condition(step, rollouts)
 
     def weigh(self, step, rows):
@@ -82,7 +82,7 @@ class Watched:
         chosen = {}
         for r in self.rollouts:
             held = chosen.get(r.problem.id)
-            if held is None or r.reward <= SUCCESS < held.reward:
+            if held is None or r.reward < SUCCESS <= held.reward:
                 chosen[r.problem.id] = r
         plain, richer = [], []
         for r in chosen.values():
@@ -111,11 +111,8 @@ class Watched:
 
     def row(self, problem, reader, context) -> Continuation:
         """Lays out the right attempt at a problem after a prompt."""
-        syllables, operations = secret_of(problem)
-        digits = [int(word) for word in problem.answer.split()[:4]]
-        text = attempt_text(syllables, operations, digits)
         prompt = reprompt(problem, context, self.tokenizer, self.cfg)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(reference(problem), add_special_tokens=False)["input_ids"]
         return Continuation((problem.id, reader), ids, encode_prompt(self.tokenizer, prompt))
 
     def probabilities(self, model, rows) -> dict:
@@ -126,13 +123,6 @@ class Watched:
         means = {}
         for row in rows:
             logprobs, _ = found[row.id]
-            named = zip(*secret_of(problems[row.id[0]]), strict=True)
-            where = [row.ids.index(vocabulary[f"{s}={o}"]) for s, o in named]
+            where = [row.ids.index(vocabulary[rule]) for rule in hidden_rules(problems[row.id[0]])]
             means[row.id] = float(logprobs[where].exp().mean())
         return means
-
-
-def secret_of(problem) -> tuple[list, list]:
-    """The syllables of a problem of nano and the operations that they hide."""
-    pairs = [pair.split("=") for pair in problem.extra["hidden"].split()]
-    return [syllable for syllable, _ in pairs], [operation for _, operation in pairs]

@@ -106,7 +106,7 @@ def load_task(
     until=WINDOW[1],
     exclude_flagged=False,
 ) -> Task:
-    """Loads `nano`, `nano/SEED`, `sciknoweval/DOMAIN`, `livecodebench` or a folder's path.
+    """Loads a task by its name, a file, a folder or a dataset of the Hub: see the option `task`.
 
     dev: the share of the training split that is held out, by `seed`, to select checkpoints on. The
     seed is that of SDPO's own splits.

@@ -36,18 +36,6 @@ def json_lines(path, cut=False):
         yield n, row
 
 
-def load_table(path):
-    """Reads a file, JSON lines or Parquet by its ending, by `datasets`: it caches and shows
-    progress.
-    """
-    import datasets  # here: it takes a second, and nano does without
-
-    # what it can't read is said by the callers, in one sentence
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    return datasets.load_dataset(kind, data_files=str(path), split="train")
-
-
 def cause(error) -> str:
     """Says what went wrong in a library: its error's text, or its name where there is no text."""
     error = error.__cause__ or error
@@ -57,12 +45,17 @@ def cause(error) -> str:
 def table_rows(path):
     """Yields (number, object) of a published file, JSON lines or Parquet, through `datasets`.
 
+    `datasets` caches and shows progress.
     Raises ValueError, with the file and for JSON the line, if it is no table.
     """
+    import datasets  # here: it takes a second, and nano does without
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the errors below say what it could
     path = Path(path)
     parquet = path.suffix == ".parquet"
+    kind = "parquet" if parquet else "json"
     try:
-        table = load_table(path)
+        table = datasets.load_dataset(kind, data_files=str(path), split="train")
         with open(path, "rb") as file:
             numbers = [n for n, line in enumerate(file, 1) if line.strip()]
         if parquet:

@@ -6,6 +6,7 @@ from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 
 from tasks.problem import Verdict
+from tasks.units import METRIC, OTHER
 
 # What a text has where a number may stand; of two that fit, the first. Signs, digits and separators
 # are ASCII by then.
@@ -31,6 +32,8 @@ NUMERALS = re.compile(
     rf"|(?: |\\[,;: ])?[×*]? ?(?:[{ODD}]\d*|e(?=\^)))*",
     re.IGNORECASE,
 )
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+RAISED = re.compile("[⁻⁺]?[⁰¹²³⁴-⁹]+")
 NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?:(?P<decimal>(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e(?P<power>[-+]?\d+))?"
     r"|(?:(?P<whole>\d+) )?(?P<above>\d+)/(?P<below>\d+))",
@@ -48,8 +51,8 @@ GREEK = (
 # Units behind a number, with powers as 9.8 m s-2 and 7 cm**2 have them. A range of one unit,
 # 3 m-4 m, has none
 UNIT = (
-    "(?:[fpnu\u00b5\u03bcmcdhkMGT]?(?:m|s|g|mol|L|l|K|J|N|W|Pa|C|A|V|F|H|S|T|M|Hz|eV|cal|bar|Wb|Bq|Gy|Sv"
-    "|rad|\u03a9)|min|h|hr|yr|day|cd|lm|lx|sr|atm|in|ft|lb)(?![A-Za-z])"
+    rf"(?:[fpnu\u00b5\u03bcmcdhkMGT]?(?:{METRIC}|F|H|S|T|M|Wb|Bq|Gy|Sv|rad)"
+    rf"|{OTHER}|day|cd|lm|lx|sr)(?![A-Za-z])"
 )
 POWER = r"(?:\^?-|\*\*-?)[1-4](?![\d.A-Za-z])"
 UNITS = (
@@ -114,8 +117,7 @@ def plain_digits(text) -> str:
     """Writes the digits, signs and separators of numbers in ASCII, and LaTeX's fractions with a
     slash.
     """
-    raised = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True)}
-    text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda found: "^" + found[0].translate(raised), text)
+    text = RAISED.sub(lambda found: "^" + found[0].translate(SUPERSCRIPTS), text)
     # full-width, Arabic, all others
     text = re.sub(r"[^\D0-9]", lambda found: str(unicodedata.decimal(found[0])), text)
     for theirs, ours in PLAIN:

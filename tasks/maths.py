@@ -10,6 +10,7 @@ import unicodedata
 from dataclasses import replace
 from decimal import Decimal
 
+from tasks.last_number import RAISED, SUPERSCRIPTS
 from tasks.problem import Verdict
 from tasks.units import QUANTITY, TEXT_COMMAND, measured, short
 
@@ -30,7 +31,6 @@ ANSWER = re.compile(r"<answer>([^<]*)", re.IGNORECASE)
 # -- how others write a number or a command, and how math-verify reads it
 INLINE = re.compile(r"\$([^$\n]{1,200})\$")
 SPACE = r"(?:[\u00a0\u2007\u2009\u202f~]|\\[,;:! ])"
-SUPERSCRIPTS = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True)}
 FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
 # A number as programs write it: 1e-05, 6.02e23. Not 2e-1, which is twice Euler's number less one
 SCIENTIFIC = re.compile(
@@ -145,7 +145,7 @@ def spelled(text) -> str:
     1000, `\boxed{7.}` without its full stop.
     """
     text = text.translate(FULL_WIDTH)
-    text = re.sub("[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda found: f"^{{{found[0].translate(SUPERSCRIPTS)}}}", text)
+    text = RAISED.sub(lambda found: f"^{{{found[0].translate(SUPERSCRIPTS)}}}", text)
     for theirs, ours in WRITTEN:
         text = re.sub(theirs, ours, text)
     text = TIMES_TEN.sub(
@@ -240,14 +240,8 @@ def key_of(text) -> str:
     if "####" in text:
         key = text.rpartition("####")[2].strip()
         return key.replace(",", "") if THOUSANDS.fullmatch(key) else key
-    inner = boxed(text)
-    return text.strip() if inner is None else inner
-
-
-def boxed(text) -> str | None:
-    r"""Returns what stands in the last \boxed{} of a text, or None where there is none."""
     found = boxes(text)
-    return found[-1][2] if found else None
+    return found[-1][2] if found else text.strip()
 
 
 def boxes(text) -> list[tuple[int, int, str]]:

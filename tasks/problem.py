@@ -34,7 +34,7 @@ class Task:
     card: str = ""
 
 
-SUCCESS = 0.5  # a reward above this is a success (SDPO code: success_reward_threshold)
+SUCCESS = 0.5  # a reward of at least this is a success (SDPO code: success_reward_threshold)
 # characters of feedback that are kept: it is tokenised for every teacher and every reflection
 MAX_FEEDBACK = 20_000
 

@@ -7,14 +7,25 @@ TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mathsf|operatorname)\*? *\{([^{}]*)\}"
 )
 LONGEST = 200  # characters of a number with its unit
-SYMBOL = (
-    "(?:[pn\u00b5\u03bcmcdhkMG]?(?:m|s|g|mol|L|l|K|J|N|W|Pa|C|A|V|Hz|eV|cal|bar|\u03a9)|min|h|hr|yr|mi|mph|kph"
-    "|kmh|in|ft|yd|lb|oz|atm|cc)"
-)
+PREFIXES = {"milli": "m", "centi": "c", "deci": "d", "kilo": "k", "micro": "µ", "nano": "n"}
+BASES = {
+    "meter": "m",
+    "gram": "g",
+    "liter": "L",
+    "second": "s",
+    "joule": "J",
+    "watt": "W",
+    "newton": "N",
+    "pascal": "Pa",
+    "volt": "V",
+}
+METRIC = "m|s|g|mol|L|l|K|J|N|W|Pa|C|A|V|Hz|eV|cal|bar|\u03a9"  # symbols that take prefixes
+OTHER = "min|h|hr|yr|in|ft|lb|atm"
+SYMBOL = rf"(?:[pn\u00b5\u03bcmcdhkMG]?(?:{METRIC})|{OTHER}|mi|mph|kph|kmh|yd|oz|cc)"
 # Names of units, and things that are counted: those that math-verify leaves out, too
 NAME = (
-    "(?:(?:milli|centi|deci|kilo|micro|nano)?(?:met(?:er|re)|gram|lit(?:er|re)|second|joule|watt|newton"
-    "|pascal|volt)|sec|minute|hour|day|week|month|year|mile|yard|foot|feet|inch|pound|ounce|gallon"
+    rf"(?:(?:{'|'.join(PREFIXES)})?(?:{'|'.join(BASES)}|metre|litre)"
+    "|sec|minute|hour|day|week|month|year|mile|yard|foot|feet|inch|pound|ounce|gallon"
     "|acre|hectare|degree|radian|unit|dollar|cent|euro|point|mole|person|people|man|men|woman|women"
     "|child|children|student|apple|coin|tile|soldier|monkey|toy)(?:s|es)?"
 )
@@ -53,18 +64,6 @@ SHORT = {
     "l": "L",
     "degree": "°",
     "mole": "mol",
-}
-PREFIXES = {"milli": "m", "centi": "c", "deci": "d", "kilo": "k", "micro": "µ", "nano": "n"}
-BASES = {
-    "meter": "m",
-    "gram": "g",
-    "liter": "L",
-    "second": "s",
-    "joule": "J",
-    "watt": "W",
-    "newton": "N",
-    "pascal": "Pa",
-    "volt": "V",
 }
 
 

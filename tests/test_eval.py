@@ -110,14 +110,14 @@ def test_the_estimators_agree_with_reward(data):
     assert np.all(headroom(rewards, answers) >= -1e-12)
     for k in range(1, 6):
         subsets = [
-            [any(r > SUCCESS for r in subset) for subset in itertools.combinations(row, k)]
+            [any(r >= SUCCESS for r in subset) for subset in itertools.combinations(row, k)]
             for row in rewards
         ]
         assert best_at_k(rewards, k) == pytest.approx(np.mean(subsets))
     for n in range(5):
         one, said = [[row[n]] for row in rewards], [[row[n]] for row in answers]
         assert maj_at_k(one, said) == pytest.approx(avg_at_k(one))
-        assert best_at_k(one) == np.mean([row[0] > SUCCESS for row in one])
+        assert best_at_k(one) == np.mean([row[0] >= SUCCESS for row in one])
     for same in (0.0, 1.0):
         everyone = [[same] * 5] * 2
         assert avg_at_k(everyone) == maj_at_k(everyone, answers) == best_at_k(everyone) == same
@@ -167,8 +167,8 @@ def test_what_votes_together_is_rewarded_alike(verifier, data):
 
 
 def test_a_success_is_the_same_for_memory_and_estimators(make_memory):
-    """A reward of 0.5 is none."""
-    memory, rewards = make_memory(), [0.0, 0.5, 0.51, 1.0]
+    """A reward of 0.5 is one, as in SDPO's code."""
+    memory, rewards = make_memory(), [0.0, 0.49, 0.5, 1.0]
     for i, reward in enumerate(rewards):
         memory.record(1, [Attempt(str(i), Question(str(i), "x"), f"text {i}", reward)])
     kinds = [memory.living("experience", str(i))[0].kind for i in range(4)]

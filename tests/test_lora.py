@@ -154,9 +154,9 @@ def test_a_teacher_is_another_adapter_of_the_same_base(cfg):
     assert all(torch.equal(weights[n], p) for n, p in policy.named_parameters() if n in weights)
     torch.testing.assert_close(logits(teacher), base)
     assert (logits(policy) - base).abs().max() > 0.01
-    follow(teacher, policy, dataclasses.replace(cfg, ema_rate=0.0))
+    follow(teacher, policy, 0.0)
     assert all(map(torch.equal, teacher.parameters(), frozen))
-    follow(teacher, policy, dataclasses.replace(cfg, ema_rate=0.25))
+    follow(teacher, policy, 0.25)
     for p, start, now in zip(teacher.parameters(), frozen, moved, strict=True):
         torch.testing.assert_close(p.detach(), 0.75 * start + 0.25 * now)
     live = pmd.PMD(dataclasses.replace(cfg, teacher="live"), None, None, policy)

@@ -950,7 +950,7 @@ def test_ema(policy, make_config, rate):
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(1.0)
-    follow(teacher, policy, make_config(ema_rate=rate))
+    follow(teacher, policy, rate)
     for t, f in zip(teacher.parameters(), first, strict=True):
         assert torch.allclose(t, f + rate, atol=1e-6)
 

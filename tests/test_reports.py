@@ -3,6 +3,7 @@
 Tables and figures against runs made by hand, and the command line on the embedded model.
 """
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -24,7 +25,7 @@ from memory import EXAMPLES, Memory
 from runtime import tables
 from runtime.sampler import Sample, Sampler
 from runtime.services import make_embedder
-from runtime.store import memory_file
+from runtime.store import Store, memory_file
 from runtime.tables import evaluated
 from tasks import load_task
 from tasks.problem import Problem
@@ -858,6 +859,13 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
         shown = [row["series"] for row in csv.DictReader(file)]
     # a series, whatever the row's name
     assert shown[1] == "Base, memory of lender in the prompt, top-3 (experience)"
+
+    # the run goes on, and the same command does not take the old answers for new ones
+    with contextlib.closing(Store(tmp_path / "lender/memory.db")) as grown:
+        with grown.writing(2):
+            grown.db.execute("UPDATE item SET ended = 2 WHERE tier = 'insight'")
+    with pytest.raises(SystemExit, match="the memory changed since .*lent was started"):
+        ev.main(pmd.parse_flags, [*flags, "--memory", str(tmp_path / "lender/memory.db")])
     with pytest.raises(
         SystemExit,
         match="nano has 1024 positions, and a prompt of 1000 tokens .*; give --max_reprompt 992",

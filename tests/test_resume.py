@@ -224,6 +224,18 @@ def test_the_last_ones_and_the_best_on_dev_are_kept(tmp_path):
     assert saved >= {5, 6} and len(saved) <= 3 and max(dev[s] for s in saved) == max(dev.values())
 
 
+def test_of_equal_ones_the_checkpoint_that_the_summary_names_is_kept(tmp_path):
+    for step in range(1, 6):
+        (tmp_path / "checkpoints" / f"{step}").mkdir(parents=True)
+    scores = (0.2, 0.7, 0.7, 0.7, 0.5)
+    rows = [
+        {"step": step, "split": "dev", "avg_at_k": score} for step, score in enumerate(scores, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    checkpoint.prune(tmp_path, 1)
+    assert [c.name for c in checkpoints(tmp_path)] == ["2", "5"]
+
+
 def test_a_checkpoint_that_is_half_removed_is_none(tmp_path, monkeypatch):
     """A kill while an old one is removed leaves it under another name."""
     for step in ("1", "2"):

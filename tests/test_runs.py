@@ -515,7 +515,7 @@ def test_other_problems_are_refused_on_resume_and_said_of_a_fork(make_config, tm
     sums(tmp_path / "t", shift=1)
     with pytest.raises(
         ValueError,
-        match="the training problems and the test problems are not those that .*r was started",
+        match="the training problems and the test problems changed since .*r was started",
     ):
         pmd.check(dataclasses.replace(cfg, resume=True, steps=2))
     fork = dataclasses.replace(cfg, name="f", fork_from="r@1", steps=2)
@@ -579,7 +579,7 @@ def test_an_evaluation_too_has_one_writer_and_keeps_to_its_problems(tmp_path):
         ev.main(pmd.parse_flags, flags)
     sums(tmp_path / "t", shift=1)
     with pytest.raises(
-        SystemExit, match="eval.py: the test problems are not those that .*e was started with"
+        SystemExit, match="eval.py: the test problems changed since .*e was started"
     ):
         ev.main(pmd.parse_flags, flags)
     assert (tmp_path / "e" / "evals" / "0-test.jsonl").read_bytes() == answers
@@ -711,6 +711,8 @@ def test_a_tier_is_given_once(make_config):
     for tiers in ("insight,insight", "experience,insight,behavior,experience"):
         with pytest.raises(ValueError, match=f"--tiers takes each tier once, not {tiers}"):
             pmd.check(make_config(tiers=tiers))
+    with pytest.raises(ValueError, match="--supervise solved and --tiers behavior leave nothing"):
+        pmd.check(make_config(tiers="behavior", supervise="solved"))
 
 
 def test_a_fork_goes_on_without_the_checkpoint_that_it_began_with(make_config, tmp_path):
@@ -939,6 +941,15 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_over(make_config, capsys
         ("--method sdpo --behavior_every 3 --alpha 0.2", "this sdpo: --behavior_every 3"),
         ("--teacher live --ema_rate 0.3", "this pmd: --ema_rate 0.3"),
         ("--method grpo", ""),
+        (
+            "--method frozen-policy --lr 0.5 --loss_mean sum --query_feedback",
+            "this frozen-policy: --lr 0.5, --loss_mean sum, --query_feedback True",
+        ),
+        (
+            "--method grpo --embedder x --max_reprompt 99",
+            "this grpo: --max_reprompt 99, --embedder x",
+        ),
+        ("--method sdpo --memory_format lines", "this sdpo: --memory_format lines"),
         ("--method uni-opd --alpha 0.2 --top_k 5", "this uni-opd: --alpha 0.2, --top_k 5"),
         ("--method lightning-opd --ema_rate 0.5", "this lightning-opd: --ema_rate 0.5"),
         ("--method pi-distill --teacher live", "this pi-distill: --teacher live"),

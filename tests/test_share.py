@@ -11,7 +11,7 @@ import pmd
 from memory import Memory
 from runtime.services import make_embedder
 from runtime.store import Store
-from runtime.tables import model_card
+from runtime.tables import model_card, table
 from tools import share_memory, show_memory
 from tools.share_memory import export_memory, import_memory
 
@@ -265,3 +265,14 @@ def test_a_card_names_a_base_model_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = {**summary, "model": "models/tiny", "commit": "", "base": row, "final": row}
     assert "base_model" not in model_card(folder)
+    lent = model_card({**folder, "method": "frozen-policy"})
+    assert "were not trained" in lent and "answers without a memory" not in lent
+
+
+def test_the_table_of_a_fork_says_where_it_began():
+    row = {"step": 4, "avg_at_k": 0.5, "k": 2, "n_problems": 9, "interval": None}
+    best = {**row, "n_checkpoints_searched": 2}
+    summary = {"data": "nano", "base": row, "final": row, "dev_best": None, "test_best": best}
+    assert "policy at step 4, where the fork begins" in table({"pmd": summary})
+    fresh = {**summary, "base": {**row, "step": 0}}
+    assert "base policy" in table({"pmd": fresh})

@@ -24,6 +24,7 @@ from runtime.files import read_lines
 from runtime.methods import method_class
 from study import study, tables, variants
 from tasks import load_task
+from tasks.references import hidden_rules
 
 RATES = dict.fromkeys(study.ARMS, 1e-3)
 
@@ -436,8 +437,7 @@ def test_the_quality_of_a_teacher_is_what_its_readers_believe(method, policy, to
         id = f"1/{problem.id}/{len(rollouts)}"
         rollouts.append(pmd.Rollout([1], [5], None, "", True, id, problem, reward))
         rollouts[-1].teacher_ids = [1]
-    syllables, operations = variants.secret_of(unsolved)
-    told = [("rule", f"{s}={o}") for s, o in zip(syllables, operations, strict=True)]
+    told = [("rule", rule) for rule in hidden_rules(unsolved)]
     method.rollouts, method.solved = rollouts, {solved.id}
     method.read = {rollouts[2].id: {"strategies": told, "lessons": []}}
     method.read[rollouts[0].id] = {"solution": "read of a success, and not looked at"}
@@ -450,16 +450,17 @@ def test_the_quality_of_a_teacher_is_what_its_readers_believe(method, policy, to
     # by transformers' own logits, word after word
     vocabulary, means = tokenizer.get_vocab(), []
     right = unsolved.answer.split()
-    for syllable, operation in zip(syllables, operations, strict=True):
-        right[right.index(f"{syllable}=*")] = f"{syllable}={operation}"
+    rules = hidden_rules(unsolved)
+    for rule in rules:
+        right[right.index(rule.split("=")[0] + "=*")] = rule
     for prompt in (unsolved.prompt, compose(unsolved.prompt, strategies=told)):
         before = encode_prompt(tokenizer, prompt)
         ids = before + tokenizer(" ".join(right), add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             probabilities = policy(torch.tensor([ids])).logits[0].softmax(-1)
         steps = []
-        for syllable, operation in zip(syllables, operations, strict=True):
-            token = vocabulary[f"{syllable}={operation}"]
+        for rule in rules:
+            token = vocabulary[rule]
             steps.append(float(probabilities[ids.index(token, len(before)) - 1, token]))
         means.append(np.mean(steps))
     assert readers["student"][0] == pytest.approx(means[0], abs=1e-4)

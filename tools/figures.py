@@ -61,7 +61,7 @@ def coverages(rows):
     for row in rows:
         if row.trained:
             answers = row.run.answers("final")
-            right = answers.rewards.max(1) > SUCCESS
+            right = answers.rewards.max(1) >= SUCCESS
             solved[row.label] = dict(zip(answers.ids, right, strict=True))
     panels = "solved by at least one of k samples", "that no other method solved"
     for label, masks in coverage(solved).items():

@@ -4,6 +4,7 @@ pages/memory.js draws it: problems and bank at any step, what replaced what, and
 story. It composes a teacher's prompt anew, with the headings of memory.py.
 """
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -11,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from memory import BEHAVIORS, CLOSING, LESSONS, SOLUTION, STRATEGIES
+from runtime import store
 from runtime.files import read_json, read_rows
 from runtime.store import Store, nearest
 from tools.page import write_page
 from tools.run_files import need
 from tools.show_memory import growth
 
-KINDS = ("success", "failure", "strategy", "lesson", "behavior")
+KINDS = tuple(itertools.chain(*store.KINDS.values()))
 CUT = 2000  # characters of a text in the page
 ROOM = 60e6  # of all attempts in it: a memory of 10,000 problems has to stay usable
 SHOWN = 3  # behaviors that a teacher was offered [paper]; a run's config.json says otherwise

@@ -32,7 +32,6 @@ from tqdm import tqdm
 import pmd
 from eval import interval, names, some_of
 from memory import as_context, reprompt
-from nano.world import attempt_text
 from runtime.chat import encoder
 from runtime.check import check_device, load_problems
 from runtime.files import read_json
@@ -41,7 +40,7 @@ from runtime.model import load_policy
 from runtime.rows import Continuation, scored
 from runtime.store import Store, nearest
 from runtime.tables import aligned
-from tasks.references import hidden_rules
+from tasks.references import hidden_rules, reference
 
 BLOCKS = ("strategies", "lessons", "behaviors", "solution", "feedback")
 ALL = "all blocks"
@@ -99,12 +98,8 @@ def attempts_of(store, problem) -> tuple[list, list]:
     for id, kind, text, feedback in rows:
         completion = Completion(text, feedback or "", warned_by.get(id, ()))
         (right if kind == "success" else failed).append(completion)
-    hidden = hidden_rules(problem)
-    if hidden and not right:
-        pairs = [pair.split("=") for pair in hidden]
-        digits = [int(word) for word in problem.answer.split()[:4]]
-        steps = [syllable for syllable, _ in pairs], [operation for _, operation in pairs]
-        right.append(Completion(attempt_text(*steps, digits)))
+    if hidden_rules(problem) and not right:
+        right.append(Completion(reference(problem)))
     return right, failed
 
 

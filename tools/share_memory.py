@@ -20,16 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from runtime.chat import clean
 from runtime.files import ELSEWHERE, write_lines
 from runtime.services import make_embedder
-from runtime.store import COLUMNS, WITH_EMBEDDING, Item, Store
+from runtime.store import COLUMNS, KINDS, WITH_EMBEDDING, Item, Store
 from tasks.files import json_lines
 
 FORM = "pmd memory, version 1"
 NAMES = COLUMNS.replace(" ", "").split(",")  # of an item, in order
-KINDS = {
-    "experience": ("success", "failure"),
-    "insight": ("strategy", "lesson"),
-    "behavior": ("behavior",),
-}
 PROBLEM = ("id", "text", "cluster")
 TEXTS = ("tier", "kind", "problem", "text", "evidence", "shortcuts")
 PERHAPS_TEXTS = ("title", "feedback")  # or None
@@ -55,7 +50,7 @@ def export_memory(source, target) -> str:
     return f"{len(problems)} problems and {len(items)} items: {target}"
 
 
-def import_memory(source, target, embedder="", device="") -> str:
+def import_memory(source, target, embedder="") -> str:
     """Makes a memory of a file of lines; says how much it holds.
 
     embedder: another than the one that the file names. Raises ValueError if the target exists, if
@@ -81,7 +76,7 @@ def import_memory(source, target, embedder="", device="") -> str:
             f" says {promised[0]} and {promised[1]}: it is cut, or was changed"
         )
     embedder = embedder or str(head.get("embedder") or "hashing")
-    embed = make_embedder(SimpleNamespace(embedder=embedder, device=device))
+    embed = make_embedder(SimpleNamespace(embedder=embedder, device=""))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name("import.partial")
     remove(partial)

@@ -10,6 +10,7 @@ python tools/show_memory.py runs/x --html                 RUN/memory.html: all o
 """
 
 import argparse
+import itertools
 import json
 import signal
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime.store import Store, describe, line_of, printable
+from runtime.store import KINDS, TIERS, Store, describe, line_of, printable
 
 
 def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
@@ -31,7 +32,7 @@ def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
     if problem is not None:
         return describe(memory, problem, step)
     at = 10**9 if step is None else step
-    tiers = [tier] if tier else ["experience", "insight", "behavior"]
+    tiers = [tier] if tier else TIERS
     held = f" that hold {grep!r}" if grep else ""
     lines = []
     for name in tiers:
@@ -68,7 +69,7 @@ def growth(memory) -> dict[str, np.ndarray]:
     """
     rows = memory.query("SELECT kind, born, ended, shortcuts != '' FROM item")
     last = memory.last_step()
-    kinds = ("success", "failure", "strategy", "lesson", "behavior", "shortcut")
+    kinds = (*itertools.chain(*KINDS.values()), "shortcut")
     changes = {kind: np.zeros(last + 2, int) for kind in kinds}
     for kind, born, ended, flagged in rows:
         for name in [kind] + ["shortcut"] * flagged:
@@ -174,7 +175,7 @@ def make_parser():
             )
             command.add_argument(
                 "--tier",
-                choices=("experience", "insight", "behavior"),
+                choices=TIERS,
                 help="all items of one tier",
             )
             command.add_argument(

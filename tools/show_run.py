@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime.files import RunError, read_rows
+from runtime.files import read_rows
 from tools.memory_page import write_memory_page
 from tools.page import write_page
 from tools.run_files import metrics_of, need, read_object, summary_of
@@ -115,7 +115,7 @@ def alarms(rows, config) -> list[dict]:
 def write_run_page(folder) -> Path:
     """Writes a run's pages; returns run.html.
 
-    Raises RunError, ValueError or OSError if the folder's files can't be read.
+    Raises ValueError or OSError if the folder's files can't be read.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -173,7 +173,7 @@ def main(argv=None):
     try:
         for folder in tqdm(runs_in(args.runs), unit="run", disable=None, leave=False):
             tqdm.write(str(write_run_page(folder)))
-    except (RunError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"show_run.py: {error}")
 
 
