@@ -432,9 +432,8 @@ def test_a_rubric_is_written_once_and_kept(make_config):
     other = method_of(make_config(method="rcsd"))
     other.load(method.state())
     assert other.contexts(2, rows) == method.contexts(2, rows) and len(asked) == 1
-    assert rcsd.exact([SimpleNamespace(extra={"hidden": "vo=rev mi=inc"})]) == [
-        ["vo=rev", "mi=inc"]
-    ]
+    hides = SimpleNamespace(verifier="steps", extra={"hidden": "vo=rev mi=inc"})
+    assert rcsd.exact([hides]) == [["vo=rev", "mi=inc"]]
 
 
 @pytest.mark.parametrize(

@@ -1387,7 +1387,6 @@ def test_a_run_leaves_what_it_promises(make_config):
         "final/model.safetensors",
     ):
         assert (folder / name).exists(), name
-    assert not (folder / "checkpoints/1").exists()
     assert summary == json.loads((folder / "summary.json").read_text())
     assert {
         "method",
