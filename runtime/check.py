@@ -502,6 +502,8 @@ def check_training(task, tokenizer, cfg):
 
     Raises ValueError if there are too few, if a resumed run had others, or if no step is left.
     """
+    if not task.train:
+        raise ValueError(f"--dev {cfg.dev} leaves no training problem of {cfg.task}; lower it")
     if len(task.train) < cfg.batch_size:
         raise ValueError(
             f"--batch_size {cfg.batch_size} is more than the {len(task.train)} training problems of"

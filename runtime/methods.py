@@ -5,6 +5,8 @@ A file that exists is a method. There is no registry.
 
 import argparse
 import ast
+import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib
@@ -29,14 +31,52 @@ def method_class(name) -> type:
     elif re.fullmatch(r"[a-z]\w*", stem) and (FOLDER / f"{stem}.py").is_file():
         module = importlib.import_module(f"methods.{stem}")
     else:
-        known = ", ".join(sorted(spelled(p.stem) for p in FOLDER.glob("[a-z]*.py")))
+        if name.endswith(".py"):
+            raise ValueError(f"--method {name}: there is no such file")
+        known = sorted(spelled(p.stem) for p in FOLDER.glob("[a-z]*.py"))
+        near = difflib.get_close_matches(name.lower(), known, 1)
+        meant = f"; do you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"--method {name!r} is none of {known}, and no path of a file that ends in .py"
+            f"--method {name!r} is none of {', '.join(known)}, and no path of a file that ends in"
+            f" .py{meant}"
         )
     method = getattr(module, "Method", None)
     if not isinstance(method, type) or not any(base.__name__ == "PMD" for base in method.__mro__):
         raise ValueError(f"--method {name}: the file has no class Method(PMD)")
+    check_class(name, module, method)
     return method
+
+
+def check_class(name, module, method):
+    """Checks what would go unnoticed in a method's file: a Config or a hook that is not used.
+
+    Raises ValueError if flags are not taken over, or if a function is nearly called like a hook.
+    """
+    config = getattr(module, "Config", None)
+    if isinstance(config, type) and config.__module__ == module.__name__:
+        if method.Config is not config:
+            raise ValueError(
+                f"--method {name}: its class Config is not used; write `Config = Config` in its"
+                " class Method"
+            )
+        if "__dataclass_fields__" not in vars(config):
+            raise ValueError(
+                f"--method {name}: its class Config is no dataclass; put @dataclass on it"
+            )
+        plain = [f.name for f in dataclasses.fields(config) if "within" not in f.metadata]
+        if plain:
+            raise ValueError(
+                f"--method {name}: the flag {plain[0]} is a plain field; write it by pmd.option"
+            )
+    *_, base = (kind for kind in method.__mro__ if kind.__name__ == "PMD")
+    for own in vars(method):
+        if not hasattr(base, own):
+            near = difflib.get_close_matches(own, vars(base), 1, 0.85)
+            if near:
+                raise ValueError(
+                    f"--method {name}: {own} is no hook, but {near[0]} is; give it that name, or"
+                    " one that is less like it"
+                )
 
 
 def method_of(cfg) -> type:

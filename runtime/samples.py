@@ -38,10 +38,11 @@ def sample_of(step, rows, tokenizer) -> dict:
 
 
 def numbers(value):
-    """Gives a number, or a tensor's numbers, as JSON holds them, to six decimal places."""
-    if isinstance(value, torch.Tensor):
-        return [round(number, 6) for number in value.flatten().tolist()]
-    return round(float(value), 6)
+    """Gives a number, or those of a tensor or list, as JSON holds them, to six decimal places."""
+    values = torch.as_tensor(value)
+    if not values.dim():
+        return round(float(value), 6)
+    return [round(number, 6) for number in values.flatten().tolist()]
 
 
 def token_texts(tokenizer, ids) -> list[str]:

@@ -28,7 +28,8 @@ def task_folder(name) -> Path:
     if not Path(name).is_dir():
         raise ValueError(
             f"there is no task {name!r}: give nano, nano/plain, nano/SEED, nano/plain/SEED, "
-            "sciknoweval/DOMAIN, livecodebench or a folder with train.jsonl and test.jsonl"
+            "sciknoweval/DOMAIN, livecodebench, gym/NAME, a jsonl, json, csv or parquet file, a "
+            "folder with train.jsonl and test.jsonl, or OWNER/NAME on the Hub"
         )
     return Path(name)
 

@@ -138,8 +138,11 @@ def problem_of(row, id) -> Problem:
             row["answer"] = replied
     answer = next((row.pop(key) for key in ANSWERS if key in row), None)
     if asked is None or answer is None:
-        names = f"{', '.join(ASKS)} or messages, and {' or '.join(ANSWERS)}"
-        raise ValueError(f"it needs the columns {names}, and has {', '.join(row) or 'none'}")
+        names = f"one of {', '.join(ASKS)} and messages, and one of {' and '.join(ANSWERS)}"
+        lacks = "no question" if asked is None else "no answer"
+        raise ValueError(
+            f"a row has {lacks}: it needs {names}, and has {', '.join(row) or 'nothing else'}"
+        )
     for name, value, cure in (
         ("question", asked, "write it as text"),
         ("answer", answer, "write it as text, with a verifier that reads it"),

@@ -96,7 +96,7 @@ def test_columns_are_found_by_name(row, wanted):
 @pytest.mark.parametrize(
     "row, why",
     [
-        ({"text": "q"}, "needs the columns question, problem, prompt or messages"),
+        ({"text": "q"}, "no question: it needs one of question, problem, prompt and messages"),
         ({"question": "q", "answer": " "}, "answer must be given"),
         ({"messages": [{"role": "user", "content": "q"}] * 2, "answer": 1}, "one turn"),
         ({"question": "q", "answer": "7", "verifier": "none"}, "no verifier 'none'"),

@@ -690,6 +690,35 @@ def test_a_method_of_ones_own_is_a_file(tmp_path, make_config):
     assert trainer["method"] == {"seen": 2}
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "class Method(pmd.PMD):\n    def conditon(self): pass",
+            "conditon is no hook, but condition",
+        ),
+        (
+            "class Config(pmd.Config): pass\nclass Method(pmd.PMD): pass",
+            "its class Config is not used",
+        ),
+        (
+            "class Config(pmd.Config):\n    lr: float = 1.0\n"
+            "class Method(pmd.PMD):\n    Config = Config",
+            "put @dataclass on it",
+        ),
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass Config(pmd.Config):\n"
+            "    mine: float = 1.0\nclass Method(pmd.PMD):\n    Config = Config",
+            "mine is a plain field",
+        ),
+    ],
+)
+def test_what_a_methods_file_says_in_vain_is_refused(tmp_path, text, message):
+    (tmp_path / "own.py").write_text(f"import pmd\n{text}\n")
+    with pytest.raises(ValueError, match=message):
+        method_class(str(tmp_path / "own.py"))
+
+
 @pytest.mark.parametrize("text", ["x = 1", "class Method:\n    pass"])
 def test_a_file_that_is_no_method_is_refused(tmp_path, text):
     path = tmp_path / "bad.py"
@@ -2162,11 +2191,12 @@ def test_names_of_other_projects_lead_to_flags_of_ours():
         (["a.rollout.n=8"], "a.rollout.n may be --group_size here"),
         (["--config", "nowhere.json"], "pmd.py: --config nowhere.json can't be read: "),
         (["--method", "ppo"], "pmd.py: --method 'ppo' is none of"),
+        (["--method", "SDOP"], "a file that ends in .py; do you mean sdpo?"),
         (["--task", "nano/987654"], "pmd.py: there is no task 'nano/987654'"),
         (["--compare", "pmd,ppo"], "pmd.py: --method 'ppo' is none of advantage-plus,"),
         (["--compare", "pmd,pmd"], "--compare takes different methods"),
         (["--method", "README.md"], "'README.md' is none of"),
-        (["--method", "nowhere.py"], "no path of a file that ends in .py"),
+        (["--method", "nowhere.py"], "pmd.py: --method nowhere.py: there is no such file"),
         (["--method", "../pmd"], "'../pmd' is none of"),
     ],
 )

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import small_config
 
 import eval as eval_module
 import pmd
@@ -333,6 +334,20 @@ def test_the_loss_of_ones_own_runs():
     p, q = ((names[h] @ names["head"].T).log_softmax(-1) for h in ("hidden", "teacher_hidden"))
     mean = (p.exp() * (p - q)).sum(-1).mean()
     assert float(names["term"].loss.detach()) == pytest.approx(float(mean.detach()), rel=1e-5)
+
+
+def test_the_method_with_a_loss_of_ones_own_trains(tmp_path):
+    """Eq. 7 by a formula: its divergences are those of PMD with --alpha 1, of the same rollouts."""
+    page = TEXTS["docs/methods.md"]
+    code = re.search(r"```python\n(import pmd\nfrom methods.opsd.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "eq7.py").write_text(code)
+    found = []
+    for name in (str(tmp_path / "eq7.py"), "pmd"):
+        cfg = small_config(tmp_path, method=name, name=Path(name).stem, steps=1, alpha=1.0)
+        pmd.train(cfg)
+        lines = (tmp_path / cfg.name / "metrics.jsonl").read_text().splitlines()
+        found += [row["divergence"] for row in map(json.loads, lines) if "divergence" in row]
+    assert found[0] > 0 and found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_the_memory_that_is_shown_is_one_memory():
