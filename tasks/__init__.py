@@ -139,6 +139,12 @@ def load_task(
         folder = task_folder(name)
         train = read_problems(folder / "train.jsonl")
         test = read_problems(folder / "test.jsonl")
+        shared = {p.prompt for p in train} & {p.prompt for p in test}
+        if shared:
+            card = (
+                f"WARNING: {len(shared)} problems of {name} stand in train.jsonl and in test.jsonl:"
+                " scores on them say what was learned by heart; take them out of one"
+            )
     chosen = set(random.Random(seed).sample(range(len(train)), round(dev * len(train))))
     held_out = [train[i] for i in sorted(chosen)]
     rest = [p for i, p in enumerate(train) if i not in chosen]

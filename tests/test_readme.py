@@ -310,8 +310,9 @@ def test_the_verifier_of_ones_own_works(tmp_path, monkeypatch):
     line = re.search(r"^(\{.*\})$", README.split("capitals.py")[-1], re.MULTILINE)[1]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(line + "\n")
-    (problem,) = load_task(str(tmp_path), dev=0).test
-    assert started
+    task = load_task(str(tmp_path), dev=0)
+    (problem,) = task.test
+    assert started and "1 problems of" in task.card  # which stands in both splits here
     assert verify(problem, "Oslo.\n").reward == 1 and verify(problem, "Bergen").reward == 0
     assert verify(problem, " ").feedback == "The reply was empty."
 
