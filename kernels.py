@@ -370,7 +370,7 @@ def _fill(hidden_gradient, head_gradient, formula, pairs, chunk_size, live, per_
     hidden_gradient (N, H), head_gradient (V, H): zeros, or None where no gradient is needed.
     live: the indices of the rows. The others: as in `_sum_over_chunks`.
 
-    Returns the outputs of `_run_tile`, (2 or more, N), with 0 in the other rows.
+    Returns the outputs of `_run_tile`, (3 or more, N), with 0 in the other rows.
     """
     dtype = per_token["weights"].dtype
     # as autocast casts for its products; one copy of a head that several teachers share
@@ -428,11 +428,12 @@ def _run_tile(formula, logits, softcap, /, token_ids, weights, **per_token):
     formula(p, *log_probabilities, token_ids, weights, ...): takes the student's probabilities
         (n, V), and the log-probabilities (n, V) of the student and of each teacher. It returns the
         terms (n,), their gradient (n, V) with respect to the student's bounded logits, the losses
-        without weight (n,), and further outputs (n,). None asks for log-probabilities only.
+        without weight (n,), and further outputs (n,). None asks for scores only.
     logits: of the student, then of each teacher, before the bound softcap, which may be None.
 
     Returns the terms, the losses, the student's log-probabilities and entropies, and the further
-    outputs: (4 or more, n). Without formula it returns the log-probabilities twice: (2, n).
+    outputs: (4 or more, n). Without formula it returns the weights, and the student's
+    log-probabilities and entropies: (3, n).
     """
     bounded = [tile.to(weights.dtype) for tile in logits]
     if softcap:
@@ -491,7 +492,8 @@ def _compiler():
             return run(*arguments, **per_token)
         except torch._dynamo.exc.TorchDynamoException as error:
             warnings.warn(
-                f"kernels.py runs its losses uncompiled, slower: {str(error).splitlines()[0]}",
+                "kernels.py runs its losses uncompiled, which is slower: "
+                f"{str(error).splitlines()[0]}",
                 stacklevel=2,
             )
             run = _run_tile

@@ -41,42 +41,46 @@ def method_class(name) -> type:
             f" .py{meant}"
         )
     method = getattr(module, "Method", None)
-    if not isinstance(method, type) or not any(base.__name__ == "PMD" for base in method.__mro__):
+    bases = method.__mro__ if isinstance(method, type) else ()
+    base = next((kind for kind in bases if kind.__name__ == "PMD"), None)
+    if base is None:
         raise ValueError(f"--method {name}: the file has no class Method(PMD)")
-    check_class(name, module, method)
+    check_config(name, module, method)
+    check_hooks(name, method, base)
     return method
 
 
-def check_class(name, module, method):
-    """Checks what would go unnoticed in a method's file: a Config or a hook that is not used.
-
-    Raises ValueError if flags are not taken over, or if a function is nearly called like a hook.
-    """
+def check_config(name, module, method):
+    """Raises ValueError if flags that a method's file declares would not be taken over."""
     config = getattr(module, "Config", None)
-    if isinstance(config, type) and config.__module__ == module.__name__:
-        if method.Config is not config:
+    if not isinstance(config, type) or config.__module__ != module.__name__:
+        return  # it has none of its own
+    if method.Config is not config:
+        raise ValueError(
+            f"--method {name}: its class Config is not used; write `Config = Config` in its class"
+            " Method"
+        )
+    if "__dataclass_fields__" not in vars(config):
+        raise ValueError(f"--method {name}: its class Config is no dataclass; put @dataclass on it")
+    for f in dataclasses.fields(config):
+        if "within" not in f.metadata:
             raise ValueError(
-                f"--method {name}: its class Config is not used; write `Config = Config` in its"
-                " class Method"
+                f"--method {name}: the flag {f.name} is a plain field; write it by pmd.option"
             )
-        if "__dataclass_fields__" not in vars(config):
-            raise ValueError(
-                f"--method {name}: its class Config is no dataclass; put @dataclass on it"
-            )
-        plain = [f.name for f in dataclasses.fields(config) if "within" not in f.metadata]
-        if plain:
-            raise ValueError(
-                f"--method {name}: the flag {plain[0]} is a plain field; write it by pmd.option"
-            )
-    *_, base = (kind for kind in method.__mro__ if kind.__name__ == "PMD")
+
+
+def check_hooks(name, method, base):
+    """Raises ValueError if a name of a method is nearly that of a hook, which it would not replace.
+
+    base: the class PMD. Names that begin with _ are the method's own.
+    """
     for own in vars(method):
-        if not hasattr(base, own):
-            near = difflib.get_close_matches(own, vars(base), 1, 0.85)
-            if near:
-                raise ValueError(
-                    f"--method {name}: {own} is no hook, but {near[0]} is; give it that name, or"
-                    " one that is less like it"
-                )
+        near = difflib.get_close_matches(own, vars(base), 1, 0.85)
+        if near and not hasattr(base, own) and not own.startswith("_"):
+            raise ValueError(
+                f"--method {name}: {own} is no hook, but {near[0]} is; give it that name, or one"
+                " that is less like it"
+            )
 
 
 def method_of(cfg) -> type:

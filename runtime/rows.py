@@ -101,14 +101,18 @@ def logit_scale(config) -> float:
 def own_logprobs(policy, rollouts, cfg):
     """(N,) on the host: the trainer's log-probabilities of the rollouts' tokens."""
 
-    def scores():
-        hidden = completion_hidden(policy, [r.prompt_ids for r in rollouts], rollouts)
-        head = policy.get_output_embeddings().weight
-        logprobs, _ = score(hidden, head, token_ids(rollouts, head))
-        return logprobs.cpu()
-
+    prompts = [r.prompt_ids for r in rollouts]
     with compute(policy, cfg):
-        return forward(policy, scores)
+        logprobs, _ = forward(policy, lambda: scores_under(policy, prompts, rollouts))
+    return logprobs
+
+
+def scores_under(model, prompts, rollouts) -> tuple:
+    """Gives the log-probabilities (N,) and entropies (N,) of completions, in nats, on the host."""
+    hidden = completion_hidden(model, prompts, rollouts)
+    head = model.get_output_embeddings().weight
+    logprobs, entropy = score(hidden, head, token_ids(rollouts, head))
+    return logprobs.cpu(), entropy.cpu()
 
 
 def note_old_logprobs(policy, parts, cfg):
@@ -144,17 +148,12 @@ def scored(model, rows, prompt_of, cfg) -> dict[str, tuple]:
     Each rank scores its share; all get all. Without gradient.
     """
 
-    def scores(batch):
-        hidden = completion_hidden(model, [prompt_of(r) for r in batch], batch)
-        head = model.get_output_embeddings().weight
-        logprobs, entropy = score(hidden, head, token_ids(batch, head))
-        return logprobs.cpu(), entropy.cpu()
-
     found = {}
     of_student = all(prompt_of(r) is r.prompt_ids for r in rows)
     with clock("student" if of_student else "teacher"), torch.no_grad(), compute(model, cfg):
         for batch in micro_batches(rows, cfg, prompt_of):
-            values = forward(model, functools.partial(scores, batch))
+            prompts = [prompt_of(r) for r in batch]
+            values = forward(model, functools.partial(scores_under, model, prompts, batch))
             columns = [column.split([len(r.ids) for r in batch]) for column in values]
             found |= {r.id: pair for r, pair in zip(batch, zip(*columns, strict=True), strict=True)}
     reshard(model)

@@ -719,6 +719,12 @@ def test_what_a_methods_file_says_in_vain_is_refused(tmp_path, text, message):
         method_class(str(tmp_path / "own.py"))
 
 
+def test_a_method_has_names_of_its_own(tmp_path):
+    text = "class Method(pmd.PMD):\n    def _follow(self): pass\n    def hints(self): pass"
+    (tmp_path / "own.py").write_text(f"import pmd\n{text}\n")
+    assert method_class(str(tmp_path / "own.py")).hints
+
+
 @pytest.mark.parametrize("text", ["x = 1", "class Method:\n    pass"])
 def test_a_file_that_is_no_method_is_refused(tmp_path, text):
     path = tmp_path / "bad.py"
@@ -1416,6 +1422,10 @@ def test_a_run_leaves_what_it_promises(make_config):
         "final/model.safetensors",
     ):
         assert (folder / name).exists(), name
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    dev = {row["step"]: row["avg_at_k"] for row in rows if row.get("split") == "dev"}
+    best = max((1, 2, 3), key=dev.get)  # of equal ones the first
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"2", "3", str(best)}
     assert summary == json.loads((folder / "summary.json").read_text())
     assert {
         "method",

@@ -4,7 +4,6 @@ pages/memory.js draws it: problems and bank at any step, what replaced what, and
 story. It composes a teacher's prompt anew, with the headings of memory.py.
 """
 
-import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -12,14 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from memory import BEHAVIORS, CLOSING, LESSONS, SOLUTION, STRATEGIES
-from runtime import store
 from runtime.files import read_json, read_rows
 from runtime.store import Store, nearest
 from tools.page import write_page
 from tools.run_files import need
-from tools.show_memory import growth
+from tools.show_memory import ALL_KINDS, growth
 
-KINDS = tuple(itertools.chain(*store.KINDS.values()))
 CUT = 2000  # characters of a text in the page
 ROOM = 60e6  # of all attempts in it: a memory of 10,000 problems has to stay usable
 SHOWN = 3  # behaviors that a teacher was offered [paper]; a run's config.json says otherwise
@@ -39,7 +36,7 @@ def items_of(memory, place, cut) -> list[tuple]:
         number = place[problem] if problem else -1
         longest = cut if kind in ("success", "failure") else CUT
         texts = (title, text[:longest], feedback and feedback[:longest])
-        items.append((id, KINDS.index(kind), number, *texts, json.loads(evidence), *times))
+        items.append((id, ALL_KINDS.index(kind), number, *texts, json.loads(evidence), *times))
     return items
 
 
@@ -82,8 +79,8 @@ def memory_data(memory, samples, shown) -> dict:
         "problems": problems,
         "items": items_of(memory, place, cut),
         "visits": visits_of(memory, place, shown),
-        "growth": np.stack([curves[kind] for kind in KINDS], axis=1).tolist(),
-        "kinds": KINDS,
+        "growth": np.stack([curves[kind] for kind in ALL_KINDS], axis=1).tolist(),
+        "kinds": ALL_KINDS,
         "last": memory.last_step(),
         "cut": cut if longest > cut else 0,
         "headings": (STRATEGIES, LESSONS, BEHAVIORS, SOLUTION),

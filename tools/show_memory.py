@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.store import KINDS, TIERS, Store, describe, line_of, printable
 
+ALL_KINDS = tuple(itertools.chain(*KINDS.values()))
+
 
 def show(memory, problem=None, tier=None, step=None, grep=None) -> str:
     """Lays out the memory of one problem, or the items of one tier or of all.
@@ -69,7 +71,7 @@ def growth(memory) -> dict[str, np.ndarray]:
     """
     rows = memory.query("SELECT kind, born, ended, shortcuts != '' FROM item")
     last = memory.last_step()
-    kinds = (*itertools.chain(*KINDS.values()), "shortcut")
+    kinds = (*ALL_KINDS, "shortcut")
     changes = {kind: np.zeros(last + 2, int) for kind in kinds}
     for kind, born, ended, flagged in rows:
         for name in [kind] + ["shortcut"] * flagged:
