@@ -43,6 +43,7 @@ FALLING = (3, 4)  # the phases at whose end the rate is 0
 COMPARING = 1  # the phase that goes on until the model compares whole combinations
 LONGER = 3000  # the most steps by which it goes on
 ROUND = 200  # steps between two looks at whether it does
+KEEP_EVERY = 100  # steps, after which an interrupted training can go on
 COMPARES = 0.2  # what then is left at most on the operations that they warn of
 
 # --------------------------------------------------------------------------------------------------
@@ -337,8 +338,9 @@ def loss_of(model, tokenizer, examples):
 class Training:
     """A model with the optimizer and the examples of its phase."""
 
-    def __init__(self, seed, batch_size, hidden_size, layers):
+    def __init__(self, seed, batch_size, hidden_size, layers, lengths):
         self.seed, self.batch_size, self.taken = seed, batch_size, 0
+        self.settings = [seed, batch_size, hidden_size, layers, lengths]
         self.tokenizer = make_tokenizer()
         self.model = make_model(self.tokenizer, seed, hidden_size, layers)
         table = self.model.get_input_embeddings().weight
@@ -392,10 +394,42 @@ class Training:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def keep(self, path, done):
+        """Writes all that `go_on` needs. done: steps of the phase so far."""
+        import torch
+
+        state = {"made by": self.settings, "phase": self.phase, "done": done, "taken": self.taken}
+        state |= {"rng": self.rng.getstate(), "parts": self.embeddings.weight.data}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.rename(path)
+
+    def go_on(self, path) -> tuple[int, int]:
+        """Takes up what `keep` wrote; returns the phase, and its steps so far.
+
+        Raises ValueError if another training wrote it.
+        """
+        import torch
+
+        state = torch.load(path)
+        if state["made by"] != self.settings:
+            raise ValueError(
+                f"{path} is of a training with other settings; remove it, or give them"
+            )
+        self.begin(state["phase"])
+        self.taken = state["taken"]
+        self.rng.setstate(state["rng"])
+        self.model.load_state_dict(state["model"])
+        self.embeddings.weight.data.copy_(state["parts"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["phase"], state["done"]
+
 
 def pretrain(seed, folder, shorter=1, batch_size=32, hidden_size=96, layers=4, look_every=1300):
     """Trains a checkpoint into `folder`, with a line of probes every so often; says how much CPU
-    time it took. shorter: divides the phases, for a try.
+    time it took. What was interrupted in the same folder goes on. shorter: divides the phases, for
+    a try.
 
     PHASES: first all that is short, until what is told is copied; then what holds after certain
     steps only, until it is compared with the steps before; then mostly warnings, which are slow to
@@ -407,15 +441,21 @@ def pretrain(seed, folder, shorter=1, batch_size=32, hidden_size=96, layers=4, l
 
     torch.set_num_threads(1)
     started = time.process_time()
-    training = Training(seed, batch_size, hidden_size, layers)
+    lengths = [length // shorter for length in LENGTHS]
+    training = Training(seed, batch_size, hidden_size, layers, lengths)
     size = sum(p.numel() for p in training.model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, {len(training.tokenizer)} tokens")
-    lengths = [length // shorter for length in LENGTHS]
-    bar = tqdm(total=sum(lengths), mininterval=60)
-    for phase, length in enumerate(lengths):
-        training.begin(phase)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept, first, done = folder / "training.pt", 0, 0
+    if kept.exists():
+        first, done = training.go_on(kept)
+    bar = tqdm(total=sum(lengths), initial=training.taken, mininterval=60)
+    for phase in range(first, len(lengths)):
+        if not done:
+            training.begin(phase)
+        length = lengths[phase]
         longest = length + (LONGER // shorter if phase == COMPARING else 0)
-        for i in range(longest):
+        for i in range(done, longest):
             if i >= length:
                 if (i - length) % ROUND == 0 and training.compares():
                     break
@@ -429,7 +469,11 @@ def pretrain(seed, folder, shorter=1, batch_size=32, hidden_size=96, layers=4, l
                 spent = time.process_time() - started
                 bar.write(f"{training.taken} loss {loss:.3f} CPU {spent:.0f} s, {training.looks()}")
                 training.save(folder)
+            if training.taken % KEEP_EVERY == 0:
+                training.keep(kept, i + 1)
+        done = 0
     training.save(folder)
+    kept.unlink(missing_ok=True)
     bar.write(training.looks())
     spent = time.process_time() - started
     print(f"{training.taken} steps, {spent:.0f} seconds of one core")
@@ -465,7 +509,10 @@ def main():
         write_world(args.seed, args.out or kind / str(args.seed), speaks=not args.plain)
     elif args.what == "model":
         sizes = args.batch_size, args.hidden_size, args.layers
-        pretrain(args.seed, folder, args.shorter, *sizes)
+        try:
+            pretrain(args.seed, folder, args.shorter, *sizes)
+        except ValueError as error:
+            sys.exit(f"make.py: {error}")
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -335,8 +335,19 @@ def check_folder(cfg, method, quiet):
         refuse_second_writer(folder)
     if cfg.resume:
         refuse_other_flags(folder, cfg, quiet)
+        refuse_runs_inside(folder)
     if begins_as_fork(cfg):
         check_fork(cfg, method)
+
+
+def refuse_runs_inside(folder):
+    """Raises ValueError if a folder holds runs, as a comparison's does, and is no run itself."""
+    inside = sorted(path.parent.name for path in folder.glob("*/problems.json"))
+    if inside and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} is no run: it holds {', '.join(inside)}; add the --compare that it was made"
+            " with, or go on with one of them"
+        )
 
 
 def begins_as_fork(cfg) -> bool:

@@ -169,8 +169,11 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("+" if changed else "")
 
 
-def environment() -> str:
-    """Describes the code, the packages and the devices of a run, with uncommitted changes."""
+def environment(method="") -> str:
+    """Describes the code, the packages and the devices of a run.
+
+    Uncommitted changes are written out, and so is the file of a method outside methods/.
+    """
     packages = ["torch", "transformers", "tokenizers", "numpy", "scikit-learn"]
     if importlib.util.find_spec("peft"):  # of --lora_rank
         packages.append("peft")
@@ -179,4 +182,6 @@ def environment() -> str:
     lines += [f"{package} {importlib.metadata.version(package)}" for package in packages]
     lines += [f"devices: {torch.cuda.device_count()} cuda", f"command: {' '.join(sys.argv)}"]
     lines += ["", git("diff", "HEAD"), ""]
+    if method.endswith(".py"):
+        lines += [f"--method {method}", Path(method).read_text(encoding="utf-8"), ""]
     return "\n".join(lines)

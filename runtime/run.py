@@ -139,7 +139,8 @@ class Run:
         cfg, task = self.cfg, self.task
         (self.folder / "evals").mkdir(exist_ok=True)
         digests = write_origin(self.folder, cfg, task, self.tokenizer)
-        append_text(self.folder / "environment.txt", environment())  # a resumed run has several
+        # a resumed run has several
+        append_text(self.folder / "environment.txt", environment(cfg.method))
         sizes = f"{len(task.train)} train, {len(task.dev)} dev, {len(task.test)} test problems"
         steps = f"{self.total} steps of {cfg.batch_size} x {cfg.group_size}"
         lines = [task.card] if task.card else []

@@ -157,6 +157,33 @@ def test_a_phase_lasts_until_combinations_are_compared(tmp_path, monkeypatch, ca
     assert (tmp_path / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("killed_after", [1, 5, 6, 9])
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, killed_after):
+    """Within a phase, at the end of the one that is prolonged, and before anything is kept."""
+    monkeypatch.setattr(make.Training, "compares", lambda training: training.taken >= 7)
+    monkeypatch.setattr(make.Training, "looks", lambda training: "")
+    for name, value in dict(LENGTHS=(3, 2, 2, 2, 2), LONGER=4, ROUND=2, KEEP_EVERY=2).items():
+        monkeypatch.setattr(make, name, value)
+    make.pretrain(3, tmp_path / "whole", batch_size=2)
+    step = make.Training.step
+
+    def killed(training, rate):
+        if training.taken == killed_after:
+            raise KeyboardInterrupt
+        return step(training, rate)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make.Training, "step", killed)
+        make.pretrain(3, tmp_path / "killed", batch_size=2)
+    if killed_after > 1:
+        with pytest.raises(ValueError, match="of a training with other settings; remove it"):
+            make.pretrain(4, tmp_path / "killed", batch_size=2)
+    make.pretrain(3, tmp_path / "killed", batch_size=2)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / "killed" / "training.pt").exists()
+
+
 # -- the exact reader
 
 

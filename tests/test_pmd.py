@@ -688,6 +688,7 @@ def test_a_method_of_ones_own_is_a_file(tmp_path, make_config):
     pmd.train(dataclasses.replace(cfg, steps=3, resume=True))
     trainer = json.loads((tmp_path / "mine" / "checkpoints" / "3" / "trainer.json").read_text())
     assert trainer["method"] == {"seen": 2}
+    assert (tmp_path / "mine" / "environment.txt").read_text().count(OWN) == 2  # a copy a process
 
 
 @pytest.mark.parametrize(

@@ -926,6 +926,16 @@ def test_no_two_runs_of_a_comparison_share_a_folder(tmp_path, methods):
         pmd.compared(pmd.parse_flags(flags), flags)
 
 
+def test_a_folder_of_runs_is_continued_as_a_comparison_alone(make_config):
+    cfg = make_config(name="both/grpo", steps=1, method="grpo")
+    pmd.train(cfg)
+    whole = dataclasses.replace(cfg, name="both", resume=True)
+    with pytest.raises(ValueError, match="both is no run: it holds grpo; add the --compare"):
+        pmd.check(whole, quiet=True)
+    (Path(cfg.out) / "both" / "grpo" / "config.json").unlink()  # as a refusal of flags suggests
+    pmd.check(dataclasses.replace(cfg, resume=True), quiet=True)
+
+
 def test_a_run_without_a_checkpoint_says_that_it_starts_over(make_config, capsys):
     cfg = make_config(name="r", steps=1, method="grpo")
     pmd.train(cfg)
