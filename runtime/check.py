@@ -24,12 +24,13 @@ from runtime.checkpoint import (
 )
 from runtime.files import read_json, reason
 from runtime.guide import reader_of
+from runtime.logits import softcap_of
 from runtime.lora import base_of
 from runtime.model import MODELS
 from runtime.options import check_numbers
 from runtime.plan import fits
 from runtime.provenance import refuse_other_flags, refuse_other_problems
-from runtime.ranks import Unsupported, device_of, rank, softcap_of
+from runtime.ranks import Unsupported, device_of, rank
 from runtime.services import make_abstractor, make_embedder
 from runtime.store import TIERS, Store
 from runtime.vllm_sampler import VLLM_VERSION, fast_sampler, slow_generation, vllm_version

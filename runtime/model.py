@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from runtime.clock import clock
+from runtime.logits import logit_scale, softcap_of
 from runtime.lora import AdapterTeacher, add_adapter, base_of, is_adapted, without_adapters
 from runtime.options import option
 from runtime.provenance import HERE
@@ -20,10 +21,8 @@ from runtime.ranks import (
     local,
     rank,
     shard,
-    softcap_of,
     world,
 )
-from runtime.rows import logit_scale
 
 
 @dataclass

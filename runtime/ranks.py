@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from kernels import SOFTCAP
+from runtime.logits import softcap_of
 
 # seconds between SIGTERM and SIGKILL of a job with several processes: a step has to end and be
 # saved
@@ -194,11 +195,6 @@ def compute(model, cfg):
             yield
     finally:
         SOFTCAP.reset(before)
-
-
-def softcap_of(config) -> float | None:
-    """Gives the cap of a model whose logits are cap tanh(logits / cap): Gemma 2's, nanochat's."""
-    return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def compute_dtype(device, cfg):

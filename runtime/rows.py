@@ -13,6 +13,7 @@ import torch
 
 from kernels import score
 from runtime.clock import clock
+from runtime.logits import logit_scale
 from runtime.ranks import compute, forward, gather, rank, reshard, world
 
 
@@ -81,20 +82,6 @@ def completion_hidden(model, prompts, rollouts) -> torch.Tensor:
 def states_under(model, prompts, rollouts) -> torch.Tensor:
     """Gives completion_hidden as one forward pass of a model, which may be sharded."""
     return forward(model, lambda: completion_hidden(model, prompts, rollouts))
-
-
-def logit_scale(config) -> float:
-    """Gives the number that a model multiplies its logits by: Cohere's, Falcon-H1's, Granite's.
-
-    Hidden states are multiplied by it in place of the logits, which the kernels form.
-    """
-    text = config.get_text_config()
-    scale = 1.0
-    for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
-        value = getattr(text, name, None)
-        if isinstance(value, (int, float)):
-            scale *= value**power
-    return scale
 
 
 @torch.no_grad()

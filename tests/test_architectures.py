@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 import pmd
 from runtime import check
+from runtime.logits import logit_scale
 from runtime.methods import method_class
 from runtime.model import load_policy
 from runtime.ranks import Unsupported
-from runtime.rows import Continuation, completion_hidden, logit_scale, own_logprobs
+from runtime.rows import Continuation, completion_hidden, own_logprobs
 
 HERE = Path(__file__).resolve().parent.parent
 SMALL = dict(
