@@ -7,7 +7,7 @@
 
 DECLARATION. This text, the grid below and tables.py were committed before the first run. Changed
 since, before the first run of `main`: what is said of the probes, under Worlds, and that a part is
-shown when all of its runs are made.
+shown when all of its runs are made. After it: a figure has no panel for a part without runs.
 
 Worlds. 24 a kind: 510 to 533, whose verifier names the first wrong step (feedback), and 534 to
 557, whose verifier says nothing (plain). 558 to 563 are those of part `mastered`. No draft and no

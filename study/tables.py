@@ -437,8 +437,18 @@ def learning_curves(runs, path):
 
 
 def teacher_curves(runs, path):
-    """The teacher less its student: by method, and by block for PMD and for one that misreads."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True, layout="constrained")
+    """The teacher less its student: by method, and by block for PMD and for one that misreads.
+
+    The last once part scale has its runs.
+    """
+    misreads = cell(runs, "scale", "pmd", label="misreads")
+    shown = {"feedback: PMD by block,\nunsolved problems": cell(runs, "main", "pmd", ["feedback"])}
+    if len(misreads):
+        title = "plain: PMD by block, unsolved problems,\na checkpoint that misreads lessons"
+        shown[title] = misreads
+    panels = 1 + len(shown)
+    size = {"figsize": (4.7 * panels, 4.2), "layout": "constrained"}
+    figure, axes = plt.subplots(1, panels, sharey=True, **size)
     for arm, name in NAMES.items():
         found = cell(runs, "main", arm, ["feedback"])
         for group, style in (("unsolved", ".-"), ("solved", ".:")):
@@ -448,9 +458,6 @@ def teacher_curves(runs, path):
                 axes[0].plot(values.index, values, style, color=COLORS[arm], label=label)
     axes[0].set(title="feedback: all that it reads\n(dotted: solved problems)", xlabel="step")
     axes[0].set(ylabel="probability of the right operation,\nless the student's")
-    misreads = cell(runs, "scale", "pmd", label="misreads")
-    shown = {"feedback: PMD by block,\nunsolved problems": cell(runs, "main", "pmd", ["feedback"])}
-    shown["plain: PMD by block, unsolved problems,\na checkpoint that misreads lessons"] = misreads
     for axis, (title, found) in zip(axes[1:], shown.items(), strict=True):
         for number, block in enumerate(BLOCKS):
             values = quality(found, "unsolved", block).mean()
