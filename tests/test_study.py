@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,10 @@ from scipy import stats
 import pmd
 from memory import compose
 from runtime.chat import encode_prompt
-from runtime.files import read_lines
+from runtime.files import read_lines, write_lines
 from runtime.methods import method_class
-from study import study, tables, variants
-from tasks import load_task
+from study import real, study, tables, variants
+from tasks import load_task, verify
 from tasks.references import hidden_rules
 
 RATES = dict.fromkeys(study.ARMS, 1e-3)
@@ -542,3 +543,69 @@ def test_a_quick_look_leaves_the_worlds_of_the_study_alone(monkeypatch):
     assert jobs and not declared & {job.world for job in jobs}
     monkeypatch.undo()  # as in a worker, which has not been shortened
     assert {pickle.loads(pickle.dumps(job)).model for job in jobs} == {"nano"}
+
+
+# -- the run on real text
+
+
+def test_a_task_of_the_real_run_is_written_with_keys_that_its_verifier_takes(tmp_path):
+    for name in ("chain_sum", "word_sorting"):
+        folder = tmp_path / name
+        keys = real.write_task(name, folder, train=5, test=3)
+        task = load_task(str(folder), dev=0)
+        assert (len(task.train), len(task.test)) == (5, 3)
+        problems = task.train + task.test
+        assert len({p.prompt for p in problems}) == 8 and 1 < keys <= 8
+        assert all(verify(p, p.answer).reward == 1 for p in problems)
+        assert not any(verify(p, "none").reward for p in problems)
+
+
+def test_the_task_of_the_real_run_follows_its_rule(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "RESULTS", tmp_path)
+    fit = {"keys": 9, "problems": real.LOOKED_AT, "right": 0.3, "mixed": 0.4}
+    rows = {
+        "few keys": fit | {"keys": 3, "mixed": 0.9},
+        "too easy": fit | {"right": 0.7, "mixed": 0.9},
+        "too hard": fit | {"right": 0.09, "mixed": 0.9},
+        "too long": fit | {"problems": 30, "mixed": 0.9},
+        "good": fit,
+        "worse": fit | {"mixed": 0.3},
+    }
+    write_lines(tmp_path / "tasks.jsonl", [{"task": name} | row for name, row in rows.items()])
+    assert real.chosen() == "good"
+    write_lines(tmp_path / "tasks.jsonl", [{"task": "too easy"} | rows["too easy"]])
+    with pytest.raises(SystemExit, match="no task fits"):
+        real.chosen()
+
+
+def test_the_page_of_the_real_run_is_made_of_its_records(tmp_path, monkeypatch):
+    """The rate is that with the best mean on dev, whatever test says."""
+    monkeypatch.setattr(real, "RESULTS", tmp_path)
+    (tmp_path / "tasks.jsonl").write_text((real.HERE / "real" / "tasks.jsonl").read_text())
+
+    def row(split, step, avg):
+        return {"split": split, "step": step, "avg_at_k": avg, "interval": [avg, avg], "k": 4}
+
+    for method in real.METHODS:
+        for i, rate in enumerate(real.RATES):
+            folder = tmp_path / real.name_of(method, rate)
+            folder.mkdir(parents=True)
+            rows = [row("dev", 0, 0.9 - i), row("dev", 10, 0.1 * i), row("dev", 20, 0.2)]
+            write_lines(folder / "metrics.jsonl", [*rows, row("test", 20, 1.0 - i)])
+        assert real.tuned(tmp_path, method) == real.RATES[-1]
+        folder = tmp_path / method
+        folder.mkdir()
+        steps = range(0, real.STEPS + 1, real.EVERY)
+        rows = [row("test", step, step / 100) for step in steps]
+        write_lines(
+            folder / "metrics.jsonl",
+            [*rows, {"step": 1, "seconds": {"sample": 90.0, "evaluate": 50.0, "reflect": 30.0}}],
+        )
+        (folder / "config.json").write_text('{"lr": 3e-5}')
+    page = Path(real.report()).read_text()
+    assert (
+        "| `sdpo` | 3e-05 | 0.000 [0.000, 0.000] | 0.200 [" in page
+        and "0.600 [0.600, 0.600] | 2 |" in page
+    )
+    assert f"| `pmd` | {' | '.join(f'{0.1 + 0.05 * i:.3f}' for i in range(3))} |" in page
+    assert (tmp_path / "curve.png").is_file()
