@@ -4,7 +4,8 @@
     python study/real.py train --model DIR    # the learning rates, then the three runs: hours
     python study/real.py report               # study/real/results.md and its figure
 
-DIR is a folder or a name of the Hub. After an interruption the same command goes on.
+DIR is a folder or a name of the Hub. After an interruption the same command goes on. `train` takes
+about five core-hours, by steps of a trial, and 25 GB of disk under --work.
 
 DECLARATION, committed before the first run of `train`:
 
