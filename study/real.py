@@ -13,7 +13,8 @@ DECLARATION, committed before the first run of `train`:
 - Equal for the three methods: model, seed, problems, rollouts, steps, evaluations, and the flags of
   FLAGS. PMD writes its memory with `--memory_format guided`.
 - Each method has its own learning rate: of RATES the one with the best mean of avg@4 on the dev
-  problems after the start, in runs of TUNING steps. Those runs never see the test problems.
+  problems after the start, in runs of TUNING steps. Those runs never see the test problems: their
+  task has the dev problems in their place.
 - The result is avg@4 on TEST held-out problems, without a memory in the prompt, at the end of STEPS
   steps, with a bootstrap interval over the problems. One seed: it says nothing of another.
 - No run is dropped.
@@ -48,7 +49,7 @@ from tasks.problem import SUCCESS
 
 RESULTS = HERE / "real"
 METHODS = ("grpo", "sdpo", "pmd")
-TRAIN, TEST, DEV = 100, 200, 40  # problems; DEV of them are held out of TRAIN
+TRAIN, DEV, TEST = 60, 40, 200  # problems
 RATES = ("1e-5", "3e-5", "1e-4")
 TUNING, STEPS = 20, 60
 EVERY = 20  # steps between two evaluations; half of it where rates are tuned
@@ -78,7 +79,7 @@ FLAGS = (
     "--device cpu --dtype float32 --sampler transformers --no_gradient_checkpointing"
     " --batch_size 4 --mini_batch_size 4 --group_size 4 --warmup_steps 0 --save_every 20 --keep 1"
     " --max_prompt 200 --max_completion 32 --max_reprompt 1024 --memory_completion 192"
-    f" --memory_format guided --embedder hashing --seed 0 --dev {DEV / TRAIN} --eval_k {K}"
+    f" --memory_format guided --embedder hashing --seed 0 --dev 0 --eval_k {K}"
 ).split()
 
 
@@ -87,14 +88,14 @@ FLAGS = (
 # --------------------------------------------------------------------------------------------------
 
 
-def write_task(name, folder, train, test) -> int:
-    """Writes problems of a task of reasoning-gym, none twice; returns how many keys they have."""
+def problems_of(name, size) -> list[dict]:
+    """Makes problems of a task of reasoning-gym, none twice, as rows of a file."""
     random.seed(0)  # some generators draw from the global one
-    made = reasoning_gym.create_dataset(name, size=5 * (train + test), seed=0, **CANDIDATES[name])
+    made = reasoning_gym.create_dataset(name, size=5 * size, seed=0, **CANDIDATES[name])
     entries = {}
     for entry in made:
         entries.setdefault(entry["question"].strip(), entry)
-        if len(entries) == train + test:
+        if len(entries) == size:
             break
     keys = {str(entry["answer"]) for entry in entries.values()}
     numeric = all(re.fullmatch(r"-?\d+", key) for key in keys)
@@ -103,10 +104,13 @@ def write_task(name, folder, train, test) -> int:
         row = {"id": str(number), "prompt": question, "answer": str(entry["answer"])}
         row |= {"verifier": "last_number"} if numeric else {"verifier": "gym", "task": name}
         rows.append(row if numeric else row | {"entry": entry})
+    return rows
+
+
+def write_task(folder, train, test):
     folder.mkdir(parents=True, exist_ok=True)
-    write_lines(folder / "train.jsonl", rows[:train])
-    write_lines(folder / "test.jsonl", rows[train:])
-    return len(keys)
+    write_lines(folder / "train.jsonl", train)
+    write_lines(folder / "test.jsonl", test)
 
 
 def look(model, work):
@@ -114,13 +118,15 @@ def look(model, work):
     path = RESULTS / "tasks.jsonl"
     done = {row["task"] for row in read_lines(path)} if path.is_file() else set()
     cfg = pmd.parse_flags(["--model", model, "--eval_temperature", "1", *FLAGS])
-    cfg.eval_top_p, cfg.dev = 1.0, 0.0
+    cfg.eval_top_p = 1.0
     policy = load_policy(cfg)
     for name in tqdm(sorted(CANDIDATES.keys() - done), unit="task"):
         row = {"task": name}
         try:
             cfg.task = str(work / "tasks" / name)
-            row["keys"] = write_task(name, Path(cfg.task), cfg.batch_size, LOOKED_AT)
+            rows = problems_of(name, cfg.batch_size + LOOKED_AT)
+            row["keys"] = len({problem["answer"] for problem in rows})
+            write_task(Path(cfg.task), rows[: cfg.batch_size], rows[cfg.batch_size :])
             task, tokenizer = pmd.check(cfg, quiet=True)
             answers = evaluate(make_sampler(policy, tokenizer, cfg), task.test, cfg)
             rewards = Answers.of(answers).rewards
@@ -156,15 +162,14 @@ def name_of(method, rate="") -> str:
     return f"tuning/{method}@{rate}" if rate else method
 
 
-def run(model, task, work, method, rate, name, steps, every, eval_problems):
+def run(model, task, work, method, rate, name, steps, every):
     """Trains a method, or goes on with it, in a process of its own; what it prints goes to a log.
 
     Raises RuntimeError if it fails.
     """
     command = [sys.executable, str(HERE.parent / "pmd.py"), "--model", model, "--task", str(task)]
     command += ["--method", method, "--lr", rate, "--steps", str(steps), "--out", str(work)]
-    command += ["--eval_every", str(every), "--eval_problems", str(eval_problems)]
-    command += ["--name", name, "--resume", *FLAGS]
+    command += ["--eval_every", str(every), "--name", name, "--resume", *FLAGS]
     log = work / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
@@ -174,38 +179,44 @@ def run(model, task, work, method, rate, name, steps, every, eval_problems):
         raise RuntimeError(f"{name} failed: see {log}")
 
 
-def evaluations(folder, split) -> dict:
-    """{step: row} of a run's evaluations on a split."""
+def evaluations(folder) -> dict:
+    """{step: row} of a run's evaluations on the test problems of its task."""
     rows = read_lines(folder / "metrics.jsonl")
-    return {row["step"]: row for row in rows if row.get("split") == split}
+    return {row["step"]: row for row in rows if row.get("split") == "test"}
 
 
-def tuned(work, method) -> str:
-    """The rate with the best mean of avg@4 on dev after the start."""
+def means_by_rate(folder, method) -> dict[str, float]:
+    """{rate: mean of avg@4 on the dev problems after the start}. folder: of the runs, or RESULTS"""
     means = {}
     for rate in RATES:
-        rows = evaluations(work / name_of(method, rate), "dev")
+        rows = evaluations(folder / name_of(method, rate))
         means[rate] = statistics.mean(row["avg_at_k"] for step, row in rows.items() if step)
+    return means
+
+
+def tuned(folder, method) -> str:
+    means = means_by_rate(folder, method)
     return max(means, key=means.get)
 
 
 def train(model, work, workers):
     """Makes the runs that choose the rates, then those of the result; keeps their records."""
-    task = work / chosen()
-    if not (task / "test.jsonl").is_file():
-        write_task(chosen(), task, TRAIN, TEST)
+    rows = problems_of(chosen(), TRAIN + DEV + TEST)
+    write_task(work / "dev", rows[:TRAIN], rows[TRAIN : TRAIN + DEV])
+    write_task(work / "test", rows[:TRAIN], rows[TRAIN + DEV :])
     with ThreadPoolExecutor(workers) as pool:
         # PMD's first: they take longest
         pairs = [(method, rate) for method in reversed(METHODS) for rate in RATES]
-        size = TUNING, EVERY // 2, DEV
-        jobs = [pool.submit(run, model, task, work, *pair, name_of(*pair), *size) for pair in pairs]
+        jobs = [
+            pool.submit(run, model, work / "dev", work, *pair, name_of(*pair), TUNING, EVERY // 2)
+            for pair in pairs
+        ]
         for job in tqdm(jobs, unit="run", desc="rates"):
             job.result()
-        rates = {method: tuned(work, method) for method in METHODS}
-        size = STEPS, EVERY, TEST
+        pairs = [(method, tuned(work, method)) for method in reversed(METHODS)]
         jobs = [
-            pool.submit(run, model, task, work, method, rates[method], method, *size)
-            for method in reversed(METHODS)
+            pool.submit(run, model, work / "test", work, *pair, name_of(pair[0]), STEPS, EVERY)
+            for pair in pairs
         ]
         for job in tqdm(jobs, unit="run", desc="runs"):
             job.result()
@@ -229,7 +240,7 @@ def report() -> str:
     rows, curves = [], {}
     for method in METHODS:
         metrics = read_lines(RESULTS / method / "metrics.jsonl")
-        tests = evaluations(RESULTS / method, "test")
+        tests = evaluations(RESULTS / method)
         trained = [row for row in metrics if "split" not in row]
         rate = json.loads((RESULTS / method / "config.json").read_text())["lr"]
         cells = [score(tests[step]) for step in steps]
@@ -241,18 +252,15 @@ def report() -> str:
     head = ["method", "rate", *(f"step {step}" for step in steps), "minutes of training"]
     rates = []
     for method in METHODS:
-        found = {rate: evaluations(RESULTS / name_of(method, rate), "dev") for rate in RATES}
-        means = []
-        for tests in found.values():
-            means.append(statistics.mean(row["avg_at_k"] for step, row in tests.items() if step))
-        rates.append([f"`{method}`", *(f"{mean:.3f}" for mean in means)])
-    title = f"gym/{chosen()}, SmolLM2-135M-Instruct, one seed"
-    plot_curves(curves, RESULTS / "curve.png", title)
+        means = means_by_rate(RESULTS, method)
+        rates.append([f"`{method}`", *(f"{mean:.3f}" for mean in means.values())])
+    settings = ", ".join(f"{name} {value}" for name, value in CANDIDATES[chosen()].items())
+    plot_curves(curves, RESULTS / "curve.png", f"{chosen()}, SmolLM2-135M-Instruct, one seed")
     page = [
         "# One run on real text",
         "Made by `python study/real.py report`. The declaration is the docstring of study/real.py.",
-        f"avg@{K} on {TEST} held-out problems of gym/{chosen()}, without a memory in the prompt,"
-        " with 95% bootstrap intervals over the problems:",
+        f"avg@{K} on {TEST} held-out problems of reasoning-gym's {chosen()} ({settings}), without a"
+        " memory in the prompt, with 95% bootstrap intervals over the problems:",
         markdown(head, rows),
         "![avg@4 by step](curve.png)",
         f"The rates: mean of avg@{K} on {DEV} dev problems, in runs of {TUNING} steps:",

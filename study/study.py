@@ -7,7 +7,9 @@
 
 DECLARATION. This text, the grid below and tables.py were committed before the first run. Changed
 since, before the first run of `main`: what is said of the probes, under Worlds, and that a part is
-shown when all of its runs are made. After it: a figure has no panel for a part without runs.
+shown when all of its runs are made. After it: a figure has no panel for a part without runs, and
+what was found by looking is in tables of its own or beside others, as exploratory: two comparisons,
+the cost of a whole run, and blocks beside weights.
 
 Worlds. 24 a kind: 510 to 533, whose verifier names the first wrong step (feedback), and 534 to
 557, whose verifier says nothing (plain). 558 to 563 are those of part `mastered`. No draft and no

@@ -31,10 +31,12 @@ PRIMARIES = {
     "P5": ("pmd", "pmd-nolessons", ["plain"]),
 }
 EXPLORED = [("sdpo", "grpo"), ("pmd", "grpo"), ("pmd-solved", "pmd"), ("pmd-nolessons", "pmd")]
+EXPLORED += [("pmd", "pmd-transient"), ("pmd-solved", "grpo")]
 # Qwen3-8B, average of the four SciKnowEval domains (Tables 2 and 3), in percent
 PAPER = {"grpo": 69.4, "sdpo": 74.4, "pmd": 77.2, "pmd-transient": 75.7, "frozen-memory": 65.0}
 COLORS = {arm: f"C{i}" for i, arm in enumerate(NAMES)}
 BLOCKS = ("weights", "solution", "strategies", "lessons", "behaviors", "feedback", "all")
+TAUGHT = ("sdpo", "pmd", "pmd-transient")  # arms whose blocks are looked at one by one
 COSTS = {"cpu": "CPU seconds", "tokens": "forward tokens"}
 BUDGET_OF = ["sdpo", "pmd"]  # the cheaper of them sets the budget of equal compute
 MARGIN = 0.02  # by which the mean of a run without mastered problems may be lower
@@ -43,10 +45,12 @@ OF_PRIMARIES = """won, lost: the first is higher or lower, and Holm's p is below
 is shown. p: two-sided t test, paired by world. by checkpoint: the mean over the worlds of each, by
 seed of pre-training."""
 OF_COMPUTE = """The mean score over a budget, which in each world is the smaller total of its SDPO
-and PMD runs."""
+and PMD runs. Whole run: the mean cost of all 80 steps."""
 OF_TEACHERS = """student: its own probability, on all problems. Each other column: what is added by
 the teacher's weights alone, by one block alone, or by all that it reads, on the problems that have
 such a block. Means over looks, then over worlds."""
+OF_BLOCKS = """What a block alone adds to the teacher's weights alone, over the looks at which all
+problems of the group have the block, so that both are of the same problems."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,8 +278,10 @@ def compute(runs) -> str:
             less = {arm: (s - scores["sdpo"]).dropna() for arm, s in scores.items()}
             for arm, values in scores.items():
                 gap = text(less[arm], "+") if arm != "sdpo" else "-"
-                rows.append([f"{kind}, {name}", NAMES[arm], text(values), gap])
-    table = markdown(["equal", "method", "mean score", "minus SDPO"], rows)
+                spent = [test[-1].get(cost) for test in cell(runs, "main", arm, [kind]).test]
+                whole = f"{np.mean(spent):,.0f}" if spent and None not in spent else "-"
+                rows.append([f"{kind}, {name}", NAMES[arm], text(values), gap, whole])
+    table = markdown(["equal", "method", "mean score", "minus SDPO", "whole run"], rows)
     return f"{table}\n\n{OF_COMPUTE}"
 
 
@@ -292,6 +298,36 @@ def teachers(runs) -> str:
                     row.append(f"{means.mean():.3f}" if len(means) else "-")
                 rows.append(row)
     return f"{markdown(['', 'student', *BLOCKS], rows)}\n\n{OF_TEACHERS}"
+
+
+def blocks(runs) -> str:
+    """What each block adds to the weights alone, on the same problems."""
+    rows = []
+    for kind in KINDS:
+        for arm in TAUGHT:
+            found = cell(runs, "main", arm, [kind])
+            for group in ("unsolved", "solved"):
+                row = [f"{NAMES[arm]}, {kind}, {group}"]
+                for block in BLOCKS[1:]:
+                    row.append(text(beside_weights(found, group, block), "+"))
+                rows.append(row)
+    return f"{markdown(['', *BLOCKS[1:]], rows)}\n\n{OF_BLOCKS}"
+
+
+def beside_weights(runs, group, block) -> pd.Series:
+    """By world, the mean over looks of a block alone less the weights alone; see OF_BLOCKS."""
+    means = {}
+    for world, run in runs.iterrows():
+        added = []
+        for look in run.teacher:
+            readers = look["teacher"].get(group, {})
+            mean, problems = readers.get(block, (0, 0))
+            bare, of = readers.get("weights", (0, 0))
+            if problems and problems == of:
+                added.append(mean - bare)
+        if added:
+            means[world] = np.mean(added)
+    return pd.Series(means, dtype=float)
 
 
 def sizes_of(runs) -> dict:
@@ -375,6 +411,7 @@ def report(records, rates, out, planned) -> str:
                 "The teacher: what it adds to the probability of the right operation",
                 lambda: teachers(runs),
             ),
+            ("The teacher: its blocks beside its weights", lambda: blocks(runs)),
         ],
         "scale": [
             ("Scale: AUC in eight feedback worlds, or in eight plain ones", lambda: scale(runs))
