@@ -319,7 +319,7 @@ def answer_task(argv, parse_flags):
     )
     args, rest = parser.parse_known_args(argv)
     cfg = parse_flags(["--model", args.model, *rest])
-    parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
+    parts = ["eval", cfg.task, *Path(args.model).parts[-2:], *Path(args.memory).parts[-2:-1]]
     name = cfg.name or "-".join(parts).replace("/", "-")
     quiet_libraries()
     ranks = count_ranks(cfg)
@@ -331,7 +331,8 @@ def answer_task(argv, parse_flags):
         quiet = restarts or rank() > 0
         reads = cfg.max_reprompt if args.memory else 0
         task, tokenizer = check(asked, None, quiet, ranks, reads=reads)
-    cfg = replace(cfg, method="eval", memory_from=args.memory, name=name)
+    memory = args.memory and str(Path(args.memory).absolute())
+    cfg = replace(cfg, method="eval", memory_from=memory, name=name)
     try:
         answer(cfg, replace(task, train=[], dev=[]), tokenizer)
     except Exception as error:
@@ -399,6 +400,7 @@ def lent_memory(cfg) -> Memory | None:
         return None
     options = {"embedder": cfg.embedder, "mode": "frozen", "retrieve_k": cfg.retrieve_k}
     memory = Memory(path, make_embedder(cfg), None, **options)
+    memory.detach()
     if not any(memory.sizes().values()):
         raise ValueError(
             f"--memory {path} holds nothing; name the memory.db of another run, or leave it out"

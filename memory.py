@@ -323,7 +323,10 @@ def compose_within(budget, count, problem, **context) -> str:
     give way in the order of CUT_FIRST, the solution last. Lists give way from their end: the least
     similar behavior, the newest insight. The problem itself is never cut.
     """
-    for block in TEXTS if count(compose(problem, **context)) > budget else ():
+    whole = compose(problem, **context)
+    if count(whole) <= budget:
+        return whole
+    for block in TEXTS:
         if context.get(block) and count(compose(problem, **{block: context[block]})) > budget:
             context[block] = ""
     for block in CUT_FIRST:

@@ -27,15 +27,15 @@ Deviations from the paper
     that may lag behind (B.1).
  7. `--ground_insights` is on for nano and off elsewhere. Reflection reads one attempt at a time,
     until that attempt has given an insight. An insight must be contained in its evidence. A failure
-    that contradicts a strategy ends it, and a success that contradicts a lesson ends it. A behavior
-    needs two supports. nano's line of confidence has no counts. See nano/grounded.py.
+    that contradicts a strategy ends it, and on nano a success that contradicts a lesson ends it. A
+    behavior needs two supports. nano's line of confidence has no counts. See nano/grounded.py.
  8. A batch without a single supervised token takes no optimizer step. verl would step on Adam's
     momentum alone.
  9. nano embeds text by hashing its words. The paper uses Qwen3-Embedding-0.6B.
 10. LiveCodeBench's prompts are the published forms in our words. So is SciKnowEval's system message
     if the data come from the Hub.
 11. Activations are recomputed in the backward pass outside nano (`--no_gradient_checkpointing`
-    switches it off). Without recomputation 8B does not fit on one node.
+    switches it off). Without recomputation 8B does not fit on a node of 80 GB cards.
 12. The mean over tokens is that of SDPO's code: the token mean of each rollout, summed, divided by
     the number of all rollouts of the mini-batch. This holds for GRPO too. Eq. 7 sums over a
     response's tokens (`--loss_mean sum`).
@@ -48,6 +48,7 @@ Deviations from the paper
 import functools
 import multiprocessing
 import random
+import statistics
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -73,7 +74,7 @@ from runtime.clock import clock
 from runtime.flags import Flags, given_flags
 from runtime.jobs import at_end, compare, explained, quiet_libraries
 from runtime.methods import declared, listed, method_class, method_name, method_of
-from runtime.model import ModelOptions, copy_of, follow, load_policy, make_optimizer
+from runtime.model import ModelOptions, copy_of, folder_or_name, follow, load_policy, make_optimizer
 from runtime.open_memory import open_memory
 from runtime.options import option
 from runtime.policy_gradient import policy_loss
@@ -495,7 +496,7 @@ def attempt(sampler, problems, cfg) -> list[Rollout]:
 def set_advantages(rollouts):
     """Sets advantages relative to the group, not divided by their deviation [SDPO's GRPO]."""
     for group in groups_of(rollouts).values():
-        mean = sum(r.reward for r in group) / len(group)
+        mean = statistics.mean(r.reward for r in group)  # exact: equal rewards leave 0
         for r in group:
             r.advantage = r.reward - mean
 
@@ -775,15 +776,16 @@ def parse_flags(argv=None) -> Config:
         usage="python pmd.py [--flag value ...]",
         epilog="Defaults are those of the task: `--model Qwen3-8B --help` shows the paper's.",
     )
-    if "-h" in argv or "--help" in argv:
+    rest = [flag for flag in argv if flag not in ("-h", "--help")]
+    if rest != argv:
         parser.epilog += f"\n\n{listed()}"
-    given, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    given, _ = parser.parse_known_args(rest)
     task = given.task or ("nano" if given.model == "nano" else "sciknoweval/chemistry")
     parser.set_defaults(**preset_of(kind_of(given.model, task), method))
     if given.model == "nano":  # too small to gain by a GPU, let alone by several
         parser.set_defaults(device="cpu")
     cfg = method.Config(**vars(parser.parse_args(argv)))
-    return replace(cfg, task=task, method=method_name(argv))
+    return replace(cfg, task=task, model=folder_or_name(cfg.model), method=method_name(argv))
 
 
 def compared(cfg, argv=None):

@@ -12,8 +12,9 @@ The authors' code was read; the paper only as notes report it. As the code was r
 a sampled token is log q* - log p. `--method avsd-full` has the paper's full vocabulary.
 
 Ours: nano's third view is the rule of the last step as a strategy, because the final digits alone
-tell its checkpoint nothing (measured). A program's is its second half. Left out: LoRA, and the
-code's other weights and gates.
+tell its checkpoint nothing (measured). A program's is its second half. All methods share one
+sampling budget, where the authors have `--group_size 1`. Left out: LoRA, gradient clipping at 0.1,
+and the code's other weights and gates.
 
 Teacher reads: three views of the reference, each by itself.
 Loss: policy gradient with log q* - log p.

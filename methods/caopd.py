@@ -9,15 +9,15 @@ teacher likes the edited line, and the student learns it beside the solution.
 The authors' code was read: forward KL, an EMA of 0.01, and the first three tokens are not trained.
 Ours: the demonstration is the reference solution, so that groups without a success are taught, too;
 a rollout that the limit cut is not edited. Left out: the note that asks the teacher for s once
-more. Held-out problems are asked for a confidence as well. A verifier must ignore the line, as
-nano's does. On nano all of the claim can be seen but its scale.
+more, and the cosine schedule of the rate. The line is no part of the answer that is judged.
+Held-out problems are asked for it, too, where the verifier ignores it by itself, as nano's does and
+that of programs. On nano all of the claim can be seen but its scale.
 
 Teacher reads: the reference and the group's success rate.
 Loss: forward KL on rollouts that state this rate.
 Claims more than: none, wiring only: its claim is calibration.
 """
 
-import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,8 @@ from memory import ASK_CONFIDENCE, CONFIDENCE
 from methods import opsd
 from tasks.references import reference
 
+FORM = f" Write it as the last line, a number from 0 to 1: {CONFIDENCE} 0.75"
+IGNORE_IT = ("steps", "code")  # the verifiers that the line does not reach
 UNTRAINED = 3  # tokens at the beginning of an answer [CaOPD]
 
 
@@ -50,10 +52,16 @@ class Method(opsd.ReferenceTaught):
         pmd.need_groups(cfg)
 
     def asked(self, problems):
-        return [asking(p).prompt for p in problems]
+        return [asking(p).prompt if p.verifier in IGNORE_IT else p.prompt for p in problems]
 
     def attempt(self, step, problems):
-        return super().attempt(step, [asking(p) for p in problems])
+        rollouts = super().attempt(step, [asking(p) for p in problems])
+        stated = [r for r in rollouts if r.problem.verifier not in IGNORE_IT]
+        answers = [[replace(r, text=without_line(r.text))] for r in stated]
+        judged = pmd.verdicts([r.problem for r in stated], answers, self.cfg)
+        for r, (_, _, verdict) in zip(stated, judged, strict=True):
+            r.reward, r.feedback = verdict.reward, verdict.feedback
+        return rollouts
 
     def contexts(self, step, rollouts):
         self.lines = {}
@@ -73,8 +81,7 @@ class Method(opsd.ReferenceTaught):
         """Gives the row to train: the rollout, stating the share of its group that is right."""
         row = rollout
         if rollout.finished:
-            answer = re.sub(rf"\s*{CONFIDENCE}[^\n]*\Z", "", rollout.text)
-            text = answer + self.lines[rollout.problem.id]
+            text = without_line(rollout.text) + self.lines[rollout.problem.id]
             ids = self.tokenizer(text, add_special_tokens=False).input_ids + rollout.ids[-1:]
             row = replace(rollout, text=text, ids=ids, rollout_logprobs=None)
         trained = max(1, len(row.ids) - UNTRAINED)
@@ -83,6 +90,13 @@ class Method(opsd.ReferenceTaught):
         return row
 
 
+def without_line(text) -> str:
+    """Takes off the line with the confidence."""
+    answer, line, rest = text.rpartition(CONFIDENCE)
+    return answer.rstrip() if line and "\n" not in rest.strip() else text
+
+
 def asking(problem):
     """Gives the problem with a request for a confidence behind it."""
-    return replace(problem, prompt=f"{problem.prompt}\n{ASK_CONFIDENCE}")
+    form = "" if problem.verifier == "steps" else FORM  # nano knows no other sentence
+    return replace(problem, prompt=f"{problem.prompt}\n{ASK_CONFIDENCE}{form}")

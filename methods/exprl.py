@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass, replace
 
 import pmd
+from memory import strip_thoughts
 from methods import grpo
 from tasks.nano import verify_steps
 from tasks.references import on_nano, reference
@@ -64,7 +65,7 @@ class Method(grpo.Method):
             for r in rollouts
         ]
         for reply in self.sampler.ask(prompts):
-            points = re.findall(r"\b[1-5]\b", reply)
+            points = re.findall(r"\b[1-5]\b", strip_thoughts(reply))
             yield (int(points[0]) - 1) / 4 if points else 0.0
 
 

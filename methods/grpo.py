@@ -16,6 +16,7 @@ class Method(sdpo.Method):
     # experiments/rich_feedback/run_baseline_grpo.sh; SDPO has 1
     presets = {"livecodebench": dict(mini_batch_size=8)}
     reprompts = teaches = False
+    idle = "supervise_mastered"
 
     def make_teacher(self, policy):
         """Nobody is taught."""

@@ -10,7 +10,8 @@ The authors' code was read: one rollout per problem, beta2 0.98, a rate of 2e-6 
 a weight decay of 0.1, which is not taken over). Their teacher is another model, the one that made
 the SFT data. Ours: it is the initial policy, which reads the reference solution. Rollouts and
 scores are part of each checkpoint, so that a run which resumes goes on with the same ones. All rows
-are trained: none is sampled in a step, so that --no_supervise_mastered would mean nothing.
+are trained: none is sampled in a step, so that --no_supervise_mastered would mean nothing. One
+whose reference does not fit into --max_reprompt has an advantage of 0.
 
 Teacher reads: the reference, once before training.
 Loss: policy gradient with d on rollouts of the initial policy.
@@ -22,8 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import pmd
-from methods import sdpo
-from tasks.references import reference
+from methods import opsd
 
 KEPT = "id prompt_ids ids text finished reward feedback test_pass_rate".split()
 
@@ -39,15 +39,14 @@ class Config(pmd.Config):
     group_size: int = pmd.option(1, "rollouts per problem [Lightning OPD]", within="[1, inf)")
 
 
-class Method(sdpo.Method):
+class Method(opsd.ReferenceTaught):
     Config = Config
-    needs = staticmethod(reference)
     idle = "alpha top_k teacher ema_rate"
     rollouts, scores = {}, {}  # {problem id: its rollouts}, {rollout id: (C,) log q}
 
     @classmethod
     def check(cls, cfg):
-        pmd.PMD.check(cfg)  # groups of one will do
+        super().check(cfg)
         pmd.need_mastered(cfg)
 
     def make_teacher(self, policy):
@@ -55,13 +54,10 @@ class Method(sdpo.Method):
         return policy
 
     def attempt(self, step, problems):
-        if any(p.id not in self.rollouts for p in problems):
+        if any(p.id not in self.rollouts for p in self.task.train):
             sampled = pmd.attempt(self.sampler, self.task.train, self.cfg)
             self.rollouts, self.scores = pmd.groups_of(sampled), {}
         return [replace(r) for p in problems for r in self.rollouts[p.id]]
-
-    def contexts(self, step, rollouts):
-        return [{"solution": reference(r.problem)} for r in rollouts]
 
     def condition(self, step, rollouts):
         for r in super().condition(step, rollouts):
@@ -74,33 +70,33 @@ class Method(sdpo.Method):
             self.score_all()
         student = pmd.scored(self.policy, rows, lambda r: r.prompt_ids, self.cfg)
         for r in rows:
-            r.advantage = self.scores[r.id] - student[r.id][0]
+            if r.id in self.scores:  # its reference fits into --max_reprompt
+                r.advantage = self.scores[r.id] - student[r.id][0]
 
     def score_all(self):
         """Scores all rollouts under the teacher's prompts, while the policy is the initial one."""
-        rollouts = [r for group in self.rollouts.values() for r in group]
+        rollouts = sum(self.rollouts.values(), [])
         prompts = pmd.teacher_prompts(
             [r.problem for r in rollouts], self.contexts(0, rollouts), self.tokenizer, self.cfg
         )
         ids = {r.id: ids for r, (_, ids) in zip(rollouts, prompts, strict=True)}
         scores = pmd.scored(self.policy, rollouts, lambda r: ids[r.id] or r.prompt_ids, self.cfg)
-        self.scores = {id: logprobs for id, (logprobs, _) in scores.items()}
+        self.scores = {id: logprobs for id, (logprobs, _) in scores.items() if ids[id]}
 
     def state(self):
         return {
             "rollouts": [
-                [r.problem.id, {name: getattr(r, name) for name in KEPT}]
-                for group in self.rollouts.values()
-                for r in group
+                [r.problem.id, r.problem.prompt, {name: getattr(r, name) for name in KEPT}]
+                for r in sum(self.rollouts.values(), [])
             ],
             "scores": {id: logprobs.tolist() for id, logprobs in self.scores.items()},
         }
 
     def load(self, state):
-        problems = {p.id: p for p in self.task.train}
+        problems = {(p.id, p.prompt): p for p in self.task.train}  # --from may be of other ones
         self.rollouts = pmd.groups_of(
-            pmd.Rollout(rollout_logprobs=None, problem=problems[id], **kept)
-            for id, kept in state.get("rollouts", [])
-            if id in problems
+            pmd.Rollout(rollout_logprobs=None, problem=problems[id, text], **kept)
+            for id, text, kept in state.get("rollouts", [])
+            if (id, text) in problems
         )
         self.scores = {id: torch.tensor(row) for id, row in state.get("scores", {}).items()}

@@ -6,7 +6,8 @@ The student follows it by forward KL over the whole vocabulary.
 The authors' code was read, and their answer in its issue 14. The defaults are the recipe of that
 answer, but for the cap of 0.05 on each vocabulary entry: the gradient lowers an entry above it. The
 published scripts have alpha 0.5. Ours: all methods share one sampling budget, where the authors
-have `--group_size 1`. With the cap and one update a batch there is no ratio, as in their code. Left
+have `--group_size 1`, and the teacher's prompt ends with memory.py's closing sentence, where theirs
+asks to reason anew. With the cap and one update a batch there is no ratio, as in their code. Left
 out: LoRA, the teacher's top 50, and the variant whose teacher first explains the reference.
 
 Teacher reads: the reference.

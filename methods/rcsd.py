@@ -36,17 +36,17 @@ class Method(opsd.Method):
 
     def __init__(self, *parts):
         super().__init__(*parts)
-        self.rubrics = {}  # {problem id: its criteria}
+        self.rubrics = {}  # {the problem's text: its criteria}; --from may be of other ids
 
     def contexts(self, step, rollouts):
-        problems = {r.problem.id: r.problem for r in rollouts}
+        problems = {r.problem.prompt: r.problem for r in rollouts}
         write = exact if on_nano(rollouts) else self.written
-        missing = [p for id, p in problems.items() if id not in self.rubrics]
+        missing = [p for text, p in problems.items() if text not in self.rubrics]
         for p, criteria in zip(missing, write(missing), strict=True):
-            self.rubrics[p.id] = criteria
+            self.rubrics[p.prompt] = criteria
         contexts = []
         for r in rollouts:
-            context = {"strategies": [("criterion", c) for c in self.rubrics[r.problem.id]]}
+            context = {"strategies": [("criterion", c) for c in self.rubrics[r.problem.prompt]]}
             if r.problem.verifier != "steps":
                 context["solution"] = short_answer(r.problem)
             contexts.append(context)

@@ -9,19 +9,21 @@ attempts instead (`--rltf_baseline second`) the signal dies as critiques get bet
 Read in notes by others, which have pseudocode; no code of the loss was found. Ours: the critique is
 the verifier's feedback, or where it says nothing the policy's own, written beside the reference if
 the task has one (the authors' critic is a larger model); a success is not answered again; first
-attempts are reinforced, too, as by GRPO; a conversation longer than --max_reprompt loses the
-beginning of the attempt in it. `reward` in the records is that of first attempts.
+attempts are reinforced, too, as by GRPO, with one mean over all rows, so that they weigh less where
+there are more second ones; a conversation longer than --max_reprompt loses the beginning of the
+attempt in it. `reward` in the records is that of first attempts.
 
 Teacher reads: nothing (there is no teacher); a critic names the first wrong step.
 Loss: policy gradient on second attempts under the plain prompt.
 Claims more than: grpo.
 """
 
+import statistics
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import pmd
-from memory import AGAIN, critic_prompt
+from memory import AGAIN, critic_prompt, strip_thoughts
 from methods import grpo
 from tasks.references import reference_or_nothing
 
@@ -44,13 +46,14 @@ class Method(grpo.Method):
     def condition(self, step, rollouts):
         pmd.set_advantages(rollouts)
         prompts = {r.problem.id: r.prompt_ids for r in rollouts}
-        rows = []
-        for again in self.second_attempts(rollouts):
-            rows.append(replace(again, prompt_ids=prompts[again.problem.id], rollout_logprobs=None))
+        rows = [
+            replace(again, prompt_ids=prompts[again.problem.id], rollout_logprobs=None)
+            for again in self.second_attempts(rollouts)
+        ]
         groups = {"first": pmd.groups_of(rollouts), "second": pmd.groups_of(rows)}
         for r in rows:
             group = groups[self.cfg.rltf_baseline][r.problem.id]
-            r.advantage = r.reward - sum(other.reward for other in group) / len(group)
+            r.advantage = r.reward - statistics.mean(other.reward for other in group)
         if self.cfg.rltf_first:
             return rollouts + rows
         for r in rollouts:
@@ -63,9 +66,8 @@ class Method(grpo.Method):
         self.critiques = self.criticise(self.failed)
         conversations = []
         for r, critique in zip(self.failed, self.critiques, strict=True):
-            again = f"{AGAIN}\n{critique}"
-            turns = ("user", r.problem.prompt), ("assistant", r.text), ("user", again)
-            conversations.append(turns)
+            first = ("user", r.problem.prompt), ("assistant", r.text)
+            conversations.append((*first, ("user", f"{AGAIN}\n{critique}")))
         return answered(self, self.failed, conversations)
 
     def criticise(self, rollouts) -> list[str]:
@@ -76,7 +78,7 @@ class Method(grpo.Method):
         ]
         replies = self.sampler.replies(prompts) if prompts else []
         self.written = {r.id: reply for r, reply in zip(silent, replies, strict=True)}
-        return [r.feedback or self.written[r.id].text for r in rollouts]
+        return [r.feedback or strip_thoughts(self.written[r.id].text) for r in rollouts]
 
 
 def answered(method, rollouts, conversations):

@@ -43,14 +43,17 @@ class Method(sdpo.Method):
 
     def condition(self, step, rollouts):
         rows = super().condition(step, rollouts)
-        shown = zip(rows, self.contexts(step, rollouts), strict=True)
-        both = [r for r, context in shown if "solution" in context and r.feedback and r.teacher_ids]
+        shown = zip(rows, self.contexts(step, rows), strict=True)
+        solved = {r.id for r, context in shown if "solution" in context}
+        both = [r for r in pmd.supervised(rows, self.cfg) if r.id in solved and r.feedback]
         give_teachers(self, both, [[{"feedback": r.feedback}] for r in both])
         for r in both:
             if r.teachers == [r.prompt_ids]:  # its feedback did not fit into --max_reprompt
                 r.teachers = []
-            else:
+            elif r.teacher_ids:
                 r.weight = 2.0  # the loss is a sum over two teachers
+            else:  # the solution did not fit
+                (r.teacher_ids,), r.teachers = r.teachers, []
         return rows
 
     def teacher_hidden(self, batch):

@@ -23,6 +23,7 @@ from itertools import takewhile
 from typing import Literal
 
 import pmd
+from memory import strip_thoughts
 from methods import sdpo
 from runtime.sampler import MEMORY_TEMPERATURE, MEMORY_TOP_P
 from tasks.references import on_nano, reference, reference_or_nothing
@@ -68,7 +69,7 @@ class Method(sdpo.Method):
         sampling = MEMORY_TEMPERATURE, MEMORY_TOP_P
         with pmd.clock("reflect"):
             replies = self.sampler.generate(prompts, keys, limit, *sampling) if prompts else []
-        return [reply.text for reply in replies]
+        return [strip_thoughts(reply.text) for reply in replies]
 
 
 def exact(rollouts) -> list[str]:

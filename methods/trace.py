@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 import pmd
+from memory import strip_thoughts
 from methods import grpo, sdpo
 from tasks.references import hidden_rules, on_nano
 
@@ -102,7 +103,7 @@ class Method(sdpo.Method):
             prompts.append(
                 "\n".join([r.problem.prompt, *lines, QUESTION.format(self.sought, KINDS)])
             )
-        for reply in self.sampler.ask(prompts):
+        for reply in map(strip_thoughts, self.sampler.ask(prompts)):
             kinds = [("kind", kind) for kind in KINDS.split(", ") if kind in reply.lower()]
             numbers = [int(number) for number in re.findall(r"\d+", reply)]
             yield {self.block: kinds[:1]}, numbers

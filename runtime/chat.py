@@ -8,6 +8,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from runtime.files import RunError
+
 
 def encode_prompt(tokenizer, user, system="", thinking=False) -> list[int]:
     """The ids of a chat prompt with one message of the user's: see encode_turns."""
@@ -97,8 +99,8 @@ def render(tokenizer, turns, asks, **switches) -> str:
         ) from error
 
 
-def template_error(tokenizer, what) -> ValueError:
-    return ValueError(f"the chat template of {tokenizer.name_or_path or 'the model'} {what}")
+def template_error(tokenizer, what) -> RunError:
+    return RunError(f"the chat template of {tokenizer.name_or_path or 'the model'} {what}")
 
 
 def without_ids(tokenizer, text, forbidden) -> str:

@@ -538,11 +538,18 @@ def check_memory(task, method, cfg):
     Raises ValueError if one of them is of no use.
     """
     has_memory = cfg.resume and (Path(cfg.out) / cfg.name / "memory.db").exists()
+    if has_memory and method.remembers:
+        path, known = Path(cfg.out) / cfg.name / "memory.db", {}
+        with contextlib.suppress(ValueError, OSError):  # open_memory knows a cure for a damaged one
+            known = prompts_in(path, cfg)
+        check_prompts(known, f"{path} is", "put the run's own back", task)
     if not has_memory:  # a run keeps a copy of the memory that it began with
         if cfg.memory_from:
             check_lender(cfg, task)
         if begins_as_fork(cfg) and method.remembers:
-            check_forked_memory(cfg, task)
+            known = prompts_in(fork_source(cfg) / "memory.db", cfg)
+            cure = "give the same --task, or start without --from"
+            check_prompts(known, f"--from {cfg.fork_from} has", cure, task)
     if method.memory_mode and rank() == 0:  # whose memory it is
         make_embedder(cfg)
     if method.remembers:
@@ -569,29 +576,34 @@ def check_format(task, tokenizer, cfg):
             ) from error
 
 
-def check_forked_memory(cfg, task):
-    """Checks the memory of the checkpoint of --from, if it has one.
+def prompts_in(path, cfg) -> dict[str, str]:
+    """Returns {id: text} of the problems in a memory; nothing where there is no file."""
+    if not path.is_file():
+        return {}
+    with contextlib.closing(Store(path, embedder=cfg.embedder, frozen=True)) as memory:
+        return memory.prompts()
 
+
+def check_prompts(known, whose, cure, task):
+    """Checks the problems of the memory that a run goes on writing: its own, or that of --from.
+
+    known: see prompts_in; nothing is in it where the run was killed before its problems came in.
+    whose, cure: the beginning and the end of what is said.
     Raises ValueError if it is the memory of other problems.
     """
-    source = fork_source(cfg) / "memory.db"
-    if not source.is_file():
+    if not known:
         return
-    with contextlib.closing(Store(source, embedder=cfg.embedder, frozen=True)) as lent:
-        known = lent.prompts()
     unknown = [p.id for p in task.train if p.id not in known]
     if unknown:
         raise ValueError(
-            f"--from {cfg.fork_from} has a memory that does not know {len(unknown)} of the"
-            f" training problems, such as {unknown[0]}; give the same --task, or start without"
-            " --from"
+            f"{whose} a memory that does not know {len(unknown)} of the training problems, such as"
+            f" {unknown[0]}; {cure}"
         )
     others = known_otherwise(task.train, known)
     if others:
         raise ValueError(
-            f"--from {cfg.fork_from} has the memory of another task: {len(others)} training"
-            f" problems have other texts in it, such as {others[0]!r}; give the same --task, or"
-            " start without --from"
+            f"{whose} the memory of another task: {len(others)} training problems have other texts"
+            f" in it, such as {others[0]!r}; {cure}"
         )
 
 
@@ -680,7 +692,8 @@ def check_lender(cfg, task):
         )
     with contextlib.closing(Store(source, embedder=cfg.embedder, frozen=True)) as lent:
         prompts, last = lent.prompts(), lent.last_step()
-        empty = not lent.holds(int(step or 10**9))
+        steps = min(int(step or last), last)  # more may be asked for: see below
+        empty = not lent.holds(steps)
     shared = [p for p in task.train if p.id in prompts]
     if not shared:
         raise ValueError(

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from runtime import replies
-from runtime.replies import MAX_REPLY, SENTENCE_END, TAG, parse, strip_thoughts, text_of
+from runtime.replies import MAX_REPLY, TAG, ends_a_sentence, parse, strip_thoughts, text_of
 
 Format = Literal["json", "guided", "lines"]
 
@@ -158,7 +158,7 @@ def whole_lines(reply) -> tuple[list[tuple[str, str]], bool]:
         else:
             continue
         last = n
-    is_cut = rows and last == len(lines) - 1 and not SENTENCE_END.search(lines[-1])
+    is_cut = rows and last == len(lines) - 1 and not ends_a_sentence(lines[-1])
     if len(rows) > 1 and is_cut and rows[-1][0] != "remove":
         return rows[:-1], True
     return rows, False
@@ -168,7 +168,7 @@ def is_title(kind, text) -> bool:
     """Says whether a line can be a title whose content stands on the next line."""
     if kind == "remove":
         return False
-    return not DIVIDER.search(text_of(text)) and not SENTENCE_END.search(text)
+    return not DIVIDER.search(text_of(text)) and not ends_a_sentence(text)
 
 
 def was_cut(reply) -> bool:
@@ -180,7 +180,7 @@ def row_of(kind, text) -> tuple[str, dict]:
     """Returns the list that a line belongs to, and its row."""
     title, *rest = [part.strip(MARKUP) for part in DIVIDER.split(text_of(text), maxsplit=1)]
     content = rest[0] if rest else ""
-    if not rest and (SENTENCE_END.search(title) or len(title.split()) >= LEAST_WORDS):
+    if not rest and (ends_a_sentence(title) or len(title.split()) >= LEAST_WORDS):
         content = title
     if kind == "strategy":
         return "strategies", {"title": title, "content": content}

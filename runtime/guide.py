@@ -7,7 +7,8 @@ import functools
 
 import llguidance
 import llguidance.hf
-import llguidance.torch
+import llguidance.numpy  # its torch module compiles at import, which takes seconds
+import numpy as np
 import torch
 from transformers import LogitsProcessor
 
@@ -46,12 +47,12 @@ class Guide(LogitsProcessor):
                 if matcher and not matcher.is_stopped():
                     matcher.consume_token(token)
         self.begun = True
-        mask = llguidance.torch.allocate_token_bitmask(*scores.shape)
+        mask = llguidance.numpy.allocate_token_bitmask(*scores.shape)
         for row, matcher in enumerate(self.matchers):
             if matcher and not matcher.is_stopped():
-                llguidance.torch.fill_next_token_bitmask(matcher, mask, row)
-        bits = mask[:, :, None].bitwise_right_shift(torch.arange(32, dtype=torch.int32)) & 1
-        allowed = bits.flatten(1)[:, : scores.shape[1]].bool()  # (B, V)
+                llguidance.numpy.fill_next_token_bitmask(matcher, mask, row)
+        bits = np.unpackbits(mask.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
+        allowed = torch.from_numpy(bits).bool()  # (B, V)
         for row, matcher in enumerate(self.matchers):
             if not matcher:
                 continue

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -76,6 +77,13 @@ MODELS = {
     "Qwen3-8B": "Qwen/Qwen3-8B",
     "OLMo3-Instruct-7B": "allenai/Olmo-3-7B-Instruct",
 }
+
+
+def folder_or_name(model) -> str:
+    """The absolute path of a model's folder, for records that are read elsewhere, or its name."""
+    is_folder = model not in MODELS and Path(model).is_dir()
+    return str(Path(model).absolute()) if is_folder else str(model)
+
 
 BETA1, WEIGHT_DECAY = 0.9, 0.01  # of AdamW [SDPO]
 

@@ -4,7 +4,7 @@ import contextlib
 import shutil
 from dataclasses import replace
 
-from runtime.chat import encode_prompt
+from runtime.chat import chat_of, encode_prompt, neutralise
 from runtime.checkpoint import cure_without, memory_source
 from runtime.files import RunError
 from runtime.ranks import OnRankZero, rank, world
@@ -45,7 +45,7 @@ def memory_of(run, method, generate):
             path,
             make_embedder(cfg),
             generate,
-            make_abstractor(cfg),
+            guarded(make_abstractor(cfg), method.tokenizer),
             forms=FORMS_OF.get(problems[0].verifier, "question"),
             format=cfg.memory_format,
             embedder=cfg.embedder,
@@ -64,6 +64,17 @@ def memory_of(run, method, generate):
     if method.remembers:
         memory.add_problems(problems)
     return memory
+
+
+def guarded(abstractor, tokenizer):
+    """Breaks control tokens and turn markers in what another model is asked, as in all prompts.
+
+    They are those of the policy's template, which the completions in the prompt may hold.
+    """
+    if not abstractor:
+        return None
+    markers = chat_of(tokenizer).markers
+    return lambda prompts: abstractor([neutralise(prompt, markers) for prompt in prompts])
 
 
 def take_memory(path, run, method):

@@ -41,7 +41,12 @@ OWN_TAG = re.compile(tag_of(THOUGHTS), re.I)
 # The end of a text that is whole. A closing quote alone does not tell: it may open a quotation that
 # the limit cut
 SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][^\w\s]*\Z")
+LAST = 100  # characters that are looked at for it: a long run of marks would take its square
 MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets in brackets
+
+
+def ends_a_sentence(text) -> bool:
+    return bool(SENTENCE_END.search(text[-LAST:]))
 
 
 def strip_thoughts(text, tag=OWN_TAG) -> str:
@@ -103,7 +108,7 @@ def rows_at(place) -> list[dict | None]:
         rows = [read_object(text) for text in place.rows[:MAX_ITEMS]]
         rows += [None] * (len(place.rows) - len(rows))
         open_one = place.rest.rstrip().removesuffix(",")
-        if SENTENCE_END.search(open_one) and (row := read_json(open_one + "}")):
+        if ends_a_sentence(open_one) and (row := read_json(open_one + "}")):
             rows.append(row)
         return rows
     if not isinstance(value, list):
@@ -246,19 +251,22 @@ def parse_items(found, key, first, second) -> list[tuple[str, str]]:
     Each text becomes one line, so that it can't pass for a heading of the prompt it will stand in.
     """
     rows = found.get(key) if isinstance(found, dict) else None
-    items = []
-    for row in rows[:MAX_ITEMS] if isinstance(rows, list) else []:
-        row = row if isinstance(row, dict) else {}
-        title, content = text_of(row.get(first)), text_of(row.get(second))
-        if not title or not content:
-            continue
-        sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", content)  # not at e.g. X
-        sentences = sentences[:SENTENCES]
-        while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
-            sentences.pop()
-        title = " ".join(title.split()[:TITLE_WORDS])
-        items.append((title[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]))
-    return items
+    rows = rows[:MAX_ITEMS] if isinstance(rows, list) else []
+    return list(filter(None, (item_of(row, first, second) for row in rows)))
+
+
+def item_of(row, first, second) -> tuple[str, str] | None:
+    """Returns the texts of a row's two fields; None if it lacks one of them."""
+    row = row if isinstance(row, dict) else {}
+    title, content = text_of(row.get(first)), text_of(row.get(second))
+    if not title or not content:
+        return None
+    sentences = re.split(r"(?<=[.!?])(?<!\.\w\.) (?=[A-Z])", content)  # not at e.g. X
+    sentences = sentences[:SENTENCES]
+    while len(sentences) > 1 and len(" ".join(sentences)) > MAX_CONTENT:
+        sentences.pop()
+    title = " ".join(title.split()[:TITLE_WORDS])
+    return title[:MAX_CONTENT], " ".join(sentences)[:MAX_CONTENT]
 
 
 def text_of(value) -> str:
@@ -329,7 +337,8 @@ def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
         row = row or {}
         decision, name = decision_of(row), row.get("name")
         if decision == "write":
-            writes += parse_items({"row": [row]}, "row", "name", "instruction")
+            item = item_of(row, "name", "instruction")
+            writes += [item] if item else []
         elif decision == "remove" and isinstance(name, str):
             removes.append(plain(name))
     return writes, removes, len(rows) - len(writes) - len(removes)

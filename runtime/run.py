@@ -26,6 +26,7 @@ from runtime.checkpoint import (
     cure_without,
     cut_records,
     default_name,
+    finished,
     fork_source,
     prune,
     read_checkpoint,
@@ -138,6 +139,9 @@ class Run:
         """Writes and prints the beginning of a run."""
         cfg, task = self.cfg, self.task
         (self.folder / "evals").mkdir(exist_ok=True)
+        summary = self.folder / "summary.json"
+        if summary.is_file() and not finished(cfg, self.total):  # of fewer steps
+            summary.rename(self.folder / "summary.before.json")
         digests = write_origin(self.folder, cfg, task, self.tokenizer)
         # a resumed run has several
         append_text(self.folder / "environment.txt", environment(cfg.method))

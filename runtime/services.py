@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
+from runtime.files import RunError
+
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 
 
@@ -107,7 +109,7 @@ def unit_rows(rows) -> np.ndarray:
     """(n, D) numbers, in an array, lists or tensors of any type, as float32 rows of unit length.
     Zeros stay zeros.
 
-    Raises ValueError for what is no such table, and for numbers that are not finite.
+    Raises RunError for what is no such table, and for numbers that are not finite.
     """
     try:
         # numpy: no bfloat16
@@ -116,16 +118,16 @@ def unit_rows(rows) -> np.ndarray:
         ]
         rows = np.array(rows, np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise RunError(
             f"the embedder gave no table of numbers ({error}): name another --embedder"
         ) from error
     if rows.ndim != 2:
-        raise ValueError(
+        raise RunError(
             f"the embedder gave an array of shape {rows.shape} where each text has to have a row:"
             " name another --embedder"
         )
     if not np.isfinite(rows).all():
-        raise ValueError(
+        raise RunError(
             "the embedder gave numbers that are not finite, as float16 can: load it in float32, or"
             " name another --embedder"
         )

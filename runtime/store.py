@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.chat import plain
+from runtime.files import RunError
 from runtime.services import unit_rows
 
 SCHEMA_VERSION = 2
@@ -134,6 +135,8 @@ class Store:
         with self._explained():
             self._connect()
             if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                if self.frozen:
+                    raise ValueError(f"{self.path} is empty: name the memory.db of a run")
                 self._create(embedder, caps)  # new, or killed while it was made
             self.meta = dict(self.db.execute("SELECT key, value FROM meta"))
         self._check(embedder)
@@ -246,7 +249,7 @@ class Store:
             return np.zeros((0, int(self.meta["dimension"])), np.float32)
         vectors = unit_rows(self.embed(texts))
         if len(vectors) != len(texts):
-            raise ValueError(
+            raise RunError(
                 f"the embedder gave {len(vectors)} rows for {len(texts)} texts: name another"
                 " --embedder"
             )
@@ -385,12 +388,15 @@ class Store:
         """(len(problems), training problems in the order of their ids): whether the one is the
         other.
 
-        By its id, or by its prompt up to white space.
+        By its prompt up to white space: ids may be mere numbers, in another split, too. A problem
+        of programming keeps its id under another prompt.
         """
         known = self.query("SELECT id, text FROM problem ORDER BY id")
         ids = np.array([id for id, _ in known], object)
         texts = np.array([plain(text) for _, text in known], object)
-        own = [(ids == p.id) | (texts == plain(p.prompt)) for p in problems]
+        own = [
+            (texts == plain(p.prompt)) | (ids == p.id) & (p.verifier == "code") for p in problems
+        ]
         return np.array(own, bool).reshape(len(problems), len(known))
 
     def overlap(self, problems) -> str:
@@ -401,7 +407,7 @@ class Store:
             return ""
         said = (
             f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was"
-            " written on (the same id or text): they read not their own insight and success but"
+            " written on (the same text): they read not their own insight and success but"
             " those of the nearest other problem"
         )
         if alone:
@@ -464,6 +470,13 @@ class Store:
         """
         with self._explained(), contextlib.closing(sqlite3.connect(path)) as copy:
             self.db.backup(copy)
+
+    def detach(self):
+        """Reads from a copy in this process from now on: the run that writes the file may go on."""
+        copy = sqlite3.connect(":memory:")
+        with self._explained(), contextlib.closing(self.db) as file:
+            file.backup(copy)
+        self.db = copy
 
     def settle(self):
         """Has the disk hold all that was committed: what a checkpoint relies on."""

@@ -46,6 +46,7 @@ from runtime.tables import plot_curves, score
 from runtime.vllm_sampler import make_sampler
 from study.tables import markdown
 from tasks.problem import SUCCESS
+from tools.share_memory import export_memory
 
 RESULTS = HERE / "real"
 METHODS = ("grpo", "sdpo", "pmd")
@@ -226,7 +227,9 @@ def train(model, work, workers):
             kept.mkdir(parents=True, exist_ok=True)
             for file in ("metrics.jsonl", "samples.jsonl", "config.json"):
                 shutil.copy(work / name / file, kept)
-    shutil.copy(work / "pmd" / "memory.db", RESULTS / "pmd")
+    lines = RESULTS / "pmd" / "memory.jsonl"  # in the repository without its embeddings
+    lines.unlink(missing_ok=True)
+    export_memory(work / "pmd" / "memory.db", lines)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def methods(runs) -> str:
         scores = [text(lent[lent.kind == kind].lender) for kind in KINDS]
         name = "frozen policy, memory in the prompt"
         rows.append([name, scores[0], "-", scores[1], "-", 54.0])
-    head = ["method", "feedback: final", "AUC", "plain: final", "AUC", "paper, %"]
+    head = ["method", "feedback: final", "AUC", "plain: final", "AUC", "paper: SciKnowEval, %"]
     return markdown(head, rows)
 
 

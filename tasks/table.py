@@ -60,6 +60,8 @@ def load_table_task(name) -> tuple[list, list, str]:
         card = f"{name}: its own test split; {dropped} training questions stand in it and went"
         return train, problems["test"], card
     train, test = held_out(problems["train"])
+    if not train:
+        raise ValueError(f"{name} has one question, to train on or to hold out; give more")
     card = f"{name} has no test split: {len(test)} of its questions were held out by seed {SEED}"
     return train, test, card
 

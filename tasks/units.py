@@ -29,12 +29,14 @@ NAME = (
     "|acre|hectare|degree|radian|unit|dollar|cent|euro|point|mole|person|people|man|men|woman|women"
     "|child|children|student|apple|coin|tile|soldier|monkey|toy)(?:s|es)?"
 )
-ONE_UNIT = (
-    rf"(?:(?:(?:square|cubic|sq\.?|cu\.?) *)?(?:{SYMBOL}|{NAME})(?![A-Za-z])"
-    r"(?: ?\^ ?\{? ?-?\d ?\}?)?"
-    r"|(?:\^ ?\{? ?\\circ ?\}?|\\degree|\u00b0) ?[CF]?(?![A-Za-z]))"
+ONE_UNIT = (  # atomic, for in `\degree C` C could be a unit of its own
+    rf"(?>(?:(?:square|cubic|sq\.?|cu\.?) *)?(?:{SYMBOL}|{NAME})(?![A-Za-z])"
+    r"(?: ?\^ ?\{? ?-?\d(?: ?\})?)?"
+    r"|(?:\^ ?\{? ?\\circ(?: ?\})?|\\degree|\u00b0)(?: ?[CF])?(?![A-Za-z]))"
 )
-UNIT = rf"{ONE_UNIT}(?: {{0,3}}(?:/|\\cdot|[·*]|per|\\[,;:]|(?<=\s)) {{0,3}}{ONE_UNIT})*"
+# Each blank has one place, or the time would double with every unit of a repetition
+BETWEEN_UNITS = r"(?: {0,3}(?:/|\\cdot|[·*]|per|\\[,;:]) {0,3}| {1,6})"
+UNIT = rf"{ONE_UNIT}(?:{BETWEEN_UNITS}{ONE_UNIT})*"
 MEASURED = re.compile(
     rf"(?P<number>[^A-Za-z]*(?:\\[A-Za-z]+[^A-Za-z]*)*?)(?<![\s~])(?P<gap>[\s~]*)(?P<unit>{UNIT})"
 )

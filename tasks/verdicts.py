@@ -40,10 +40,12 @@ def verify(problem, completion, lenient=False) -> Verdict:
         if verifier is verify_code and isinstance(error, ValueError):  # there is no sandbox
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
+        # it may quote the completion, with a terminal's escape codes
+        said = "".join(c if c.isprintable() else " " for c in str(error))
         raise ValueError(
             f"the verifier {problem.verifier} failed on problem {problem.id!r}:"
             f" {type(error).__name__} in {Path(last.filename).name}, line {last.lineno}:"
-            f" {' '.join(str(error).split())}"
+            f" {' '.join(said.split())[:300]}"
         ) from error
     try:
         return checked(verdict)

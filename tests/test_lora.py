@@ -270,7 +270,7 @@ def test_what_it_does_not_do_is_refused_in_one_sentence(cfg, monkeypatch):
 @pytest.mark.slow
 def test_pmd_with_adapters_learns(make_config):
     """Eighty steps of nano's preset by a rank of 16. Three times the rate collapses."""
-    flags = "--lora_rank 16 --lr 3e-3 --supervise solved --eval_every 0"
+    flags = "--lora_rank 16 --lr 3e-3 --supervise solved --eval_every 0 --eval_problems 60"
     cfg = pmd.parse_flags(flags.split())
     summary = pmd.train(dataclasses.replace(cfg, out=make_config().out, name="learns"))
     assert summary["base"]["avg_at_k"] < 0.1 and summary["final"]["avg_at_k"] > 0.8

@@ -4,8 +4,10 @@ import time
 
 import pytest
 
+from runtime.replies import ends_a_sentence
 from tasks import verify
 from tasks.problem import Problem
+from tasks.units import QUANTITY, measured
 
 # the key, what stands in the box of a reply, the reward
 IN_A_BOX = r"""
@@ -352,3 +354,21 @@ def test_no_text_of_a_model_holds_the_reading_up(part, monkeypatch):
             before = time.process_time()
             assert reward_of(key, text) == 0
             assert time.process_time() - before < 1
+
+
+@pytest.mark.parametrize(
+    "unit", [" m", "   m", " m^2", "  m^{ 2 }", r"\text{ m}", r" \degree C", "  °", " cubic cm^3 "]
+)
+def test_a_repetition_of_units_takes_no_time(unit):
+    """What a model repeats without end; ways to part it would double with each unit."""
+    for text in ("5" + (unit * 200)[:198] + "!", (unit * 200)[:198] + " x"):
+        start = time.process_time()
+        measured(text)
+        QUANTITY.findall(text)
+        assert time.process_time() - start < 0.5
+
+
+def test_the_ends_of_long_runs_of_marks_take_no_time():
+    start = time.process_time()
+    assert not ends_a_sentence("!" * 40000 + "x") and ends_a_sentence("So it is." + '"' * 40)
+    assert time.process_time() - start < 0.5

@@ -683,3 +683,27 @@ def test_a_checkpoint_holds_rollouts_and_scores(make_method, problems, monkeypat
     assert [r.text for r in rows] == [r.text for r in others] and len(rows) == 4
     assert all(torch.equal(a.advantage, b.advantage) for a, b in zip(rows, others, strict=True))
     assert again.state() == method.state()
+
+
+def test_rollouts_of_a_fork_from_another_task_are_not_taken_up(make_method, problems):
+    method = make_method("lightning-opd", group_size=2)
+    trained(method, method.attempt(1, method.task.train))
+    saved = json.loads(json.dumps(method.state()))
+    fork = make_method("lightning-opd", group_size=2)
+    others = [dataclasses.replace(p, prompt=f"{p.prompt} 1") for p in fork.task.train]
+    fork.task = dataclasses.replace(fork.task, train=others)
+    fork.load(saved)
+    assert not fork.rollouts
+
+
+def test_a_reference_that_does_not_fit_is_not_followed(make_method, problems):
+    """Else such rows would be drawn to the initial policy."""
+    method = make_method("lightning-opd", group_size=2)
+    rollouts = method.attempt(1, method.task.train)
+    long = rollouts[0].problem.id
+    method.contexts = lambda step, rows: [
+        {"solution": "1 " * (2000 if r.problem.id == long else 1)} for r in rows
+    ]
+    rows = trained(method, rollouts)
+    pulled = [bool(torch.as_tensor(r.advantage).any()) for r in rows]
+    assert pulled == [r.problem.id != long for r in rows] and pulled.count(False) == 2

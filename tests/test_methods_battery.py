@@ -23,6 +23,7 @@ import pmd
 from methods import atesd, trace
 from nano.world import write_world
 from runtime import check, rows
+from runtime import run as run_module
 from runtime.methods import method_class
 
 HERE = Path(__file__).resolve().parent.parent
@@ -71,6 +72,7 @@ def out(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(atesd, "PERIOD", 2)
         patch.setattr(trace, "SYNC", 2)
+        patch.setattr(run_module, "plot_curves", lambda *args: None)  # half a second of each run
         yield tmp_path_factory.mktemp("battery")
 
 
@@ -102,6 +104,7 @@ def two_ranks(out, whole):
     program.write_text(
         f"import json, sys\nsys.path.insert(0, {str(HERE)!r})\nimport pmd\n"
         "from methods import atesd, trace\natesd.PERIOD = trace.SYNC = 2\n"
+        "from runtime import run\nrun.plot_curves = lambda *args: None\n"
         "from runtime.ranks import end_ranks, start_ranks\n"
         "runs = json.loads(sys.argv[1])\nstart_ranks(pmd.parse_flags(runs[0]))\n"
         "for flags in runs:\n    pmd.train(pmd.parse_flags(flags))\nend_ranks()\n"

@@ -365,7 +365,7 @@ def test_exprl_elsewhere_asks_the_policy_to_judge(make_config):
 
     def ask(prompts):
         asked.extend(prompts)
-        return ["4", "I give 2 points, not 5", "none of 10"]
+        return ["<think>Steps 1 and 2 agree.</think>\n4", "I give 2 points, not 5", "none of 10"]
 
     method = method_of(make_config(method="exprl"))
     method.cfg = dataclasses.replace(method.cfg, task="mine")

@@ -33,7 +33,7 @@ from methods import caopd, ccopd, rcsd, step_critique
 from nano.world import OPERATIONS, attempt_text
 from runtime.chat import chat_of, encode_prompt, encode_turns
 from runtime.sampler import Sampler
-from tasks import load_task, references, verify
+from tasks import Problem, load_task, references, verify
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +432,10 @@ def test_a_rubric_is_written_once_and_kept(make_config):
     other = method_of(make_config(method="rcsd"))
     other.load(method.state())
     assert other.contexts(2, rows) == method.contexts(2, rows) and len(asked) == 1
+    other.sampler = method.sampler  # a fork to another task has other problems of the same ids
+    elsewhere = SimpleNamespace(**vars(problem) | {"prompt": "How?"})
+    other.contexts(3, [SimpleNamespace(problem=elsewhere)])
+    assert len(asked) == 2 and "How?" in asked[1]
     hides = SimpleNamespace(verifier="steps", extra={"hidden": "vo=rev mi=inc"})
     assert rcsd.exact([hides]) == [["vo=rev", "mi=inc"]]
 
@@ -494,6 +498,35 @@ def test_caopd_states_the_groups_success_in_rollout_and_demonstration(
             assert row.rollout_logprobs is None and verify(p, said).reward == r.reward
     assert rows[3].ids == rollouts[3].ids and rows[3].rollout_logprobs is not None
     assert rollouts[0].text.endswith("0.88")  # records show what was sampled
+
+
+def test_caopds_line_is_no_part_of_the_answer_that_is_judged(make_config, monkeypatch):
+    """The verifier of last numbers would take the confidence for the answer."""
+    method = method_of(make_config(method="caopd"))
+    problem = Problem("x", "What is 40 + 2?", "42", "last_number", extra={"reference": "42"})
+    texts = ["It is 42.\nConfidence: 0.90", "It is 41.\nConfidence: 0.90", "42", "0.9"]
+
+    def attempt(sampler, problems, cfg):
+        rows = [
+            pmd.Rollout(
+                prompt_ids=[1],
+                ids=[2],
+                text=t,
+                finished=True,
+                rollout_logprobs=None,
+                id=str(i),
+                problem=problems[0],
+                reward=0.5,
+            )
+            for i, t in enumerate(texts)
+        ]
+        return rows
+
+    monkeypatch.setattr(pmd, "attempt", attempt)
+    rollouts = method.attempt(1, [problem])
+    assert [r.reward for r in rollouts] == [1.0, 0.0, 1.0, 0.0]
+    assert rollouts[0].text == texts[0] and "0.75" in rollouts[0].problem.prompt
+    assert method.asked([problem]) == [problem.prompt]  # held-out answers are judged as they are
 
 
 def test_caopds_pull_on_the_confidence_is_towards_the_success_rate(

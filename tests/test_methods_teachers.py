@@ -654,6 +654,19 @@ def test_a_feedback_that_does_not_fit_is_no_second_teacher(
     assert_equal(learned(method, [long])[0], wanted)
 
 
+def test_a_sibling_that_does_not_fit_leaves_selfci_the_feedback(
+    policy, tokenizer, problems, make_config
+):
+    method = made(make_config, "selfci", policy, tokenizer)
+    (p,) = of_length(problems, 2, 1)
+    right, wrong = [attempted(policy, tokenizer, p, n, n) for n in (0, 1)]
+    right.text += " 1" * 200
+    second = told(tokenizer, p, feedback=wrong.feedback)
+    method.cfg = dataclasses.replace(method.cfg, max_reprompt=len(second) + 20)
+    _, row = method.condition(1, [right, wrong])
+    assert (row.teacher_ids, row.teachers, row.weight) == (second, [], 1.0)
+
+
 def test_the_product_knows_what_each_teacher_knows_alone(policy, tokenizer, problems, make_config):
     """Its sign: two strategies, each about one of two syllables."""
     method = made(make_config, "selfci", policy, tokenizer)

@@ -336,6 +336,14 @@ def test_the_command_line_plans(flags, tmp_path, monkeypatch, capsys):
     assert fits.split()[1:] == ["yes"] * 8  # phases
 
 
+def test_the_command_line_plans_an_evaluation(tmp_path, monkeypatch, capsys):
+    AutoConfig.for_model(**plan.BUILT_IN["Qwen/Qwen3-0.6B"]).save_pretrained(tmp_path)
+    flags = ["--gpus", "1", "--gpu_memory", "80", "--model", str(tmp_path), "--method", "eval"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
+    command_line()
+    assert "fits on 1 x 80 GiB" in capsys.readouterr().out
+
+
 def test_the_report_says_each_component_and_phase(qwen, capsys):
     """And what it says adds up, fits or not, for micro-batches of several lengths."""
     report(Config(gradient_checkpointing=True), qwen, 8, 80, 0.5)

@@ -33,13 +33,15 @@ from runtime import check, clock, methods, plan, ranks, vllm_sampler
 from runtime.chat import encode_prompt
 from runtime.clock import Clock
 from runtime.flags import ELSEWHERE
+from runtime.jobs import failure
 from runtime.methods import cards, method_class
 from runtime.model import follow, load_policy, make_optimizer
+from runtime.open_memory import guarded
 from runtime.options import check_numbers
 from runtime.ranks import start_ranks
 from runtime.rows import micro_batches, own_logprobs, require_small_gap
 from runtime.sampler import KeyedSampling, Sampler, dealt, likeliest
-from runtime.services import make_abstractor, make_embedder
+from runtime.services import make_abstractor, make_embedder, unit_rows
 from runtime.vllm_sampler import VLLM, VLLM_VERSION, fast_sampler
 from tasks import load_task
 
@@ -1615,6 +1617,7 @@ def test_a_frozen_memory_as_it_was_at_a_step(make_config):
     )
     for source, said in (
         ("lender@41", "has come to step 40 only"),
+        (f"lender@{10**30}", "has come to step 40 only"),
         ("lender@0", "holds nothing at the end of step 0"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -2390,3 +2393,43 @@ def test_tokens_that_models_pass_forward_are_counted(make_config, monkeypatch, m
         if logged[step]["updates"]:
             assert logged[step]["forward_tokens"] == wanted
     assert any(row["updates"] for row in logged.values())
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.05, 0.3, 1.0])
+def test_equal_rewards_leave_nothing_to_learn(reward):
+    """A reward of a partial score is not exact in binary: its mean has to be itself all the same."""
+    for size in (3, 7, 8):
+        group = [SimpleNamespace(problem=SimpleNamespace(id="p"), reward=reward)] * size
+        pmd.set_advantages(group)
+        assert all(r.advantage == 0 for r in group)
+
+
+def test_the_memory_of_another_task_is_refused_on_resume(make_config, tmp_path):
+    cfg = make_config(name="mine", steps=1)
+    pmd.train(cfg)
+    path = Path(cfg.out, "mine", "memory.db")
+    again = dataclasses.replace(cfg, resume=True, steps=2)
+    pmd.check(again)
+    path.unlink()
+    other = mem.Memory(path, pmd.make_embedder(cfg), None, embedder="hashing")
+    other.add_problems([Question("x", "Why?")])
+    other.close()
+    with pytest.raises(
+        ValueError, match="memory.db is a memory that does not know .*run's own back"
+    ):
+        pmd.check(again)
+
+
+def test_what_an_embedder_gets_wrong_is_a_sentence():
+    for rows in ([[float("nan")]], [1.0, 2.0], "words"):
+        with pytest.raises(ValueError) as caught:
+            unit_rows(rows)
+        assert failure(caught.value, None) == str(caught.value)
+
+
+def test_another_writer_of_behaviors_reads_no_control_token(tokenizer):
+    asked = []
+    ask = guarded(lambda prompts: asked.extend(prompts) or ["x"] * len(prompts), tokenizer)
+    control = tokenizer.eos_token
+    assert ask([f"An attempt: {control}system"]) == ["x"] and guarded(None, tokenizer) is None
+    assert control not in asked[0] and asked[0].startswith("An attempt: ")

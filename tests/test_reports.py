@@ -886,3 +886,20 @@ def test_memory_in_the_prompt(tmp_path, make_config, monkeypatch):
         ev.main(pmd.parse_flags, [*flags[:-1], "other", "--memory", "nowhere.db"])
     with pytest.raises(SystemExit, match="eval.py: there is no task 'chess'"):
         ev.main(pmd.parse_flags, ["--model", "nano", "--task", "chess"])
+
+
+def test_a_name_of_the_hub_is_no_path(tmp_path, monkeypatch):
+    """Where `compare` is called in the folder of a run, whose metrics.jsonl stands above the name."""
+    config = vars(pmd.parse_flags(["--model", "Qwen/Qwen3-8B"])) | {"method": "eval"}
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    assert report.names_of(config) == ("Qwen3-8B", "Base", "Base")
+
+
+def test_the_folder_of_a_model_is_recorded_for_other_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "nano"):
+        (tmp_path / name).mkdir()
+    assert pmd.parse_flags(["--model", "mine"]).model == str(tmp_path / "mine")
+    assert [pmd.parse_flags(["--model", m]).model for m in ("nano", "a/b")] == ["nano", "a/b"]

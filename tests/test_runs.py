@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 import eval as ev
 import pmd
-from runtime import check, files, provenance
+from runtime import check, files, provenance, run
 from runtime.check import check_folder
 from runtime.checkpoint import (
     LOCKS,
@@ -90,6 +90,12 @@ def command(monkeypatch, tmp_path, capsys):
 # -- files that can't be written or read
 
 
+@pytest.fixture
+def no_diff(monkeypatch):
+    """environment.txt without what this checkout has not committed, which may be long."""
+    monkeypatch.setattr(run, "environment", lambda method: "")
+
+
 @pytest.mark.parametrize(
     "changes, size, said",
     [
@@ -111,14 +117,14 @@ def command(monkeypatch, tmp_path, capsys):
         ),
     ],
 )
-def test_a_full_disk_is_one_sentence_with_the_file(make_config, changes, size, said):
+def test_a_full_disk_is_one_sentence_with_the_file(make_config, changes, size, said, no_diff):
     cfg = make_config(name="r", steps=1, **changes)
     with full_disk(size), pytest.raises((ValueError, OSError), match=said) as caught:
         pmd.train(cfg)
     assert "\n" not in failure(caught.value, cfg) and failure(caught.value, cfg)
 
 
-def test_after_a_full_disk_the_run_goes_on(make_config):
+def test_after_a_full_disk_the_run_goes_on(make_config, no_diff):
     whole, cfg = (
         make_config(name="whole", method="grpo", save_every=1),
         make_config(name="r", method="grpo", save_every=1),
@@ -973,3 +979,25 @@ def test_flags_without_effect_are_named(capsys, flags, said):
     preset = pmd.preset_of(pmd.kind_of(cfg.model, cfg.task), method_of(cfg))
     check.name_idle_flags(cfg, method_of(cfg), preset)
     assert capsys.readouterr().out == (f"without effect on {said}\n" if said else "")
+
+
+def test_a_run_that_goes_on_is_not_finished(make_config, monkeypatch):
+    """Its old scores are kept, and tables do not take them for those of its end."""
+    cfg = make_config(name="longer", steps=1)
+    pmd.train(cfg)
+    folder = Path(cfg.out, "longer")
+    before = (folder / "summary.json").read_bytes()
+    more = dataclasses.replace(cfg, steps=2, resume=True)
+
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pmd, "attempt", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            pmd.train(more)
+    assert not (folder / "summary.json").exists()
+    assert (folder / "summary.before.json").read_bytes() == before
+    assert (
+        pmd.train(more)["steps"] == json.loads((folder / "summary.json").read_text())["steps"] == 2
+    )

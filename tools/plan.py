@@ -90,7 +90,8 @@ def report(cfg, model, gpus, gpu_memory, utilization):
         " teacher's longer rows leave fewer of the student's tokens in a micro-batch"
     )
     report_host(cfg, model, gpus, phases)
-    print_settings(cfg, model, gpus, gpu_memory, utilization)
+    if "backward" in phases:
+        print_settings(cfg, model, gpus, gpu_memory, utilization)
     _, sentence = fits(cfg, model, gpus, gpu_memory, utilization)
     print(f"\n{sentence}.")
 

@@ -125,7 +125,8 @@ def names_of(config) -> tuple[str, str, str]:
     series = METHODS.get(method, method)
     lender = {}
     if method == "eval":
-        trained = [folder for folder in weights.parents if (folder / "metrics.jsonl").is_file()]
+        folders = weights.parents if weights.is_absolute() else ()  # else a name of the Hub
+        trained = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
         if trained:
             model, *_ = names_of(read_config(trained[0] / "config.json"))
             series = f"{weights.name} of {trained[0].name}"

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runtime.chat import clean
 from runtime.files import ELSEWHERE, write_lines
+from runtime.replies import text_of
 from runtime.services import make_embedder
 from runtime.store import COLUMNS, KINDS, WITH_EMBEDDING, Item, Store
 from tasks.files import json_lines
@@ -132,6 +133,8 @@ def item_of(row, problems, source) -> Item:
         raise ValueError(f"{source} has an item that no memory has: {str(row)[:80]}")
     names = [name for name in (*TEXTS, *PERHAPS_TEXTS) if row[name] is not None]
     row = row | {name: clean(row[name]) for name in names}
+    if row["tier"] != "experience":  # on one line, as parse_items has them: no heading of a prompt
+        row = row | {name: text_of(row[name]) for name in ("title", "text")}
     is_item = row["kind"] in KINDS.get(row["tier"], ())
     is_item &= row["problem"] == "" if row["tier"] == "behavior" else row["problem"] in problems
     if not is_item:
