@@ -331,8 +331,7 @@ def answer_task(argv, parse_flags):
         quiet = restarts or rank() > 0
         reads = cfg.max_reprompt if args.memory else 0
         task, tokenizer = check(asked, None, quiet, ranks, reads=reads)
-    memory = args.memory and str(Path(args.memory).absolute())
-    cfg = replace(cfg, method="eval", memory_from=memory, name=name)
+    cfg = replace(cfg, method="eval", memory_from=args.memory, name=name)
     try:
         answer(cfg, replace(task, train=[], dev=[]), tokenizer)
     except Exception as error:

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from runtime.files import RunError
+from runtime.errors import RunError
 
 
 def encode_prompt(tokenizer, user, system="", thinking=False) -> list[int]:

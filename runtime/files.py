@@ -8,6 +8,7 @@ import os
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from runtime.errors import RunError
 from tasks.files import json_lines
 
 ELSEWHERE = "name a place that is there, with some space, and yours to write to"
@@ -26,13 +27,6 @@ class Stopped(Exception):
 
     def __str__(self):
         return f"{self.reason}; the same command with --name {self.name} --resume goes on"
-
-
-class RunError(ValueError):
-    """Ends a run for a reason that is no fault of the program.
-
-    The message is one sentence, with the file and the cure.
-    """
 
 
 def reason(error) -> str:

@@ -19,8 +19,8 @@ Format = Literal["json", "guided", "lines"]
 
 ITEM = '{"title": "at most ten words", "content": "two to four sentences"}'
 BEHAVIOR = '"name": "behavior_...", "instruction": "one or two sentences"'
-# The words of what stands there for a title, a content and an instruction
-ECHOED = set("at most ten words two to four sentences one or two sentences".split())
+# The words of what stands there for a title, a content and an instruction, and of their variants
+ECHOED = set("at most ten words word two to four three sentences sentence one or two".split())
 JSON_REPLY = "Reply with this JSON and nothing else:\n"
 BOTH = f'{{"strategies": [{ITEM}], "lessons": [{ITEM}]}}'
 ONLY_STRATEGIES = f'{{"strategies": [{ITEM}], "lessons": []}}'

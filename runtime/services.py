@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from runtime.files import RunError
+from runtime.errors import RunError
 
 EMBED_TOKENS = 4096  # a longer text is embedded by its start; approximate, and ours
 

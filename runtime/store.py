@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.chat import plain
-from runtime.files import RunError
+from runtime.errors import RunError
 from runtime.services import unit_rows
 
 SCHEMA_VERSION = 2
@@ -388,15 +388,12 @@ class Store:
         """(len(problems), training problems in the order of their ids): whether the one is the
         other.
 
-        By its prompt up to white space: ids may be mere numbers, in another split, too. A problem
-        of programming keeps its id under another prompt.
+        By its id, or by its prompt up to white space.
         """
         known = self.query("SELECT id, text FROM problem ORDER BY id")
         ids = np.array([id for id, _ in known], object)
         texts = np.array([plain(text) for _, text in known], object)
-        own = [
-            (texts == plain(p.prompt)) | (ids == p.id) & (p.verifier == "code") for p in problems
-        ]
+        own = [(ids == p.id) | (texts == plain(p.prompt)) for p in problems]
         return np.array(own, bool).reshape(len(problems), len(known))
 
     def overlap(self, problems) -> str:
@@ -407,7 +404,7 @@ class Store:
             return ""
         said = (
             f"{trained_on} of {len(problems)} problems are ones that the memory in the prompt was"
-            " written on (the same text): they read not their own insight and success but"
+            " written on (the same id or text): they read not their own insight and success but"
             " those of the nearest other problem"
         )
         if alone:
@@ -489,8 +486,14 @@ class Store:
 
 
 def memory_file(path) -> str:
-    """Gives the file of a memory: that of a run, if a folder is named."""
-    return str(Path(path, "memory.db")) if path and Path(path).is_dir() else path
+    """Gives the file of a memory: that of a run, if a folder is named.
+
+    One that is there has its absolute path, for records that are read elsewhere.
+    """
+    if not path:
+        return ""
+    file = Path(path, "memory.db") if Path(path).is_dir() else Path(path)
+    return str(file.absolute() if file.is_file() else file)
 
 
 def in_order(rows) -> list[Item]:

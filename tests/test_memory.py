@@ -392,7 +392,7 @@ def test_a_placeholder_is_an_echo_also_with_other_numbers():
     """SmolLM2-135M under --memory_format guided wrote the last of these."""
     asked = re.findall(r'"(?:title|content|instruction)": "([^"]+)"', ITEM + BEHAVIOR)
     assert len(asked) == 3
-    for text in (*asked, "Two to four sentences.", "at most 1: one to 2 sentences"):
+    for text in (*asked, "Two to four sentences.", "at most 1: one to 2 sentences", "One sentence"):
         assert is_echo(text), text
     for text in ("Add the two numbers.", "two plus two", "vo=rev", "17", ""):
         assert not is_echo(text), text

@@ -13,7 +13,6 @@ from memory import Memory
 from runtime.services import make_embedder
 from runtime.store import Store
 from runtime.tables import model_card, table
-from tasks.problem import Problem
 from tools import share_memory, show_memory
 from tools.share_memory import export_memory, import_memory
 
@@ -312,22 +311,6 @@ def test_an_evaluation_reads_one_state_of_a_memory(tmp_path):
     with contextlib.closing(Store(tmp_path / "a.db", frozen=True)) as later:
         assert len(later.living("experience")) == len(before[1]) + 1
     going.close()
-
-
-def test_a_problem_is_ones_own_by_its_text(tmp_path):
-    """Both splits of a file may number their problems; programs keep their ids between protocols."""
-    a_memory(tmp_path / "a.db").close()
-    problems = [
-        Problem("one", "What is eight plus nine?", "17", "last_number"),
-        Problem("1", "What is  two plus seven?", "9", "last_number"),
-        Problem("two", "Write a program.", "", "code"),
-    ]
-    with contextlib.closing(Store(tmp_path / "a.db", frozen=True)) as store:
-        assert store.own_problems(problems).tolist() == [
-            [False, False],
-            [False, True],
-            [False, True],
-        ]
 
 
 def test_an_empty_file_is_no_memory(tmp_path):
