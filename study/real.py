@@ -5,7 +5,8 @@
     python study/real.py report               # study/real/results.md and its figure
 
 DIR is a folder or a name of the Hub. After an interruption the same command goes on. `train` takes
-about five core-hours, by steps of a trial, and 25 GB of disk under --work.
+about five core-hours, by steps of a trial, and 25 GB of disk under --work. Its records come into
+study/real/ run by run, and a run that is there is not made again.
 
 DECLARATION, committed before the first run of `train`:
 
@@ -164,10 +165,13 @@ def name_of(method, rate="") -> str:
 
 
 def run(model, task, work, method, rate, name, steps, every):
-    """Trains a method, or goes on with it, in a process of its own; what it prints goes to a log.
+    """Trains a method, or goes on with it, in a process of its own, and keeps its records.
 
+    What it prints goes to a log. A run whose records are here is not made again.
     Raises RuntimeError if it fails.
     """
+    if (RESULTS / name / "metrics.jsonl").is_file():
+        return
     command = [sys.executable, str(HERE.parent / "pmd.py"), "--model", model, "--task", str(task)]
     command += ["--method", method, "--lr", rate, "--steps", str(steps), "--out", str(work)]
     command += ["--eval_every", str(every), "--name", name, "--resume", *FLAGS]
@@ -178,6 +182,20 @@ def run(model, task, work, method, rate, name, steps, every):
         done = subprocess.run(command, stdout=file, stderr=file, env=environment)
     if done.returncode:
         raise RuntimeError(f"{name} failed: see {log}")
+    keep(work / name, RESULTS / name, name == "pmd")
+
+
+def keep(folder, kept, with_memory):
+    """Copies the records of a run that has ended into the repository, the metrics last."""
+    kept.mkdir(parents=True, exist_ok=True)
+    if with_memory:  # as lines, without its embeddings
+        (kept / "memory.jsonl").unlink(missing_ok=True)
+        export_memory(folder / "memory.db", kept / "memory.jsonl")
+    config = json.loads((folder / "config.json").read_text())
+    places = {name: Path(config[name]).name for name in ("model", "task", "out")}
+    (kept / "config.json").write_text(json.dumps(config | places, indent=1))
+    for file in ("samples.jsonl", "metrics.jsonl"):
+        shutil.copy(folder / file, kept)
 
 
 def evaluations(folder) -> dict:
@@ -187,7 +205,7 @@ def evaluations(folder) -> dict:
 
 
 def means_by_rate(folder, method) -> dict[str, float]:
-    """{rate: mean of avg@4 on the dev problems after the start}. folder: of the runs, or RESULTS"""
+    """{rate: mean of avg@4 on the dev problems after the start}. folder: RESULTS"""
     means = {}
     for rate in RATES:
         rows = evaluations(folder / name_of(method, rate))
@@ -201,7 +219,7 @@ def tuned(folder, method) -> str:
 
 
 def train(model, work, workers):
-    """Makes the runs that choose the rates, then those of the result; keeps their records."""
+    """Makes the runs that choose the rates, then those of the result."""
     rows = problems_of(chosen(), TRAIN + DEV + TEST)
     write_task(work / "dev", rows[:TRAIN], rows[TRAIN : TRAIN + DEV])
     write_task(work / "test", rows[:TRAIN], rows[TRAIN + DEV :])
@@ -214,22 +232,13 @@ def train(model, work, workers):
         ]
         for job in tqdm(jobs, unit="run", desc="rates"):
             job.result()
-        pairs = [(method, tuned(work, method)) for method in reversed(METHODS)]
+        pairs = [(method, tuned(RESULTS, method)) for method in reversed(METHODS)]
         jobs = [
             pool.submit(run, model, work / "test", work, *pair, name_of(pair[0]), STEPS, EVERY)
             for pair in pairs
         ]
         for job in tqdm(jobs, unit="run", desc="runs"):
             job.result()
-    for method in METHODS:
-        for name in [method, *(name_of(method, rate) for rate in RATES)]:
-            kept = RESULTS / name
-            kept.mkdir(parents=True, exist_ok=True)
-            for file in ("metrics.jsonl", "samples.jsonl", "config.json"):
-                shutil.copy(work / name / file, kept)
-    lines = RESULTS / "pmd" / "memory.jsonl"  # in the repository without its embeddings
-    lines.unlink(missing_ok=True)
-    export_memory(work / "pmd" / "memory.db", lines)
 
 
 # --------------------------------------------------------------------------------------------------

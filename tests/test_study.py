@@ -593,6 +593,24 @@ def test_the_task_of_the_real_run_follows_its_rule(tmp_path, monkeypatch):
         real.chosen()
 
 
+def test_a_real_run_is_kept_without_the_places_of_a_machine(tmp_path, monkeypatch):
+    """And what is kept is not trained again."""
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "real")
+    folder = tmp_path / "work" / "grpo"
+    folder.mkdir(parents=True)
+    places = {"model": "/home/me/smollm2", "task": "/home/me/test", "out": "/home/me"}
+    (folder / "config.json").write_text(json.dumps(places | {"lr": 1e-5}))
+    for file in ("samples.jsonl", "metrics.jsonl"):
+        write_lines(folder / file, [{"step": 0}])
+    real.keep(folder, real.RESULTS / "grpo", False)
+    kept = json.loads((real.RESULTS / "grpo" / "config.json").read_text())
+    assert kept == {"model": "smollm2", "task": "test", "out": "me", "lr": 1e-5}
+    monkeypatch.setattr(real.subprocess, "run", None)
+    real.run("m", "t", tmp_path / "work", "grpo", "1e-5", "grpo", 60, 20)
+    with pytest.raises(TypeError):  # another one would be trained
+        real.run("m", "t", tmp_path / "work", "sdpo", "1e-5", "sdpo", 60, 20)
+
+
 def test_the_page_of_the_real_run_is_made_of_its_records(tmp_path, monkeypatch):
     """The rate is that with the best mean after the start."""
     monkeypatch.setattr(real, "RESULTS", tmp_path)
