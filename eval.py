@@ -24,7 +24,8 @@ from tqdm import tqdm
 from memory import Memory, reprompt
 from runtime.check import check, check_name, refuse_idle_flags
 from runtime.checkpoint import claim, release
-from runtime.files import RunError, append, read_rows, write_lines
+from runtime.errors import RunError
+from runtime.files import append, read_rows, write_lines
 from runtime.jobs import failure, quiet_libraries
 from runtime.model import load_policy
 from runtime.options import check_numbers, option

@@ -537,9 +537,9 @@ def check_memory(task, method, cfg):
 
     Raises ValueError if one of them is of no use.
     """
-    has_memory = cfg.resume and (Path(cfg.out) / cfg.name / "memory.db").exists()
+    path, known = Path(cfg.out) / cfg.name / "memory.db", {}
+    has_memory = cfg.resume and path.exists()
     if has_memory and method.remembers:
-        path, known = Path(cfg.out) / cfg.name / "memory.db", {}
         with contextlib.suppress(ValueError, OSError):  # open_memory knows a cure for a damaged one
             known = prompts_in(path, cfg)
         check_prompts(known, f"{path} is", "put the run's own back", task)

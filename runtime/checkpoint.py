@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoModelForCausalLM
 
+from runtime.errors import RunError
 from runtime.files import (
-    RunError,
     read_json,
     read_rows,
     reason,

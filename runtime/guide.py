@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from runtime.files import RunError
+from runtime.errors import RunError
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils import logging as transformers_logging
 
 from runtime.checkpoint import finished, total_steps
-from runtime.files import RunError, Stopped, read_lines
+from runtime.errors import RunError
+from runtime.files import Stopped, read_lines
 from runtime.provenance import HERE
 from runtime.ranks import Unsupported, broadcast, end_ranks, rank
 from runtime.run import COMPARISON

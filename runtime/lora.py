@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from runtime.files import RunError, reason
+from runtime.errors import RunError
+from runtime.files import reason
 from runtime.ranks import Unsupported
 
 # As OPSD's scripts have it, rank 64 and alpha 128 on attention and MLP (siyan-zhao/OPSD,

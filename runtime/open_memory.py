@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from runtime.chat import chat_of, encode_prompt, neutralise
 from runtime.checkpoint import cure_without, memory_source
-from runtime.files import RunError
+from runtime.errors import RunError
 from runtime.ranks import OnRankZero, rank, world
 from runtime.services import make_abstractor, make_embedder
 from runtime.store import Store

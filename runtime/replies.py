@@ -46,6 +46,7 @@ MAX_PLACES, MAX_DEPTH = 16, 8  # keys that are looked at in one reply; brackets 
 
 
 def ends_a_sentence(text) -> bool:
+    """Whether a text is whole at its end."""
     return bool(SENTENCE_END.search(text[-LAST:]))
 
 
@@ -252,10 +253,10 @@ def parse_items(found, key, first, second) -> list[tuple[str, str]]:
     """
     rows = found.get(key) if isinstance(found, dict) else None
     rows = rows[:MAX_ITEMS] if isinstance(rows, list) else []
-    return list(filter(None, (item_of(row, first, second) for row in rows)))
+    return list(filter(None, (texts_of(row, first, second) for row in rows)))
 
 
-def item_of(row, first, second) -> tuple[str, str] | None:
+def texts_of(row, first, second) -> tuple[str, str] | None:
     """Returns the texts of a row's two fields; None if it lacks one of them."""
     row = row if isinstance(row, dict) else {}
     title, content = text_of(row.get(first)), text_of(row.get(second))
@@ -337,7 +338,7 @@ def decisions(found) -> tuple[list[tuple[str, str]], list[str], int] | None:
         row = row or {}
         decision, name = decision_of(row), row.get("name")
         if decision == "write":
-            item = item_of(row, "name", "instruction")
+            item = texts_of(row, "name", "instruction")
             writes += [item] if item else []
         elif decision == "remove" and isinstance(name, str):
             removes.append(plain(name))

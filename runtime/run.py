@@ -37,8 +37,8 @@ from runtime.checkpoint import (
     write_checkpoint,
 )
 from runtime.clock import clock
+from runtime.errors import RunError
 from runtime.files import (
-    RunError,
     Stopped,
     append,
     append_text,

@@ -182,13 +182,14 @@ def run(model, task, work, method, rate, name, steps, every):
         done = subprocess.run(command, stdout=file, stderr=file, env=environment)
     if done.returncode:
         raise RuntimeError(f"{name} failed: see {log}")
-    keep(work / name, RESULTS / name, name == "pmd")
+    keep(work, name)
 
 
-def keep(folder, kept, with_memory):
+def keep(work, name):
     """Copies the records of a run that has ended into the repository, the metrics last."""
+    folder, kept = work / name, RESULTS / name
     kept.mkdir(parents=True, exist_ok=True)
-    if with_memory:  # as lines, without its embeddings
+    if name == "pmd":  # its memory as lines, without the embeddings
         (kept / "memory.jsonl").unlink(missing_ok=True)
         export_memory(folder / "memory.db", kept / "memory.jsonl")
     config = json.loads((folder / "config.json").read_text())
@@ -204,17 +205,17 @@ def evaluations(folder) -> dict:
     return {row["step"]: row for row in rows if row.get("split") == "test"}
 
 
-def means_by_rate(folder, method) -> dict[str, float]:
-    """{rate: mean of avg@4 on the dev problems after the start}. folder: RESULTS"""
+def means_by_rate(method) -> dict[str, float]:
+    """{rate: mean of avg@4 on the dev problems after the start}"""
     means = {}
     for rate in RATES:
-        rows = evaluations(folder / name_of(method, rate))
+        rows = evaluations(RESULTS / name_of(method, rate))
         means[rate] = statistics.mean(row["avg_at_k"] for step, row in rows.items() if step)
     return means
 
 
-def tuned(folder, method) -> str:
-    means = means_by_rate(folder, method)
+def tuned(method) -> str:
+    means = means_by_rate(method)
     return max(means, key=means.get)
 
 
@@ -232,7 +233,7 @@ def train(model, work, workers):
         ]
         for job in tqdm(jobs, unit="run", desc="rates"):
             job.result()
-        pairs = [(method, tuned(RESULTS, method)) for method in reversed(METHODS)]
+        pairs = [(method, tuned(method)) for method in reversed(METHODS)]
         jobs = [
             pool.submit(run, model, work / "test", work, *pair, name_of(pair[0]), STEPS, EVERY)
             for pair in pairs
@@ -264,7 +265,7 @@ def report() -> str:
     head = ["method", "rate", *(f"step {step}" for step in steps), "minutes of training"]
     rates = []
     for method in METHODS:
-        means = means_by_rate(RESULTS, method)
+        means = means_by_rate(method)
         rates.append([f"`{method}`", *(f"{mean:.3f}" for mean in means.values())])
     settings = ", ".join(f"{name} {value}" for name, value in CANDIDATES[chosen()].items())
     plot_curves(curves, RESULTS / "curve.png", f"{chosen()}, SmolLM2-135M-Instruct, one seed")

@@ -19,7 +19,7 @@ from kernels import oracle
 from runtime import check as checks
 from runtime import lora
 from runtime.checkpoint import checkpoints, save_model
-from runtime.files import RunError
+from runtime.errors import RunError
 from runtime.model import copy_of, follow, load_policy, make_optimizer, trained
 
 pytest.importorskip("peft")

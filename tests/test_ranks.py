@@ -594,8 +594,13 @@ def test_a_comparison_is_refused_before_its_first_method(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", comparison(tmp_path, "--group_size", "1")[1:])
     with pytest.raises(SystemExit, match="^pmd.py: .*--group_size 1 leaves grpo nothing"):
         pmd.main()
-    monkeypatch.setattr(sys, "argv", comparison(tmp_path)[1:])
-    monkeypatch.setenv("RANK", "0")  # as torchrun sets it
-    with pytest.raises(SystemExit, match="under torchrun give its methods one after the other"):
-        pmd.main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_comparison_under_a_launcher_is_refused(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--", "pmd.py"]
+    command = [sys.executable, *launcher, *comparison(tmp_path)[2:]]
+    done = subprocess.run(command, cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode and "under torchrun give its methods one after the other" in done.stderr
     assert not list(tmp_path.iterdir())

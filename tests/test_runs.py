@@ -36,7 +36,8 @@ from runtime.checkpoint import (
     release,
     run_and_step,
 )
-from runtime.files import RunError, append, read_lines, write_lines
+from runtime.errors import RunError
+from runtime.files import append, read_lines, write_lines
 from runtime.jobs import failure
 from runtime.methods import method_class, method_of
 from runtime.model import MODELS, load_policy

@@ -602,7 +602,7 @@ def test_a_real_run_is_kept_without_the_places_of_a_machine(tmp_path, monkeypatc
     (folder / "config.json").write_text(json.dumps(places | {"lr": 1e-5}))
     for file in ("samples.jsonl", "metrics.jsonl"):
         write_lines(folder / file, [{"step": 0}])
-    real.keep(folder, real.RESULTS / "grpo", False)
+    real.keep(tmp_path / "work", "grpo")
     kept = json.loads((real.RESULTS / "grpo" / "config.json").read_text())
     assert kept == {"model": "smollm2", "task": "test", "out": "me", "lr": 1e-5}
     monkeypatch.setattr(real.subprocess, "run", None)
@@ -625,7 +625,7 @@ def test_the_page_of_the_real_run_is_made_of_its_records(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             rows = [row("test", 0, 0.9 - i), row("test", 10, 0.1 * i), row("test", 20, 0.2)]
             write_lines(folder / "metrics.jsonl", [*rows, row("dev", 20, 1.0 - i)])
-        assert real.tuned(tmp_path, method) == real.RATES[-1]
+        assert real.tuned(method) == real.RATES[-1]
         folder = tmp_path / method
         folder.mkdir()
         steps = range(0, real.STEPS + 1, real.EVERY)

@@ -24,7 +24,7 @@ from pygments.lexers import PythonLexer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime.files import RunError
+from runtime.errors import RunError
 from tools.page import write_page
 
 HERE = Path(__file__).resolve().parent.parent

@@ -2,7 +2,8 @@
 
 import json
 
-from runtime.files import RunError, read_json
+from runtime.errors import RunError
+from runtime.files import read_json
 from tasks.files import json_lines
 
 # The keys that a comparison reads of config.json, of the two kinds of rows in metrics.jsonl, and of
